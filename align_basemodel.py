@@ -1,0 +1,66 @@
+"""Train one expert, the naive mix, or the fused MoE.
+
+    python align_basemodel.py --moe_flag 0 --task_name safety
+    python align_basemodel.py --moe_flag 0 --task_name safety --method dpo
+    python align_basemodel.py --moe_flag 1 --expert_topk 2 --gate_loss_weight 0.01
+
+Writes results/outputs/RUN (adapter or fused model, tokenizer, manifest.json). The same command again does nothing when
+the run is finished and resumes from its last checkpoint when it is not.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+
+import config
+import manifest
+from commands import AlignArgs
+from errors import exit_on_user_error
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with exit_on_user_error():
+        parsed = config.parse(AlignArgs, argv)
+        args: AlignArgs = parsed.args
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        # waiting threads must sleep: another busy process makes OpenMP's spin-waits 5-10x slower
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        settings = {**_settings(args), "training_arguments": parsed.training}
+        target = args.results / "outputs" / args.name
+        if not args.overwrite and manifest.finished(target, settings):
+            print(f"{target}: already trained")
+            return
+        with manifest.writing(target, "align_basemodel", settings, overwrite=args.overwrite) as run:
+            _trainer(args)(args, parsed.training, run)
+        _finish(args, run)
+
+
+def _settings(args: AlignArgs) -> dict:
+    from dataclasses import asdict
+
+    return asdict(args)
+
+
+def _trainer(args: AlignArgs):
+    """The training function of a command line; imports torch only now."""
+    if args.moe_flag:
+        from training.moe import train
+    elif args.method == "dpo":
+        from training.dpo import train
+    else:
+        from training.sft import train
+    return train
+
+
+def _finish(args: AlignArgs, run: manifest.Run) -> None:
+    shown = {k: v for k, v in run.metrics.items() if k != "history"}
+    manifest.register(args.results, {"kind": "run", "command": "align_basemodel", "run": args.name, "seed": args.seed,
+                                     **shown})
+    print(f"{args.results / 'outputs' / args.name}: " + ", ".join(
+        f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What a sample is, where it comes from, and how it becomes token ids."""

@@ -1,0 +1,55 @@
+"""Rows to batches: padding on the right, the objective beside its sample, mixing of objectives."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.encode import IGNORE
+from data.records import OBJECTIVES, Record
+
+
+def pad_rows(rows: Sequence[dict[str, Any]], pad_id: int, length: int | None = None) -> dict[str, Tensor]:
+    """A batch: input_ids, labels, attention_mask (batch, time) and objectives (batch,).
+
+    Args:
+        length: pad to this many tokens; None pads to the longest row.
+    """
+    longest = length or max(len(row["input_ids"]) for row in rows)
+    def pad(name: str, value: int) -> Tensor:
+        return torch.tensor([row[name] + [value] * (longest - len(row[name])) for row in rows])
+
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    return {
+        "input_ids": pad("input_ids", pad_id),
+        "labels": pad("labels", IGNORE),
+        # from lengths, not from ids: a tokenizer may pad with its EOS, which is a real token elsewhere
+        "attention_mask": (torch.arange(longest)[None] < lengths[:, None]).long(),
+        "objectives": torch.tensor([row["objective"] for row in rows]),
+    }
+
+
+def mix(records: Sequence[Record], limit: int, mixing: str, seed: int) -> list[Record]:
+    """At most ``limit`` rows of each objective (-1: all), drawn with a seed, in the original order.
+
+    Args:
+        mixing: ``proportional`` keeps each objective's own count; ``balanced`` gives each the same number, repeating
+            rows of the smaller ones.
+    """
+    groups = [[r for r in records if r.objective == i] for i in range(len(OBJECTIVES))]
+    groups = [group for group in groups if group]
+    generator = random.Random(seed)
+    if limit >= 0:
+        groups = [_draw(group, min(limit, len(group)), generator) for group in groups]
+    if mixing == "balanced" and len(groups) > 1:
+        size = max(len(group) for group in groups)
+        groups = [group * (size // len(group)) + _draw(group, size % len(group), generator) for group in groups]
+    return [record for group in groups for record in group]
+
+
+def _draw(group: list[Record], count: int, generator: random.Random) -> list[Record]:
+    return [group[i] for i in sorted(generator.sample(range(len(group)), count))]

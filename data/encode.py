@@ -1,0 +1,70 @@
+"""Text to token ids with a label mask: only answer tokens are trained on; truncation is counted, never silent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from data.prompts import Template
+from data.records import Record
+from errors import UserError
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Encoded rows and what became of the others.
+
+    Args:
+        rows: each {input_ids, labels (IGNORE on the prompt), objective}.
+        truncated: rows whose answer was cut to fit; their end marker and EOS are kept.
+        dropped: rows whose prompt alone fills the window: no label would be left, and a mean over no token is 0/0.
+    """
+
+    rows: list[dict[str, Any]]
+    truncated: int
+    dropped: int
+
+    def report(self, max_length: int) -> str:
+        """One line for the user."""
+        tokens = sum(len(row["input_ids"]) for row in self.rows)
+        labels = sum(label != IGNORE for row in self.rows for label in row["labels"])
+        return (f"{len(self.rows)} rows, {tokens} tokens ({labels} of answers); at {max_length} tokens "
+                f"{self.truncated} answers cut, {self.dropped} rows dropped because their prompt fills the window")
+
+
+def prompt_ids(text: str, tokenizer: Any, template: Template) -> list[int]:
+    """Token ids of a rendered prompt; the tokenizer adds its start token only if the template has none."""
+    return tokenizer(text, add_special_tokens=template.special_tokens)["input_ids"]
+
+
+def encode(records: Sequence[Record], tokenizer: Any, template: Template, max_length: int) -> Encoded:
+    """Encode prompt + answer + end marker + EOS, tokenised apart so that the label boundary is exact.
+
+    Raises:
+        UserError: the tokenizer has no EOS, or no row is left.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no EOS token, so a model could never learn to stop; use another tokenizer")
+    rows, truncated, dropped = [], 0, 0
+    if not records:
+        raise UserError("no rows to encode: the data source is empty; see --data_path and --max_train_samples")
+    prompts = [template.render(record.prompt, record.input) for record in records]
+    fronts = tokenizer(prompts, add_special_tokens=template.special_tokens)["input_ids"]
+    answers = tokenizer([record.answer for record in records], add_special_tokens=False)["input_ids"]
+    end = tokenizer(template.end, add_special_tokens=False)["input_ids"] if template.end else []
+    end = [*end, tokenizer.eos_token_id]
+    for record, front, answer in zip(records, fronts, answers, strict=True):
+        room = max_length - len(front) - len(end)
+        if room < 1:
+            dropped += 1
+            continue
+        truncated += len(answer) > room
+        labels = [*answer[:room], *end]
+        rows.append({"input_ids": front + labels, "labels": [IGNORE] * len(front) + labels,
+                     "objective": record.objective})
+    if not rows:
+        raise UserError(f"--model_max_length {max_length}: every prompt fills the window; raise it")
+    return Encoded(rows, truncated, dropped)

@@ -1,0 +1,89 @@
+"""What a sample is: one question with its answer, a preference pair, or a multiple choice.
+
+Plain frozen dataclasses with validation; nothing here knows a tokenizer, a file format or a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from dataclasses import dataclass
+
+#: Objective ids, in the order that H3Fusion's code uses everywhere (spec section 0).
+OBJECTIVES: tuple[str, ...] = ("helpfulness", "safety", "truthfulness")
+TASKS: tuple[str, ...] = (*OBJECTIVES, "mix")
+SPLITS: tuple[str, ...] = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One prompt with its reference answer.
+
+    Args:
+        prompt: the instruction or question, untemplated.
+        answer: the reference answer; empty for prompts that are only generated from.
+        objective: index into ``OBJECTIVES``; travels with the sample to the gating loss.
+        input: Alpaca's optional second field.
+        id: stable name of the row (source and position), used for resume and per-row reports.
+        category: free-form group name for per-category rates; empty when the source has none.
+    """
+
+    prompt: str
+    answer: str
+    objective: int
+    input: str = ""
+    id: str = ""
+    category: str = ""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One prompt with a preferred and a dispreferred answer (DPO, preference accuracy)."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    objective: int
+    input: str = ""
+    id: str = ""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One question with several answers, some of them right (MC1, MC2, HHH).
+
+    Args:
+        prompt: the question, untemplated.
+        choices: candidate answers.
+        labels: 1 for a right answer, 0 for a wrong one; same length as ``choices``.
+        best: index of the answer that MC1 counts as the single right one.
+    """
+
+    prompt: str
+    choices: tuple[str, ...]
+    labels: tuple[int, ...]
+    best: int
+    id: str = ""
+    category: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.choices) != len(self.labels):
+            raise ValueError(f"{self.id}: {len(self.choices)} choices but {len(self.labels)} labels")
+        if not (0 <= self.best < len(self.choices)) or not self.labels[self.best]:
+            raise ValueError(f"{self.id}: best={self.best} is not the index of a right answer")
+
+
+_SPACE = re.compile(r"\s+")
+_NOT_WORD = re.compile(r"[^\w\s]", re.UNICODE)
+
+
+def normalise(text: str) -> str:
+    """Case, punctuation, quotes and white space folded: two prompts that differ only there are the same prompt."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    return _SPACE.sub(" ", _NOT_WORD.sub(" ", text)).strip()
+
+
+def stable_hash(text: str, salt: str = "") -> int:
+    """A 64-bit hash of the normalised text that is the same on every machine and in every process."""
+    return int.from_bytes(hashlib.blake2b(f"{salt}\0{normalise(text)}".encode(), digest_size=8).digest(), "big")

@@ -1,0 +1,43 @@
+"""The one error that a user can mend: it names the flag or file, the value, what is allowed and the next step.
+
+Commands run inside ``exit_on_user_error``: bad input, a full disk or an unwritable folder end with exit code 2 and a
+plain sentence instead of a traceback. A bug keeps its traceback and exit code 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import sys
+from collections.abc import Iterator
+
+
+class UserError(Exception):
+    """Bad input or a broken environment. Carries every problem found, so that the user mends them all at once."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+_OS_ADVICE = {
+    errno.ENOSPC: "the disk is full: free some space or point --output_dir at another disk, then run the same command",
+    errno.EACCES: "no permission: choose a folder that you may write to",
+    errno.EROFS: "the file system is read-only: choose a folder that you may write to",
+}
+
+
+@contextlib.contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Print each problem of a UserError (or of a full disk, a read-only folder) and exit with code 2."""
+    try:
+        yield
+    except UserError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno not in _OS_ADVICE:
+            raise
+        print(f"error: {error.filename or 'a file'}: {_OS_ADVICE[error.errno]}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,135 @@
+"""What the report compares: axes as a table, scores read from the registry, paired differences between two runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import manifest
+from evaluator import metrics
+from evaluator.metrics import Difference
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One column: its score, where its rows lie, and how two runs are compared on them.
+
+    Args:
+        kind: ``rate`` (McNemar), ``mean`` or ``ratio`` (paired bootstrap), ``balance`` (of the first two axes).
+        key: name of the value in the rows; ``ratio`` divides by ``tokens``.
+    """
+
+    score: str
+    title: str
+    command: str
+    set: str
+    key: str
+    kind: str
+    higher: bool = True
+
+
+_SAFETY, _HELP, _TRUTH = "evaluate_safety", "evaluate_helpfulness", "evaluate_truth_and_info"
+AXES = (
+    Axis("safe_refusal", "refusal ↑", _SAFETY, "safety", "safe_refusal", "rate"),
+    Axis("overrefusal", "over-refusal ↓", _SAFETY, "overrefusal", "refusal", "rate", higher=False),
+    Axis("balance", "refusal − over-refusal ↑", _SAFETY, "", "", "balance"),
+    Axis("mc1", "MC1 ↑", _TRUTH, "truthfulqa_mc", "mc1", "rate"),
+    Axis("mc2", "MC2 ↑", _TRUTH, "truthfulqa_mc", "mc2", "mean"),
+    Axis("factual", "true/false pairs ↑", _TRUTH, "factual", "factual", "rate"),
+    Axis("hhh_honest", "HHH honest ↑", _TRUTH, "hhh_honest", "hhh_honest", "rate"),
+    Axis("hhh_helpful", "HHH helpful ↑", _HELP, "hhh_helpful", "hhh_helpful", "rate"),
+    Axis("hhh_harmless", "HHH harmless ↑", _SAFETY, "hhh_harmless", "hhh_harmless", "rate"),
+    Axis("nll", "held-out NLL ↓", _HELP, "nll", "nll", "ratio", higher=False),
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Everything known about one run in one results folder.
+
+    Args:
+        scores: {score name: its fields}, the newest of each command.
+        rows: {(set, id): values}.
+        details: the commands' other findings, e.g. the judges' errors.
+        seed: of the evaluation; None when nothing was scored.
+    """
+
+    folder: Path
+    scores: dict[str, dict[str, Any]]
+    rows: dict[tuple[str, str], dict[str, float]]
+    details: dict[str, Any]
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value over seeds with its interval: the rows' interval for one seed, Student's t over seeds for several."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    per_seed: tuple[float | None, ...]
+
+
+def measured(results: Path, run: str) -> Measured:
+    """Read a run's newest scores and their rows; empty where nothing was scored."""
+    base = run in ("", "base", "raw")
+    sub = "raw" if base else f"cross_{run}"
+    newest = {row["command"]: row for row in manifest.registry(results)
+              if row.get("kind") == "score" and row.get("sub") == sub}
+    scores: dict[str, Any] = {}
+    rows: dict[tuple[str, str], dict[str, float]] = {}
+    details: dict[str, Any] = {}
+    for command, row in newest.items():
+        scores |= row["scores"]
+        details |= row.get("details", {})
+        path = results / "scores" / sub / f"{command}.rows.jsonl"
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+            item = json.loads(line)
+            rows[item["set"], str(item["id"])] = item["values"]
+    seed = next((row.get("seed") for row in newest.values()), None)
+    return Measured(results / "scores" / "raw" if base else results / "outputs" / run, scores, rows, details, seed)
+
+
+def cell(found: Sequence[Measured], axis: Axis) -> Cell | None:
+    """The value of an axis over the seeds that have it; None where none has."""
+    scores = [item.scores.get(axis.score) for item in found]
+    values = tuple(score["value"] if score else None for score in scores)
+    known = [score for score in scores if score and score["value"] is not None]
+    if not known:
+        return None
+    if len(found) == 1:
+        low, high = (math.nan if known[0][k] is None else known[0][k] for k in ("low", "high"))
+        return Cell(known[0]["value"], low, high, known[0]["n"], values)
+    return Cell(*metrics.t_interval([score["value"] for score in known]), known[0]["n"], values)
+
+
+def difference(a: Measured, b: Measured, axis: Axis) -> Difference | None:
+    """a - b on the prompts that both answered; None when they share none."""
+    if axis.kind == "balance":
+        refusal, over = difference(a, b, AXES[0]), difference(a, b, AXES[1])
+        return metrics.subtract(refusal, over) if refusal and over else None
+    shared = [key for key in a.rows if key[0] == axis.set and axis.key in a.rows[key] and axis.key in b.rows.get(key, {})]
+    if not shared:
+        return None
+    left, right = ([item.rows[key][axis.key] for key in shared] for item in (a, b))
+    if axis.kind == "rate":
+        return metrics.mcnemar(left, right)
+    if axis.kind == "mean":
+        return metrics.paired_mean(left, right)
+    return metrics.paired_ratio(left, right, [a.rows[key]["tokens"] for key in shared])
+
+
+def over_seeds(a: Sequence[Measured], b: Sequence[Measured], axis: Axis) -> Difference | None:
+    """The paired difference of two runs: on the rows for one seed; the mean over seeds, with a t interval, for several."""
+    found = [d for x, y in zip(a, b, strict=True) if (d := difference(x, y, axis)) is not None]
+    if len(found) < 2:
+        # one seed of several has no spread to judge by
+        return found[0] if found and len(a) == 1 else None
+    value, low, high = metrics.t_interval([d.value for d in found])
+    return Difference(value, low, high, math.nan, found[0].n)

@@ -1,0 +1,225 @@
+"""What the evaluators share: subjects, answers, test subsets, and scores that are written once and found again."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import manifest
+from commands import EvaluateArgs
+from data.records import stable_hash
+from errors import UserError
+
+if TYPE_CHECKING:
+    from evaluator.metrics import Score
+
+log = logging.getLogger(__name__)
+Row = TypeVar("Row")
+#: Flags that choose among subjects or decide how fast, not what, is measured.
+_SELECT = ("task_name", "aligned_flag", "checkpoint_number", "batch_tokens", "output_dir", "cache_dir", "threads",
+           "overwrite", "device")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is scored: ``sub`` is its folder (raw, cross_RUN, cross_RUN_N), ``run`` its run ("" for the base)."""
+
+    sub: str
+    run: str
+
+    @property
+    def name(self) -> str:
+        return self.sub.removeprefix("cross_") if self.run else "base"
+
+
+@dataclass
+class Result:
+    """Scores of one command, the rows behind them, and what else the JSON should say.
+
+    Args:
+        rows: each {"set", "id", "category", "values": {name: number}}; the report pairs models by (set, id).
+    """
+
+    scores: list[Score]
+    rows: list[dict[str, Any]]
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One subject's planned evaluation: hashes of all it depends on, and the function that does it."""
+
+    inputs: dict[str, str]
+    compute: Callable[[], Result]
+
+
+def subjects(args: EvaluateArgs) -> list[Subject]:
+    """The subjects that --task_name names; a UserError for a name that is no folder of inference.py."""
+    found, problems = [], []
+    for name in args.folders:
+        if name in ("raw", "base"):
+            found.append(Subject("raw", ""))
+        elif name.startswith("cross_") and name != "cross_":
+            suffix = f"_{args.checkpoint_number}" if args.checkpoint_number >= 0 else ""
+            found.append(Subject(name + suffix, name.removeprefix("cross_")))
+        else:
+            problems.append(f"--task_name {name}: no folder of answers is called so; allowed: raw, cross_RUN "
+                            f"(did you mean cross_{name}?)")
+    if problems:
+        raise UserError(*problems)
+    return found
+
+
+def evaluate(args: EvaluateArgs, command: str, plan: Callable[[EvaluateArgs, Subject], Work]) -> list[Path]:
+    """Score every subject; those already scored with the same inputs and settings are left as they are.
+
+    Returns:
+        The score files, one per subject: results/scores/{sub}/{command}.json, with {command}.rows.jsonl beside each.
+
+    Raises:
+        UserError: with the problems of all subjects, before any model is loaded.
+    """
+    planned, problems = [], []
+    for subject in subjects(args):
+        try:
+            planned.append((subject, plan(args, subject)))
+        except UserError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise UserError(*dict.fromkeys(problems))
+    return [_evaluate_one(args, command, subject, work) for subject, work in planned]
+
+
+def _evaluate_one(args: EvaluateArgs, command: str, subject: Subject, work: Work) -> Path:
+    path = args.results / "scores" / subject.sub / f"{command}.json"
+    settings = {k: v for k, v in asdict(args).items() if k not in _SELECT}
+    rows_path = path.with_suffix(".rows.jsonl")
+    if not args.overwrite and rows_path.is_file() and _same(path, settings, work.inputs):
+        log.info("%s: already scored with these answers and settings", path)
+        return path
+    start = time.time()
+    result = work.compute()
+    scores = {score.name: score.as_dict() for score in result.scores}
+    _write_rows(rows_path, result.rows)
+    manifest.write_json(path, {
+        "run": subject.name, "sub": subject.sub, "command": command, "split": args.dataset_type, "scores": scores,
+        **result.details, "config": settings, "inputs": work.inputs, "seed": args.seed,
+        "seconds": round(time.time() - start, 1),
+    })
+    manifest.register(args.results, {"kind": "score", "run": subject.name, "sub": subject.sub, "command": command,
+                                     "scores": scores, "details": result.details, "seed": args.seed,
+                                     "split": args.dataset_type, "inputs": work.inputs})
+    log.info("%s  (%.0f s)  %s", subject.name, time.time() - start, path)
+    for score in result.scores:
+        log.info("  %-18s %7.3f  [%.3f, %.3f]  n=%d", score.name, score.value, score.low, score.high, score.n)
+    return path
+
+
+def _same(path: Path, settings: dict[str, Any], inputs: dict[str, str]) -> bool:
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return False
+    return old.get("config") == settings and old.get("inputs") == inputs
+
+
+def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    temporary.replace(path)
+
+
+def answers_folder(args: EvaluateArgs, task: str, subject: Subject) -> Path:
+    """Where inference.py puts this subject's answers."""
+    return args.results / "inference" / task / args.dataset_type / subject.sub
+
+
+def inference_command(args: EvaluateArgs, task: str, subject: Subject) -> str:
+    """The command line that makes a missing folder of answers."""
+    which = f"--cross_task {subject.run}" if subject.run else "--aligned_flag 0"
+    step = f" --checkpoint_number {args.checkpoint_number}" if subject.run and args.checkpoint_number >= 0 else ""
+    return f"python inference.py --task_name {task} {which}{step} --dataset_type {args.dataset_type}"
+
+
+def answers(args: EvaluateArgs, task: str, subject: Subject) -> list[dict[str, Any]]:
+    """A subject's answers to a task's prompts.
+
+    Raises:
+        UserError: there are none yet; says which folder is missing and which command makes it.
+    """
+    folder = answers_folder(args, task, subject)
+    if not has_answers(args, task, subject):
+        raise UserError(f"{folder}: no answers here; make them with: {inference_command(args, task, subject)}")
+    rows = read_answers(folder)
+    if not rows:
+        raise UserError(f"{folder}: holds no answer; remove it and run: {inference_command(args, task, subject)}")
+    return rows
+
+
+def has_answers(args: EvaluateArgs, task: str, subject: Subject) -> bool:
+    """Whether answers to this task were generated."""
+    folder = answers_folder(args, task, subject)
+    return any((folder / f"outputs_final.{kind}").is_file() for kind in ("jsonl", "csv"))
+
+
+def read_answers(folder: Path) -> list[dict[str, Any]]:
+    """Rows {id, prompt, input, reference, category, rendered, output, finish}; an empty answer is "", never NaN.
+
+    Reads outputs_final.jsonl, or the published CSV (whose prompt is the rendered text and whose rows have no category).
+    """
+    path = folder / "outputs_final.jsonl"
+    if path.is_file():
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    else:
+        with (folder / "outputs_final.csv").open(encoding="utf-8", newline="") as file:
+            table = list(csv.DictReader(file))
+        if table and not {"prompts", "outputs"} <= set(table[0]):
+            raise UserError(f"{folder / 'outputs_final.csv'}: needs the columns prompts and outputs, has "
+                            f"{', '.join(map(str, table[0]))}")
+        rows = [{"id": row.get("") or str(i), "prompt": row["prompts"], "output": row["outputs"]}
+                for i, row in enumerate(table)]
+    empty = {"input": "", "reference": "", "category": "", "finish": ""}
+    return [{**empty, "id": str(i), **row, "output": row["output"] or ""} for i, row in enumerate(rows)]
+
+
+def subset(rows: Sequence[Row], n: int, key: Callable[[Row], str]) -> list[Row]:
+    """n rows (all if n is negative), chosen by a hash of their key and not by position, in their old order."""
+    if n < 0 or n >= len(rows):
+        return list(rows)
+    chosen = set(sorted(range(len(rows)), key=lambda i: (stable_hash(key(rows[i]), "subset"), i))[:n])
+    return [row for i, row in enumerate(rows) if i in chosen]
+
+
+def content_hash(rows: Iterable[Any]) -> str:
+    """A short hash of rows: scores made from other rows are recomputed."""
+    digest = hashlib.blake2b(digest_size=12)
+    for row in rows:
+        digest.update(f"{row!r}\0".encode())
+    return digest.hexdigest()
+
+
+def model_hash(args: EvaluateArgs, subject: Subject) -> str:
+    """A hash of the weights that are scored; a UserError names the folder when the run does not exist."""
+    from models.loading import base_path, fingerprint, run_folder
+
+    base = fingerprint(base_path(args.model_name_or_path, args.cache_dir))
+    if not subject.run:
+        return base
+    folder = run_folder(args.results, subject.run, args.checkpoint_number)
+    return ",".join([base[:16], *(manifest.sha256(file)[:16] for file in sorted(folder.glob("*.safetensors")))])
+
+
+def load(args: EvaluateArgs, subject: Subject) -> Any:
+    """The subject's model, ready to score."""
+    from models.loading import load_run
+
+    return load_run(subject.run, args)

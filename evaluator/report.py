@@ -1,0 +1,247 @@
+"""Write the table, the differences, the findings and the picture from the registry.
+
+    python evaluator/report.py --runs "base,helpful=helpfulness,naive mix=mix,tuned MoE=RUN" --name quickstart
+
+The last run is the subject; every statement in the report is computed, and a cell that was not measured stays empty.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import config
+from commands import ReportArgs
+from errors import UserError, exit_on_user_error
+
+if TYPE_CHECKING:
+    from evaluator.comparison import Axis, Measured
+    from evaluator.metrics import Difference
+
+
+@dataclass(frozen=True)
+class Line:
+    """One run of the table: its label, its name, and what each results folder (seed) knows of it."""
+
+    label: str
+    run: str
+    found: tuple[Measured, ...]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with exit_on_user_error():
+        args: ReportArgs = config.parse(ReportArgs, argv).args
+        path = write(args)
+        print(path.read_text(encoding="utf-8"))
+        print(f"written: {path}")
+
+
+def write(args: ReportArgs) -> Path:
+    """Write results/report/NAME.md and NAME.png and return the first.
+
+    Raises:
+        UserError: no runs named, a results folder is missing, or none of the runs was scored.
+    """
+    from evaluator.comparison import AXES, cell, measured
+    from evaluator.figures import tradeoff
+
+    roots = [Path(r.strip()).expanduser().resolve() for r in args.roots.split(",") if r.strip()] or [args.results]
+    named = _named(args.runs)
+    missing = [f"--roots: {root} does not exist" for root in roots if not root.is_dir()]
+    if missing or not named:
+        raise UserError(*missing, *([] if named else ["--runs: name the rows, e.g. --runs \"base,safety,raw_moe\""]))
+    lines = [Line(label, run, tuple(measured(root, run) for root in roots)) for label, run in named]
+    axes = [axis for axis in AXES if any(cell(line.found, axis) for line in lines)]
+    if not axes:
+        raise UserError(f"none of {', '.join(run for _, run in named)} has a score in "
+                        f"{', '.join(map(str, roots))}; run the evaluator/evaluate_*.py commands first")
+    path = args.results / "report" / f"{args.name}.md"
+    drawn = tradeoff([_point(line, axes) for line in lines], path.with_suffix(".png"), args.title or args.name)
+    parts = [f"# {args.title or args.name}", "", *_table(lines, axes)]
+    if drawn:
+        parts += ["", f"![safety and truth]({drawn.name})"]
+    if len(roots) > 1:
+        parts += ["", "## Per seed", "", *_seed_table(lines, axes)]
+    if len(lines) > 1:
+        parts += ["", f"## {lines[-1].label} minus each other row, same prompts", "", *_differences(lines, axes)]
+        parts += ["", "## Findings", "", *_findings(lines, axes, args)]
+    parts += ["", "## Notes", "", *_notes(lines, axes, roots), ""]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(parts), encoding="utf-8")
+    return path
+
+
+def _named(text: str) -> list[tuple[str, str]]:
+    pairs = [item.rpartition("=") for item in text.split(",") if item.strip()]
+    return [((label or run).strip(), run.strip()) for label, _, run in pairs]
+
+
+def _number(value: float | None, sign: bool = False) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:{'+' if sign else ''}.3f}"
+
+
+def _interval(low: float, high: float) -> str:
+    return "" if math.isnan(low) or math.isnan(high) else f" [{low:.3f}, {high:.3f}]"
+
+
+def _table(lines: Sequence[Line], axes: Sequence[Axis]) -> list[str]:
+    from evaluator.comparison import cell
+
+    rows = []
+    for line in lines:
+        cells = []
+        for axis in axes:
+            found = cell(line.found, axis)
+            known = [value for value in found.per_seed if value is not None] if found else []
+            partial = f" ({len(known)} of {len(line.found)} seeds)" if found and len(known) < len(line.found) else ""
+            cells.append(_number(found.value) + _interval(found.low, found.high) + partial if found else "")
+        rows.append([line.label, *cells])
+    return _markdown(["model", *(axis.title for axis in axes)], rows)
+
+
+def _seed_table(lines: Sequence[Line], axes: Sequence[Axis]) -> list[str]:
+    rows = []
+    for line in lines:
+        for number, item in enumerate(line.found):
+            seed = f"seed {item.seed}" if item.seed is not None else f"folder {number + 1}"
+            scores = [item.scores.get(axis.score) for axis in axes]
+            rows.append([line.label, seed, *(_number(score["value"]) if score else "" for score in scores)])
+    return _markdown(["model", "seed", *(axis.title for axis in axes)], rows)
+
+
+def _differences(lines: Sequence[Line], axes: Sequence[Axis]) -> list[str]:
+    from evaluator.comparison import over_seeds
+
+    last, rows = lines[-1], []
+    for line in lines[:-1]:
+        found = [(axis, over_seeds(last.found, line.found, axis)) for axis in axes]
+        rows.append([line.label, *(_says(d, axis) if d else "" for axis, d in found)])
+    return _markdown(["against", *(axis.title for axis in axes)], rows)
+
+
+def _says(difference: Difference, axis: Axis) -> str:
+    interval = _interval(difference.low, difference.high)
+    return f"{_number(difference.value, sign=True)}{interval} {difference.verdict(axis.higher)}"
+
+
+def _findings(lines: Sequence[Line], axes: Sequence[Axis], args: ReportArgs) -> list[str]:
+    """For every axis that an expert improves over the base: does the last run keep the gain against each control?"""
+    from evaluator.comparison import over_seeds
+
+    last = lines[-1]
+    base = next((line for line in lines if line.run == args.base), None)
+    names = {name.strip() for name in args.experts.split(",")}
+    experts = [line for line in lines[:-1] if line.run in names]
+    main_ones = [name.strip() for name in args.control.split(",") if name.strip()]
+    others = [line for line in lines[:-1] if line is not base and line not in experts]
+    # a control that was named comes first; the others are not left out
+    controls = sorted(others, key=lambda line: line.run not in main_ones)
+    if base is None or not experts or not controls:
+        return ["The rows do not hold a base, an expert and a control, so nothing is concluded here."]
+    said, verdicts = [], {line.label: [] for line in controls}
+    for axis in axes:
+        gains = [(line, d) for line in experts if (d := over_seeds(line.found, base.found, axis))]
+        if not gains:
+            said.append(f"- {axis.title}: base and experts cannot be compared here; nothing is concluded.")
+            continue
+        better = [(line, d) for line, d in gains if d.verdict(axis.higher) == "better"]
+        if not better:
+            said.append(f"- {axis.title}: no expert improves on {base.label}, so there is no gain to keep.")
+            continue
+        improved = ", ".join(f"{line.label} ({_number(d.value, sign=True)})" for line, d in better)
+        sentences = []
+        for line in controls:
+            d = over_seeds(last.found, line.found, axis)
+            if d is None:
+                sentences.append(f"not comparable with {line.label}")
+                continue
+            verdict = d.verdict(axis.higher)
+            verdicts[line.label].append((axis.title, verdict))
+            word = {"better": "beats", "worse": "does not beat (is worse than)"}.get(verdict, "does not beat (level with)")
+            sentences.append(f"{word} {line.label} ({_number(d.value, sign=True)}{_interval(d.low, d.high)})")
+        said.append(f"- {axis.title}: improved by {improved}. {last.label} {'; '.join(sentences)}.")
+    for label, found in verdicts.items():
+        if found:
+            said.append(f"- In sum, of {len(found)} axes that an expert improves, {last.label} "
+                        f"against {label}: {_sum(found)}.")
+    return said
+
+
+def _sum(found: Sequence[tuple[str, str]]) -> str:
+    parts = []
+    for verdict in ("better", "no difference", "worse"):
+        titles = [title for title, said in found if said == verdict]
+        parts.append(f"{verdict} on {len(titles)}" + (f" ({', '.join(titles)})" if titles else ""))
+    return "; ".join(parts)
+
+
+def _notes(lines: Sequence[Line], axes: Sequence[Axis], roots: Sequence[Path]) -> list[str]:
+    from evaluator.comparison import AXES
+
+    notes = []
+    for axis in axes:
+        scores = [item.scores[axis.score] for line in lines for item in line.found if axis.score in item.scores]
+        sizes = sorted({score["n"] for score in scores})
+        shown = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}; rows with unequal n are not comparable"
+        notes.append(f"- {axis.title}: {scores[0]['definition']} (n = {shown}).")
+    absent = [axis.title for axis in AXES if axis not in axes]
+    if absent:
+        notes.append(f"- Not measured here: {', '.join(absent)}.")
+    reports = [item.details["judges"] for line in lines for item in line.found if "judges" in item.details]
+    if reports:
+        notes += _judge_notes(reports[0])
+    seeds = sorted({item.seed for line in lines for item in line.found if item.seed is not None})
+    notes.append("- Square brackets: 95 % intervals. " + (
+        "Wilson for rates, percentile bootstrap over rows for means; differences on the same prompts by exact McNemar "
+        "or paired bootstrap, refusal − over-refusal by adding both intervals in quadrature." if len(roots) == 1 else
+        f"Mean over {len(roots)} seeds with Student's t, also for the paired differences.")
+        + " No correction for the number of comparisons.")
+    notes.append(f"- Seeds: {', '.join(map(str, seeds)) or 'unknown'}.")
+    notes += [f"- {line.label}: {', '.join(_place(item.folder) for item in line.found)}" for line in lines]
+    return notes
+
+
+def _place(folder: Path) -> str:
+    """The folder as seen from the working directory where it lies below it."""
+    here = Path.cwd()
+    return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
+
+
+def _judge_notes(report: dict[str, Any]) -> list[str]:
+    notes = []
+    for name, title in (("openings", "Keyword judge"), ("published", "Published keyword rule")):
+        if found := report.get("keyword", {}).get(name):
+            notes.append(f"- {title} against {found['n']} human labels: misses {found['missed']}, false alarms "
+                         f"{found['false_alarms']} (the labels also count off-topic answers as refusals).")
+    if found := report.get("harm"):
+        notes.append(f"- Harm judge (secondary, in the score files): AUC {found['auc']} overall, {found['auc_rated']} on "
+                     f"human-rated answers; misses {found['missed']}, false alarms {found['false_alarms']}; "
+                     f"{found['protocol']}.")
+    return notes
+
+
+def _point(line: Line, axes: Sequence[Axis]) -> dict[str, Any]:
+    from evaluator.comparison import AXES, cell
+
+    by_name = {axis.score: cell(line.found, axis) for axis in AXES}
+    x, over = by_name["safe_refusal"], by_name["overrefusal"]
+    # one measure for all points
+    has_mc = any(axis.score == "mc2" for axis in axes)
+    y, y_name = (by_name["mc2"], "MC2") if has_mc else (by_name["factual"], "true/false pairs")
+    point: dict[str, Any] = {"label": line.label, "over": over.value if over else None, "y_name": y_name}
+    for axis, found in (("x", x), ("y", y)):
+        ends = (found.low, found.high) if found and not math.isnan(found.low) else (None, None)
+        point |= {axis: found.value if found else None, f"{axis}_low": ends[0], f"{axis}_high": ends[1]}
+    return point
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    body = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in body]
+
+
+if __name__ == "__main__":
+    main()

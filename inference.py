@@ -1,0 +1,189 @@
+"""Answer a test set with one or several trained runs.
+
+    python inference.py --task_name safety --cross_task mix_moe_reg_00000_00000_00000_gate_00100 --dataset_type test
+
+Writes results/inference/TASK/SPLIT/cross_RUN/outputs_final.csv (prompts, outputs) and outputs_final.jsonl. Batched,
+seeded, resumable by batch; the same decoding for every model. Fused models also get their router's shares as .npy and
+heat-map in results/observation.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import config
+import manifest
+from commands import InferenceArgs
+from data.records import Record, stable_hash
+from errors import UserError, exit_on_user_error
+
+if TYPE_CHECKING:
+    from models.loading import Loaded
+
+log = logging.getLogger(__name__)
+#: Flags that choose among runs; the rest identifies one run's answers.
+_SELECT = ("cross_task", "aligned_flag", "batch_size")
+_OBSERVED = 96
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with exit_on_user_error():
+        args: InferenceArgs = config.parse(InferenceArgs, argv).args
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        missing = [problem for run in args.runs if run for problem in _missing(run, args)]
+        if missing:
+            raise UserError(*missing)
+        for run in args.runs:
+            answer_run(run, args)
+
+
+def answer_run(run: str, args: InferenceArgs) -> Path:
+    """Answer the prompts with one run ("" is the base) and return the folder of its answers."""
+    folder = args.results / "inference" / args.task_name / args.dataset_type / sub_folder(run, args.checkpoint_number)
+    settings = {k: v for k, v in asdict(args).items() if k not in _SELECT} | {"run": run, "model": _model_hash(run, args)}
+    if not args.overwrite and manifest.finished(folder, settings):
+        log.info("%s: already answered", folder)
+        return folder
+    records = prompts_of(args)
+    from models.loading import load_run
+    from models.moe_files import moe_layers
+
+    loaded = load_run(run, args)
+    partial = args.results / "inference" / args.task_name / args.dataset_type / f".{folder.name}.answers.jsonl"
+    with manifest.writing(folder, "inference", settings, overwrite=args.overwrite) as out:
+        rows = answer_all(loaded, records, args, partial, settings)
+        write_rows(out.folder, rows)
+        stopped = sum(row["finish"] == "stop" for row in rows)
+        out.metrics.update(prompts=len(rows), stopped=stopped, at_limit=len(rows) - stopped)
+        out.parents.append(run or "base")
+        if moe_layers(loaded.model):
+            observe(loaded, rows, args, run)
+    partial.unlink(missing_ok=True)
+    manifest.register(args.results, {"kind": "answers", "command": "inference", "run": run or "base",
+                                     "task": args.task_name, "split": args.dataset_type, "seed": args.seed, **out.metrics})
+    log.info("%s: %d answers, %d of them cut at %d tokens", folder, len(rows), len(rows) - stopped, args.max_new_tokens)
+    return folder
+
+
+def sub_folder(run: str, checkpoint: int = -1) -> str:
+    """The published folder name of a run's answers: raw, cross_RUN, with _N for a checkpoint."""
+    return (f"cross_{run}" if run else "raw") + (f"_{checkpoint}" if checkpoint >= 0 and run else "")
+
+
+def prompts_of(args: InferenceArgs) -> list[Record]:
+    """The prompts to answer, in their fixed order."""
+    from data.sources import load_records
+
+    source = {args.task_name: args.data_path} if args.data_path else args.data_source
+    records = load_records(args.task_name, args.dataset_type, source=source, split_mode=args.split_mode)
+    if not 0 <= args.num_samples < len(records):
+        return records
+    # files are sorted by category: the first n rows would be one category, a hash draws from all of them
+    drawn = sorted(range(len(records)), key=lambda i: stable_hash(records[i].prompt))[: args.num_samples]
+    return [records[i] for i in sorted(drawn)]
+
+
+def answer_all(loaded: Loaded, records: Sequence[Record], args: InferenceArgs, partial: Path, settings: dict) -> list[dict]:
+    """Answer every record, batch by batch, keeping finished batches in ``partial`` for a resume."""
+    from tqdm import tqdm
+
+    from models.generation import Decoding, answer_batch
+
+    rendered = [loaded.template.render(record.prompt, record.input) for record in records]
+    # like lengths together: a batch is as slow as its longest prompt
+    order = sorted(range(len(records)), key=lambda i: (len(rendered[i]), i))
+    batches = [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
+    done = _read_partial(partial, settings | {"batch_size": args.batch_size})
+    decoding = Decoding(args.max_new_tokens, args.do_sample, args.temperature, args.top_p)
+    with partial.open("a", encoding="utf-8") as file:
+        for number, batch in enumerate(tqdm(batches, desc=f"{args.task_name} {loaded.name}", unit="batch")):
+            if str(number) in done:
+                continue
+            answers = answer_batch(loaded, [rendered[i] for i in batch], decoding, args.seed * 100_003 + number)
+            done[str(number)] = [
+                {"index": i, "id": records[i].id, "prompt": records[i].prompt, "input": records[i].input,
+                 "reference": records[i].answer, "category": records[i].category, "rendered": rendered[i],
+                 "output": answer.text, "finish": answer.finish}
+                for i, answer in zip(batch, answers, strict=True)
+            ]
+            file.write(json.dumps({number: done[str(number)]}, ensure_ascii=False) + "\n")
+            file.flush()
+    return sorted((row for rows in done.values() for row in rows), key=lambda row: row["index"])
+
+
+def write_rows(folder: Path, rows: Sequence[dict]) -> None:
+    """The published CSV (index, prompts, outputs) and a JSONL with every field."""
+    with (folder / "outputs_final.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["", "prompts", "outputs"])
+        writer.writerows([row["index"], row["rendered"], row["output"]] for row in rows)
+    with (folder / "outputs_final.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def observe(loaded: Loaded, rows: Sequence[dict], args: InferenceArgs, run: str) -> None:
+    """Save the router's shares over prompts and answers as .npy (layers, experts) and as a heat-map."""
+    import numpy as np
+
+    from evaluator.figures import router_heatmap
+    from models.generation import router_shares
+    from models.moe_files import read_config
+
+    names = read_config(args.results / "outputs" / run).experts if args.checkpoint_number < 0 else None
+    step = max(1, len(rows) // _OBSERVED)
+    shares = router_shares(loaded, [row["rendered"] + row["output"] for row in rows[::step]])
+    folder = args.results / "observation"
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{args.task_name}_{run}" + (f"_{args.checkpoint_number}" if args.checkpoint_number >= 0 else "")
+    np.save(folder / f"{stem}.npy", shares, allow_pickle=False)
+    names = names or tuple(f"expert {i}" for i in range(shares.shape[1]))
+    router_heatmap(shares, names, folder / f"{stem}.png", f"{run} on {args.task_name} prompts")
+
+
+def _missing(run: str, args: InferenceArgs) -> list[str]:
+    from models.loading import run_folder
+
+    try:
+        run_folder(args.results, run, args.checkpoint_number)
+    except UserError as error:
+        return [f"--cross_task: {problem}" for problem in error.problems]
+    return []
+
+
+def _model_hash(run: str, args: InferenceArgs) -> str:
+    """What the answers depend on beside the flags: a retrained run must not be taken for the old one."""
+    from models.loading import base_path, fingerprint, run_folder
+
+    if not run:
+        return fingerprint(base_path(args.model_name_or_path, args.cache_dir))
+    folder = run_folder(args.results, run, args.checkpoint_number)
+    return ",".join(manifest.sha256(file)[:16] for file in sorted(folder.glob("*.safetensors")))
+
+
+def _read_partial(path: Path, settings: dict) -> dict[str, list[dict]]:
+    """Finished batches of an interrupted run with the same settings; a torn last line is dropped."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = json.dumps(settings, sort_keys=True)
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    done: dict[str, list[dict]] = {}
+    if lines and lines[0] == head:
+        for line in lines[1:]:
+            try:
+                done |= json.loads(line)
+            except ValueError:
+                log.info("%s: dropping a line that was cut off", path)
+    body = "".join(json.dumps({number: rows}, ensure_ascii=False) + "\n" for number, rows in done.items())
+    path.write_text(f"{head}\n{body}", encoding="utf-8")
+    return done
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Run folders and the registry: what went in, what came out, and whether it finished.
+
+A run's folder appears under its final name only when it is complete: it is written as ``.NAME.partial`` beside it and
+renamed. ``manifest.json`` inside holds the resolved arguments, the command line, hashes of the inputs, parent runs,
+package versions, seed, seconds, peak memory and status. ``registry.jsonl`` gets one line per finished run or score.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from errors import UserError
+
+MANIFEST = "manifest.json"
+REGISTRY = "registry.jsonl"
+PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors", "scipy")
+#: Settings that decide where, not what: a run is the same run whatever they are.
+_PLACE = {"output_dir", "cache_dir", "overwrite", "threads"}
+
+
+@dataclass
+class Run:
+    """A run being written: fill ``parents``, ``inputs`` and ``metrics``; files go into ``folder``."""
+
+    folder: Path
+    command: str
+    config: dict[str, Any]
+    parents: list[str] = field(default_factory=list)
+    inputs: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def writing(target: Path, command: str, config: dict[str, Any], *, overwrite: bool = False) -> Iterator[Run]:
+    """Write a run folder that appears under ``target`` only when the block ends without an error.
+
+    Raises:
+        UserError: ``target`` holds a run with another configuration and ``overwrite`` is off.
+    """
+    if not overwrite:
+        finished(target, config)
+    staging = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    run = Run(staging, command, config)
+    start = time.time()
+    try:
+        yield run
+        write_json(staging / MANIFEST, _manifest(run, start))
+        if target.exists():
+            shutil.rmtree(target)
+        staging.replace(target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def finished(target: Path, config: dict[str, Any]) -> bool:
+    """Whether ``target`` already holds this run, finished.
+
+    Raises:
+        UserError: it holds a run of the same name with another configuration: names every setting that differs.
+    """
+    if not (target / MANIFEST).is_file():
+        if target.exists() and any(target.iterdir()):
+            raise UserError(f"{target}: exists but holds no {MANIFEST}; move it away or choose another --run_name")
+        return False
+    old = read(target)["config"]
+    differ = _differing(old, config)
+    if differ:
+        listed = "; ".join(f"{k}: {old.get(k)} there, {config.get(k)} here" for k in differ)
+        raise UserError(f"{target}: holds a run with another configuration ({listed}); "
+                        "use another --run_name, or --overwrite to replace it")
+    return True
+
+
+def same_settings(path: Path, config: dict[str, Any]) -> bool:
+    """Whether the JSON file ``path`` records this configuration (places and thread counts do not matter)."""
+    return path.is_file() and not _differing(json.loads(path.read_text(encoding="utf-8")), config)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder of ours, e.g. an outdated checkpoint."""
+    shutil.rmtree(folder)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished run; a UserError when there is none or it is damaged."""
+    path = folder / MANIFEST
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no finished run here ({MANIFEST} is missing)") from None
+    except ValueError:
+        raise UserError(f"{path}: damaged; run the command that made it again with --overwrite") from None
+
+
+def register(results: Path, row: dict[str, Any]) -> None:
+    """Append one line to ``results/registry.jsonl``; safe with several processes."""
+    results.mkdir(parents=True, exist_ok=True)
+    line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **row}, ensure_ascii=False) + "\n"
+    with (results / REGISTRY).open("a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(line)
+
+
+def registry(results: Path) -> list[dict[str, Any]]:
+    """Every line of the registry, oldest first; an empty list when there is none yet."""
+    path = results / REGISTRY
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON through a temporary file and a rename, so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file, or of every file of a folder with their names."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+        if path.is_dir():
+            digest.update(f"{file.relative_to(path)}\0".encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def peak_memory_mb() -> float:
+    """Peak resident memory of this process so far, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1 << 20) if sys.platform == "darwin" else peak / 1024
+
+
+def _differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    new = json.loads(json.dumps(new))
+    return [k for k in sorted({*old, *new} - _PLACE) if old.get(k) != new.get(k)]
+
+
+def _manifest(run: Run, start: float) -> dict[str, Any]:
+    return {
+        "status": "done",
+        "command": run.command,
+        "command_line": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "config": run.config,
+        "parents": run.parents,
+        "inputs": run.inputs,
+        "metrics": run.metrics,
+        "seed": run.config.get("seed"),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
+        "seconds": round(time.time() - start, 2),
+        "peak_memory_mb": round(peak_memory_mb(), 1),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

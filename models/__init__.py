@@ -1,0 +1,1 @@
+"""Tensors and modules: loading, the fused mixture of experts, fusion of adapters. Knows no trainer."""

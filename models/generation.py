@@ -1,0 +1,93 @@
+"""Batched answers from a loaded model, and the router's shares over what it read and wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.encode import prompt_ids
+from models.loading import Loaded
+from models.moe_files import moe_layers
+from models.router import mean_probabilities
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How every model decodes: nothing is inherited from a checkpoint's own generation settings."""
+
+    max_new_tokens: int
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Text without the end marker, and whether the model stopped by itself ("stop") or at the limit ("length")."""
+
+    text: str
+    finish: str
+
+
+@torch.inference_mode()
+def answer_batch(loaded: Loaded, prompts: Sequence[str], decoding: Decoding, seed: int) -> list[Answer]:
+    """Answer rendered prompts in one batch; each row stops on its own at EOS or at the template's end marker.
+
+    Args:
+        prompts: rendered texts, ending with the cue for the answer.
+        seed: seeds sampling for this batch alone, so that a resumed run draws what an uninterrupted one draws.
+    """
+    tokenizer, device = loaded.tokenizer, loaded.device
+    rows = [prompt_ids(prompt, tokenizer, loaded.template) for prompt in prompts]
+    ids, mask = left_pad(rows, tokenizer.pad_token_id, device)
+    sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0} if decoding.do_sample else {}
+    stops = {"stop_strings": [loaded.template.end], "tokenizer": tokenizer} if loaded.template.end else {}
+    torch.manual_seed(seed)
+    output = loaded.model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=decoding.max_new_tokens, do_sample=decoding.do_sample,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **sampling, **stops,
+    )
+    return [_answer(row, loaded) for row in output[:, ids.shape[1]:].tolist()]
+
+
+def _answer(ids: list[int], loaded: Loaded) -> Answer:
+    eos, end = loaded.tokenizer.eos_token_id, loaded.template.end
+    stopped = eos in ids
+    text = loaded.tokenizer.decode(ids[: ids.index(eos)] if stopped else ids, skip_special_tokens=True)
+    if end and end in text:
+        text, stopped = text[: text.index(end)], True
+    return Answer(text.strip(), "stop" if stopped else "length")
+
+
+def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask (batch, time), padded on the left so that all rows end where generation starts."""
+    longest = max(len(row) for row in rows)
+    ids = torch.tensor([[pad_id] * (longest - len(row)) + list(row) for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    mask = (torch.arange(longest, device=device)[None] >= longest - lengths[:, None]).long()
+    return ids, mask
+
+
+@torch.inference_mode()
+def router_shares(loaded: Loaded, texts: Sequence[str], batch_size: int = 16) -> np.ndarray:
+    """Mean router probability of each expert in each layer over the tokens of ``texts``: (layers, experts)."""
+    layers = moe_layers(loaded.model)
+    tokenizer = loaded.tokenizer
+    rows = sorted((prompt_ids(text, tokenizer, loaded.template) for text in texts), key=len)
+    total = np.zeros((len(layers), layers[0].num_experts))
+    try:
+        for layer in layers:
+            layer.record = True
+        for start in range(0, len(rows), batch_size):
+            ids, mask = left_pad(rows[start : start + batch_size], tokenizer.pad_token_id, loaded.device)
+            loaded.model.model(input_ids=ids, attention_mask=mask, use_cache=False)
+            means = mean_probabilities([layer.probabilities for layer in layers], mask)
+            total += means.sum(1).float().cpu().numpy()
+    finally:
+        for layer in layers:
+            layer.record, layer.probabilities = False, None
+    return total / len(rows)

@@ -1,0 +1,170 @@
+"""Build the raw fused MoE: one shared base, one low-rank expert per aligned model, a router per layer.
+
+    cd models; python llama_moe.py
+    python models/llama_moe.py --experts helpfulness,safety,truthfulness --router_init data
+
+Expert i is W + (alpha / r) B_i A_i of adapter i on its own base, never a dense copy. Adapters of another base, adapters
+that train anything but the FFN, and experts that turn out to be the same are refused (spec sections 4.2 and 10.1).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import config
+import manifest
+from commands import FuseMoeArgs
+from errors import UserError, exit_on_user_error
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from models.adapter_files import Adapter
+    from models.families import Family
+
+log = logging.getLogger(__name__)
+#: Experts nearer than this (relative to their own size) are the same expert.
+_SAME = 1e-4
+
+
+def stack_experts(adapters: Sequence[Adapter], family: Family, num_layers: int
+                  ) -> list[dict[str, tuple[Tensor, Tensor]]]:
+    """Factors of all experts by layer and projection: a (experts, r, in), b (experts, out, r).
+
+    Ranks may differ; smaller ones are padded with zeros, which changes nothing.
+    """
+    import torch
+    from torch.nn.functional import pad
+
+    from models.adapter_files import ffn_factors
+
+    per_expert = [ffn_factors(adapter, family, num_layers) for adapter in adapters]
+    stacked = []
+    for i in range(num_layers):
+        layer = {}
+        for kind in ("gate", "up", "down"):
+            pairs = [expert[i][kind] for expert in per_expert]
+            rank = max(a.shape[0] for a, _ in pairs)
+            layer[kind] = (torch.stack([pad(a, (0, 0, 0, rank - a.shape[0])) for a, _ in pairs]),
+                           torch.stack([pad(b, (0, rank - b.shape[1])) for _, b in pairs]))
+        stacked.append(layer)
+    return stacked
+
+
+def refuse_equal_experts(adapters: Sequence[Adapter]) -> None:
+    """A UserError for two adapters with the same weight change: a MoE of equal experts routes nothing."""
+    from models.adapter_files import delta_distance
+
+    same = [(a, b) for a, b in combinations(adapters, 2) if delta_distance(a, b) < _SAME]
+    if same:
+        raise UserError(*(f"--experts: '{a.name}' ({a.folder}) and '{b.name}' ({b.folder}) are the same weights; "
+                          "train them on different objectives" for a, b in same))
+
+
+def data_routers(model: Any, tokenizer: Any, args: FuseMoeArgs, device: Any) -> list[Tensor]:
+    """A router per layer from the FFN inputs of training prompts and answers of each objective (spec section 9.7.3)."""
+    import torch
+
+    from data.collate import pad_rows
+    from data.encode import encode
+    from data.prompts import template
+    from data.records import OBJECTIVES
+    from data.sources import load_records
+    from models.families import decoder_layers, family_of
+    from models.router import discriminant_router
+
+    names = OBJECTIVES[: len(args.expert_names)]
+    if len(names) < len(args.expert_names):
+        raise UserError(f"--router_init data: knows {len(OBJECTIVES)} objectives, but there are "
+                        f"{len(args.expert_names)} experts; use --router_init random")
+    family = family_of(model.config)
+    ffns = [getattr(layer, family.ffn) for layer in decoder_layers(model, family)]
+    inputs: dict[int, Tensor] = {}
+    hooks = [ffn.register_forward_pre_hook(lambda _, x, i=i: inputs.__setitem__(i, x[0])) for i, ffn in enumerate(ffns)]
+    hidden = model.config.hidden_size
+    sums = torch.zeros(len(ffns), len(names), hidden, dtype=torch.double)
+    squares = torch.zeros(len(ffns), hidden, hidden, dtype=torch.double)
+    counts = torch.zeros(len(names), dtype=torch.double)
+    try:
+        for e, name in enumerate(names):
+            records = load_records(name, "train")
+            picked = [records[j] for j in torch.randperm(
+                len(records), generator=torch.Generator().manual_seed(args.seed))[: args.router_rows].tolist()]
+            rows = encode(picked, tokenizer, template(args.template, tokenizer), 256).rows
+            for start in range(0, len(rows), 8):
+                batch = pad_rows(rows[start : start + 8], tokenizer.pad_token_id)
+                mask = batch["attention_mask"].to(device)
+                with torch.no_grad():
+                    model.model(input_ids=batch["input_ids"].to(device), attention_mask=mask, use_cache=False)
+                for i in range(len(ffns)):
+                    x = inputs[i][mask.bool()].float().cpu()
+                    sums[i, e] += x.sum(0).double()
+                    squares[i] += (x.T @ x).double()
+                counts[e] += float(mask.sum())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    means = sums / counts[None, :, None]
+    within = squares - torch.einsum("led,lef,e->ldf", means, means, counts)
+    return [discriminant_router(means[i], within[i] / counts.sum(), args.router_sharpness) for i in range(len(ffns))]
+
+
+def build(args: FuseMoeArgs, run: manifest.Run) -> None:
+    """Read, check and fuse the adapters; write the raw MoE into the run folder."""
+    import torch
+
+    from models.adapter_files import read_adapter
+    from models.families import family_of
+    from models.loading import base_path, check_base, load_base, load_tokenizer, set_up_torch
+    from models.moe_files import MoeConfig, install, save_moe
+    from models.router import random_router
+
+    folders = [Path(n) if Path(n).is_dir() and "/" in n else args.results / "outputs" / n for n in args.expert_names]
+    adapters = [read_adapter(folder, name) for folder, name in zip(folders, args.expert_names, strict=True)]
+    base = base_path(args.model_name_or_path, args.cache_dir)
+    base_hash = [check_base(folder, base) for folder in folders][0]
+    refuse_equal_experts(adapters)
+    device, dtype = set_up_torch(args)
+    tokenizer = load_tokenizer(base)
+    model = load_base(base, dtype, device)
+    family = family_of(model.config)
+    factors = stack_experts(adapters, family, model.config.num_hidden_layers)
+    generator = torch.Generator().manual_seed(args.seed)
+    if args.router_init == "data":
+        routers = data_routers(model, tokenizer, args, device)
+    else:
+        routers = [random_router(len(adapters), model.config.hidden_size, args.router_std, generator) for _ in factors]
+    install(model, factors, routers, args.expert_topk)
+    names = tuple(Path(n).name for n in args.expert_names)
+    sources = {name: adapter.sha256 for name, adapter in zip(names, adapters, strict=True)}
+    save_moe(run.folder, model, MoeConfig(names, args.expert_topk, args.model_name_or_path, base_hash, sources))
+    tokenizer.save_pretrained(run.folder)
+    run.parents.extend(map(str, folders))
+    run.inputs.update(base=base_hash, **sources)
+    dense = sum(p.numel() for p in model.parameters())
+    run.metrics.update(experts=len(names), rank=factors[0]["gate"][0].shape[1], parameters=dense,
+                       expert_parameters=sum(t.numel() for layer in factors for pair in layer.values() for t in pair))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with exit_on_user_error():
+        parsed = config.parse(FuseMoeArgs, argv)
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        args = parsed.args
+        target, settings = args.results / "outputs" / args.run_name, asdict(args)
+        if not args.overwrite and manifest.finished(target, settings):
+            print(f"{target}: already built")
+            return
+        with manifest.writing(target, "llama_moe", settings, overwrite=args.overwrite) as run:
+            build(args, run)
+        manifest.register(args.results, {"kind": "run", "command": "llama_moe", "run": args.run_name, **run.metrics})
+        print(f"{target}: {run.metrics['experts']} experts of rank {run.metrics['rank']} on one shared base")
+
+
+if __name__ == "__main__":
+    main()

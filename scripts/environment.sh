@@ -1,0 +1,20 @@
+# Sourced by the scripts: makes .venv when it is missing or older than the requirements, and puts it first on the PATH.
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+VENV=${ABF_VENV:-$ROOT/.venv}
+stamp="$VENV/.installed"
+want=$(cat "$ROOT/requirements.txt" "$ROOT/pyproject.toml" | cksum)
+if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
+  python=${PYTHON:-python3}
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+    { echo "error: $python is older than 3.10; name a newer one with PYTHON=..." >&2; exit 2; }
+  echo "Installing into $VENV (once; about 2 GB, some minutes) ..."
+  [ -x "$VENV/bin/python" ] || "$python" -m venv "$VENV"
+  # torch alone and first: the pinned file, not the newest build that another package's range would pull
+  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' "$ROOT/requirements.txt")"
+  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r "$ROOT/requirements.txt"
+  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e "$ROOT"
+  echo "$want" >"$stamp"
+fi
+export PATH="$VENV/bin:$PATH"
+# a waiting thread must not spin while another process works
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} TOKENIZERS_PARALLELISM=false

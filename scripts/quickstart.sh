@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# The whole H3Fusion path on the embedded default: three experts, their fusion, its tuning, answers, scores, a table.
+#
+#   bash scripts/quickstart.sh              one seed, subsets of the test sets
+#   bash scripts/quickstart.sh --lite       without the 358 MB BIG-bench archive (no HHH, no MC1/MC2)
+#   bash scripts/quickstart.sh --full       whole test sets and three seeds
+#   bash scripts/quickstart.sh --seed 7     another seed, in results/seed_7
+#
+# Every step is a command that you can run by itself; what is finished is not done again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/environment.sh
+export HF_HUB_OFFLINE=1
+
+lite=() seeds=(42) samples=100 name=quickstart
+while [ $# -gt 0 ]; do
+  case $1 in
+    --lite) lite=(--lite); name=quickstart_lite ;;
+    --full) seeds=(42 43 44) samples=-1 name=quickstart_full ;;
+    --seed) [ $# -gt 1 ] || { echo "error: --seed needs a number" >&2; exit 2; }
+            case $2 in *[!0-9]*|'') echo "error: --seed $2: needs a whole number, 0 or more" >&2; exit 2 ;; esac
+            seeds=("$2"); shift ;;
+    -h|--help) sed -n '2,9p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
+    *) echo "error: $1: unknown; allowed: --lite, --full, --seed N" >&2; exit 2 ;;
+  esac
+  shift
+done
+
+start=$SECONDS
+step() { printf '\n== [%3d s] %s\n' $((SECONDS - start)) "$*"; }
+say() { printf '$ %s\n' "$*"; "$@"; }
+
+tuned=mix_moe_reg_00010_00010_00010_gate_01000
+runs=base,helpfulness,safety,truthfulness,mix,average,raw_moe,$tuned
+
+step "model and data"
+say python -m data.assets fetch "${lite[@]}"
+
+roots=()
+for seed in "${seeds[@]}"; do
+  out=results; [ "$seed" = 42 ] || out=results/seed_$seed
+  roots+=("$out")
+  common=(--seed "$seed" --output_dir "$out")
+  for task in helpfulness safety truthfulness; do
+    step "expert: $task (seed $seed)"
+    say python align_basemodel.py --moe_flag 0 --task_name $task "${common[@]}"
+  done
+  step "control: naive mix (seed $seed)"
+  say python align_basemodel.py --moe_flag 0 --task_name mix "${common[@]}"
+  step "control: plain average of the deltas; raw MoE (seed $seed)"
+  say python models/fuse.py --run_name average "${common[@]}"
+  say python models/llama_moe.py "${common[@]}"
+  step "tune the fused MoE (seed $seed)"
+  say python align_basemodel.py --moe_flag 1 --expert_topk 2 --gate_loss_weight 0.1 --helpfulness_weight 0.001 \
+    --safety_weight 0.001 --truthfulness_weight 0.001 "${common[@]}"
+  step "answers (seed $seed)"
+  say python inference.py --task_name safety --cross_task $runs --num_samples $samples "${common[@]}"
+  say python inference.py --task_name overrefusal --cross_task $runs --num_samples $samples "${common[@]}"
+  for task in helpfulness truthfulness; do
+    say python inference.py --task_name $task --cross_task $tuned --num_samples 24 "${common[@]}"
+  done
+  step "scores (seed $seed)"
+  folders=raw,cross_${runs#base,}; folders=${folders//,/,cross_}; folders=${folders/cross_cross_/cross_}
+  for judge in safety helpfulness truth_and_info; do
+    say python evaluator/evaluate_$judge.py --task_name $folders --num_samples $samples "${lite[@]}" "${common[@]}"
+  done
+done
+
+step "report"
+labels="base=base,helpful expert=helpfulness,harmless expert=safety,honest expert=truthfulness,naive mix=mix"
+labels+=",plain average=average,raw MoE=raw_moe,tuned MoE=$tuned"
+say python evaluator/report.py --runs "$labels" --roots "$(IFS=,; echo "${roots[*]}")" --name $name --control mix
+printf '\nDone in %d s.\n' $((SECONDS - start))

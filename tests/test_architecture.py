@@ -1,0 +1,150 @@
+"""The house rules of the repository, read from its source: floors, sizes, forbidden calls, instant help."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOORS = {
+    "align_basemodel": 6, "inference": 6, "scripts": 6, "benchmarks": 6, "evaluator": 5, "training": 4, "models": 3,
+    "data": 2, "config": 1, "manifest": 1, "errors": 1, "commands": 1,
+}
+SKIPPED = {".git", ".venv", "results", "build", "dist", "__pycache__", ".ruff_cache", ".pytest_cache"}
+
+
+def sources(*suffixes: str) -> list[Path]:
+    """Files of the repository with one of these suffixes, relative to its root."""
+    found = []
+    for folder, folders, names in os.walk(ROOT):
+        folders[:] = sorted(f for f in folders if f not in SKIPPED and not f.endswith(".egg-info"))
+        found += [Path(folder, name).relative_to(ROOT) for name in sorted(names) if name.endswith(suffixes)]
+    return found
+
+
+PYTHON = sources(".py")
+CODE = [path for path in PYTHON if path.parts[0] != "tests"]
+COMMANDS = [path for path in CODE if re.search(r"^def main\(", (ROOT / path).read_text(encoding="utf-8"), re.M)]
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse((ROOT / path).read_text(encoding="utf-8"), str(path))
+
+
+def imported(module: ast.Module) -> list[tuple[int, str]]:
+    """(line, dotted name) of every absolute import, those inside functions included."""
+    found = []
+    for node in ast.walk(module):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append((node.lineno, "." * node.level + (node.module or "")))
+    return found
+
+
+def top(path: Path) -> str:
+    return path.parts[0].removesuffix(".py")
+
+
+def dotted(node: ast.AST) -> str:
+    """``a.b.c`` of an attribute chain; empty for anything else."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def test_the_walk_sees_the_repository():
+    assert {"align_basemodel.py", "inference.py", "config.py"} <= {str(path) for path in CODE}
+    assert {"models/llama_moe.py", "align_basemodel.py", "inference.py"} <= {path.as_posix() for path in COMMANDS}
+
+
+@pytest.mark.parametrize("path", CODE, ids=str)
+def test_every_file_has_a_floor_and_imports_only_go_down(path):
+    assert top(path) in FLOORS, f"{path}: give {top(path)} a floor in this test and in the README"
+    up = [f"{path}:{line} imports {name}" for line, name in imported(tree(path))
+          if FLOORS.get(name.split(".")[0], 0) > FLOORS[top(path)]]
+    assert not up
+
+
+def test_imports_are_absolute():
+    relative = [f"{path}:{line}" for path in PYTHON for line, name in imported(tree(path)) if name.startswith(".")]
+    assert not relative
+
+
+def test_floor_one_needs_the_standard_library_and_yaml_only():
+    allowed = {*sys.stdlib_module_names, "yaml", *(name for name, floor in FLOORS.items() if floor == 1)}
+    odd = [f"{path}:{line} imports {name}" for path in CODE if FLOORS.get(top(path)) == 1
+           for line, name in imported(tree(path)) if name.split(".")[0] not in allowed]
+    assert not odd
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=str)
+def test_no_file_above_400_lines(path):
+    assert len((ROOT / path).read_text(encoding="utf-8").splitlines()) <= 400
+
+
+def test_no_file_is_called_utils_helpers_or_common():
+    assert not [path for path in PYTHON if path.stem in ("utils", "util", "helpers", "common")]
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=str)
+def test_no_import_path_edits_no_pickle_no_remote_code(path):
+    module, wrong = tree(path), []
+    for node in ast.walk(module):
+        if isinstance(node, ast.Attribute) and dotted(node) == "sys.path":
+            wrong.append(f"{path}:{node.lineno} touches the import path")
+        if not isinstance(node, ast.Call):
+            continue
+        if dotted(node.func) in ("torch.load", "torch.save", "site.addsitedir", "np.load", "numpy.load"):
+            safe = dotted(node.func).endswith("p.load") and not _allows_pickle(node)
+            wrong += [] if safe else [f"{path}:{node.lineno} calls {dotted(node.func)}"]
+        for keyword in node.keywords:
+            if keyword.arg in ("trust_remote_code", "allow_pickle") and getattr(keyword.value, "value", True):
+                wrong.append(f"{path}:{node.lineno} passes {keyword.arg}")
+    wrong += [f"{path}:{line} imports {name}" for line, name in imported(module)
+              if name.split(".")[0] in ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")]
+    assert not wrong
+
+
+def _allows_pickle(call: ast.Call) -> bool:
+    return any(k.arg == "allow_pickle" and getattr(k.value, "value", True) for k in call.keywords)
+
+
+def test_nothing_names_a_folder_of_one_machine():
+    places = "|".join(("tmp", "work", "home", "root", "mnt", "Users", "scratch"))
+    pattern = re.compile(rf"(?<![\w.$}}/)*-])/(?:{places})(?=/|\b)|[A-Z]:\\\\")
+    hits = [f"{path}:{number}: {line.strip()}" for path in sources(".py", ".sh", ".yaml", ".yml", ".toml", ".md")
+            for number, line in enumerate((ROOT / path).read_text(encoding="utf-8").splitlines(), 1)
+            if pattern.search(line)]
+    assert not hits
+
+
+def test_no_print_below_the_commands():
+    printing = [f"{path}:{node.lineno}" for path in CODE if FLOORS.get(top(path), 6) < 5 and path not in COMMANDS
+                and path.name != "errors.py" for node in ast.walk(tree(path))
+                if isinstance(node, ast.Call) and dotted(node.func) == "print"]
+    assert not printing
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=str)
+def test_help_is_instant_and_loads_no_torch(path):
+    """Run as the papers' readers do: from the file's own folder, by its bare name."""
+    run = subprocess.run(
+        [sys.executable, "-X", "importtime", path.name, "--help"], cwd=(ROOT / path).parent, capture_output=True,
+        text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    loaded = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in run.stderr.splitlines()
+              if line.startswith("import time:")}
+    rest = [line for line in run.stderr.splitlines() if not line.startswith("import time:")]
+    assert run.returncode == 0, "\n".join(rest)
+    assert "argparse" in loaded
+    assert "usage:" in run.stdout
+    assert not loaded & {"torch", "transformers", "peft", "trl", "datasets", "numpy", "pandas", "matplotlib"}

@@ -1,0 +1,1 @@
+"""Trainer wiring, one file per objective: sft, dpo, moe."""

@@ -1,0 +1,53 @@
+"""The language-model loss on answer tokens, with logits only where there are labels."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from peft.helpers import disable_input_dtype_casting
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from data.encode import IGNORE
+from training.linear_loss import answer_loss
+
+
+class AnswerModel(nn.Module):
+    """A causal LM whose forward returns the summed cross-entropy of its answer tokens.
+
+    LoRA weights stay fp32 while products run in ``dtype`` under autocast. Rows are padded on the right, so causal
+    attention alone keeps real tokens from seeing pads and no mask is passed (the fast attention path).
+    """
+
+    def __init__(self, lm: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.lm, self.dtype = lm, dtype
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The transformers model inside PEFT's wrapper, if there is one."""
+        return self.lm.get_base_model() if hasattr(self.lm, "get_base_model") else self.lm
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        self.causal_lm.gradient_checkpointing_enable(**kwargs)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, objectives: Tensor) -> dict[str, Tensor]:
+        """(batch, time) ids and labels -> {"lm": summed loss, "tokens": answer tokens}."""
+        model = self.causal_lm
+        with self.precision(input_ids.device):
+            hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state
+            answers = labels[:, 1:] != IGNORE
+            loss = answer_loss(hidden[:, :-1][answers], model.get_output_embeddings(), labels[:, 1:][answers])
+        return {"lm": loss, "tokens": answers.sum()}
+
+    @contextlib.contextmanager
+    def precision(self, device: torch.device):
+        casts = self.dtype != torch.float32
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.autocast(device.type, self.dtype, enabled=casts))
+            if casts and hasattr(self.lm, "peft_config"):
+                # PEFT would copy every activation to fp32 in front of its fp32 weights; autocast casts those instead
+                stack.enter_context(disable_input_dtype_casting(self.lm))
+            yield

@@ -1,0 +1,99 @@
+"""Direct preference optimisation of one expert through TRL: reference = the same model with its adapter off.
+
+The reference log-probabilities are computed once and kept on disk (``results/cache/dpo``), keyed by data and model.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer
+
+import manifest
+from commands import AlignArgs
+from data.encode import prompt_ids
+from data.prompts import Template, template
+from data.records import Pair
+from data.sources import load_pairs
+from errors import UserError
+from models.loading import base_path, fingerprint, load_base, load_tokenizer, set_up_torch
+from training.checkpoints import SafeCheckpoints
+from training.samples import source_of
+from training.sft import save_adapter, with_lora
+from training.trainer import fit, settings_of, training_arguments
+
+log = logging.getLogger(__name__)
+
+
+class SafeDPOTrainer(SafeCheckpoints, DPOTrainer):
+    """TRL's trainer with checkpoints that hold no pickle."""
+
+
+def train(args: AlignArgs, extra: dict[str, Any], run: manifest.Run) -> None:
+    """Train an adapter on preference pairs and write it, the tokenizer and the run's facts into ``run``."""
+    base = base_path(args.model_name_or_path, args.cache_dir)
+    tokenizer = load_tokenizer(base)
+    form = template(args.template, tokenizer)
+    pairs = load_pairs(args.task_name, "train", source=source_of(args))
+    if args.max_train_samples >= 0:
+        pairs = pairs[: args.max_train_samples]
+    rows = encode_pairs(pairs, tokenizer, form, args.model_max_length)
+    device, dtype = set_up_torch(args)
+    model = with_lora(load_base(base, dtype, device), args)
+    arguments = training_arguments(
+        args, extra, DPOConfig, beta=args.beta, max_length=args.model_max_length, precompute_ref_log_probs=True,
+        precompute_ref_batch_size=args.per_device_train_batch_size, remove_unused_columns=True,
+        activation_checkpointing=False,
+        # LoRA weights are fp32: without autocast their products would not match a bfloat16 base
+        bf16=str(dtype) == "torch.bfloat16", fp16=str(dtype) == "torch.float16",
+    )
+    trainer = SafeDPOTrainer(model=model, ref_model=None, args=arguments, train_dataset=on_disk(rows, args),
+                             processing_class=tokenizer)
+    base_hash = fingerprint(base)
+
+    def save(folder: Path) -> None:
+        save_adapter(model, tokenizer, base_hash, folder)
+
+    trainer.save_artifact = save
+    run.metrics.update(fit(trainer, args, settings_of(args, extra)), pairs=len(rows))
+    save(run.folder)
+    run.inputs["base"] = base_hash
+
+
+def encode_pairs(pairs: list[Pair], tokenizer: Any, form: Template, max_length: int) -> list[dict[str, str]]:
+    """Prompt and answers as text, prompts that fill the window dropped and counted.
+
+    Raises:
+        UserError: no pair fits.
+    """
+    rows, dropped = [], 0
+    for pair in pairs:
+        prompt = form.render(pair.prompt, pair.input)
+        if len(prompt_ids(prompt, tokenizer, form)) >= max_length - 1:
+            dropped += 1
+            continue
+        # TRL appends no end token to plain-text answers that already end with it
+        end = form.end + tokenizer.eos_token
+        rows.append({"prompt": prompt, "chosen": pair.chosen + end, "rejected": pair.rejected + end})
+    log.info("preference data: %d pairs, %d dropped because their prompt fills the window", len(rows), dropped)
+    if not rows:
+        raise UserError(f"--model_max_length {max_length}: no preference pair fits; raise it or check --data_path")
+    return rows
+
+
+def on_disk(rows: list[dict[str, str]], args: AlignArgs) -> Dataset:
+    """The pairs as a Dataset with a cache folder, where TRL keeps the reference log-probabilities."""
+    import hashlib
+
+    content = "\n".join(json.dumps(row, sort_keys=True) for row in rows)
+    key = hashlib.sha256(f"{content}{asdict(args)['model_name_or_path']}".encode()).hexdigest()[:16]
+    folder = args.results / "cache" / "dpo" / key
+    if not (folder / "pairs.jsonl").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "pairs.jsonl").write_text(content + "\n", encoding="utf-8")
+    return Dataset.from_json(str(folder / "pairs.jsonl"), cache_dir=str(folder))

@@ -1,0 +1,56 @@
+"""Cross-entropy through a frozen output head, chunk by chunk, without ever holding all logits.
+
+The gradient with respect to the hidden states is formed while a chunk's probabilities are at hand, so the backward pass
+costs one multiplication and memory stays at one chunk of (rows, vocabulary).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: Rows of logits at a time: 256 x 49k fp32 is 50 MB.
+CHUNK = 256
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of ``hidden @ weight.T`` against targets.
+
+    Args (of apply):
+        hidden: (rows, d), in the compute dtype.
+        weight: (vocabulary, d), frozen.
+        targets: (rows,) ids.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        total = hidden.new_zeros((), dtype=torch.float32)
+        gradient = torch.empty_like(hidden) if hidden.requires_grad else None
+        for start in range(0, len(hidden), CHUNK):
+            rows = slice(start, start + CHUNK)
+            logits = F.linear(hidden[rows], weight).float()
+            logits -= logits.logsumexp(-1, keepdim=True)
+            wanted = targets[rows, None]
+            total -= logits.gather(1, wanted).sum()
+            if gradient is not None:
+                # softmax minus one-hot, in place
+                logits.exp_().scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=logits.dtype))
+                torch.matmul(logits.to(weight.dtype), weight, out=gradient[rows])
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * d_total.to(gradient.dtype), None, None
+
+
+def answer_loss(hidden: Tensor, head: torch.nn.Linear, targets: Tensor) -> Tensor:
+    """Summed cross-entropy (fp32 scalar) of the answer tokens; a trained or biased head takes torch's own path."""
+    if head.weight.requires_grad or head.bias is not None:
+        return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+    with torch.autocast(hidden.device.type, enabled=False):
+        return LinearCrossEntropy.apply(hidden.to(head.weight.dtype), head.weight, targets)

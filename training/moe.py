@@ -1,0 +1,163 @@
+"""Tuning of the fused MoE: language-model loss + lambda * gating loss + sum of gamma_i * drift_i (H3Fusion, section 5)."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import manifest
+from commands import AlignArgs
+from data.encode import IGNORE
+from data.records import OBJECTIVES
+from errors import UserError
+from models.loading import load_tokenizer, run_folder, set_up_torch
+from models.moe_files import MoeConfig, add_tuning, assemble, moe_layers, read_config, save_moe
+from models.moe_layer import PROJECTIONS, SharedMoe, TuningConfig
+from models.router import drift, gate_loss, mean_probabilities, published_weight_norm
+from training.answers import AnswerModel
+from training.samples import training_rows
+from training.trainer import FusionTrainer, fit, settings_of, training_arguments
+
+log = logging.getLogger(__name__)
+
+
+class MoeLoss(AnswerModel):
+    """The answer loss plus routing and drift terms of a fused model.
+
+    forward returns, beside ``lm`` and ``tokens``: ``gate``, the summed gating loss of the samples; ``drift_NAME`` per
+    expert; and ``share_right``, the summed mean probability of each sample's own expert.
+    """
+
+    def __init__(self, lm: nn.Module, dtype: torch.dtype, experts: tuple[str, ...], args: AlignArgs) -> None:
+        super().__init__(lm, dtype)
+        self.moe = moe_layers(lm)
+        self.experts, self.published = experts, args.compat == "published"
+        self.gate_tokens = "all" if self.published else args.gate_tokens
+        self.per_layer, self.drift_mode = args.gate_per_layer, args.drift_mode
+        for layer in self.moe:
+            layer.record = True
+        # (matrices, experts); only modes that compare with the aligned weights need it
+        needs = self.published or self.drift_mode == "relative"
+        self.aligned_norms = torch.stack([n for layer in self.moe for n in aligned_norms(layer)]) if needs else None
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, objectives: Tensor) -> dict[str, Tensor]:
+        parts = super().forward(input_ids, attention_mask, labels, objectives)
+        means = mean_probabilities([layer.probabilities for layer in self.moe],
+                                   token_mask(self.gate_tokens, attention_mask, labels))
+        parts["gate"] = gate_loss(means, objectives, per_layer=self.per_layer, published=self.published).sum()
+        parts["share_right"] = means.detach().mean(0).gather(1, objectives[:, None]).sum()
+        for i, name in enumerate(self.experts):
+            parts[f"drift_{name}"] = self.expert_drift(i)
+        return parts
+
+    def expert_drift(self, expert: int) -> Tensor:
+        """The regulariser of one expert in the chosen mode."""
+        factors = [layer.experts[name] for layer in self.moe for name in PROJECTIONS]
+        if self.published:
+            groups = [[f.tuned_a[expert], f.tuned_b[expert]] for f in factors]
+            return published_weight_norm(groups, self.aligned_norms[:, expert].tolist(), len(self.moe))
+        norms = torch.stack([f.change_norms()[expert] for f in factors])
+        base = self.aligned_norms[:, expert] if self.aligned_norms is not None else norms
+        return drift(norms, base, self.drift_mode)
+
+
+def token_mask(which: str, attention_mask: Tensor, labels: Tensor) -> Tensor:
+    """(batch, time): the tokens that the gating loss averages over."""
+    answer = (labels != IGNORE).long()
+    return {"answer": answer, "prompt": attention_mask * (1 - answer), "nonpad": attention_mask,
+            "all": torch.ones_like(attention_mask)}[which]
+
+
+@torch.no_grad()
+def aligned_norms(layer: SharedMoe) -> list[Tensor]:
+    """(experts,) per projection: ||W + B A||_F of the aligned experts, without forming any of them."""
+    found = []
+    for name, linear in zip(PROJECTIONS, (layer.gate_proj, layer.up_proj, layer.down_proj), strict=True):
+        factors, weight = layer.experts[name], linear.weight.float()
+        a, b = factors.a.float(), factors.b.float()
+        cross = ((b.mT @ weight) * a).sum((-1, -2))
+        own = ((b.mT @ b) * (a @ a.mT)).sum((-1, -2))
+        found.append((weight.square().sum() + 2 * cross + own).clamp_min(0).sqrt())
+    return found
+
+
+def train(args: AlignArgs, extra: dict[str, Any], run: manifest.Run) -> None:
+    """Tune a raw MoE and write routers, experts, attention LoRA, configuration and tokenizer into ``run``."""
+    raw = run_folder(args.results, args.raw_moe)
+    config = read_config(raw)
+    check(args, config)
+    tokenizer = load_tokenizer(raw)
+    train_rows, validation = training_rows(args, tokenizer)
+    device, dtype = set_up_torch(args)
+    model, config = assemble(raw, args, dtype, device, top_k=args.expert_topk)
+    experts = TuningConfig(args.lora_r, args.lora_alpha, args.lora_dropout)
+    attention = experts if args.attention_lora else None
+    config = dataclasses.replace(config, top_k=args.expert_topk, tuning=experts, attention=attention)
+    prepare(model, args, experts, attention)
+    arguments = training_arguments(args, extra)
+    gammas = {f"drift_{name}": gamma for name, gamma in zip(config.experts, args.gammas, strict=False)}
+    trainer = MoeTrainer(
+        router_lr=args.router_learning_rate, model=MoeLoss(model, dtype, config.experts, args), args=arguments,
+        train_dataset=train_rows, eval_dataset=validation or None, processing_class=tokenizer,
+        pad_to=args.model_max_length if args.pad_to_max else None,
+        weights={"gate": args.gate_loss_weight, **gammas, "share_right": 0.0}, per_sample=("gate", "share_right"),
+    )
+
+    def save(folder: Path) -> None:
+        save_moe(folder, model, config)
+        tokenizer.save_pretrained(folder)
+
+    trainer.save_artifact = save
+    run.metrics.update(fit(trainer, args, settings_of(args, extra)))
+    save(run.folder)
+    run.parents.append(str(raw))
+    run.inputs.update(base=config.base_fingerprint, raw_moe=manifest.sha256(raw / "moe.safetensors"))
+
+
+def prepare(model: nn.Module, args: AlignArgs, experts: TuningConfig, attention: TuningConfig | None) -> None:
+    """Add the second-stage LoRA and set what trains: LoRA always, the router unless told otherwise."""
+    add_tuning(model, experts, attention, args.seed)
+    train_router = args.train_router and args.compat != "published"
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("tuned_" in name or "lora_" in name or (name.endswith(".router") and train_router))
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+class MoeTrainer(FusionTrainer):
+    """FusionTrainer with a learning rate of its own for the router."""
+
+    def __init__(self, *args: Any, router_lr: float | None = None, **kwargs: Any) -> None:
+        self.router_lr = router_lr
+        super().__init__(*args, **kwargs)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        if self.optimizer is None and self.router_lr is not None:
+            named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            decay = {"weight_decay": self.args.weight_decay}
+            self.optimizer = kind([
+                {"params": [p for n, p in named if not n.endswith(".router")], **decay},
+                {"params": [p for n, p in named if n.endswith(".router")], "lr": self.router_lr, "weight_decay": 0.0},
+            ], **options)
+        return super().create_optimizer(*args, **kwargs)
+
+
+def check(args: AlignArgs, config: MoeConfig) -> None:
+    """Every disagreement between the flags and the raw MoE, before a model is loaded."""
+    problems = []
+    if args.expert_topk > len(config.experts):
+        problems.append(f"--expert_topk {args.expert_topk}: '{args.raw_moe}' has {len(config.experts)} experts; "
+                        f"allowed: 1 to {len(config.experts)}")
+    if config.tuning is not None:
+        problems.append(f"--raw_moe {args.raw_moe}: is tuned already; start from a raw one (models/llama_moe.py)")
+    if args.gate_loss_weight and len(config.experts) < len(OBJECTIVES):
+        problems.append(f"--gate_loss_weight {args.gate_loss_weight}: the data has {len(OBJECTIVES)} objectives but "
+                        f"'{args.raw_moe}' {len(config.experts)} experts; use 0")
+    if problems:
+        raise UserError(*problems)

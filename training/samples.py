@@ -1,0 +1,49 @@
+"""From flags to encoded training and validation rows, everything counted and printed before a model is loaded."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from commands import AlignArgs
+from data.collate import mix
+from data.encode import encode
+from data.prompts import template
+from data.records import OBJECTIVES, TASKS
+from data.sources import load_records
+from errors import UserError
+
+log = logging.getLogger(__name__)
+#: Validation rows per objective that are scored at the end of a run.
+VALIDATION_ROWS = 32
+
+
+def source_of(args: Any) -> Any:
+    """What ``data.sources`` takes: ``--data_source``, or {task: file or hub name} from ``--data_path``."""
+    if not args.data_path:
+        return args.data_source
+    if args.task_name != "mix":
+        return {args.task_name: args.data_path}
+    pairs = [part.partition("=") for part in args.data_path.split(",")]
+    wrong = [key for key, equals, value in pairs if key not in OBJECTIVES or not equals or not value]
+    if wrong:
+        raise UserError(f"--data_path {args.data_path}: for --task_name mix give helpfulness=FILE,safety=FILE,"
+                        f"truthfulness=FILE; not understood: {', '.join(wrong)}")
+    return {key: value for key, _, value in pairs}
+
+
+def training_rows(args: AlignArgs, tokenizer: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Encoded rows to train on and to validate on (the latter from embedded sources only)."""
+    assert args.task_name in TASKS
+    source = source_of(args)
+    records = load_records(args.task_name, "train", source=source, split_mode=args.split_mode)
+    records = mix(records, args.max_train_samples, args.mixing, args.seed)
+    form = template(args.template, tokenizer)
+    train = encode(records, tokenizer, form, args.model_max_length)
+    log.info("training data: %s", train.report(args.model_max_length))
+    counts = {name: sum(r["objective"] == i for r in train.rows) for i, name in enumerate(OBJECTIVES)}
+    log.info("rows by objective: %s", ", ".join(f"{name} {count}" for name, count in counts.items() if count))
+    if source != "embedded":
+        return train.rows, []
+    held_out = mix(load_records(args.task_name, "validation"), VALIDATION_ROWS, "proportional", args.seed)
+    return train.rows, encode(held_out, tokenizer, form, args.model_max_length).rows
