@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -59,9 +60,10 @@ class AlignArgs(_Common):
     task_name: str = flag("mix", "what to train on", choices=TASKS)
     moe_flag: int = flag(1, "0: dense base + LoRA; 1: fused MoE", choices=(0, 1))
     method: str = flag("sft", "training objective of a dense run", choices=("sft", "dpo"))
-    data_path: str | None = flag(None, "local file or hub name (mix: helpfulness=FILE,safety=FILE,...); empty: --data_source")
+    data_path: str | None = flag(None, "file or hub name (mix: helpfulness=FILE,safety=FILE,...); empty: --data_source")
     data_source: str = flag("embedded", "where data comes from without --data_path", choices=("embedded", "published"))
-    split_mode: str = flag("leak_free", "published: TruthfulQA's unshuffled halves", choices=("leak_free", "published"))
+    split_mode: str = flag("leak_free", "published: TruthfulQA's unshuffled halves",
+                           choices=("leak_free", "published"))
     max_train_samples: int = flag(-1, "rows per objective; -1: all", low=-1)
     mixing: str = flag("proportional", "mix: all rows as they are, or the same number from each objective",
                        choices=("proportional", "balanced"))
@@ -157,6 +159,8 @@ class FuseMoeArgs(_Common):
             found.append(f"--experts {self.experts}: needs two adapters or more, separated by commas")
         if len(set(self.expert_names)) < len(self.expert_names):
             found.append(f"--experts {self.experts}: the same adapter twice; experts must differ")
+        elif len({Path(name).name for name in self.expert_names}) < len(self.expert_names):
+            found.append(f"--experts {self.experts}: two folders of the same name; experts are named after them")
         if self.expert_topk > len(self.expert_names):
             found.append(f"--expert_topk {self.expert_topk}: there are {len(self.expert_names)} experts; "
                          f"allowed: 1 to {len(self.expert_names)}")
@@ -191,6 +195,8 @@ class FuseAdaptersArgs(_Common):
     def problems(self) -> list[str]:
         found = _name_problems("--run_name", self.run_name)
         try:
+            if not all(math.isfinite(weight) for weight in self.adapter_weights):
+                found.append(f"--weights {self.weights}: every weight must be a finite number")
             if len(self.adapter_weights) != len(self.adapter_names):
                 found.append(f"--weights {self.weights}: {len(self.adapter_names)} adapters need as many weights")
         except (ValueError, ZeroDivisionError):

@@ -12,6 +12,9 @@ import dataclasses
 import difflib
 import functools
 import importlib.util
+import math
+import re
+import sys
 import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +28,7 @@ from errors import UserError
 ROOT = Path(__file__).resolve().parent
 PRESETS = ROOT / "scripts" / "presets"
 DEFAULT_PRESET = "embedded"
+_NUMBER = re.compile(r"-\d+|[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+|-\.?\d[\d.]*|-inf|-nan")
 SECTIONS = (
     "common", "align", "align_expert", "align_mix", "align_moe", "align_dpo", "fuse", "inference", "evaluate", "report",
 )
@@ -64,7 +68,7 @@ def parse(command: type, argv: Sequence[str] | None = None) -> Parsed:
             not allowed, unknown preset keys, and what ``command.problems`` finds.
     """
     parser = _parser(command)
-    known, rest = parser.parse_known_args(argv)
+    known, rest = parser.parse_known_args(_words(command, sys.argv[1:] if argv is None else argv))
     given = {k: v for k, v in vars(known).items() if k != "preset"}
     preset = getattr(known, "preset", None) or DEFAULT_PRESET
     problems: list[str] = []
@@ -78,10 +82,9 @@ def parse(command: type, argv: Sequence[str] | None = None) -> Parsed:
     values = _convert(command, values, f"{path.name}: ", problems)
     values.update(texts)
     training.update(extra)
-    if problems:
-        raise UserError(*problems)
+    # what did not convert keeps its default here, so that one typo does not hide the other errors
     args = command(**values)
-    problems = [*_range_problems(args), *command.problems(args)]
+    problems += [*_range_problems(args), *command.problems(args)]
     if problems:
         raise UserError(*problems)
     return Parsed(args, training, preset, frozenset(given))
@@ -148,6 +151,7 @@ def _convert(command: type, values: dict[str, Any], prefix: str, problems: list[
         if choices and done[name] is not None and done[name] not in choices:
             near = _nearest(str(done[name]), [str(c) for c in choices])
             problems.append(f"{prefix}{name} {value}: not known{near}; allowed: {', '.join(map(str, choices))}")
+            del done[name]
     return done
 
 
@@ -174,9 +178,8 @@ def _range_problems(args: Any) -> list[str]:
     found = []
     for name, item in _fields(type(args)).items():
         low, value = item.metadata["low"], getattr(args, name)
-        # `not >=` also catches NaN
-        if low is not None and value is not None and not value >= low:
-            found.append(f"--{name} {value}: must be {low} or more")
+        if low is not None and value is not None and not (math.isfinite(value) and value >= low):
+            found.append(f"--{name} {value}: must be {low} or more, and finite")
     return found
 
 
@@ -185,7 +188,11 @@ def _preset_values(command: type, path: Path, sections: Iterable[str], problems:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {error}") from None
-    for section in content:
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a preset is a mapping of sections; allowed: {', '.join(SECTIONS)}")
+    for section, body in content.items():
+        if not isinstance(body, dict | None):
+            raise UserError(f"{path.name}: section '{section}' must hold 'key: value' lines, not {body!r}")
         if section not in SECTIONS:
             problems.append(f"{path.name}: unknown section '{section}'{_nearest(section, SECTIONS)}; "
                             f"allowed: {', '.join(SECTIONS)}")
@@ -194,7 +201,7 @@ def _preset_values(command: type, path: Path, sections: Iterable[str], problems:
         for name, value in (content.get(section) or {}).items():
             # `common` serves every command: a key that another command owns is passed over here
             if name in _fields(command) or (section != "common" and _is_training_field(command, name)):
-                merged[name] = value
+                merged[name] = value if name in _fields(command) else _plain(value)
             elif section != "common" or name not in _every_field():
                 near = _nearest(name, _fields(command))
                 problems.append(f"{path.name}: {section}.{name}: unknown key{near}")
@@ -213,18 +220,42 @@ def _extra_flags(command: type, rest: Sequence[str], problems: list[str]) -> dic
     words = list(rest)
     while words:
         word = words.pop(0)
-        name, _, value = word.removeprefix("--").replace("-", "_").partition("=")
+        name, _, value = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
         if not word.startswith("--"):
             problems.append(f"{word}: a value without a flag; see --help")
             continue
         if not value and words and not words[0].startswith("--"):
             value = words.pop(0)
         if _is_training_field(command, name):
-            found[name] = yaml.safe_load(value) if value else True
+            found[name] = _plain(yaml.safe_load(value)) if value else True
         else:
             allowed = [*_fields(command), *(training_fields() if command.takes_training_arguments else ())]
             problems.append(f"--{name}: unknown flag{_nearest(name, allowed)}; see --help")
     return found
+
+
+def _words(command: type, argv: Sequence[str]) -> list[str]:
+    """The command line with --our-flag spelt --our_flag, and a negative value joined to its flag."""
+    words: list[str] = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        name = name.replace("-", "_") if name.startswith("--") else name
+        if name.startswith("__") and name[2:] in _fields(command):
+            word = f"--{name[2:]}{equals}{value}"
+        # argparse takes -1e-3 for a flag; the range check has the better message
+        if _NUMBER.fullmatch(word) and words and words[-1].startswith("--") and "=" not in words[-1]:
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
+
+
+def _plain(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as text; here it is a number."""
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        return float(value)
+    return value
 
 
 def _is_training_field(command: type, name: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 import sys
 from collections.abc import Iterator
 
@@ -36,8 +37,17 @@ def exit_on_user_error() -> Iterator[None]:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         raise SystemExit(2) from None
-    except OSError as error:
-        if error.errno not in _OS_ADVICE:
+    except Exception as error:
+        number = _os_error(error)
+        if number not in _OS_ADVICE:
             raise
-        print(f"error: {error.filename or 'a file'}: {_OS_ADVICE[error.errno]}", file=sys.stderr)
+        print(f"error: {getattr(error, 'filename', None) or 'a file'}: {_OS_ADVICE[number]}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _os_error(error: Exception) -> int | None:
+    """The error number of an OSError, or of one that a Rust extension (safetensors) only put into its message."""
+    if isinstance(error, OSError):
+        return error.errno
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    return int(match[1]) if match else None

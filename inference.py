@@ -172,10 +172,10 @@ def _read_partial(path: Path, settings: dict) -> dict[str, list[dict]]:
     """Finished batches of an interrupted run with the same settings; a torn last line is dropped."""
     path.parent.mkdir(parents=True, exist_ok=True)
     head = json.dumps(settings, sort_keys=True)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
     done: dict[str, list[dict]] = {}
     if lines and lines[0] == head:
-        for line in lines[1:]:
+        for line in filter(None, lines[1:]):
             try:
                 done |= json.loads(line)
             except ValueError:

@@ -79,7 +79,9 @@ def finished(target: Path, config: dict[str, Any]) -> bool:
         if target.exists() and any(target.iterdir()):
             raise UserError(f"{target}: exists but holds no {MANIFEST}; move it away or choose another --run_name")
         return False
-    old = read(target)["config"]
+    old = read(target).get("config")
+    if old is None:
+        raise UserError(f"{target}: holds a checkpoint, not a finished run; move it away or choose another --run_name")
     differ = _differing(old, config)
     if differ:
         listed = "; ".join(f"{k}: {old.get(k)} there, {config.get(k)} here" for k in differ)
@@ -123,7 +125,7 @@ def registry(results: Path) -> list[dict[str, Any]]:
     path = results / REGISTRY
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def write_json(path: Path, content: Any) -> None:

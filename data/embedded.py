@@ -245,8 +245,10 @@ def _truthfulqa() -> list[dict[str, Any]]:
 
 
 def _truthful_train() -> list[Record]:
-    found = [Record(row["question"], answer, TRUTHFULNESS, id=f"truthfulqa-{i}-{j}")
-             for i, row in enumerate(_truthfulqa()) for j, answer in enumerate(row["answer"]) if answer.strip()]
+    # the first answer is the benchmark's best one; training on all of them, "I have no comment" included, left MC2
+    # where the base has it (docs/lab-log.md)
+    found = [Record(row["question"], row["answer"][0], TRUTHFULNESS, id=f"truthfulqa-{i}")
+             for i, row in enumerate(_truthfulqa()) if row["answer"][0].strip()]
     return distinct(found, lambda r: (r.prompt, r.answer))
 
 

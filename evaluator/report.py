@@ -35,7 +35,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
         args: ReportArgs = config.parse(ReportArgs, argv).args
         path = write(args)
-        print(path.read_text(encoding="utf-8"))
+        # the screen gets the table and what was found; differences and notes are in the file
+        content = path.read_text(encoding="utf-8")
+        print(content.split("\n![", 1)[0])
+        print("## Findings" + content.split("## Findings", 1)[-1].split("## Notes", 1)[0])
         print(f"written: {path}")
 
 

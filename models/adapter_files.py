@@ -51,7 +51,10 @@ def read_adapter(folder: Path, name: str | None = None) -> Adapter:
     if missing:
         raise UserError(f"adapter '{name}': {', '.join(missing)} not in {folder}; "
                         f"train it with align_basemodel.py --moe_flag 0 --task_name {name}")
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{folder / CONFIG}: not valid JSON ({error}); train the adapter again") from None
     for option in ("use_dora", "lora_bias"):
         if config.get(option):
             raise UserError(f"{folder / CONFIG}: {option} is set; a low-rank expert cannot hold it; train without it")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -101,7 +101,10 @@ def read_config(folder: Path) -> MoeConfig:
     path = folder / CONFIG
     if not path.is_file():
         raise UserError(f"{folder}: no fused model here ({CONFIG} is missing); build one with models/llama_moe.py")
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); build the fused model again") from None
     if content.pop("format", None) != FORMAT:
         raise UserError(f"{path}: format is not {FORMAT}; build the fused model again with models/llama_moe.py")
     content["experts"] = tuple(content["experts"])
@@ -126,8 +129,7 @@ def assemble(folder: Path, args: Any, dtype: torch.dtype, device: torch.device, 
         raise UserError(f"{folder}: was fused on base {config.base} (fingerprint {config.base_fingerprint[:12]}), "
                         f"but --model_name_or_path {args.model_name_or_path} has {have[:12]}; give that base")
     model = load_base(base, dtype, device)
-    with safe_open(folder / WEIGHTS, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    tensors = _read_tensors(folder / WEIGHTS)
     layers = range(model.config.num_hidden_layers)
     try:
         factors = [{p: (tensors[f"layers.{i}.{p}.a"], tensors[f"layers.{i}.{p}.b"]) for p in PROJECTIONS}
@@ -135,6 +137,7 @@ def assemble(folder: Path, args: Any, dtype: torch.dtype, device: torch.device, 
         routers = [tensors[f"layers.{i}.router"] for i in layers]
     except KeyError as error:
         raise UserError(f"{folder / WEIGHTS}: tensor {error} is missing; build the fused model again") from None
+    _check_shapes(folder / WEIGHTS, model, factors, routers, len(config.experts))
     install(model, factors, routers, top_k or config.top_k)
     add_tuning(model, config.tuning, config.attention, seed=0)
     _load_trained(folder, model, tensors)
@@ -167,6 +170,30 @@ def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     if hasattr(model, "peft_config"):
         for name, tensor in get_peft_model_state_dict(model).items():
             yield _ATTENTION + name, tensor
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: missing or damaged ({error}); build the fused model again") from None
+
+
+def _check_shapes(path: Path, model: PreTrainedModel, factors: list[dict[str, tuple[Tensor, Tensor]]],
+                  routers: list[Tensor], experts: int) -> None:
+    """Every tensor against the base and the number of experts; a UserError names the first that differs."""
+    hidden, inner = model.config.hidden_size, model.config.intermediate_size
+    sizes = {"gate": (hidden, inner), "up": (hidden, inner), "down": (inner, hidden)}
+    for i, (layer, router) in enumerate(zip(factors, routers, strict=True)):
+        wanted = [(f"layers.{i}.router", router, (experts, hidden))]
+        for name, (a, b) in layer.items():
+            wanted += [(f"layers.{i}.{name}.a", a, (experts, b.shape[-1], sizes[name][0])),
+                       (f"layers.{i}.{name}.b", b, (experts, sizes[name][1], a.shape[1]))]
+        for name, tensor, shape in wanted:
+            if tuple(tensor.shape) != shape:
+                raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, needs {shape}; "
+                                "build the fused model again")
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ def discriminant_router(means: Tensor, covariance: Tensor, sharpness: float, shr
     ridge = shrinkage * covariance.diagonal().mean()
     regular = covariance + ridge * torch.eye(len(covariance), dtype=torch.double)
     rows = torch.linalg.solve(regular, (means - grand).T).T
-    rows = rows - (rows @ grand)[:, None] * grand / grand.square().sum()
+    rows = rows - (rows @ grand)[:, None] * grand / grand.square().sum().clamp_min(1e-12)
     spread = torch.einsum("ed,df,ef->e", rows, covariance, rows).mean() + (rows @ (means - grand).T).var()
     return (rows * sharpness / spread.sqrt().clamp_min(1e-12)).float()
 

@@ -3,24 +3,25 @@
 #
 #   bash scripts/quickstart.sh              one seed, subsets of the test sets
 #   bash scripts/quickstart.sh --lite       without the 358 MB BIG-bench archive (no HHH, no MC1/MC2)
-#   bash scripts/quickstart.sh --full       whole test sets and three seeds
+#   bash scripts/quickstart.sh --full       three seeds (42, 43, 44), with intervals across them
 #   bash scripts/quickstart.sh --seed 7     another seed, in results/seed_7
 #
+# SAMPLES=-1 OUT=results/whole bash scripts/quickstart.sh takes whole test sets instead of 100 prompts of each.
 # Every step is a command that you can run by itself; what is finished is not done again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
 export HF_HUB_OFFLINE=1
 
-lite=() seeds=(42) samples=100 name=quickstart
+lite=() seeds=(42) samples=${SAMPLES:-100} root=${OUT:-results} name=quickstart
 while [ $# -gt 0 ]; do
   case $1 in
     --lite) lite=(--lite); name=quickstart_lite ;;
-    --full) seeds=(42 43 44) samples=-1 name=quickstart_full ;;
+    --full) seeds=(42 43 44); name=quickstart_full ;;
     --seed) [ $# -gt 1 ] || { echo "error: --seed needs a number" >&2; exit 2; }
             case $2 in *[!0-9]*|'') echo "error: --seed $2: needs a whole number, 0 or more" >&2; exit 2 ;; esac
             seeds=("$2"); shift ;;
-    -h|--help) sed -n '2,9p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
+    -h|--help) sed -n '2,10p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
     *) echo "error: $1: unknown; allowed: --lite, --full, --seed N" >&2; exit 2 ;;
   esac
   shift
@@ -38,7 +39,7 @@ say python -m data.assets fetch "${lite[@]}"
 
 roots=()
 for seed in "${seeds[@]}"; do
-  out=results; [ "$seed" = 42 ] || out=results/seed_$seed
+  out=$root; [ "$seed" = 42 ] || out=$root/seed_$seed
   roots+=("$out")
   common=(--seed "$seed" --output_dir "$out")
   for task in helpfulness safety truthfulness; do
@@ -69,5 +70,6 @@ done
 step "report"
 labels="base=base,helpful expert=helpfulness,harmless expert=safety,honest expert=truthfulness,naive mix=mix"
 labels+=",plain average=average,raw MoE=raw_moe,tuned MoE=$tuned"
-say python evaluator/report.py --runs "$labels" --roots "$(IFS=,; echo "${roots[*]}")" --name $name --control mix
-printf '\nDone in %d s.\n' $((SECONDS - start))
+python evaluator/report.py --runs "$labels" --roots "$(IFS=,; echo "${roots[*]}")" --name $name --control mix --output_dir "$root"
+printf '\nDone in %d s. Report: %s\nRouter heat-maps: %s\n' $((SECONDS - start)) "$root/report/$name.md" \
+  "$root/observation/*_$tuned.png"

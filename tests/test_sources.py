@@ -42,7 +42,7 @@ def test_row_counts(sets):
     assert counts == {
         ("helpfulness", "train"): 774, ("helpfulness", "validation"): 109, ("helpfulness", "test"): 102,
         ("safety", "train"): 646, ("safety", "validation"): 72, ("safety", "test"): 288,
-        ("truthfulness", "train"): 1687, ("truthfulness", "validation"): 183, ("truthfulness", "test"): 299,
+        ("truthfulness", "train"): 490, ("truthfulness", "validation"): 51, ("truthfulness", "test"): 299,
         ("overrefusal", "test"): 300}
     # 999 Alpaca rows, 14 of them exact repeats; 520 AdvBench prompts; 817 - 276 questions
     assert sum(n for (task, _), n in counts.items() if task == "helpfulness") == 999 - 14
