@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 from config import ROOT, flag
 
+#: Objective ids, in the order that H3Fusion's code uses everywhere (spec section 0).
+OBJECTIVES: tuple[str, ...] = ("helpfulness", "safety", "truthfulness")
 TASKS = ("truthfulness", "safety", "helpfulness", "mix")
 RAW_MOE = "raw_moe"
 
@@ -161,6 +163,10 @@ class FuseMoeArgs(_Common):
             found.append(f"--experts {self.experts}: the same adapter twice; experts must differ")
         elif len({Path(name).name for name in self.expert_names}) < len(self.expert_names):
             found.append(f"--experts {self.experts}: two folders of the same name; experts are named after them")
+        order = [OBJECTIVES.index(name) for name in self.expert_names if name in OBJECTIVES]
+        if order != sorted(order):
+            found.append(f"--experts {self.experts}: needs the order {', '.join(OBJECTIVES)}, because the gating loss "
+                         "matches experts and objectives by position")
         if self.expert_topk > len(self.expert_names):
             found.append(f"--expert_topk {self.expert_topk}: there are {len(self.expert_names)} experts; "
                          f"allowed: 1 to {len(self.expert_names)}")

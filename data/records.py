@@ -10,9 +10,10 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
-#: Objective ids, in the order that H3Fusion's code uses everywhere (spec section 0).
-OBJECTIVES: tuple[str, ...] = ("helpfulness", "safety", "truthfulness")
-TASKS: tuple[str, ...] = (*OBJECTIVES, "mix")
+from commands import OBJECTIVES, TASKS
+
+__all__ = ["OBJECTIVES", "SPLITS", "TASKS", "Choice", "Pair", "Record", "normalise", "stable_hash"]
+
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
 
 

@@ -78,10 +78,12 @@ def data_routers(model: Any, tokenizer: Any, args: FuseMoeArgs, device: Any) -> 
     from models.families import decoder_layers, family_of
     from models.router import discriminant_router
 
-    names = OBJECTIVES[: len(args.expert_names)]
-    if len(names) < len(args.expert_names):
-        raise UserError(f"--router_init data: knows {len(OBJECTIVES)} objectives, but there are "
-                        f"{len(args.expert_names)} experts; use --router_init random")
+    # experts that are named after an objective read its data; others go by position
+    names = [n if n in OBJECTIVES else OBJECTIVES[i] if i < len(OBJECTIVES) else "" for i, n in
+             enumerate(args.expert_names)]
+    if "" in names or len(set(names)) < len(names):
+        raise UserError(f"--router_init data: knows the objectives {', '.join(OBJECTIVES)}, which do not match "
+                        f"--experts {args.experts} one to one; use --router_init random")
     family = family_of(model.config)
     ffns = [getattr(layer, family.ffn) for layer in decoder_layers(model, family)]
     inputs: dict[int, Tensor] = {}
