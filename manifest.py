@@ -53,7 +53,7 @@ def writing(target: Path, command: str, config: dict[str, Any], *, overwrite: bo
     """
     if not overwrite:
         finished(target, config)
-    staging = target.with_name(f".{target.name}.partial")
+    staging = target.with_name(f".{target.name}.partial" + ("" if is_main() else f".{os.environ['RANK']}"))
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     run = Run(staging, command, config)
@@ -61,12 +61,20 @@ def writing(target: Path, command: str, config: dict[str, Any], *, overwrite: bo
     try:
         yield run
         write_json(staging / MANIFEST, _manifest(run, start))
+        if not is_main():
+            shutil.rmtree(staging)
+            return
         if target.exists():
             shutil.rmtree(target)
         staging.replace(target)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def is_main() -> bool:
+    """Whether this process writes results: the only one, or rank 0 of a torchrun / accelerate launch."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def finished(target: Path, config: dict[str, Any]) -> bool:
@@ -112,7 +120,9 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def register(results: Path, row: dict[str, Any]) -> None:
-    """Append one line to ``results/registry.jsonl``; safe with several processes."""
+    """Append one line to ``results/registry.jsonl``; safe with several processes, of which only the main one writes."""
+    if not is_main():
+        return
     results.mkdir(parents=True, exist_ok=True)
     line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **row}, ensure_ascii=False) + "\n"
     with (results / REGISTRY).open("a", encoding="utf-8") as file:

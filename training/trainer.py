@@ -180,9 +180,10 @@ def resume_point(args: AlignArgs, settings: dict[str, Any]) -> str | None:
             log.info("resuming from %s", found[-1])
             return str(found[-1])
         raise UserError(f"{folder}: holds checkpoints of another configuration; use another --run_name, or --overwrite")
-    for old in found:
-        manifest.remove(old)
-    manifest.write_json(record, settings)
+    if manifest.is_main():
+        for old in found:
+            manifest.remove(old)
+        manifest.write_json(record, settings)
     return None
 
 
