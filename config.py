@@ -1,7 +1,7 @@
 """Command lines: one dataclass per command becomes its flags; presets fill in, flags win, every error comes at once.
 
 Order of precedence: dataclass default < preset (``scripts/presets/NAME.yaml``) < flag. Never imports torch, so that
-``--help`` is instant. The dataclasses themselves stand in ``commands.py``.
+``--help`` is instant. The dataclasses themselves stand in ``commands/``.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def parse(command: type, argv: Sequence[str] | None = None) -> Parsed:
     """Resolve a command line against preset and defaults.
 
     Args:
-        command: a dataclass of ``commands.py`` with ``sections(given)`` and ``problems(values)``.
+        command: a dataclass of ``commands/`` with ``sections(given)`` and ``problems(values)``.
         argv: the words after the program name; None reads ``sys.argv``.
 
     Raises:
