@@ -27,12 +27,33 @@ while [ $# -gt 0 ]; do
   shift
 done
 
+cores=$(nproc); half=$((cores > 1 ? cores / 2 : 1))
 start=$SECONDS
 step() { printf '\n== [%3d s] %s\n' $((SECONDS - start)) "$*"; }
 say() { printf '$ %s\n' "$*"; "$@"; }
 
+# One small model leaves half of two cores idle, so independent work runs in two lanes of half the cores each:
+# `beside NAME COMMAND...` starts the second one, its output in a log; `join` waits for it.
+beside() {
+  lane=$root/logs/$1.log; shift
+  printf '(beside it: %s; output in %s)\n' "$*" "$lane"
+  mkdir -p "$root/logs"; "$@" >"$lane" 2>&1 & beside_pid=$!
+}
+join() { wait "$beside_pid" || { tail -n 20 "$lane" >&2; echo "error: see $lane" >&2; exit 1; }; }
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+
 tuned=mix_moe_reg_00010_00010_00010_gate_01000
-runs=base,helpfulness,safety,truthfulness,mix,average,raw_moe,$tuned
+others=base,helpfulness,safety,truthfulness,mix,average,raw_moe
+
+answers() { # RUNS: what the keyword and harm judges read
+  say python inference.py --task_name safety --cross_task "$1" --num_samples "$samples" "${common[@]}"
+  say python inference.py --task_name overrefusal --cross_task "$1" --num_samples "$samples" "${common[@]}"
+}
+score() { # EVALUATOR
+  local folders=raw,cross_${others#base,},$tuned
+  folders=${folders//,/,cross_}; folders=${folders/cross_cross_/cross_}
+  say python "evaluator/evaluate_$1.py" --task_name "$folders" --num_samples "$samples" "${lite[@]}" "${common[@]}"
+}
 
 step "model and data"
 say python -m data.assets fetch "${lite[@]}"
@@ -41,30 +62,30 @@ roots=()
 for seed in "${seeds[@]}"; do
   out=$root; [ "$seed" = 42 ] || out=$root/seed_$seed
   roots+=("$out")
-  common=(--seed "$seed" --output_dir "$out")
+  common=(--seed "$seed" --output_dir "$out" --threads "$half")
+  step "three experts, and the naive mix as a control (seed $seed)"
+  beside "mix_$seed" python align_basemodel.py --moe_flag 0 --task_name mix "${common[@]}"
   for task in helpfulness safety truthfulness; do
-    step "expert: $task (seed $seed)"
     say python align_basemodel.py --moe_flag 0 --task_name $task "${common[@]}"
   done
-  step "control: naive mix (seed $seed)"
-  say python align_basemodel.py --moe_flag 0 --task_name mix "${common[@]}"
-  step "control: plain average of the deltas; raw MoE (seed $seed)"
+  step "fuse: plain average of the deltas as a control, raw MoE (seed $seed)"
   say python models/fuse.py --run_name average "${common[@]}"
   say python models/llama_moe.py "${common[@]}"
-  step "tune the fused MoE (seed $seed)"
+  join
+  step "tune the fused MoE; answers of all others (seed $seed)"
+  beside "answers_$seed" answers $others
   say python align_basemodel.py --moe_flag 1 --expert_topk 2 --gate_loss_weight 0.1 --helpfulness_weight 0.001 \
     --safety_weight 0.001 --truthfulness_weight 0.001 "${common[@]}"
-  step "answers (seed $seed)"
-  say python inference.py --task_name safety --cross_task $runs --num_samples $samples "${common[@]}"
-  say python inference.py --task_name overrefusal --cross_task $runs --num_samples $samples "${common[@]}"
+  answers $tuned
   for task in helpfulness truthfulness; do
     say python inference.py --task_name $task --cross_task $tuned --num_samples 24 "${common[@]}"
   done
+  join
   step "scores (seed $seed)"
-  folders=raw,cross_${runs#base,}; folders=${folders//,/,cross_}; folders=${folders/cross_cross_/cross_}
-  for judge in safety helpfulness truth_and_info; do
-    say python evaluator/evaluate_$judge.py --task_name $folders --num_samples $samples "${lite[@]}" "${common[@]}"
-  done
+  beside "helpfulness_$seed" score helpfulness
+  score truth_and_info
+  score safety
+  join
 done
 
 step "report"
