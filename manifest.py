@@ -29,7 +29,7 @@ MANIFEST = "manifest.json"
 REGISTRY = "registry.jsonl"
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors", "scipy")
 #: Settings that decide where, not what: a run is the same run whatever they are.
-_PLACE = {"output_dir", "cache_dir", "overwrite", "threads"}
+PLACE = {"output_dir", "cache_dir", "overwrite", "threads", "memory_gb", "dry_run"}
 
 
 @dataclass
@@ -45,8 +45,12 @@ class Run:
 
 
 @contextlib.contextmanager
-def writing(target: Path, command: str, config: dict[str, Any], *, overwrite: bool = False) -> Iterator[Run]:
+def writing(target: Path, command: str, config: dict[str, Any], *, overwrite: bool = False,
+            resume: bool = False) -> Iterator[Run]:
     """Write a run folder that appears under ``target`` only when the block ends without an error.
+
+    With ``resume`` the block finds what a killed run left behind (hidden, as ``.NAME.partial``) and what it leaves behind
+    itself when it is interrupted; the block must check that it fits. A UserError clears it away.
 
     Raises:
         UserError: ``target`` holds a run with another configuration and ``overwrite`` is off.
@@ -54,8 +58,9 @@ def writing(target: Path, command: str, config: dict[str, Any], *, overwrite: bo
     if not overwrite:
         finished(target, config)
     staging = target.with_name(f".{target.name}.partial" + ("" if is_main() else f".{os.environ['RANK']}"))
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    if not resume:
+        shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True, exist_ok=True)
     run = Run(staging, command, config)
     start = time.time()
     try:
@@ -67,8 +72,9 @@ def writing(target: Path, command: str, config: dict[str, Any], *, overwrite: bo
         if target.exists():
             shutil.rmtree(target)
         staging.replace(target)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
+    except BaseException as error:
+        if not resume or isinstance(error, UserError):
+            shutil.rmtree(staging, ignore_errors=True)
         raise
 
 
@@ -101,6 +107,14 @@ def finished(target: Path, config: dict[str, Any]) -> bool:
 def same_settings(path: Path, config: dict[str, Any]) -> bool:
     """Whether the JSON file ``path`` records this configuration (places and thread counts do not matter)."""
     return path.is_file() and not _differing(json.loads(path.read_text(encoding="utf-8")), config)
+
+
+def same_plan(path: Path, plan: dict[str, Any]) -> bool:
+    """Whether the JSON file ``path`` holds exactly this plan."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(plan))
+    except (OSError, ValueError):
+        return False
 
 
 def remove(folder: Path) -> None:
@@ -166,7 +180,7 @@ def peak_memory_mb() -> float:
 
 def _differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     new = json.loads(json.dumps(new))
-    return [k for k in sorted({*old, *new} - _PLACE) if old.get(k) != new.get(k)]
+    return [k for k in sorted({*old, *new} - PLACE) if old.get(k) != new.get(k)]
 
 
 def _manifest(run: Run, start: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Flags of models/llama_moe.py and of models/fuse.py."""
+"""Flags of models/llama_moe.py and of models/fuse.py adapters and extract."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from commands.base import OBJECTIVES, RAW_MOE, Common, name_problems
 from config import flag
+
+#: Rows of ADAPTER_METHODS (models/fusion/adapter_methods.py); a test holds the two together.
+ADAPTER_METHODS = ("cat", "svd", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune", "knots", "tsv",
+                   "isotropic", "lego")
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class FuseMoeArgs(Common):
 
     @property
     def expert_names(self) -> tuple[str, ...]:
-        return tuple(name.strip() for name in self.experts.split(",") if name.strip())
+        return _names(self.experts)
 
     @classmethod
     def sections(cls, given: dict[str, Any]) -> tuple[str, ...]:
@@ -55,24 +61,44 @@ class FuseMoeArgs(Common):
 
 @dataclass(frozen=True)
 class FuseAdaptersArgs(Common):
-    """Fuse LoRA adapters into one, without their base model.
+    """Fuse LoRA adapters into one on their files alone, without their base model.
 
-    python models/fuse.py --adapters helpfulness,safety,truthfulness --run_name average
+    python models/fuse.py adapters --adapters helpfulness,safety,truthfulness --run_name average
+    python models/fuse.py adapters --adapters task,safety --weights 0.6,0.4 --method ties --density 0.5 --rank 8
     """
 
     adapters: str = flag("helpfulness,safety,truthfulness", "run names or adapter folders, separated by commas")
     weights: str = flag("", "a weight for each adapter, separated by commas; empty: equal, summing to 1")
-    method: str = flag("cat", "cat: the exact weighted sum of the weight changes", choices=("cat",))
+    layer_weights: str = flag("", "other weights for some layers: \"0-10:0.7,0.3; 11-31:0.5,0.5\", or a YAML file of such "
+                                  "pairs (0-10: [0.7, 0.3])")
+    method: str = flag("cat", "cat, svd: the exact weighted sum of the changes B A; the others see their docstrings",
+                       choices=ADAPTER_METHODS)
+    rank: int | None = flag(None, "rank of the result; empty: no loss (linear, lego: the largest of the inputs)", low=1)
+    energy: float | None = flag(None, "instead of a rank: share of the squared norm that each module keeps, below 1")
+    density: float | None = flag(None, "share of the entries that ties, dare, prune and knots keep; tsv: of the directions")
+    space: str | None = flag(None, "where entries are trimmed: core (shared principal axes), left (outputs' axes only), "
+                                   "dense (raw B A, slow)", choices=("core", "left", "dense"))
+    scale: float = flag(1.0, "factor on the fused change")
+    compat: str = flag("", "peft: PEFT's combination types on the raw factors, cross terms and all; with --space dense its "
+                           "*_svd types", choices=("", "peft"))
+    majority_sign_method: str | None = flag(None, "--compat peft, ties: how signs are elected; empty: total",
+                                            choices=("total", "frequency"))
+    report: bool = flag(True, "write the conflict report: conflicts.json, conflicts.md, conflicts.png")
     run_name: str = flag("average", "name of the fused adapter under results/outputs")
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
-        return tuple(name.strip() for name in self.adapters.split(",") if name.strip())
+        return _names(self.adapters)
 
     @property
     def adapter_weights(self) -> tuple[float, ...]:
         names = self.adapter_names
         return tuple(float(w) for w in self.weights.split(",")) if self.weights else (1 / len(names),) * len(names)
+
+    @property
+    def weights_by_layer(self) -> dict[int, tuple[float, ...]]:
+        """Layer -> weights, for the layers that ``layer_weights`` names; a ValueError says what is wrong with it."""
+        return read_layer_weights(self.layer_weights, len(self.adapter_names))
 
     @classmethod
     def sections(cls, given: dict[str, Any]) -> tuple[str, ...]:
@@ -80,6 +106,8 @@ class FuseAdaptersArgs(Common):
 
     def problems(self) -> list[str]:
         found = name_problems("--run_name", self.run_name)
+        if len(set(self.adapter_names)) < len(self.adapter_names):
+            found.append(f"--adapters {self.adapters}: the same adapter twice; give it once, with more weight")
         try:
             if not all(math.isfinite(weight) for weight in self.adapter_weights):
                 found.append(f"--weights {self.weights}: every weight must be a finite number")
@@ -87,4 +115,92 @@ class FuseAdaptersArgs(Common):
                 found.append(f"--weights {self.weights}: {len(self.adapter_names)} adapters need as many weights")
         except (ValueError, ZeroDivisionError):
             found.append(f"--weights {self.weights}: needs numbers separated by commas, one per adapter")
-        return found
+        try:
+            self.weights_by_layer  # noqa: B018 - reading it is the check
+        except ValueError as error:
+            found.append(f"--layer_weights {self.layer_weights}: {error}")
+        if not math.isfinite(self.scale):
+            found.append(f"--scale {self.scale}: must be a finite number")
+        if self.density is not None and not 0 < self.density <= 1:
+            found.append(f"--density {self.density}: must be above 0 and at most 1")
+        if self.rank is not None and self.energy is not None:
+            found.append("--rank and --energy: give one of the two")
+        return found + _energy_problems(self.energy)
+
+
+@dataclass(frozen=True)
+class ExtractArgs(Common):
+    """Extract a LoRA adapter from a full fine-tune: its difference from its base, at a rank or an energy.
+
+    python models/fuse.py extract --model_name_or_path BASE --tuned TUNED --rank 16 --run_name extracted
+    """
+
+    tuned: str = flag("merged", "the fine-tuned model: a run, a local folder, a hub name; its base is --model_name_or_path")
+    rank: int | None = flag(None, "rank of every module; empty, without an energy: 16", low=1)
+    energy: float | None = flag(None, "instead of a rank: share of the squared norm of each module's change, below 1")
+    ignore_other: bool = flag(False, "leave out what changed but no LoRA can hold (norms, embeddings, biases), instead of "
+                                     "refusing")
+    run_name: str = flag("extracted", "name of the adapter under results/outputs")
+
+    @property
+    def fixed_rank(self) -> int | None:
+        """The rank wanted, None when the energy decides."""
+        return self.rank if self.rank or self.energy else 16
+
+    @classmethod
+    def sections(cls, given: dict[str, Any]) -> tuple[str, ...]:
+        return ("common",)
+
+    def problems(self) -> list[str]:
+        found = name_problems("--run_name", self.run_name)
+        if not self.tuned.strip():
+            found.append("--tuned: name the fine-tuned model")
+        if self.rank is not None and self.energy is not None:
+            found.append("--rank and --energy: give one of the two")
+        return found + _energy_problems(self.energy)
+
+
+def read_layer_weights(text: str, count: int) -> dict[int, tuple[float, ...]]:
+    """Layer -> one weight per adapter, from "0-10:0.7,0.3; 11:0.5,0.5" or from a YAML file of such pairs.
+
+    Raises:
+        ValueError: not readable, a layer twice, or not ``count`` finite weights.
+    """
+    if not text.strip():
+        return {}
+    if text.endswith((".yaml", ".yml")):
+        try:
+            content = yaml.safe_load(Path(text).expanduser().read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f"not readable as YAML ({type(error).__name__})") from None
+        if not isinstance(content, dict) or not all(isinstance(v, list) for v in content.values()):
+            raise ValueError("needs a mapping of layers to lists, e.g. 0-10: [0.7, 0.3]")
+        pairs = [(str(layers), weights) for layers, weights in content.items()]
+    else:
+        pairs = [(layers, weights.split(",")) for layers, _, weights in
+                 (part.partition(":") for part in text.split(";") if part.strip())]
+    found: dict[int, tuple[float, ...]] = {}
+    for layers, given in pairs:
+        first, _, last = layers.strip().partition("-")
+        try:
+            weights = tuple(map(float, given))
+            numbers = range(int(first), int(last or first) + 1)
+        except (TypeError, ValueError):
+            raise ValueError(f"'{layers.strip()}' needs the form 0-10:0.7,0.3 (layers, then a number per adapter)") from None
+        if len(weights) != count or not all(map(math.isfinite, weights)):
+            raise ValueError(f"layers {layers.strip()}: {count} adapters need as many finite weights")
+        if not numbers or not 0 <= numbers[0] <= numbers[-1] < 100_000:
+            raise ValueError(f"layers {layers.strip()}: no such range")
+        if found.keys() & numbers:
+            raise ValueError(f"layer {min(found.keys() & numbers)} stands there twice")
+        found.update(dict.fromkeys(numbers, weights))
+    return found
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _energy_problems(energy: float | None) -> list[str]:
+    # the last digits drown in fp32 rounding
+    return [] if energy is None or 0 < energy <= 0.9999 else [f"--energy {energy}: must be above 0 and at most 0.9999"]

@@ -1,65 +1,53 @@
-"""Fuse trained adapters into one, without their base model.
+"""Fuse models: full checkpoints, LoRA adapters, or a LoRA drawn out of a full fine-tune.
 
-    python models/fuse.py --adapters helpfulness,safety,truthfulness --run_name average
+    python models/fuse.py merge --recipe recipe.yml --run_name merged
+    python models/fuse.py adapters --adapters helpfulness,safety,truthfulness --run_name average
+    python models/fuse.py extract --tuned merged --rank 16 --run_name extracted
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import logging
+import sys
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
 
 import config
-import manifest
-from commands import FuseAdaptersArgs
+from commands import ExtractArgs, FuseAdaptersArgs
+from commands.merge import MergeArgs
 from errors import UserError, exit_on_user_error
 
-
-def fuse(args: FuseAdaptersArgs, run: manifest.Run) -> None:
-    """Read the adapters, fuse them, write a PEFT adapter (alpha = r, so scale 1) into the run folder."""
-    from safetensors.torch import save_file
-
-    from models.adapter_files import CONFIG, WEIGHTS, read_adapter
-    from models.fusion import METHODS
-
-    folders = [Path(n) if "/" in n else args.results / "outputs" / n for n in args.adapter_names]
-    adapters = [read_adapter(folder, name) for folder, name in zip(folders, args.adapter_names, strict=True)]
-    bases = {manifest.read(folder)["inputs"].get("base") for folder in folders}
-    if len(bases) > 1:
-        raise UserError(f"--adapters {args.adapters}: they were trained on different bases; fuse those of one base")
-    modules = METHODS[args.method](adapters, args.adapter_weights)
-    ranks = {a.shape[0] for a, _ in modules.values()}
-    if len(ranks) > 1:
-        raise UserError(f"--adapters {args.adapters}: they train different modules, so ranks would differ "
-                        f"({sorted(ranks)}); fuse adapters of the same targets")
-    (rank,) = ranks
-    settings = adapters[0].config | {"r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "use_rslora": False,
-                                     "rank_pattern": {}, "alpha_pattern": {}, "init_lora_weights": True}
-    manifest.write_json(run.folder / CONFIG, settings)
-    tensors = {}
-    for module, (a, b) in modules.items():
-        tensors[f"base_model.model.{module}.lora_A.weight"] = a.contiguous()
-        tensors[f"base_model.model.{module}.lora_B.weight"] = b.contiguous()
-    save_file(tensors, run.folder / WEIGHTS, metadata={"format": "pt"})
-    run.parents.extend(map(str, folders))
-    run.inputs.update({adapter.name: adapter.sha256 for adapter in adapters}, base=bases.pop())
-    run.metrics.update(adapters=len(adapters), rank=rank)
+#: Sub-command -> its flags, and the function that carries it out: (flags) -> what to tell the person. Loaded when called.
+COMMANDS: dict[str, tuple[type, str]] = {
+    "merge": (MergeArgs, "models.fusion.merge:merge"),
+    "adapters": (FuseAdaptersArgs, "models.fusion.adapters:fuse_adapters"),
+    "extract": (ExtractArgs, "models.fusion.extract:extract"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
-        args: FuseAdaptersArgs = config.parse(FuseAdaptersArgs, argv).args
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
-        target = args.results / "outputs" / args.run_name
-        if not args.overwrite and manifest.finished(target, asdict(args)):
-            print(f"{target}: already fused")
+        name, *rest = (sys.argv[1:] if argv is None else list(argv)) or [""]
+        if name in ("-h", "--help"):
+            _parser().print_help()
             return
-        with manifest.writing(target, "fuse", asdict(args), overwrite=args.overwrite) as run:
-            fuse(args, run)
-        manifest.register(args.results, {"kind": "run", "command": "fuse", "run": args.run_name, "seed": args.seed,
-                                         **run.metrics})
-        print(f"{target}: {run.metrics['adapters']} adapters, rank {run.metrics['rank']}")
+        if name not in COMMANDS:
+            raise UserError(f"{name or 'no sub-command'}: needs one of {', '.join(COMMANDS)} first, e.g. "
+                            "python models/fuse.py adapters --help")
+        command, place = COMMANDS[name]
+        args = config.parse(command, rest).args
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        module, _, function = place.partition(":")
+        print(getattr(importlib.import_module(module), function)(args))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(metavar="COMMAND")
+    for name, (command, _) in COMMANDS.items():
+        commands.add_parser(name, help=(command.__doc__ or "").partition("\n")[0])
+    return parser
 
 
 if __name__ == "__main__":

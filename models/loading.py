@@ -6,7 +6,6 @@ a pad token pads with its end token, which is harmless because masks and labels 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -21,10 +20,10 @@ from transformers.utils import logging as hf_logging
 from data.prompts import Template, template
 from errors import UserError
 from models import attention
+from models.checkpoint import fingerprint
 
 log = logging.getLogger(__name__)
 ADAPTER, MOE = "adapter_config.json", "moe_config.json"
-_BLOCK = 1 << 16
 
 
 @dataclass
@@ -90,20 +89,6 @@ def base_path(name: str, cache_dir: str | None = None) -> Path:
             f"({type(error).__name__}); allowed: 'embedded', a local folder, a hub name that this machine can reach "
             "(gated models need HF_TOKEN in the environment)"
         ) from None
-
-
-def fingerprint(folder: Path) -> str:
-    """SHA-256 over every weight file's header and 256 evenly spaced blocks: tells bases apart without reading 13 GB."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            header = int.from_bytes(stream.read(8), "little")
-            digest.update(stream.read(min(header, size)))
-            for i in range(256):
-                stream.seek(max(0, i * (size - _BLOCK) // 255))
-                digest.update(stream.read(_BLOCK))
-    return digest.hexdigest()
 
 
 def load_tokenizer(folder: Path) -> Any:

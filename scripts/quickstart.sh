@@ -69,7 +69,7 @@ for seed in "${seeds[@]}"; do
     say python align_basemodel.py --moe_flag 0 --task_name $task "${common[@]}"
   done
   step "fuse: plain average of the deltas as a control, raw MoE (seed $seed)"
-  say python models/fuse.py --run_name average "${common[@]}"
+  say python models/fuse.py adapters --run_name average "${common[@]}"
   say python models/llama_moe.py "${common[@]}"
   join
   step "tune the fused MoE; answers of all others (seed $seed)"

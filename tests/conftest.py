@@ -72,3 +72,36 @@ def _make_adapter(base: Path, folder: Path, *, seed: int = 0, r: int = 4, alpha:
     content = {"status": "checkpoint", "inputs": {"base": fingerprint(base)}}
     (folder / "manifest.json").write_text(json.dumps(content), encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def merge_inputs(tmp_path) -> Path:
+    """Checkpoints base, a, b, c under one folder; a in three shards."""
+    from synthetic import make_checkpoint
+
+    base = make_checkpoint(tmp_path / "base", scale=0.5)
+    for i, name in enumerate("abc"):
+        make_checkpoint(tmp_path / name, seed=i + 1, base=base, shards=3 if name == "a" else 1)
+    return tmp_path
+
+
+@pytest.fixture
+def run_merge(merge_inputs):
+    """Run ``models/fuse.py merge`` on those checkpoints; returns the result's folder."""
+    from models import fuse
+
+    def call(*words: str, name: str = "out") -> Path:
+        fuse.main(["merge", *words, "--output_dir", str(merge_inputs / "results"), "--run_name", name])
+        return merge_inputs / "results" / "outputs" / name
+    return call
+
+
+@pytest.fixture
+def merge_fails(run_merge, capsys):
+    """The same, for command lines that must end with exit code 2; returns what was said."""
+    def call(*words: str) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            run_merge(*words)
+        assert stopped.value.code == 2
+        return capsys.readouterr().err
+    return call

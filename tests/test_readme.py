@@ -9,10 +9,11 @@ import pytest
 
 import commands
 import config
+from models import fuse
 
 README = (config.ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = {
-    "align_basemodel.py": commands.AlignArgs, "llama_moe.py": commands.FuseMoeArgs, "fuse.py": commands.FuseAdaptersArgs,
+    "align_basemodel.py": commands.AlignArgs, "llama_moe.py": commands.FuseMoeArgs,
     "inference.py": commands.InferenceArgs, "evaluate_safety.py": commands.EvaluateSafetyArgs,
     "evaluate_helpfulness.py": commands.EvaluateHelpfulnessArgs, "report.py": commands.ReportArgs,
     "evaluate_truth_and_info.py": commands.EvaluateTruthArgs,
@@ -24,7 +25,9 @@ LINES = [part.strip() for block in re.findall(r"```bash\n(.*?)```", README, re.S
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith("python ")])
 def test_commands_parse(line):
     script, *flags = shlex.split(line)[1:]
-    assert config.parse(COMMANDS[script.rpartition("/")[2]], flags).args is not None
+    name = script.rpartition("/")[2]
+    command = fuse.COMMANDS[flags.pop(0)][0] if name == "fuse.py" else COMMANDS[name]
+    assert config.parse(command, flags).args is not None
 
 
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith(("bash ", "cd "))])

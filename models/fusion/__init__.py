@@ -1,5 +1,1 @@
-"""Ways to fuse: METHODS maps a name to a pure function on adapters. A new method is one function and one row."""
-
-from models.fusion.adapters import concatenate
-
-METHODS = {"cat": concatenate}
+"""Fusion of weights (``merge.py``: recipe -> plan -> blocks -> method) and of adapters (``adapters.py``)."""

@@ -1,0 +1,277 @@
+"""Race: fusing LoRA adapters on their files against PEFT's add_weighted_adapter, at Llama-2-7B shapes.
+
+    python benchmarks/adapters.py --layers 32 --pairs 5 --json adapters.json
+
+Inputs are synthesised from a seed. Each measurement is a fresh process that reads the two adapters, fuses them (timed) and
+writes the result; sides alternate (A B A B ..), medians count. Results are compared as weight changes B A, module by module,
+with the exact weighted sum too. The peer runs at its best: full_matrices=False in its SVD, and base weights that take no
+memory (a zero stretched to shape); the one row at its default says so. ``limit`` is the time that moving the factors once,
+or the multiplications of the QR route at the speed of a matrix product, take on this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SHAPES = {"self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (4096, 4096), "self_attn.v_proj": (4096, 4096),
+          "self_attn.o_proj": (4096, 4096), "mlp.gate_proj": (11008, 4096), "mlp.up_proj": (11008, 4096),
+          "mlp.down_proj": (4096, 11008)}
+ONE = "one"
+WEIGHTS = (0.6, 0.4)
+
+
+@dataclass(frozen=True)
+class Race:
+    """A row: what is fused, how each side calls it.
+
+    Args:
+        inputs: ranks of the two adapters; ``only``: a single 4096 x 4096 matrix instead of all layers.
+        ours: (method, parameters), or None.
+        peer: options of add_weighted_adapter, or None: not raced.
+        slow: whether the peer takes a minute and more; left out with --quick.
+    """
+
+    name: str
+    inputs: tuple[int, int]
+    only: bool
+    ours: tuple[str, dict[str, Any]]
+    peer: dict[str, Any] | None
+    slow: bool = False
+
+
+_SVD = {"combination_type": "svd", "svd_rank": 8}
+_TIES = {"combination_type": "ties", "density": 0.5}
+RACES = (
+    Race("cat, r 8 + 16", (8, 16), False, ("cat", {}), {"combination_type": "cat"}),
+    Race("svd to r 8, one 4096 x 4096", (8, 16), True, ("svd", {"rank": 8}), _SVD | {"svd_full_matrices": False}, True),
+    Race("svd to r 8, one, peer's default", (8, 16), True, ("svd", {"rank": 8}), _SVD, True),
+    Race("svd to r 24 (no loss), one", (8, 16), True, ("svd", {}), None),
+    Race("svd to r 8, r 8 + 16", (8, 16), False, ("svd", {"rank": 8}), None),
+    Race("sum at r 8 (linear), r 8 + 8", (8, 8), False, ("linear", {}), {"combination_type": "linear"}),
+    Race("TIES at r 8, r 8 + 8 (peer: on factors)", (8, 8), False, ("ties", {"density": 0.5, "rank": 8}), _TIES),
+    Race("TIES on dense B A to r 8, one", (8, 8), True, ("ties", {"density": 0.5, "rank": 8, "space": "dense"}),
+         {"combination_type": "ties_svd", "density": 0.5, "svd_rank": 8, "svd_full_matrices": False}, True),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=32, help="decoder layers (default: 32, as in Llama-2-7B)")
+    parser.add_argument("--pairs", type=int, default=5, help="A B pairs of each race (default: 5)")
+    parser.add_argument("--threads", type=int, default=0, help="torch threads of both sides; 0: all cores")
+    parser.add_argument("--seed", type=int, default=0, help="of the synthesised adapters")
+    parser.add_argument("--quick", action="store_true", help="without the peer's dense SVDs (a minute and more each)")
+    parser.add_argument("--json", type=Path, help="write the table as JSON too")
+    parser.add_argument("--worker", nargs=4, metavar=("SIDE", "RACE", "INPUTS", "OUT"), help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.worker:
+        side, number, inputs, out = args.worker
+        print(json.dumps(work(side, RACES[int(number)], Path(inputs), Path(out), args.threads)))
+        return
+    rows = []
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        limits = _machine(args.threads)
+        synthesise(folder, args.layers, args.seed)
+        for number, race in enumerate(RACES):
+            peer = race.peer is not None and not (race.slow and args.quick)
+            rows.append(run(race, number, folder, args, peer, limits))
+            print(f"{race.name}: {rows[-1]['ours_s']:.3f} s against {_cell(rows[-1]['peer_s'], '.3f')} s", file=sys.stderr)
+        rows.append(_whole_command(folder, args))
+    print(table(rows))
+    if args.json:
+        args.json.write_text(json.dumps({"layers": args.layers, "pairs": args.pairs, "machine": limits, "rows": rows}, indent=2))
+
+
+def synthesise(folder: Path, layers: int, seed: int) -> None:
+    """Adapters of rank 8, 8 and 16 on all linear layers, and the same cut to the first matrix."""
+    import torch
+
+    from models.adapter_files import write_adapter
+
+    for name, rank in (("8a", 8), ("8b", 8), ("16b", 16)):
+        generator = torch.Generator().manual_seed(seed * 3 + len(name) + rank + ord(name[-1]))
+        modules = {f"model.layers.{i}.{kind}": (torch.randn(rank, into, generator=generator) / into**0.5,
+                                                torch.randn(out, rank, generator=generator) * 0.02)
+                   for i in range(layers) for kind, (out, into) in SHAPES.items()}
+        first = next(iter(modules))
+        for place, held, targets in ((name, modules, {kind.rpartition(".")[2] for kind in SHAPES}),
+                                     (f"{name}-{ONE}", {first: modules[first]}, {first})):
+            (folder / place).mkdir()
+            write_adapter(folder / place, held, targets, {"base_model_name_or_path": "synthetic"})
+
+
+def run(race: Race, number: int, folder: Path, args: argparse.Namespace, peer: bool, machine: dict[str, float]) -> dict[str, Any]:
+    """All measurements of a race, its medians and the distances of the results."""
+    import torch
+
+    from models.adapter_files import Adapter, delta_distance, read_adapter
+
+    found: dict[str, list[dict[str, float]]] = {"ours": [], "peer": []}
+    for _ in range(args.pairs):
+        for side in ("ours", "peer") if peer else ("ours",):
+            command = [sys.executable, __file__, "--threads", str(args.threads), "--worker", side, str(number), str(folder),
+                       str(folder / side)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise SystemExit(f"{race.name}: {side} failed:\n{done.stderr[-2000:]}")
+            found[side].append(json.loads(done.stdout.splitlines()[-1]))
+    sources = [read_adapter(folder / name) for name in _names(race)]
+    modules = {m: (torch.cat([s.modules[m][0] for s in sources]),
+                   torch.cat([w * s.modules[m][1] for s, w in zip(sources, WEIGHTS, strict=True)], 1)) for m in sources[0].modules}
+    exact = Adapter("exact", folder, {}, modules)
+    results = {side: read_adapter(folder / side) for side in found if found[side]}
+    median = {side: statistics.median(f["seconds"] for f in found[side]) if found[side] else None for side in found}
+    peak = {side: max(f["peak_mb"] for f in found[side]) if found[side] else None for side in found}
+    return {
+        "race": race.name, "ours_s": median["ours"], "peer_s": median["peer"],
+        "ratio": median["peer"] / median["ours"] if peer else None, "limit_s": _limit(race, exact, machine),
+        "ours_peak_mb": peak["ours"], "peer_peak_mb": peak["peer"],
+        "ours_to_sum": delta_distance(results["ours"], exact),
+        "peer_to_sum": delta_distance(results["peer"], exact) if peer else None,
+        "ours_to_peer": delta_distance(results["ours"], results["peer"]) if peer else None,
+        "all_s": {side: [f["seconds"] for f in found[side]] for side in found},
+    }
+
+
+def work(side: str, race: Race, folder: Path, out: Path, threads: int) -> dict[str, float]:
+    """One measurement, in a process of its own: read, fuse (timed), write."""
+    import torch
+
+    import manifest
+
+    if threads:
+        torch.set_num_threads(threads)
+    out.mkdir(exist_ok=True)
+    fuse = _ours if side == "ours" else _peer
+    call, save = fuse(race, [folder / name for name in _names(race)], out)
+    before = manifest.peak_memory_mb()
+    start = time.perf_counter()
+    result = call()
+    seconds = time.perf_counter() - start
+    peak = manifest.peak_memory_mb() - before
+    save(result)
+    return {"seconds": seconds, "peak_mb": peak}
+
+
+def _ours(race: Race, folders: Sequence[Path], out: Path):
+    from models.adapter_files import read_adapter, targets_of, write_adapter
+    from models.fusion.adapter_methods import ADAPTER_METHODS
+    from models.fusion.adapters import fuse
+
+    adapters, (name, given) = [read_adapter(folder) for folder in folders], race.ours
+    row = ADAPTER_METHODS[name]
+    parameters = row.configured(name, given, [])
+    return (lambda: fuse(adapters, row, parameters, WEIGHTS, {}, 0),
+            lambda done: write_adapter(out, {m: f.pair for m, f in done.items()}, targets_of(adapters), {}))
+
+
+def _peer(race: Race, folders: Sequence[Path], out: Path):
+    import torch
+    from peft import PeftModel, get_peft_model_state_dict
+
+    from models.adapter_files import read_adapter, targets_of, write_adapter
+
+    source = read_adapter(folders[0])
+    tree = torch.nn.Module()
+    for module, (a, b) in source.modules.items():
+        *path, last = module.split(".")
+        parent = tree
+        for part in path:
+            if not hasattr(parent, part):
+                parent.add_module(part, torch.nn.Module())
+            parent = getattr(parent, part)
+        linear = torch.nn.Linear(1, 1, bias=False)
+        # a zero stretched to shape: the base costs the peer nothing
+        linear.weight = torch.nn.Parameter(torch.zeros(1, 1).expand(b.shape[0], a.shape[1]), requires_grad=False)
+        linear.in_features, linear.out_features = a.shape[1], b.shape[0]
+        parent.add_module(last, linear)
+    model = PeftModel.from_pretrained(tree, folders[0], adapter_name="one")
+    model.load_adapter(folders[1], adapter_name="two")
+
+    def save(_: None) -> None:
+        state = get_peft_model_state_dict(model, adapter_name="both", save_embedding_layers=False)
+        factors = {m: tuple(state[f"base_model.model.{m}.lora_{side}.weight"] for side in "AB") for m in source.modules}
+        write_adapter(out, factors, targets_of([source]), {})
+
+    return lambda: model.base_model.add_weighted_adapter(["one", "two"], list(WEIGHTS), "both", **race.peer), save
+
+
+def _whole_command(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Ours from two files to one, conflict report included, as a person runs it; memory of the whole process."""
+    times, peak = [], 0.0
+    for _ in range(args.pairs):
+        command = [sys.executable, "-m", "models.fuse", "adapters", "--adapters", f"{folder}/8a,{folder}/8b", "--weights", "0.6,0.4",
+                   "--method", "svd", "--rank", "8", "--output_dir", f"{folder}/results", "--overwrite"]
+        start = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).resolve().parent.parent)
+        times.append(time.perf_counter() - start)
+        found = json.loads((folder / "results/outputs/average/manifest.json").read_text())
+        peak = max(peak, found["peak_memory_mb"])
+    return {"race": "whole command, svd to r 8, r 8 + 8, with report", "ours_s": statistics.median(times), "peer_s": None,
+            "ratio": None, "limit_s": None, "ours_peak_mb": peak, "peer_peak_mb": None, "ours_to_sum": None,
+            "peer_to_sum": None, "ours_to_peer": None, "all_s": {"ours": times, "peer": []}}
+
+
+def _names(race: Race) -> list[str]:
+    second = f"{race.inputs[1]}b"
+    return [f"{name}-{ONE}" if race.only else name for name in (f"{race.inputs[0]}a", second)]
+
+
+def _machine(threads: int) -> dict[str, float]:
+    """Speed of a copy (bytes/s, read and written) and of a matrix product (FLOP/s, fp64) on this machine, now."""
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    big, square = torch.ones(1 << 26), torch.randn(1024, 1024, dtype=torch.float64)
+    other = torch.empty_like(big)
+    copy, product = (min(_timed(call) for _ in range(5)) for call in (lambda: other.copy_(big), lambda: square @ square))
+    return {"copy": 2 * big.nbytes / copy, "product": 2 * 1024**3 / product}
+
+
+def _timed(call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _limit(race: Race, exact: Any, machine: dict[str, float]) -> float:
+    """Seconds: every factor read once and the result written, or two thin QRs and the products with their axes."""
+    moved = sum(a.nbytes + b.nbytes for a, b in exact.modules.values()) * 2
+    if race.ours[0] == "cat":
+        return moved / machine["copy"]
+    rank = sum(race.inputs)
+    # forming R and then Q costs 4 m R^2 for each side; the result's axes 2 m R r
+    flops = sum((a.shape[1] + b.shape[0]) * (4 * rank**2 + 4 * rank**2) for a, b in exact.modules.values())
+    return max(moved / machine["copy"], flops / machine["product"])
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as Markdown. Distances are ||D1 - D2|| / max norm; peaks are beyond what stood in memory before the call."""
+    lines = ["| race | ours s | PEFT s | ratio | limit s | ours MB | PEFT MB | ours to sum | PEFT to sum | ours to PEFT |",
+             "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"]
+    for r in rows:
+        cells = [_cell(r["ours_s"], ".4f"), _cell(r["peer_s"], ".4f"), _cell(r["ratio"], ",.1f"), _cell(r["limit_s"], ".4f"),
+                 _cell(r["ours_peak_mb"], ".0f"), _cell(r["peer_peak_mb"], ".0f"),
+                 *(_cell(r[key], ".1e") for key in ("ours_to_sum", "peer_to_sum", "ours_to_peer"))]
+        lines.append(f"| {r['race']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+if __name__ == "__main__":
+    main()

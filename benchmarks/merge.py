@@ -1,0 +1,231 @@
+"""Race: models/fuse.py merge against mergekit on the same recipes, files and machine.
+
+    python benchmarks/merge.py                        # 1.1B base + 3 experts, five pairs, every method
+    python benchmarks/merge.py --layers 4 --pairs 1   # a short look
+    python benchmarks/merge.py --beyond_ram           # a 3B shape inside --memory_gb 1
+
+Whole commands are timed, start-up included, alternating A B A B; the peer runs from its own environment, made when missing.
+Results are compared tensor by tensor. Disk: five times the model (11 GB for 1.1B, 30 GB for the 3B shape).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from peers import peer_python
+
+ROOT = Path(__file__).resolve().parent.parent
+GIB = 2**30
+#: layers, hidden, FFN, key/value width, vocabulary
+SHAPES = {"1.1B": (22, 2048, 5632, 256, 32000), "3B": (26, 3200, 8640, 3200, 32000)}
+#: method -> parameters of every expert, of the recipe
+RACES = {
+    "linear": ("{weight: 0.33}", "{normalize: false}"),
+    "task_arithmetic": ("{weight: 0.4}", "{normalize: false}"),
+    "slerp": ("", "{t: 0.4}"),
+    "dare_linear": ("{weight: 0.4, density: 0.3}", "{normalize: false}"),
+    "ties": ("{weight: 0.4, density: 0.2}", "{normalize: true}"),
+    "della": ("{weight: 0.4, density: 0.3, epsilon: 0.1}", "{normalize: true}"),
+    "breadcrumbs": ("{weight: 0.4, density: 0.5, gamma: 0.01}", "{normalize: false}"),
+}
+BARS = {"linear": 5, "task_arithmetic": 4, "dare_linear": 3, "ties": 10, "della": 10}
+
+
+def synthesise(folder: Path, seed: int, shape: tuple[int, ...], layers: int, base: Path | None) -> None:
+    """A Llama-shaped bf16 checkpoint in three shards from a seed; with ``base``, that one plus a small task vector."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    if (folder / "config.json").is_file():
+        return
+    _, hidden, ffn, kv, vocab = shape
+    folder.mkdir(parents=True, exist_ok=True)
+    shapes = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (vocab, hidden))
+    shapes["model.norm.weight"] = (hidden,)
+    for i in range(layers):
+        at = f"model.layers.{i}"
+        shapes |= {f"{at}.self_attn.{n}_proj.weight": (hidden if n == "q" else kv, hidden) for n in "qkv"}
+        shapes |= {f"{at}.self_attn.o_proj.weight": (hidden, hidden), f"{at}.mlp.gate_proj.weight": (ffn, hidden),
+                   f"{at}.mlp.up_proj.weight": (ffn, hidden), f"{at}.mlp.down_proj.weight": (hidden, ffn),
+                   f"{at}.input_layernorm.weight": (hidden,), f"{at}.post_attention_layernorm.weight": (hidden,)}
+    names, weight_map = sorted(shapes), {}
+    for part in range(3):
+        file = f"model-{part + 1:05d}-of-00003.safetensors"
+        old = load_file(base / file) if base else {}
+        tensors = {}
+        for j, name in list(enumerate(names))[part::3]:
+            generator = torch.Generator().manual_seed(seed * 100_003 + j)
+            noise = torch.empty(shapes[name], dtype=torch.bfloat16).normal_(0, 0.002 if base else 0.02, generator=generator)
+            tensors[name] = old[name] + noise if base else noise
+            weight_map[name] = file
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "intermediate_size": ffn,
+        "num_hidden_layers": layers, "num_attention_heads": 32, "num_key_value_heads": kv // (hidden // 32),
+        "vocab_size": vocab, "torch_dtype": "bfloat16", "tie_word_embeddings": False, "rms_norm_eps": 1e-5}))
+
+
+def recipe(method: str, inputs: dict[str, Path], path: Path) -> Path:
+    """The mergekit recipe that both sides read."""
+    each, whole = RACES[method]
+    lines = ["models:"]
+    for name in ("base", "a") if method == "slerp" else ("base", "a", "b", "c") if method == "linear" else ("a", "b", "c"):
+        lines += [f"  - model: {inputs[name]}", *([f"    parameters: {each}"] if each else [])]
+    lines += [f"merge_method: {method}", f"parameters: {whole}", "dtype: bfloat16"]
+    if method != "linear":
+        lines.append(f"base_model: {inputs['base']}")
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def timed(command: list[str]) -> tuple[float, int]:
+    """(seconds, peak resident bytes) of one command."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    error = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    if status:
+        raise SystemExit(f"{' '.join(command)}\n{error.decode()[-3000:]}")
+    return seconds, usage.ru_maxrss * 1024
+
+
+def io_limit(files: list[Path], out_bytes: int, folder: Path, workers: int) -> float:
+    """Seconds to read every input once and to write and sync the output's bytes once, by as many workers."""
+    def read(file: Path) -> None:
+        buffer = bytearray(1 << 20)
+        with file.open("rb", buffering=0) as stream:
+            while stream.readinto(buffer):
+                pass
+
+    def write(i: int) -> None:
+        block = os.urandom(1 << 20)
+        with (folder / f"limit{i}.bin").open("wb", buffering=0) as stream:
+            os.posix_fallocate(stream.fileno(), 0, out_bytes // workers)
+            for _ in range(out_bytes // workers >> 20):
+                stream.write(block)
+            os.fsync(stream.fileno())
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(read, files))
+        list(pool.map(write, range(workers)))
+    seconds = time.perf_counter() - start
+    for i in range(workers):
+        (folder / f"limit{i}.bin").unlink()
+    return seconds
+
+
+def compare(ours: Path, theirs: Path, base: Path, names: list[str]) -> dict[str, float]:
+    """Relative distance of the two results' task vectors, and the share of elements that differ, over sampled tensors."""
+    import torch
+    from safetensors import safe_open
+
+    def read(folder: Path, name: str) -> torch.Tensor:
+        index = folder / "model.safetensors.index.json"
+        file = json.loads(index.read_text())["weight_map"][name] if index.is_file() else "model.safetensors"
+        with safe_open(folder / file, "pt") as stream:
+            return stream.get_tensor(name).float()
+
+    apart = whole = energy = 0.0
+    differ = total = 0
+    for name in names:
+        one, two, zero = (read(f, name) for f in (ours, theirs, base))
+        apart += float((one - two).pow(2).sum())
+        whole += float((two - zero).pow(2).sum())
+        energy += float((one - zero).pow(2).sum())
+        differ, total = differ + int((one != two).sum()), total + one.numel()
+    return {"distance": (apart / whole) ** 0.5, "elements_differ": differ / total, "norm_ratio": (energy / whole) ** 0.5}
+
+
+def race(method: str, inputs: dict[str, Path], work: Path, pairs: int, peer: Path, workers: int) -> dict:
+    path = recipe(method, inputs, work / f"{method}.yml")
+    ours_out, theirs_out = work / "results" / "outputs" / method, work / f"peer_{method}"
+    ours = [sys.executable, str(ROOT / "models" / "fuse.py"), "merge", "--recipe", str(path), "--run_name", method,
+            "--output_dir", str(work / "results"), "--overwrite"]
+    theirs = [str(peer.parent / "mergekit-yaml"), str(path), str(theirs_out), "--no-copy-tokenizer", "--quiet",
+              "--no-write-model-card", "-j", str(workers)]
+    rows = {"ours": [], "peer": []}
+    for _ in range(pairs):
+        rows["ours"].append(timed(ours))
+        subprocess.run(["rm", "-rf", str(theirs_out)], check=True)
+        rows["peer"].append(timed(theirs))
+        print(f"{method}: ours {rows['ours'][-1][0]:.1f} s, mergekit {rows['peer'][-1][0]:.1f} s", file=sys.stderr)
+    mine, other = (statistics.median(s for s, _ in rows[k]) for k in ("ours", "peer"))
+    sample = [f"model.layers.0.{n}" for n in ("mlp.up_proj.weight", "self_attn.o_proj.weight", "input_layernorm.weight")]
+    result = {"method": method, "pairs": pairs, "seconds": mine, "peer_seconds": other, "ratio": other / mine,
+              "bar": BARS.get(method), "all": rows, "peak_gib": max(b for _, b in rows["ours"]) / GIB,
+              "peer_peak_gib": max(b for _, b in rows["peer"]) / GIB,
+              **compare(ours_out, theirs_out, inputs["base"], sample)}
+    subprocess.run(["rm", "-rf", str(ours_out), str(theirs_out)], check=True)
+    return result
+
+
+def beyond_ram(work: Path, layers: int | None) -> dict:
+    """A 3B shape with ``--memory_gb 1``: peak resident bytes of the merge above those of the bare interpreter."""
+    shape = SHAPES["3B"]
+    inputs = {n: work / "3B" / n for n in ("base", "a", "b", "c")}
+    for seed, (name, folder) in enumerate(inputs.items()):
+        synthesise(folder, seed, shape, layers or shape[0], None if name == "base" else inputs["base"])
+    path = recipe("ties", inputs, work / "3b.yml")
+    _, bare = timed([sys.executable, "-c", "import torch, models.fusion.execute, models.fusion.sparse"])
+    seconds, peak = timed([sys.executable, str(ROOT / "models" / "fuse.py"), "merge", "--recipe", str(path), "--run_name",
+                           "ram", "--output_dir", str(work / "results"), "--overwrite", "--memory_gb", "1"])
+    return {"shape": "3B", "method": "ties", "seconds": seconds, "peak_gib": peak / GIB, "interpreter_gib": bare / GIB,
+            "beyond_interpreter_gib": (peak - bare) / GIB, "promise_gib": 1}
+
+
+def table(results: list[dict]) -> str:
+    lines = ["| method | pairs | ours s | mergekit s | ratio | bar | ours GiB | mergekit GiB | x I/O limit | distance |",
+             "|---|---|---|---|---|---|---|---|---|---|"]
+    for r in results:
+        lines.append(f"| {r['method']} | {r['pairs']} | {r['seconds']:.1f} | {r['peer_seconds']:.1f} | {r['ratio']:.1f} | "
+                     f"{r['bar'] or ''} | {r['peak_gib']:.2f} | {r['peer_peak_gib']:.2f} | "
+                     f"{r['seconds'] / r['io_limit']:.1f} | {r['distance']:.1e} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", default=",".join(RACES))
+    parser.add_argument("--layers", type=int, default=None, help="shorten the model")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--work", type=Path, default=None, help="where inputs and outputs lie; kept when given")
+    parser.add_argument("--beyond_ram", action="store_true")
+    parser.add_argument("--json", type=Path, default=None)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        work = (args.work or Path(scratch)).resolve()
+        work.mkdir(parents=True, exist_ok=True)
+        results = []
+        if args.beyond_ram:
+            results.append(beyond_ram(work, args.layers))
+            print(json.dumps(results[0], indent=2))
+        else:
+            shape = SHAPES["1.1B"]
+            inputs = {n: work / "1.1B" / n for n in ("base", "a", "b", "c")}
+            for seed, (name, folder) in enumerate(inputs.items()):
+                synthesise(folder, seed, shape, args.layers or shape[0], None if name == "base" else inputs["base"])
+            peer, workers = peer_python(), len(os.sched_getaffinity(0))
+            for method in args.methods.split(","):
+                read = ("base", "a") if method == "slerp" else inputs
+                files = [f for name in read for f in inputs[name].glob("*.safetensors")]
+                limit = io_limit(files, sum(f.stat().st_size for f in inputs["base"].glob("*.safetensors")), work, workers)
+                results.append(race(method, inputs, work, args.pairs, peer, workers) | {"io_limit": limit})
+            print(table(results))
+        if args.json:
+            args.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

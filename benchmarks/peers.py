@@ -1,0 +1,25 @@
+"""The environment of the programs that the races run against: made when missing, apart from the project's own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def peer_python() -> Path:
+    """The peers' Python: ``$ABF_PEERS`` or ``.peers`` beside the project, with what ``benchmarks/peers.txt`` pins."""
+    folder = Path(os.environ.get("ABF_PEERS") or ROOT / ".peers").absolute()
+    python = folder / "bin" / "python"
+    if not (folder / ".installed").is_file():
+        print(f"installing the peers into {folder} (once; about 2 GB)", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        wanted = (ROOT / "benchmarks" / "peers.txt").read_text().split()
+        # torch alone and first: another package's range would pull a larger build
+        for words in ([w for w in wanted if w.startswith("torch==")], [w for w in wanted if not w.startswith("torch==")]):
+            subprocess.run([str(python), "-m", "pip", "install", "--quiet", *words], check=True)
+        (folder / ".installed").touch()
+    return python
