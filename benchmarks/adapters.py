@@ -3,10 +3,11 @@
     python benchmarks/adapters.py --layers 32 --pairs 5 --json adapters.json
 
 Inputs are synthesised from a seed. Each measurement is a fresh process that reads the two adapters, fuses them (timed) and
-writes the result; sides alternate (A B A B ..), medians count. Results are compared as weight changes B A, module by module,
-with the exact weighted sum too. The peer runs at its best: full_matrices=False in its SVD, and base weights that take no
-memory (a zero stretched to shape); the one row at its default says so. ``limit`` is the time that moving the factors once,
-or the multiplications of the QR route at the speed of a matrix product, take on this machine.
+writes the result; sides alternate (A B A B ..), medians count, peaks are of the whole process (PEFT: with transformers,
+which it loads). Results are compared as weight changes B A over all modules, and with the exact weighted sum: "to sum" of a
+result at rank 8 is at least what any rank 8 must lose. The peer runs at its best: full_matrices=False in its SVD, and base
+weights that take no memory (a zero stretched to shape); the row at its default says so. ``limit`` is the time that moving
+the factors once, or the multiplications of two thin QRs at the speed of a matrix product, take on this machine.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Race:
 
     Args:
         inputs: ranks of the two adapters; ``only``: a single 4096 x 4096 matrix instead of all layers.
-        ours: (method, parameters), or None.
+        ours: (method, parameters); methods that end in _svd are those of --compat peft.
         peer: options of add_weighted_adapter, or None: not raced.
         slow: whether the peer takes a minute and more; left out with --quick.
     """
@@ -59,7 +60,7 @@ RACES = (
     Race("svd to r 8, r 8 + 16", (8, 16), False, ("svd", {"rank": 8}), None),
     Race("sum at r 8 (linear), r 8 + 8", (8, 8), False, ("linear", {}), {"combination_type": "linear"}),
     Race("TIES at r 8, r 8 + 8 (peer: on factors)", (8, 8), False, ("ties", {"density": 0.5, "rank": 8}), _TIES),
-    Race("TIES on dense B A to r 8, one", (8, 8), True, ("ties", {"density": 0.5, "rank": 8, "space": "dense"}),
+    Race("PEFT's ties_svd to r 8, one", (8, 8), True, ("ties_svd", {"density": 0.5, "rank": 8}),
          {"combination_type": "ties_svd", "density": 0.5, "svd_rank": 8, "svd_full_matrices": False}, True),
 )
 
@@ -72,11 +73,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the synthesised adapters")
     parser.add_argument("--quick", action="store_true", help="without the peer's dense SVDs (a minute and more each)")
     parser.add_argument("--json", type=Path, help="write the table as JSON too")
-    parser.add_argument("--worker", nargs=4, metavar=("SIDE", "RACE", "INPUTS", "OUT"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=3, metavar=("SIDE", "RACE", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:
-        side, number, inputs, out = args.worker
-        print(json.dumps(work(side, RACES[int(number)], Path(inputs), Path(out), args.threads)))
+        side, number, folder = args.worker
+        print(json.dumps(work(side, RACES[int(number)], Path(folder), args.threads)))
         return
     rows = []
     with tempfile.TemporaryDirectory() as place:
@@ -87,10 +88,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             peer = race.peer is not None and not (race.slow and args.quick)
             rows.append(run(race, number, folder, args, peer, limits))
             print(f"{race.name}: {rows[-1]['ours_s']:.3f} s against {_cell(rows[-1]['peer_s'], '.3f')} s", file=sys.stderr)
-        rows.append(_whole_command(folder, args))
+        rows.append(_row("whole command: svd to r 8, r 8 + 8, with the conflict report",
+                         [_worker("command", 0, folder, args.threads) for _ in range(args.pairs)], []))
     print(table(rows))
     if args.json:
-        args.json.write_text(json.dumps({"layers": args.layers, "pairs": args.pairs, "machine": limits, "rows": rows}, indent=2))
+        content = {"layers": args.layers, "pairs": args.pairs, "machine": limits, "rows": rows}
+        args.json.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def synthesise(folder: Path, layers: int, seed: int) -> None:
@@ -111,7 +114,8 @@ def synthesise(folder: Path, layers: int, seed: int) -> None:
             write_adapter(folder / place, held, targets, {"base_model_name_or_path": "synthetic"})
 
 
-def run(race: Race, number: int, folder: Path, args: argparse.Namespace, peer: bool, machine: dict[str, float]) -> dict[str, Any]:
+def run(race: Race, number: int, folder: Path, args: argparse.Namespace, peer: bool,
+        machine: dict[str, float]) -> dict[str, Any]:
     """All measurements of a race, its medians and the distances of the results."""
     import torch
 
@@ -120,57 +124,68 @@ def run(race: Race, number: int, folder: Path, args: argparse.Namespace, peer: b
     found: dict[str, list[dict[str, float]]] = {"ours": [], "peer": []}
     for _ in range(args.pairs):
         for side in ("ours", "peer") if peer else ("ours",):
-            command = [sys.executable, __file__, "--threads", str(args.threads), "--worker", side, str(number), str(folder),
-                       str(folder / side)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise SystemExit(f"{race.name}: {side} failed:\n{done.stderr[-2000:]}")
-            found[side].append(json.loads(done.stdout.splitlines()[-1]))
+            found[side].append(_worker(side, number, folder, args.threads))
     sources = [read_adapter(folder / name) for name in _names(race)]
-    modules = {m: (torch.cat([s.modules[m][0] for s in sources]),
-                   torch.cat([w * s.modules[m][1] for s, w in zip(sources, WEIGHTS, strict=True)], 1)) for m in sources[0].modules}
-    exact = Adapter("exact", folder, {}, modules)
-    results = {side: read_adapter(folder / side) for side in found if found[side]}
-    median = {side: statistics.median(f["seconds"] for f in found[side]) if found[side] else None for side in found}
-    peak = {side: max(f["peak_mb"] for f in found[side]) if found[side] else None for side in found}
-    return {
-        "race": race.name, "ours_s": median["ours"], "peer_s": median["peer"],
-        "ratio": median["peer"] / median["ours"] if peer else None, "limit_s": _limit(race, exact, machine),
-        "ours_peak_mb": peak["ours"], "peer_peak_mb": peak["peer"],
-        "ours_to_sum": delta_distance(results["ours"], exact),
-        "peer_to_sum": delta_distance(results["peer"], exact) if peer else None,
-        "ours_to_peer": delta_distance(results["ours"], results["peer"]) if peer else None,
-        "all_s": {side: [f["seconds"] for f in found[side]] for side in found},
-    }
+    exact = Adapter("exact", folder, {}, {
+        m: (torch.cat([s.modules[m][0] for s in sources]),
+            torch.cat([w * s.modules[m][1] for s, w in zip(sources, WEIGHTS, strict=True)], 1)) for m in sources[0].modules})
+    ours, theirs = (read_adapter(folder / side) if found[side] else None for side in ("ours", "peer"))
+    row = _row(race.name, found["ours"], found["peer"])
+    return row | {"limit_s": _limit(race, exact, machine), "ours_to_sum": delta_distance(ours, exact),
+                  "peer_to_sum": theirs and delta_distance(theirs, exact),
+                  "ours_to_peer": theirs and delta_distance(ours, theirs)}
 
 
-def work(side: str, race: Race, folder: Path, out: Path, threads: int) -> dict[str, float]:
-    """One measurement, in a process of its own: read, fuse (timed), write."""
+def _row(name: str, ours: list[dict[str, float]], peer: list[dict[str, float]]) -> dict[str, Any]:
+    times = {"ours": [m["seconds"] for m in ours], "peer": [m["seconds"] for m in peer]}
+    median = {side: statistics.median(values) if values else None for side, values in times.items()}
+    return {"race": name, "ours_s": median["ours"], "peer_s": median["peer"],
+            "ratio": median["peer"] / median["ours"] if peer else None,
+            "ours_peak_mb": max(m["peak_mb"] for m in ours),
+            "peer_peak_mb": max(m["peak_mb"] for m in peer) if peer else None, "all_s": times}
+
+
+def _worker(side: str, number: int, folder: Path, threads: int) -> dict[str, float]:
+    command = [sys.executable, __file__, "--threads", str(threads), "--worker", side, str(number), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{side}, race {number} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def work(side: str, race: Race, folder: Path, threads: int) -> dict[str, float]:
+    """One measurement, in a process of its own: read, fuse (timed), write. Side "command": the whole command, timed."""
+    if side == "command":
+        return _command(folder, threads)
     import torch
 
-    import manifest
-
-    if threads:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads or torch.get_num_threads())
+    out = folder / side
     out.mkdir(exist_ok=True)
-    fuse = _ours if side == "ours" else _peer
-    call, save = fuse(race, [folder / name for name in _names(race)], out)
-    before = manifest.peak_memory_mb()
+    call, save = (_ours if side == "ours" else _peer)(race, [folder / name for name in _names(race)], out)
+    # the first call of LAPACK loads it
+    torch.linalg.svd(torch.linalg.qr(torch.eye(9, 4, dtype=torch.float64)).R)
     start = time.perf_counter()
     result = call()
     seconds = time.perf_counter() - start
-    peak = manifest.peak_memory_mb() - before
     save(result)
-    return {"seconds": seconds, "peak_mb": peak}
+    return {"seconds": seconds, "peak_mb": _peak_mb()}
+
+
+def _peak_mb() -> float:
+    """Of this process alone: ru_maxrss would count what the parent held when it started us."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def _ours(race: Race, folders: Sequence[Path], out: Path):
     from models.adapter_files import read_adapter, targets_of, write_adapter
-    from models.fusion.adapter_methods import ADAPTER_METHODS
+    from models.fusion.adapter_methods import ADAPTER_METHODS, PEFT_METHODS
     from models.fusion.adapters import fuse
 
     adapters, (name, given) = [read_adapter(folder) for folder in folders], race.ours
-    row = ADAPTER_METHODS[name]
+    row = (PEFT_METHODS if name.endswith("_svd") else ADAPTER_METHODS)[name]
+    row.load()
     parameters = row.configured(name, given, [])
     return (lambda: fuse(adapters, row, parameters, WEIGHTS, {}, 0),
             lambda done: write_adapter(out, {m: f.pair for m, f in done.items()}, targets_of(adapters), {}))
@@ -207,20 +222,14 @@ def _peer(race: Race, folders: Sequence[Path], out: Path):
     return lambda: model.base_model.add_weighted_adapter(["one", "two"], list(WEIGHTS), "both", **race.peer), save
 
 
-def _whole_command(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Ours from two files to one, conflict report included, as a person runs it; memory of the whole process."""
-    times, peak = [], 0.0
-    for _ in range(args.pairs):
-        command = [sys.executable, "-m", "models.fuse", "adapters", "--adapters", f"{folder}/8a,{folder}/8b", "--weights", "0.6,0.4",
-                   "--method", "svd", "--rank", "8", "--output_dir", f"{folder}/results", "--overwrite"]
-        start = time.perf_counter()
-        subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).resolve().parent.parent)
-        times.append(time.perf_counter() - start)
-        found = json.loads((folder / "results/outputs/average/manifest.json").read_text())
-        peak = max(peak, found["peak_memory_mb"])
-    return {"race": "whole command, svd to r 8, r 8 + 8, with report", "ours_s": statistics.median(times), "peer_s": None,
-            "ratio": None, "limit_s": None, "ours_peak_mb": peak, "peer_peak_mb": None, "ours_to_sum": None,
-            "peer_to_sum": None, "ours_to_peer": None, "all_s": {"ours": times, "peer": []}}
+def _command(folder: Path, threads: int) -> dict[str, float]:
+    """From two files to one, conflict report included, as a person runs it; imports are part of the time."""
+    start = time.perf_counter()
+    from models.fuse import main as fuse
+
+    fuse(["adapters", "--adapters", f"{folder}/8a,{folder}/8b", "--weights", "0.6,0.4", "--method", "svd", "--rank", "8",
+          "--output_dir", f"{folder}/results", "--overwrite", "--threads", str(threads)])
+    return {"seconds": time.perf_counter() - start, "peak_mb": _peak_mb()}
 
 
 def _names(race: Race) -> list[str]:
@@ -258,14 +267,14 @@ def _limit(race: Race, exact: Any, machine: dict[str, float]) -> float:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as Markdown. Distances are ||D1 - D2|| / max norm; peaks are beyond what stood in memory before the call."""
-    lines = ["| race | ours s | PEFT s | ratio | limit s | ours MB | PEFT MB | ours to sum | PEFT to sum | ours to PEFT |",
-             "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"]
+    """The rows as Markdown. Distances are ||D1 - D2|| / the larger norm."""
+    columns = {"ours s": ("ours_s", ".4f"), "PEFT s": ("peer_s", ".4f"), "ratio": ("ratio", ",.1f"),
+               "limit s": ("limit_s", ".4f"), "ours MB": ("ours_peak_mb", ".0f"), "PEFT MB": ("peer_peak_mb", ".0f"),
+               "ours to sum": ("ours_to_sum", ".1e"), "PEFT to sum": ("peer_to_sum", ".1e"),
+               "ours to PEFT": ("ours_to_peer", ".1e")}
+    lines = [f"| race | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     for r in rows:
-        cells = [_cell(r["ours_s"], ".4f"), _cell(r["peer_s"], ".4f"), _cell(r["ratio"], ",.1f"), _cell(r["limit_s"], ".4f"),
-                 _cell(r["ours_peak_mb"], ".0f"), _cell(r["peer_peak_mb"], ".0f"),
-                 *(_cell(r[key], ".1e") for key in ("ours_to_sum", "peer_to_sum", "ours_to_peer"))]
-        lines.append(f"| {r['race']} | " + " | ".join(cells) + " |")
+        lines.append(f"| {r['race']} | " + " | ".join(_cell(r.get(key), form) for key, form in columns.values()) + " |")
     return "\n".join(lines)
 
 

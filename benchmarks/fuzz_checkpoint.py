@@ -155,7 +155,7 @@ def sound_file(rng: random.Random) -> bytes:
 
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}} if rng.random() < 0.5 else {}
     place = 0
-    for i in range(rng.randint(0, 4)):
+    for i in range(rng.randint(1, 4)):
         dtype, shape = rng.choice(list(KINDS)), [rng.choice((0, 1, 2, 3)) for _ in range(rng.randint(0, 3))]
         nbytes = KINDS[dtype][0]
         for size in shape:

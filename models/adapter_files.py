@@ -24,6 +24,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 #: The largest rank that vLLM serves, and the ranks that its --max-lora-rank takes (vllm/config/lora.py).
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight$")
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 #: What a weighted sum of B A cannot hold: (pattern of a tensor's name, what it is).
 _FOREIGN = (
     (r"lora_magnitude_vector", "a DoRA magnitude"),
@@ -184,6 +185,18 @@ def write_adapter(folder: Path, modules: Mapping[str, Pair], targets: Iterable[s
         tensors[f"base_model.model.{module}.lora_B.weight"] = b.float().contiguous()
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     return largest
+
+
+def layer_of(module: str) -> int | None:
+    """The number of the decoder layer that a module belongs to: the first number in its name; None without one."""
+    found = _LAYER.search(module)
+    return int(found[1]) if found else None
+
+
+def in_order(adapters: Iterable[Adapter]) -> list[str]:
+    """Every module that any of the adapters trains, by layer number, then by name."""
+    modules = set().union(*(adapter.modules for adapter in adapters))
+    return sorted(modules, key=lambda module: (layer_of(module) is None, layer_of(module), module))
 
 
 def vllm_note(rank: int) -> str:

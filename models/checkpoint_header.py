@@ -79,11 +79,7 @@ def read_header(stream: BinaryIO, file: Path) -> tuple[dict[str, TensorInfo], di
     except ValueError as error:
         raise UserError(f"{file}: its header {error}; {REPAIR}") from None
     metadata, data = header.pop(_METADATA, {}), 8 + length
-    if not isinstance(metadata, dict) or not all(isinstance(text, str) and not _HALF.search(text)
-                                                 for pair in metadata.items() for text in pair):
-        raise UserError(f"{file}: {_METADATA} is {shown(metadata)}, must map texts to texts; {REPAIR}")
-    if faults := few(file, (f"tensor {shown(name)}: {fault}" for name, entry in header.items()
-                            for fault in _faults(name, entry, size - data))):
+    if faults := few(file, _header_faults(metadata, header, size - data)):
         raise UserError(*faults)
     tensors = {}
     for name, entry in header.items():
@@ -135,6 +131,14 @@ def parse_object(text: bytes) -> dict[str, Any]:
 def shown(value: Any) -> str:
     """A value out of a hostile file for a message: short, and without control characters."""
     return _SHOWN.repr(value)
+
+
+def _header_faults(metadata: Any, entries: dict[str, Any], available: int) -> Iterator[str]:
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) and not _HALF.search(text)
+                                                 for pair in metadata.items() for text in pair):
+        yield f"{_METADATA} is {shown(metadata)}, must map texts to texts"
+    for name, entry in entries.items():
+        yield from (f"tensor {shown(name)}: {fault}" for fault in _faults(name, entry, available))
 
 
 def _faults(name: str, entry: Any, available: int) -> Iterator[str]:

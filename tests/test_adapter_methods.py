@@ -57,6 +57,13 @@ def test_a_space_holds_the_changes_without_loss(space):
     assert core.tasks[0].shape == {"core": (10, 10), "left": (10, IN), "dense": (OUT, IN)}[space]
 
 
+def test_more_ranks_than_the_matrix_has_rows():
+    torch.manual_seed(0)
+    pairs = [(torch.randn(5, IN), torch.randn(6, 5)) for _ in range(2)]
+    close(fused("svd", pairs, (0.6, 0.4)), 0.6 * dense(pairs[0]) + 0.4 * dense(pairs[1]), 1e-6)
+    assert fused("ties", pairs, (0.6, 0.4)).shape == (6, IN)
+
+
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_a_fusion_depends_on_the_changes_and_not_on_their_factors(name):
     pairs, weights = make(3, 4), (0.7, 0.5)

@@ -147,6 +147,7 @@ FILES = {
     "long number": (packed(b'{"a": ' + b"9" * 5000 + b"}"), "not valid JSON"),
     "no tensors": (packed({}, b""), "holds no tensors"),
     "metadata": (packed({"__metadata__": {"n": 1}, "a": A}), "__metadata__ is {'n': 1}"),
+    "metadata half a character": (packed(b'{"__metadata__": {"a": "\\ud800"}}', b""), "must map texts to texts"),
     "duplicate tensor": (packed(b'{"a": %b, "a": %b}' % ((json.dumps(A).encode(),) * 2)), "names 'a' twice"),
     "entry no object": (packed({"a": [1]}), "tensor 'a': its entry is [1]"),
     "field missing": (packed({"a": {"dtype": "F32", "shape": [2]}}), "must have dtype, shape, data_offsets"),
@@ -193,10 +194,12 @@ def test_a_header_above_the_limit_is_not_read(tmp_path):
 
 
 def test_all_problems_come_at_once(tmp_path):
-    (tmp_path / SINGLE).write_bytes(packed({"a": entry("F4"), "b": entry(shape=(True,)), "c": entry(offsets=(9, 1))}))
+    (tmp_path / SINGLE).write_bytes(packed({"a": entry("F4"), "b": entry(shape=(True,)), "c": entry(offsets=(9, 1)),
+                                            "__metadata__": None}))
     (tmp_path / "config.json").write_text("{")
     text = refused(tmp_path)
-    assert all(fault in text for fault in ("'a': dtype", "'b': shape", "'c': data_offsets", "config.json: is not valid"))
+    assert all(fault in text for fault in ("'a': dtype", "'b': shape", "'c': data_offsets", "__metadata__ is None",
+                                             "config.json: is not valid JSON"))
 
 
 def test_a_thousand_lies_make_a_short_message(tmp_path):

@@ -284,15 +284,18 @@ def test_cuts_are_exact_for_every_k(size):
     values = (torch.randn(size, generator=generator) * 4).round() / 4
     for k in (0, 1, 2, size // 3, size - 1, size):
         k = min(k, size)
-        ((cut,),) = find_cuts(lambda: ([magnitude_bits(part)] for part in values.split(97)), [[k]], size)
-        cut = cut.fresh()
-        mask = torch.cat([cut.mask(magnitude_bits(part)) for part in values.split(97)])
+        ((cut,),) = find_cuts(lambda: ([part] for part in values.split(97)), [[k]], size)
+        fresh = cut.fresh()
+        mask = torch.cat([fresh.mask(part) for part in values.split(97)])
         assert torch.equal(mask, top_mask(values, k))
+        fresh = cut.fresh()
+        kept = torch.cat([fresh.keep(part.clone()) for part in values.split(97)])
+        assert torch.equal(kept, values * mask)
 
 
 def test_cut_counts_its_ties_over_blocks():
     cut = Cut(int(magnitude_bits(torch.tensor([1.0]))), 3).fresh()
-    masks = [cut.mask(magnitude_bits(torch.tensor([1.0, -1.0, 0.5, 2.0]))) for _ in range(3)]
+    masks = [cut.mask(torch.tensor([1.0, -1.0, 0.5, 2.0])) for _ in range(3)]
     assert [m.tolist() for m in masks] == [[True, True, False, True], [True, False, False, True],
                                            [False, False, False, True]]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -10,13 +9,24 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import manifest
 from commands import FuseAdaptersArgs
 from errors import UserError
-from models.adapter_files import CONFIG, Adapter, inner, read_adapter, targets_of, vllm_note, write_adapter
+from models.adapter_files import (
+    CONFIG,
+    Adapter,
+    in_order,
+    inner,
+    layer_of,
+    read_adapter,
+    targets_of,
+    vllm_note,
+    write_adapter,
+)
 from models.fusion.adapter_methods import ADAPTER_METHODS, PEFT_EQUAL_RANKS, PEFT_METHODS, AdapterMethod
 from models.fusion.blocks import uniform
 from models.fusion.conflicts import measure, write_report
@@ -24,7 +34,6 @@ from models.fusion.core_space import Fused, cut, project
 from models.fusion.low_rank import low_rank
 
 TRUNCATION = "truncation.json"
-_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 _FLAGS = ("rank", "energy", "density", "space", "majority_sign_method")
 
 
@@ -38,6 +47,8 @@ def fuse_adapters(args: FuseAdaptersArgs) -> str:
     folders = [Path(n).expanduser() if "/" in n else args.results / "outputs" / n for n in args.adapter_names]
     if target.resolve() in [folder.resolve() for folder in folders]:
         raise UserError(f"--run_name {args.run_name}: {target} is an input of this fusion; choose another name")
+    if args.threads:
+        torch.set_num_threads(args.threads)
     adapters = _read_all(folders, args.adapter_names)
     base = common_base(adapters)
     check(adapters, args, row)
@@ -95,7 +106,7 @@ def fuse(adapters: Sequence[Adapter], row: AdapterMethod, parameters: Any, weigh
         # PEFT takes one rank for all modules, the largest anywhere
         parameters = replace(parameters, rank=max(a.shape[0] for adapter in adapters for a, _ in adapter.modules.values()))
     function, fused = row.load(), {}
-    for module in tqdm(sorted(set().union(*(adapter.modules for adapter in adapters))), "fuse", disable=None):
+    for module in tqdm(in_order(adapters), "fuse", disable=None):
         layer = layer_of(module)
         shares = weights if layer is None else by_layer.get(layer, weights)
         there = [(adapter, w) for adapter, w in zip(adapters, shares, strict=True) if module in adapter.modules]
@@ -127,12 +138,6 @@ def _fuse_module(function: Callable, row: AdapterMethod, module: str, adapters: 
 
 def _draw(seed: int, module: str, which: int, shape: tuple[int, ...]) -> Tensor:
     return uniform(seed, module, which, 0, prod(shape)).view(shape)
-
-
-def layer_of(module: str) -> int | None:
-    """The number of the decoder layer that a module belongs to: the first number in its name; None without one."""
-    found = _LAYER.search(module)
-    return int(found[1]) if found else None
 
 
 def _read_all(folders: Sequence[Path], names: Sequence[str]) -> list[Adapter]:

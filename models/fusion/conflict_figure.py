@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 if TYPE_CHECKING:
     from models.fusion.conflicts import Conflict
 
-#: (field, title, colours, lowest, highest); the norm ratio is drawn as its logarithm to base 2.
-PANELS = (("cosine", "cosine", "PuOr", -1, 1), ("norm_ratio", "log2 norm ratio", "PuOr", -3, 3),
-          ("overlap", "output overlap", "cividis", 0, 1), ("sign", "opposite signs", "cividis", 0, 1))
+#: (field, title, colours, centre, least range around or above it): colours span what there is, and noise stays pale.
+PANELS = (("cosine", "cosine", "PuOr", 0, 0.1), ("norm_ratio", "log2 norm ratio", "PuOr", 0, 1),
+          ("overlap", "output overlap", "cividis", None, 0.1), ("sign", "opposite signs", "PuOr_r", 0.5, 0.05))
 _PLACE = re.compile(r"^(?P<before>.*?)(?:^|\.)(?P<layer>\d+)\.(?P<kind>.+)$")
 
 
@@ -41,11 +41,13 @@ def draw(conflicts: Sequence[Conflict], path: Path) -> None:
     axes = figure.subplots(len(pairs), len(PANELS), squeeze=False)
     for row, (one, two) in zip(axes, pairs, strict=True):
         own = [c for c in conflicts if (c.one, c.two) == (one, two)]
-        for axis, (name, title, colours, low, high) in zip(row, PANELS, strict=True):
+        for axis, (name, title, colours, centre, least) in zip(row, PANELS, strict=True):
             values, names = grid(own, name)
             if name == "norm_ratio":
-                values = np.log2(np.clip(values, 2.0**low, 2.0**high))
-            image = axis.imshow(values, aspect="auto", cmap=colours, vmin=low, vmax=high, interpolation="nearest")
+                values = np.log2(np.clip(values, 1 / 8, 8))
+            reach = max(least, float(np.nanmax(np.abs(values - (centre or 0)))))
+            image = axis.imshow(values, aspect="auto", cmap=colours, vmin=0 if centre is None else centre - reach,
+                                vmax=(centre or 0) + reach, interpolation="nearest")
             axis.set_title(title if axis is not row[0] else f"{_short(one)} / {_short(two)}: {title}", fontsize=8)
             axis.set_yticks(range(len(names)), names if axis is row[0] else [""] * len(names), fontsize=6)
             axis.set_xticks(range(0, values.shape[1], max(1, math.ceil(values.shape[1] / 8))))

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from manifest import write_json
-from models.adapter_files import Adapter
+from models.adapter_files import Adapter, in_order
 from models.fusion.blocks import uniform
 from models.fusion.core_space import pick_rank, project
 
@@ -53,7 +53,7 @@ class Conflict:
 
 def measure(adapters: Sequence[Adapter], seed: int) -> list[Conflict]:
     """Every pair of adapters on every module that both train."""
-    shared = [m for m in sorted(set().union(*(a.modules for a in adapters))) if sum(m in a.modules for a in adapters) > 1]
+    shared = [m for m in in_order(adapters) if sum(m in a.modules for a in adapters) > 1]
     return [conflict for module in tqdm(shared, "conflicts", disable=None) for conflict in _module(module, adapters, seed)]
 
 

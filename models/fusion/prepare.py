@@ -8,7 +8,17 @@ from typing import Any
 
 import torch
 
-from models.fusion.cuts import EVERYTHING, NOTHING, Cut, count, descend, high_histogram, low_histogram, magnitude_bits
+from models.fusion.cuts import (
+    EVERYTHING,
+    NOTHING,
+    Cut,
+    LowHistogram,
+    count,
+    cut_at,
+    descend,
+    high_histogram,
+    magnitude_bits,
+)
 from models.fusion.dense import task_vectors
 from models.fusion.plan import Job
 
@@ -28,30 +38,33 @@ def ties_over_the_model(jobs: tuple[Job, ...], walk: Walk) -> dict[str, list[Cut
     total = sum(prod(job.shape) for job in jobs)
     sizes = [count(jobs[0].parameters.density[i], total) for i in inputs]
 
-    def over(function: Callable) -> Callable:
-        """Sum a count per input over a tensor's blocks."""
-        def summed(blocks: Any) -> list[torch.Tensor]:
-            totals = None
-            for block in blocks:
-                here = [function(i, magnitude_bits(delta)) for i, delta in enumerate(task_vectors(block))]
-                totals = here if totals is None else [a + b for a, b in zip(totals, here, strict=True)]
-            return totals
-        return summed
+    def over(function: Callable, blocks: Any) -> list[torch.Tensor] | None:
+        """Sum a count per input over a tensor's blocks; None of an empty tensor."""
+        totals = None
+        for block in blocks:
+            here = [function(i, delta) for i, delta in enumerate(task_vectors(block))]
+            totals = here if totals is None else [a + b for a, b in zip(totals, here, strict=True)]
+        return totals
+
+    def lows(blocks: Any) -> list[torch.Tensor]:
+        counts = [LowHistogram(b) for b, _ in bins]
+        for block in blocks:
+            for histogram, delta in zip(counts, task_vectors(block), strict=True):
+                histogram.add(delta)
+        return [histogram.total() for histogram in counts]
 
     def add(results: dict[str, list]) -> list[torch.Tensor]:
         kept = [r for r in results.values() if r is not None]
         return [sum(r[i] for r in kept) for i in inputs]
 
-    high = add(walk(over(lambda i, bits: high_histogram(bits).cpu())))
+    high = add(walk(lambda blocks: over(lambda i, delta: high_histogram(delta).cpu(), blocks)))
     trivial = [k == 0 or k >= total for k in sizes]
     bins = [(0, 0) if trivial[i] else descend(high[i], sizes[i]) for i in inputs]
-    low = add(walk(over(lambda i, bits: low_histogram(bits, bins[i][0]).cpu())))
-    thresholds, quotas = [], []
-    for i in inputs:
-        value, ties = (0, 0) if trivial[i] else descend(low[i], bins[i][1])
-        thresholds.append(bins[i][0] << 16 | value)
-        quotas.append(ties)
-    equal = walk(over(lambda i, bits: torch.tensor(int((bits == thresholds[i]).sum()))))
+    low = add(walk(lows))
+    whole = [Cut(0, 0) if trivial[i] else cut_at(bins[i][0], low[i], bins[i][1]) for i in inputs]
+    equal = walk(lambda blocks: over(
+        lambda i, delta: torch.tensor(int((magnitude_bits(delta) == whole[i].threshold).sum())), blocks))
+    quotas = [cut.ties for cut in whole]
     cuts: dict[str, list[Cut]] = {}
     for job in sorted(jobs, key=lambda job: job.name):
         row = []
@@ -61,7 +74,7 @@ def ties_over_the_model(jobs: tuple[Job, ...], walk: Walk) -> dict[str, list[Cut
                 continue
             here = min(quotas[i], int(equal[job.name][i])) if equal[job.name] else 0
             quotas[i] -= here
-            row.append(Cut(thresholds[i], here))
+            row.append(Cut(whole[i].threshold, here))
         cuts[job.name] = row
     return cuts
 

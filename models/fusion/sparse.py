@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.fusion import methods
 from models.fusion.blocks import Block, MemoryBlocks
-from models.fusion.cuts import Cut, count, find_cuts, magnitude_bits, walk_once
+from models.fusion.cuts import Cut, count, find_cuts
 from models.fusion.dense import divisor, drop, task_vectors, weighted_sum
 
 #: Zeroes what is not selected of one input's block, in place.
@@ -42,29 +42,32 @@ def elect(deltas: Sequence[Tensor], weights: Sequence[float], normalize: bool) -
     total = parts[0].clone()
     for part in parts[1:]:
         total.add_(part)
-    negative = total < 0
-    total.zero_()
-    shares = torch.zeros_like(total) if normalize else None
+    # float arithmetic throughout: masks of another type would double the traffic
+    sign = total.sign_().add_(0.5).sign_()
+    kept = torch.zeros_like(sign)
+    shares = torch.zeros_like(sign) if normalize else None
     for part, weight in zip(parts, weights, strict=True):
-        agrees = torch.where(negative, part < 0, part > 0)
-        total.add_(part.mul_(agrees))
+        agreeing = part.mul_(sign).clamp_min_(0)
+        kept.add_(agreeing)
         if shares is not None:
-            shares.add_(agrees, alpha=weight)
-    # where nothing agrees the sum is 0 too, and stays 0
-    return total if shares is None else total.div_(shares.masked_fill_(shares == 0, 1))
+            shares.add_(agreeing.sign_(), alpha=weight)
+    if shares is not None:
+        # where nothing agrees, 0 / 0 becomes 0 / 1
+        kept.div_(shares.add_(shares == 0))
+    return kept.mul_(sign)
 
 
 def trim(blocks: MemoryBlocks, shares: Sequence[float], cuts: list[Cut] | None = None) -> Select:
     """TIES' trim: exactly k = share x size entries of largest magnitude; ties go to the lowest flat index."""
     if cuts is None:
         size = prod(blocks.shape)
-        cuts = [c for (c,) in find_cuts(lambda: walk_once(task_vectors(b) for b in blocks),
+        cuts = [c for (c,) in find_cuts(lambda: (task_vectors(b) for b in blocks),
                                         [[count(share, size)] for share in shares], size)]
     cuts = [cut.fresh() for cut in cuts]
 
     def select(i: int, delta: Tensor, block: Block) -> None:
         if shares[i] < 1:
-            delta.mul_(cuts[i].mask(magnitude_bits(delta)))
+            delta.copy_(cuts[i].keep(delta))
 
     return select
 
@@ -77,13 +80,12 @@ def outliers(blocks: MemoryBlocks, p: methods.Breadcrumbs) -> Select:
     size = prod(blocks.shape)
     kept = [count(share, size) for share in p.density]
     tops = [min(int(share * size + 1e-6), size - k) for share, k in zip(p.gamma, kept, strict=True)]
-    pairs = find_cuts(lambda: walk_once(task_vectors(b) for b in blocks),
+    pairs = find_cuts(lambda: (task_vectors(b) for b in blocks),
                       [[top, top + k] for top, k in zip(tops, kept, strict=True)], size)
     pairs = [[cut.fresh() for cut in pair] for pair in pairs]
 
     def select(i: int, delta: Tensor, block: Block) -> None:
-        bits = magnitude_bits(delta)
-        largest, enough = (cut.mask(bits) for cut in pairs[i])
+        largest, enough = (cut.mask(delta) for cut in pairs[i])
         delta.mul_(enough & ~largest)
 
     return select
@@ -109,7 +111,7 @@ def rank_drop(blocks: MemoryBlocks, p: methods.Della) -> Select:
     def select(i: int, delta: Tensor, block: Block) -> None:
         if p.density[i] >= 1:
             return
-        keep = torch.from_numpy(keep_probabilities(delta.cpu().numpy(), p.density[i], p.epsilon[i])).to(delta.device)
+        keep = keep_probabilities(delta.cpu().numpy(), p.density[i], p.epsilon[i]).to(delta.device)
         delta.mul_(blocks.uniform(i, block) < keep)
         if p.rescale and p.density[i] > 0:
             delta.div_(keep)
@@ -117,21 +119,20 @@ def rank_drop(blocks: MemoryBlocks, p: methods.Della) -> Select:
     return select
 
 
-def keep_probabilities(values: np.ndarray, density: float, epsilon: float) -> np.ndarray:
+def keep_probabilities(values: np.ndarray, density: float, epsilon: float) -> Tensor:
     """DELLA's probability for every entry of (rows, columns) fp32, by its rank in the row."""
     columns = values.shape[-1]
     if not density or columns < 2:
-        return np.full_like(values, density)
+        return torch.full(values.shape, density)
     # magnitude in the upper half and place in the lower makes one integer to sort, exact in its ties
     keys = (values.view(np.int32) & 0x7FFFFFFF).astype(np.int64)
     keys <<= 32
     keys |= np.arange(columns - 1, -1, -1)
     keys.sort(axis=-1)
-    places = columns - 1 - (keys & 0xFFFFFFFF)
-    probabilities = np.empty_like(values)
-    ramp = np.linspace(density - epsilon, density + epsilon, columns, dtype=np.float32)
-    np.put_along_axis(probabilities, places, np.broadcast_to(ramp, places.shape), axis=-1)
-    return probabilities
+    places = columns - 1 - torch.from_numpy(keys).bitwise_and_(0xFFFFFFFF)
+    ramp = torch.linspace(density - epsilon, density + epsilon, columns)
+    rows = places.view(-1, columns)
+    return torch.empty(rows.shape).scatter_(1, rows, ramp.expand(rows.shape)).view(values.shape)
 
 
 def ties(blocks: MemoryBlocks, p: methods.Ties, cuts: list[Cut] | None = None) -> Iterator[Tensor]:
@@ -179,7 +180,7 @@ def sce(blocks: MemoryBlocks, p: methods.Sce) -> Iterator[Tensor]:
     cut = None
     if p.select_topk < 1:
         varying = sum(int(_variance(task_vectors(block)).count_nonzero()) for block in blocks)
-        ((cut,),) = find_cuts(lambda: walk_once((_variance(task_vectors(b)),) for b in blocks),
+        ((cut,),) = find_cuts(lambda: ((_variance(task_vectors(b)),) for b in blocks),
                               [[int(p.select_topk * varying + 1e-6)]], size)
 
     def selected() -> Iterator[tuple[Block, list[Tensor]]]:
@@ -187,7 +188,7 @@ def sce(blocks: MemoryBlocks, p: methods.Sce) -> Iterator[Tensor]:
         for block in blocks:
             deltas = task_vectors(block)
             if fresh:
-                mask = fresh.mask(magnitude_bits(_variance(deltas)))
+                mask = fresh.mask(_variance(deltas))
                 deltas = [delta.mul_(mask) for delta in deltas]
             yield block, deltas
 
