@@ -72,6 +72,7 @@ class Ground:
         from models.checkpoint import Checkpoint
 
         place = self.index if data.startswith(b"{") else self.file
+        place.unlink(missing_ok=True)  # ext4 would flush a file to disk that is cut to nothing and written again
         place.write_bytes(data)
         try:
             checkpoint = Checkpoint.open(place.parent)

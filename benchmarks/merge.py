@@ -18,8 +18,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from peers import peer_python
 
@@ -86,6 +89,12 @@ def recipe(method: str, inputs: dict[str, Path], path: Path) -> Path:
         lines.append(f"base_model: {inputs['base']}")
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def apart(function: Callable, *words: Any) -> Any:
+    """Call a function in a process of its own: a command started later inherits this one's peak memory as its floor."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *words).result()
 
 
 def timed(command: list[str]) -> tuple[float, int]:
@@ -166,7 +175,7 @@ def race(method: str, inputs: dict[str, Path], work: Path, pairs: int, peer: Pat
     result = {"method": method, "pairs": pairs, "seconds": mine, "peer_seconds": other, "ratio": other / mine,
               "bar": BARS.get(method), "all": rows, "peak_gib": max(b for _, b in rows["ours"]) / GIB,
               "peer_peak_gib": max(b for _, b in rows["peer"]) / GIB,
-              **compare(ours_out, theirs_out, inputs["base"], sample)}
+              **apart(compare, ours_out, theirs_out, inputs["base"], sample)}
     subprocess.run(["rm", "-rf", str(ours_out), str(theirs_out)], check=True)
     return result
 
@@ -176,7 +185,7 @@ def beyond_ram(work: Path, layers: int | None) -> dict:
     shape = SHAPES["3B"]
     inputs = {n: work / "3B" / n for n in ("base", "a", "b", "c")}
     for seed, (name, folder) in enumerate(inputs.items()):
-        synthesise(folder, seed, shape, layers or shape[0], None if name == "base" else inputs["base"])
+        apart(synthesise, folder, seed, shape, layers or shape[0], None if name == "base" else inputs["base"])
     path = recipe("ties", inputs, work / "3b.yml")
     _, bare = timed([sys.executable, "-c", "import torch, models.fusion.execute, models.fusion.sparse"])
     seconds, peak = timed([sys.executable, str(ROOT / "models" / "fuse.py"), "merge", "--recipe", str(path), "--run_name",
@@ -215,7 +224,8 @@ def main() -> None:
             shape = SHAPES["1.1B"]
             inputs = {n: work / "1.1B" / n for n in ("base", "a", "b", "c")}
             for seed, (name, folder) in enumerate(inputs.items()):
-                synthesise(folder, seed, shape, args.layers or shape[0], None if name == "base" else inputs["base"])
+                base = None if name == "base" else inputs["base"]
+                apart(synthesise, folder, seed, shape, args.layers or shape[0], base)
             peer, workers = peer_python(), len(os.sched_getaffinity(0))
             for method in args.methods.split(","):
                 read = ("base", "a") if method == "slerp" else inputs

@@ -71,8 +71,9 @@ class FuseAdaptersArgs(Common):
     weights: str = flag("", "a weight for each adapter, separated by commas; empty: equal, summing to 1")
     layer_weights: str = flag("", "other weights for some layers: \"0-10:0.7,0.3; 11-31:0.5,0.5\", or a YAML file of such "
                                   "pairs (0-10: [0.7, 0.3])")
-    method: str = flag("cat", "cat, svd: the exact weighted sum of the changes B A; the others see their docstrings",
-                       choices=ADAPTER_METHODS)
+    method: str = flag("cat", "cat, svd: the exact weighted sum of the changes B A; linear: that at the inputs' rank; ties, "
+                              "dare_*, magnitude_prune, knots: sparse changes; tsv, isotropic: their singular vectors; "
+                              "lego: clusters of rank-1 units", choices=ADAPTER_METHODS)
     rank: int | None = flag(None, "rank of the result; empty: no loss (linear, lego: the largest of the inputs)", low=1)
     energy: float | None = flag(None, "instead of a rank: share of the squared norm that each module keeps, below 1")
     density: float | None = flag(None, "share of the entries that ties, dare, prune and knots keep; tsv: of the directions")

@@ -226,7 +226,8 @@ def targets_of(adapters: Sequence[Adapter]) -> set[str]:
     """
     lists = [adapter.config.get("target_modules") for adapter in adapters]
     picky = ("layers_to_transform", "layers_pattern", "exclude_modules")
-    if all(isinstance(names, list) for names in lists) and not any(a.config.get(key) for a in adapters for key in picky):
+    plain = all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists)
+    if plain and not any(adapter.config.get(key) for adapter in adapters for key in picky):
         return set().union(*lists)
     return set().union(*(adapter.modules for adapter in adapters))
 

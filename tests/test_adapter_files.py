@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 
 import pytest
@@ -180,6 +181,24 @@ def test_damaged_files(adapters, tmp_path, file, content):
     (folder / file).write_bytes(content)
     with pytest.raises(UserError):
         read_adapter(folder)
+
+
+def test_random_damage_is_refused_or_read_and_nothing_else(adapters, tmp_path):
+    folder, chance = edited(adapters, tmp_path / "odd"), random.Random(0)
+    whole = {file: (folder / file).read_bytes() for file in (CONFIG, WEIGHTS)}
+    refused = 0
+    for turn in range(400):
+        file = (CONFIG, WEIGHTS)[turn % 2]
+        content = bytearray(whole[file])
+        for _ in range(chance.randint(1, 4)):
+            content[chance.randrange(min(len(content), 3000))] = chance.choice(b'\x00\xff{}[]":,019nul-')
+        (folder / file).write_bytes(content[: chance.choice((len(content), chance.randrange(len(content))))])
+        try:
+            targets_of([read_adapter(folder)])
+        except UserError:
+            refused += 1
+        (folder / file).write_bytes(whole[file])
+    assert 200 < refused < 400
 
 
 def test_different_bases_are_refused_by_fingerprint_or_by_name(adapters, tmp_path):

@@ -183,6 +183,7 @@ def test_manifest_and_registry_record_the_run(adapters, fuse):
     (("--layer_weights", "nonsense"), "needs the form"),
     (("--layer_weights", "missing.yaml"), "not readable"),
     (("--compat", "peft", "--method", "knots", "--density", "0.5"), "PEFT has no such combination type"),
+    (("--compat", "peft", "--method", "linear", "--space", "dense"), "PEFT has no such combination type"),
     (("--compat", "peft", "--space", "core"), "PEFT works on factors"),
 ])
 def test_bad_input(fails, flags, says):

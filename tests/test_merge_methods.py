@@ -61,7 +61,7 @@ def elected(deltas: list[Tensor], weights, normalize: bool) -> Tensor:
     sign = torch.where(stack.sum(0) >= 0, 1.0, -1.0)
     agree = torch.sign(stack) == sign
     total = (stack * agree).sum(0)
-    shares = sum(a * w for a, w in zip(agree, weights, strict=True))
+    shares = sum(a * abs(w) for a, w in zip(agree, weights, strict=True))
     return total / torch.where(shares == 0, 1.0, shares) if normalize else total
 
 
@@ -173,6 +173,12 @@ def test_ties_by_hand():
 
 def test_ties_elects_plus_where_the_signs_balance():
     close(fuse("ties", torch.zeros(1), [torch.tensor([2.0]), torch.tensor([-2.0])], density=1.0), torch.tensor([2.0]))
+
+
+def test_a_negative_weight_subtracts_even_where_it_stands_alone():
+    base = torch.zeros(2)
+    fused = fuse("ties", base, [torch.tensor([2.0, 0.0]), torch.tensor([0.0, 3.0])], weight=(1.0, -1.0), density=1.0)
+    close(fused, torch.tensor([2.0, -3.0]))
 
 
 def test_dare_matches_its_masks_and_its_mean(block_size):

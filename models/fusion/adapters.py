@@ -79,12 +79,13 @@ def choose(args: FuseAdaptersArgs) -> tuple[AdapterMethod, Any]:
     if not args.compat:
         name, row = args.method, ADAPTER_METHODS[args.method]
     else:
-        dense = given.pop("space") == "dense" and args.method not in ("cat", "svd")
+        # PEFT's svd works on dense changes anyway
+        dense = given.pop("space") == "dense" and args.method != "svd"
         name = args.method + ("_svd" if dense else "")
         row = PEFT_METHODS.get(name)
         if row is None:
-            raise UserError(f"--method {args.method}: PEFT has no such combination type; allowed with --compat peft: "
-                            f"{', '.join(n for n in PEFT_METHODS if n in ADAPTER_METHODS)}")
+            raise UserError(f"--method {args.method}{' --space dense' if dense else ''}: PEFT has no such combination type; "
+                            f"its types: {', '.join(PEFT_METHODS)} (the part _svd stands for --space dense)")
         if args.space not in (None, "dense"):
             problems.append(f"--space {args.space}: PEFT works on factors (empty) or on dense changes (dense)")
     parameters = row.configured(name, given, problems)

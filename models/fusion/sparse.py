@@ -36,7 +36,7 @@ def plain(deltas: Sequence[Tensor], weights: Sequence[float], normalize: bool) -
 def elect(deltas: Sequence[Tensor], weights: Sequence[float], normalize: bool) -> Tensor:
     """TIES' elect and disjoint merge: keep, entry by entry, what agrees with the sign of sum_i w_i delta_i.
 
-    A sum of exactly 0 counts as positive. Normalised: divided by the weights of the entries that agree and are not 0.
+    A sum of exactly 0 counts as positive. Normalised: divided by |w_i| of the entries that agree and are not 0.
     """
     parts = [delta.mul_(weight) for delta, weight in zip(deltas, weights, strict=True)]
     total = parts[0].clone()
@@ -50,7 +50,8 @@ def elect(deltas: Sequence[Tensor], weights: Sequence[float], normalize: bool) -
         agreeing = part.mul_(sign).clamp_min_(0)
         kept.add_(agreeing)
         if shares is not None:
-            shares.add_(agreeing.sign_(), alpha=weight)
+            # |w|: by a negative weight alone on an entry, its sign would come back
+            shares.add_(agreeing.sign_(), alpha=abs(weight))
     if shares is not None:
         # where nothing agrees, 0 / 0 becomes 0 / 1
         kept.div_(shares.add_(shares == 0))
