@@ -31,6 +31,11 @@ class Axis:
     kind: str
     higher: bool = True
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Least and greatest value that the score can take."""
+        return {"ratio": (0.0, math.inf), "balance": (-1.0, 1.0)}.get(self.kind, (0.0, 1.0))
+
 
 _SAFETY, _HELP, _TRUTH = "evaluate_safety", "evaluate_helpfulness", "evaluate_truth_and_info"
 AXES = (
@@ -106,7 +111,9 @@ def cell(found: Sequence[Measured], axis: Axis) -> Cell | None:
     if len(found) == 1:
         low, high = (math.nan if known[0][k] is None else known[0][k] for k in ("low", "high"))
         return Cell(known[0]["value"], low, high, known[0]["n"], values)
-    return Cell(*metrics.t_interval([score["value"] for score in known]), known[0]["n"], values)
+    value, low, high = metrics.t_interval([score["value"] for score in known])
+    # Student's t knows no bounds; a rate does
+    return Cell(value, max(low, axis.bounds[0]), min(high, axis.bounds[1]), known[0]["n"], values)
 
 
 def difference(a: Measured, b: Measured, axis: Axis) -> Difference | None:

@@ -14,7 +14,7 @@ from models.fusion.methods import Method
 from models.fusion.plan import Job, Match
 from models.fusion.spans import spans
 
-_PROBE = 64 << 20
+_PROBE = 16 << 20
 _READ = 8 << 20
 
 
@@ -54,12 +54,12 @@ def budget(match: Match, method: Method, memory_gb: float, asked: int, target: P
 def worker_bytes(job: Job) -> int:
     """Bytes that a worker's buffers and temporaries take at most for a job: held to by a test that measures."""
     largest = max((prod(shape) for _, shape in spans(job.shape, job.by_rows)), default=0)
-    # fp32 per input, raw bytes of one; sparse methods add masks, bit patterns, sort keys (int64) and draws
-    return largest * (8 + 8 * len(job.pieces) + 40) + (2 << 20)
+    # fp32 per input, raw bytes of one, and temporaries: masks, bit patterns, sort keys (int64), draws, the heap's slack
+    return largest * (72 + 12 * len(job.pieces)) + (2 << 20)
 
 
 def _bandwidth(match: Match, target: Path) -> tuple[float, float]:
-    """(read, write) bytes per second: 64 MB of the first input, 64 MB beside the output, synced and removed."""
+    """(read, write) bytes per second: 16 MB of the first input, 16 MB beside the output, synced and removed."""
     existing = next(folder for folder in (target, *target.parents) if folder.is_dir())
     source = match.jobs[0].pieces[0].info.file
     start, done = time.perf_counter(), 0

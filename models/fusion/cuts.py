@@ -95,25 +95,29 @@ def high_histogram(values: Tensor) -> Tensor:
 class LowHistogram:
     """Counts of the lower 16 bits of the values whose upper bits are ``high``, gathered over blocks.
 
-    Those values are few: they are collected and counted when there are enough of them to pay for a table of 2**16.
+    Those values are few: they wait in a buffer and are counted when there are enough of them to pay for a table of 2**16.
     """
 
     def __init__(self, high: int) -> None:
-        self.high, self.waiting, self.size = high, [], 0
+        self.high, self.size = high, 0
+        # one buffer: thousands of small tensors kept alive would pin the heap between the large ones that come and go
+        self.waiting = torch.empty(_LOW, dtype=torch.int32)
         self.counts = torch.zeros(_LOW, dtype=torch.int64)
 
     def add(self, values: Tensor) -> None:
         bits = magnitude_bits(values.reshape(-1))
-        inside = bits[(bits >> 16) == self.high].bitwise_and_(0xFFFF)
-        self.waiting.append(inside)
-        self.size += len(inside)
-        if self.size > _LOW:
+        inside = bits[(bits >> 16) == self.high].bitwise_and_(0xFFFF).cpu()
+        if self.size + len(inside) > len(self.waiting):
             self.total()
+        if len(inside) > len(self.waiting):
+            self.counts += torch.bincount(inside, minlength=_LOW)
+            return
+        self.waiting[self.size:self.size + len(inside)] = inside
+        self.size += len(inside)
 
     def total(self) -> Tensor:
-        if self.waiting:
-            self.counts += torch.bincount(torch.cat(self.waiting), minlength=_LOW).cpu()
-            self.waiting, self.size = [], 0
+        self.counts += torch.bincount(self.waiting[:self.size], minlength=_LOW)
+        self.size = 0
         return self.counts
 
 
