@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import resource
@@ -25,6 +26,7 @@ from typing import Any
 
 from errors import UserError
 
+log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 REGISTRY = "registry.jsonl"
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors", "scipy")
@@ -139,17 +141,27 @@ def register(results: Path, row: dict[str, Any]) -> None:
         return
     results.mkdir(parents=True, exist_ok=True)
     line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **row}, ensure_ascii=False) + "\n"
-    with (results / REGISTRY).open("a", encoding="utf-8") as file:
+    with (results / REGISTRY).open("ab+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        file.write(line)
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(end - 1, 0))
+        # behind a line that a kill cut off, a new one begins
+        file.write((b"\n" if file.read(1) not in (b"", b"\n") else b"") + line.encode())
 
 
 def registry(results: Path) -> list[dict[str, Any]]:
-    """Every line of the registry, oldest first; an empty list when there is none yet."""
+    """Every line of the registry, oldest first; an empty list when there is none yet.
+
+    A line that a kill cut off is left out with a warning.
+    """
     path = results / REGISTRY
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    found = []
+    for number, line in enumerate(path.read_bytes().split(b"\n") if path.is_file() else (), 1):
+        try:
+            found += [json.loads(line)] if line.strip() else []
+        except ValueError:
+            log.warning("%s, line %d: cut off, left out; run the command that wrote it again", path, number)
+    return found
 
 
 def write_json(path: Path, content: Any) -> None:

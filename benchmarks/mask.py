@@ -1,12 +1,17 @@
 """Race: SOMF's mask training against the published arrangement, on the shape of the embedded model (134M parameters).
 
-    python benchmarks/mask.py                                  # full task vectors and LoRA factors, three pairs each
+    python benchmarks/mask.py --json race.json                 # full task vectors and LoRA factors, five pairs each
     python benchmarks/mask.py --layers 4 --pairs 1 --steps 2   # a short look
 
 Published: RelaxedBernoulli draws and the merge inside autograd (functional_call), and a live second mask model as reference,
-also drawn at every step. Ours: ``models/mask/bank.py``, reference log-probabilities computed once. Both sides hold the same
-random weights, task vectors, batches, log-probability function and Adam; the published side shares base and task vectors
-between policy and reference, which is kinder to it than the original. Each run is a process of its own, alternating A B A B.
+also drawn at every step. Ours: ``models/mask/bank.py``, reference log-probabilities computed once per pair. Both sides hold
+the same random fp32 weights, task vectors, batches, log-probability function and AdamW; the published side shares base and
+task vectors between policy and reference, which is kinder to it than the original. Each run is a process of its own,
+alternating A B A B, and its peak memory is that process's.
+
+Before a race, one step of both sides with the same noise, logits and reference must give the same loss and logit gradients,
+or nothing is timed. A pair's first epoch also pays for its reference; ``with reference`` adds that pass to our steps.
+The limit is what the step's matrix products take at the speed of a GEMM measured beside it.
 """
 
 from __future__ import annotations
@@ -28,6 +33,8 @@ GIB = 2**30
 SHAPE = (576, 1536, 9, 3, 49152, 30)
 RANK, BETA, TEMPERATURE = 256, 0.1, 0.5
 BARS = {"speed": 3.0, "memory": 0.5}
+#: Greatest relative difference of losses and gradients: sums of 1e8 fp32 numbers in another order.
+TOLERANCE = 1e-3
 
 
 def build(mode: str, layers: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
@@ -79,11 +86,30 @@ def clock() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
 
 
+def draw_and_merge(scores: dict[str, Any], bases: dict[str, Any], deltas: dict[str, Any]) -> dict[str, Any]:
+    """The published merge: a relaxed Bernoulli mask per tensor, divided by its mean, inside autograd."""
+    import torch
+    from torch.distributions import RelaxedBernoulli
+
+    merged, heat = {}, torch.tensor(TEMPERATURE)
+    for name, score in scores.items():
+        mask = RelaxedBernoulli(heat, logits=score).rsample()
+        merged[name] = bases[name] + mask / mask.mean() * deltas[name]
+    return merged
+
+
+def called(model: Any, merged: dict[str, Any], ids: Any) -> Any:
+    """A model's answer log-probabilities under other weights."""
+    import torch
+
+    inputs = {"input_ids": ids, "use_cache": False}
+    return answer_logps(torch.func.functional_call(model, merged, (), inputs).logits, ids)
+
+
 def published(mode: str, layers: int, data: list[Any]) -> list[list[float]]:
     import copy
 
     import torch
-    from torch.distributions import RelaxedBernoulli
 
     model, parameters, deltas = build(mode, layers)
     # as the original holds them (spec 4.7): the policy's weights, a base that the merge starts from, a second model
@@ -91,51 +117,53 @@ def published(mode: str, layers: int, data: list[Any]) -> list[list[float]]:
     logits = {n: torch.zeros_like(p).requires_grad_(True) for n, p in parameters.items()}
     others = {n: torch.zeros_like(p) for n, p in parameters.items()}
     optimizer = torch.optim.AdamW(list(logits.values()), lr=5e-3)
-    heat = torch.tensor(TEMPERATURE)
-
-    def call(which: Any, scores: dict[str, Any], ids: Any) -> Any:
-        merged = {}
-        for name, score in scores.items():
-            mask = RelaxedBernoulli(heat, logits=score).rsample()
-            merged[name] = bases[name] + mask / mask.mean() * deltas[name]
-        return torch.func.functional_call(which, merged, (), {"input_ids": ids, "use_cache": False}).logits
-
     seconds: list[list[float]] = []
     for ids in data:
         start = clock()
         with torch.no_grad():
-            reference = answer_logps(call(second, others, ids), ids)
-        dpo(answer_logps(call(model, logits, ids), ids), reference).backward()
+            reference = called(second, draw_and_merge(others, bases, deltas), ids)
+        dpo(called(model, draw_and_merge(logits, bases, deltas), ids), reference).backward()
         optimizer.step()
         optimizer.zero_grad()
         seconds.append([now - then for now, then in zip(clock(), start, strict=True)])
     return seconds
 
 
-def ours(mode: str, layers: int, data: list[Any]) -> tuple[list[list[float]], dict[str, float]]:
-    import torch
-
-    from models.mask.bank import Draw, MaskBank, make_slot
-    from models.mask.memory import memory_plan
-    from models.mask.settings import Rule, Settings
+def make_bank(mode: str, parameters: dict[str, Any], deltas: dict[str, Any]) -> Any:
+    """Our mask over these parameters; takes the task vectors out of ``deltas``."""
+    from models.mask.bank import MaskBank, make_slot
+    from models.mask.settings import Settings
     from models.mask.slots import Spec
     from models.mask.units import Units
 
-    model, parameters, deltas = build(mode, layers)
     settings, slots = Settings(space="weights" if mode == "full" else "factors"), []
-    for name in list(parameters):
-        live = parameters[name]
+    for name, live in list(parameters.items()):
         part = "weight" if mode == "full" else name.rpartition("lora_")[2][0]
         spec = Spec(name, name, part, tuple(live.shape), Units(tuple(live.shape)))
         slots.append(make_slot(spec, live, live.detach().clone(), [deltas.pop(name)], settings))
-    bank = MaskBank(slots, settings)
+    return MaskBank(slots, settings)
+
+
+def ours(mode: str, layers: int, data: list[Any]) -> tuple[list[list[float]], dict[str, Any]]:
+    import torch
+
+    from models.mask.bank import Draw
+    from models.mask.memory import memory_plan
+    from models.mask.settings import Rule
+
+    model, parameters, deltas = build(mode, layers)
+    bank = make_bank(mode, parameters, deltas)
     optimizer = torch.optim.AdamW(list(bank.parameters()), lr=5e-3)
 
     def call(ids: Any) -> Any:
         return answer_logps(model(input_ids=ids, use_cache=False).logits, ids)
 
-    with torch.no_grad():  # the aligned model, once; in a run these come from disk after the first epoch
-        references = [call(ids) for ids in data]
+    references, waited = [], []
+    with torch.no_grad():  # the aligned model, once; later epochs and runs read these from disk
+        for ids in data:
+            start = clock()
+            references.append(call(ids))
+            waited.append([now - then for now, then in zip(clock(), start, strict=True)])
     bank.attach()
     seconds: list[list[float]] = []
     for i, (ids, reference) in enumerate(zip(data, references, strict=True)):
@@ -145,11 +173,61 @@ def ours(mode: str, layers: int, data: list[Any]) -> tuple[list[list[float]], di
         optimizer.step()
         optimizer.zero_grad()
         seconds.append([now - then for now, then in zip(clock(), start, strict=True)])
-    specs = [slot.spec for slot in slots]
     total = sum(p.numel() for p in model.parameters())
-    plans = {name: memory_plan(specs, Rule(), 1, storage, logit, total, storage).per_scalar
+    plans = {name: memory_plan([slot.spec for slot in bank.slots], Rule(), 1, storage, logit, total, storage).per_scalar
              for name, storage, logit in (("float32", 4, 4), ("bfloat16", 2, 2))}
-    return seconds, plans
+    products = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    masked = sum(p.numel() for p in parameters.values() if p.dim() == 2)
+    return seconds, {"plans": plans, "reference": waited, "products": products, "masked_products": masked}
+
+
+def compare(mode: str, layers: int, ids: Any) -> dict[str, float]:
+    """One step of both sides on the same noise, logits and reference: relative difference of losses and logit gradients."""
+    from unittest.mock import patch
+
+    import torch
+
+    from models.concrete_mask import noise, uniform
+    from models.mask.bank import Draw
+
+    model, parameters, deltas = build(mode, layers)
+    with torch.no_grad():
+        reference = answer_logps(model(input_ids=ids, use_cache=False).logits, ids)
+    generator = torch.Generator().manual_seed(3)
+    logits = {n: torch.randn(p.shape, generator=generator).requires_grad_(True) for n, p in parameters.items()}
+    bases = {n: p.detach().clone() for n, p in parameters.items()}
+    # RelaxedBernoulli asks torch.rand once per tensor, in this order; it gets the numbers that ours counts
+    counted = (uniform(noise(f"race|0|{n}", 0, p.numel())).view(p.shape) for n, p in parameters.items())
+    with patch.object(torch, "rand", lambda *_, **__: next(counted)):
+        merged = draw_and_merge(logits, bases, deltas)
+    theirs = dpo(called(model, merged, ids), reference)
+    theirs.backward()
+    bank = make_bank(mode, parameters, deltas)
+    bank.load_logits({n: v.detach().reshape(-1) for n, v in logits.items()})
+    bank.attach()
+    bank.write(Draw("race|0", TEMPERATURE))
+    mine = dpo(answer_logps(model(input_ids=ids, use_cache=False).logits, ids), reference)
+    mine.backward()
+    gap = size = 0.0
+    for name, parameter in zip(bank.names, bank.logits, strict=True):
+        want = logits[name].grad.reshape(-1).double()
+        gap += float((parameter.grad.double() - want).square().sum())
+        size += float(want.square().sum())
+    mine, theirs = mine.item(), theirs.item()
+    return {"loss": abs(mine - theirs) / abs(theirs), "gradient": (gap / size) ** 0.5}
+
+
+def gemm(seconds: float = 1.0, size: int = 1024) -> float:
+    """fp32 operations per second of a square matrix product, the best of as many as fit in ``seconds``."""
+    import torch
+
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
 
 
 def child(side: str, mode: str, layers: int, steps: int, pairs: int, tokens: int, threads: int) -> None:
@@ -162,15 +240,20 @@ def child(side: str, mode: str, layers: int, steps: int, pairs: int, tokens: int
 
     floor = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     data = batches(steps + 1, pairs, tokens)
-    plans: dict[str, float] = {}
+    if side == "compare":
+        print(json.dumps(compare(mode, layers, data[0])))
+        return
+    facts: dict[str, Any] = {}
     if side == "ours":
-        seconds, plans = ours(mode, layers, data)
+        seconds, facts = ours(mode, layers, data)
     else:
         seconds = published(mode, layers, data)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     # the first step allocates
     wall, own = (statistics.median(step[i] for step in seconds[1:]) for i in (0, 1))
-    print(json.dumps({"seconds": wall, "cpu": own, "all": seconds, "peak": peak, "floor": floor, "plans": plans}))
+    if side == "ours":
+        facts["reference"] = statistics.median(step[0] for step in facts["reference"][1:])
+    print(json.dumps({"seconds": wall, "cpu": own, "all": seconds, "peak": peak, "floor": floor, "gemm": gemm(), **facts}))
 
 
 def run(side: str, mode: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -185,6 +268,11 @@ def run(side: str, mode: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def race(mode: str, args: argparse.Namespace) -> dict[str, Any]:
+    equal = run("compare", mode, args)
+    if not all(value <= TOLERANCE for value in equal.values()):  # NaN is no agreement either
+        raise SystemExit(f"{mode}: the sides do not compute the same: relative difference of the loss {equal['loss']:.1e}, "
+                         f"of the gradient {equal['gradient']:.1e}; at most {TOLERANCE:g}")
+    print(f"{mode}: loss within {equal['loss']:.1e}, gradient within {equal['gradient']:.1e}", file=sys.stderr)
     rows: dict[str, list[dict[str, Any]]] = {"ours": [], "published": []}
     for _ in range(args.pairs):
         for side, found in rows.items():
@@ -192,44 +280,58 @@ def race(mode: str, args: argparse.Namespace) -> dict[str, Any]:
             last = found[-1]
             print(f"{mode}: {side} {last['seconds']:.2f} s/step, peak {last['peak'] / GIB:.2f} GiB", file=sys.stderr)
     mine, theirs = (statistics.median(row["seconds"] for row in rows[side]) for side in rows)
-    work, more = (statistics.median(row["cpu"] for row in rows[side]) for side in rows)
-    peak, other = (max(row["peak"] for row in rows[side]) for side in rows)
-    floor = max(row["floor"] for row in rows["ours"])
+    cpu, more = (statistics.median(row["cpu"] for row in rows[side]) for side in rows)
+    peak, other = (statistics.median(row["peak"] for row in rows[side]) for side in rows)
+    floors = [statistics.median(row["floor"] for row in rows[side]) for side in rows]
+    reference = statistics.median(row["reference"] for row in rows["ours"])
+    speed, known = statistics.median(row["gemm"] for row in rows["ours"]), rows["ours"][0]
+    # 2 per weight and token forwards, 2 backwards to the activations, 2 more to the weights under a mask
+    work_done = (4 * known["products"] + 2 * known["masked_products"]) * 2 * args.batch * args.tokens
     return {"mode": mode, "pairs": args.pairs, "layers": args.layers, "batch": args.batch, "tokens": args.tokens,
-            "seconds": mine, "published_seconds": theirs, "ratio": theirs / mine, "cpu_seconds": work,
-            "published_cpu_seconds": more, "cpu_ratio": more / work, "peak_gib": peak / GIB,
+            "threads": args.threads, "dtype": "float32", "difference": equal,
+            "seconds": mine, "published_seconds": theirs, "ratio": theirs / mine, "cpu_seconds": cpu,
+            "published_cpu_seconds": more, "cpu_ratio": more / cpu, "reference_seconds": reference,
+            "ratio_with_reference": theirs / (mine + reference), "gemm_gflops": speed / 1e9,
+            "limit_seconds": work_done / speed, "of_limit": work_done / speed / mine, "peak_gib": peak / GIB,
             "published_peak_gib": other / GIB, "memory_ratio": peak / other,
-            "beyond_imports_ratio": (peak - floor) / (other - floor), "bars": BARS,
-            "bytes_per_masked": rows["ours"][0]["plans"], "all": rows}
+            "beyond_imports_ratio": (peak - floors[0]) / (other - floors[1]), "bars": BARS,
+            "bytes_per_masked": known["plans"], "all": rows}
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    heads = ("task vectors", "pairs", "ours s/step", "published s/step", "ratio", "CPU time ratio", "bar", "ours GiB",
-             "published GiB", "share", "bar", "bytes per masked scalar, fp32 / bf16")
-    rows = [[r["mode"], str(r["pairs"]), f"{r['seconds']:.2f}", f"{r['published_seconds']:.2f}", f"{r['ratio']:.1f}",
-             f"{r['cpu_ratio']:.1f}", f"{BARS['speed']:g}", f"{r['peak_gib']:.2f}", f"{r['published_peak_gib']:.2f}",
-             f"{r['memory_ratio']:.2f}", f"{BARS['memory']:g}",
-             f"{r['bytes_per_masked']['float32']:.0f} / {r['bytes_per_masked']['bfloat16']:.0f}"] for r in results]
-    lines = [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows)]
-    return "\n".join(lines)
+    columns = {
+        "task vectors": lambda r: r["mode"], "pairs": lambda r: str(r["pairs"]),
+        "ours s/step": lambda r: f"{r['seconds']:.2f}",
+        "published s/step": lambda r: f"{r['published_seconds']:.2f}", "ratio": lambda r: f"{r['ratio']:.1f}",
+        "with reference": lambda r: f"{r['ratio_with_reference']:.1f}", "CPU time ratio": lambda r: f"{r['cpu_ratio']:.1f}",
+        "bar": lambda r: f"{BARS['speed']:g}", "ours GiB": lambda r: f"{r['peak_gib']:.2f}",
+        "published GiB": lambda r: f"{r['published_peak_gib']:.2f}", "share": lambda r: f"{r['memory_ratio']:.2f}",
+        "bar ": lambda r: f"{BARS['memory']:g}", "limit s": lambda r: f"{r['limit_seconds']:.2f}",
+        "of the limit": lambda r: f"{r['of_limit']:.0%}", "gradient within": lambda r: f"{r['difference']['gradient']:.0e}",
+        "bytes per masked scalar, fp32 / bf16":
+            lambda r: f"{r['bytes_per_masked']['float32']:.0f} / {r['bytes_per_masked']['bfloat16']:.0f}"}
+    rows = [[shown(r) for shown in columns.values()] for r in results]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (list(columns), ["---"] * len(columns), *rows))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modes", default="full,lora")
     parser.add_argument("--layers", type=int, default=SHAPE[5], help="shorten the model")
-    parser.add_argument("--pairs", type=int, default=3, help="runs of each side")
+    parser.add_argument("--pairs", type=int, default=5, help="runs of each side")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a run, after one that is not")
     parser.add_argument("--batch", type=int, default=2, help="preference pairs per step")
     parser.add_argument("--tokens", type=int, default=64, help="per row")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", type=Path, default=None)
-    parser.add_argument("--child", choices=("ours", "published"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=("ours", "published", "compare"), help=argparse.SUPPRESS)
     parser.add_argument("--mode", choices=("full", "lora"), default="full", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         child(args.child, args.mode, args.layers, args.steps, args.batch, args.tokens, args.threads)
         return
+    if min(args.pairs, args.steps, args.layers) < 1 or set(args.modes.split(",")) - {"full", "lora"}:
+        parser.error("--pairs, --steps and --layers must be at least 1, --modes full, lora or full,lora")
     results = []
     for mode in args.modes.split(","):
         results.append(race(mode, args))

@@ -9,14 +9,16 @@ from commands.inference import InferenceArgs
 from commands.mask import MaskArgs
 from commands.mask_figures import MaskFiguresArgs
 from commands.realign import RealignArgs
+from commands.safety_set import SafetySetArgs
 from commands.skills import EvaluateSkillsArgs
+from commands.sweep import SweepArgs
 from commands.utility import EvaluateUtilityArgs
 
 ALL = (AgreementArgs, AlignArgs, FuseMoeArgs, FuseAdaptersArgs, ExtractArgs, InferenceArgs,
        EvaluateSafetyArgs, EvaluateHelpfulnessArgs, EvaluateTruthArgs, EvaluateSkillsArgs, EvaluateUtilityArgs,
-       ReportArgs)
+       ReportArgs, SafetySetArgs, SweepArgs)
 
 __all__ = ["ALL", "OBJECTIVES", "RAW_MOE", "TASKS", "AgreementArgs", "AlignArgs", "EvaluateArgs", "EvaluateHelpfulnessArgs",
            "EvaluateSafetyArgs", "EvaluateTruthArgs", "EvaluateSkillsArgs", "EvaluateUtilityArgs", "ExtractArgs",
            "FuseAdaptersArgs", "FuseMoeArgs", "InferenceArgs", "MaskArgs", "MaskFiguresArgs", "RealignArgs", "ReportArgs",
-           "run_name"]
+           "SafetySetArgs", "SweepArgs", "run_name"]

@@ -54,6 +54,8 @@ class AlignArgs(Common):
     logging_steps: int = flag(100, "steps between log lines", low=1)
     tuning: str | None = flag(None, "dense runs: lora, or every weight in full; empty: lora", choices=("lora", "full"))
     lora_targets: str | None = flag(None, "modules that LoRA trains, e.g. q_proj,v_proj; empty: the FFN projections")
+    base_quantization: str | None = flag(None, "hold the frozen base in 8 or 4 bits while an adapter trains (bitsandbytes); "
+                                               "empty: as --dtype says", choices=("int8", "nf4"))
     init_adapter: str | None = flag(None, "go on training this adapter (a run or folder) with its own rank, alpha, modules")
     lora_r: int = flag(8, "LoRA rank (dense runs: FFN; MoE runs: attention and experts)", low=1)
     lora_alpha: float = flag(4.0, "LoRA alpha; scale = alpha / r", low=0)
@@ -123,6 +125,9 @@ class AlignArgs(Common):
         if self.tuning == "full":
             found += [f"--{name} {value}: --tuning full trains no adapter; drop one of the two" for name, value in (
                 ("lora_targets", self.lora_targets), ("init_adapter", self.init_adapter)) if value]
+        if self.base_quantization and (self.moe_flag or self.method not in ("sft", "dpo") or self.tuning == "full"):
+            found.append(f"--base_quantization {self.base_quantization}: the frozen base of one adapter; use it with "
+                         "--moe_flag 0 --method sft or dpo, without --tuning full")
         if self.lora_dropout >= 1:
             found.append(f"--lora_dropout {self.lora_dropout}: must be below 1")
         if not self.moe_flag and any((*self.gammas, self.gate_loss_weight)):

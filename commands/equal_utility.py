@@ -17,7 +17,8 @@ class EqualUtilityArgs(Common):
     """
 
     subject: str = flag("", "the run that is asked about; A+B+C: several seeds of it")
-    line: str = flag("", "runs along a line, commas: their safety is interpolated at the subject's utility; one: as is")
+    line: str = flag("", "runs along a line, commas: their safety is interpolated at the subject's utility; one: as is, and "
+                         "the answer says that utilities differ; A+B+C: several seeds of a point")
     skill: str = flag("english", "task whose held-out likelihood is the utility", choices=SKILLS)
     safety: str = flag("balance", "balance: refusal of harmful prompts minus refusal of harmless ones; or refusal alone",
                        choices=("balance", "refusal"))
@@ -35,8 +36,12 @@ class EqualUtilityArgs(Common):
     @property
     def points(self) -> tuple[tuple[str, ...], ...]:
         """Runs of each point of the line; several where a point is A+B+C."""
-        return tuple(tuple(run.strip() for run in point.split("+")) for point in self.line.split(",") if point.strip())
+        return tuple(tuple(run.strip() for run in point.split("+") if run.strip()) for point in self.line.split(",")
+                     if point.strip(" +"))
 
     def problems(self) -> list[str]:
         found = [] if self.subjects else ["--subject: name the run that is asked about"]
+        rows = (("--subject", self.subjects), *(("--line", point) for point in self.points))
+        found += [f"{name} {'+'.join(runs)}: the same run twice in one row; give it once" for name, runs in rows
+                  if len(set(runs)) < len(runs)]
         return found + ([] if self.points else ["--line: name the runs to compare with, separated by commas"])

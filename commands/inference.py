@@ -6,11 +6,11 @@ import difflib
 from dataclasses import dataclass
 from typing import Any
 
-from commands.base import ATTACKS, PROTOCOLS, STYLES, Common, name_problems
+from commands.base import ATTACKS, PROTOCOLS, SKILLS, STYLES, Common, name_problems
 from commands.mixture import mixture_run, read_mixture
 from config import flag
 
-#: Tasks with a test set of prompts of their own; the rest of --task_name are published protocols.
+#: Tasks with a test set of prompts of their own; the rest of --task_name are published protocols and SKILLS.
 ANSWERED = ("helpfulness", "safety", "truthfulness", "overrefusal")
 
 
@@ -36,8 +36,8 @@ class InferenceArgs(Common):
     python inference.py --task_name safety --cross_task mix_moe_reg_00000_00000_00000_gate_00100 --dataset_type test
     """
 
-    task_name: str = flag("helpfulness", "whose prompts: an objective's test set, over-refusal, or a published protocol",
-                          choices=(*ANSWERED, *PROTOCOLS))
+    task_name: str = flag("helpfulness", "whose prompts: an objective's test set, over-refusal, a published protocol, or a "
+                                         "task's held-out rows (maths)", choices=(*ANSWERED, *PROTOCOLS, *SKILLS))
     cross_task: str = flag("", "run to answer with (several: separated by commas); empty: the raw base model")
     dataset_type: str = flag("test", "split", choices=("train", "validation", "test"))
     attack: str = flag("none", "put every prompt in an attack wrapper; judges still see the prompt itself", choices=ATTACKS)

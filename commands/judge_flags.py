@@ -31,8 +31,8 @@ class ApiFlags(Common):
     judge_timeout: float = flag(120.0, "seconds to wait for one reply", low=0.01)
     judge_max_tokens: int = flag(512, "longest reply of an API judge in tokens", low=1)
     judge_prices: str = flag("", "price of a million tokens, IN,OUT, e.g. 2.5,10; empty: costs are not counted")
-    max_cost: float = flag(0.0, "ask no more rather than spend more than this, in the money of --judge_prices; 0: no cap",
-                           low=0)
+    max_cost: float = flag(0.0, "ask no more rather than spend more than this, in the money of --judge_prices; of this "
+                                "process alone: two at once may spend it twice; 0: no cap", low=0)
 
     @property
     def prices(self) -> tuple[float, float] | None:

@@ -8,24 +8,30 @@ from commands.base import SKILLS
 from commands.evaluate import EvaluateArgs
 from config import flag
 
+#: Tasks whose generated answers are scored (evaluator/answer_scores.py).
+ANSWERED_SKILLS = ("maths", "summaries")
+#: What --skills takes: a task's likelihood, or the scores of its answers.
+_KNOWN = (*SKILLS, *(f"{name}_answers" for name in ANSWERED_SKILLS))
+
 
 @dataclass(frozen=True)
 class EvaluateSkillsArgs(EvaluateArgs):
-    """Held-out negative log-likelihood of task answers: what realignment must not cost.
+    """Held-out likelihood of task answers and scores of generated ones: what realignment must not cost.
 
     cd evaluator; python evaluate_skills.py --task_name cross_RUN --skills english,maths
     """
 
-    skills: str = flag("english", "tasks whose held-out rows are scored, separated by commas")
+    skills: str = flag("english", "tasks whose held-out rows are scored, separated by commas: TASK for their likelihood, "
+                                 "maths_answers and summaries_answers for what inference.py answered to them")
 
     @property
     def skill_names(self) -> tuple[str, ...]:
         return tuple(name.strip() for name in self.skills.split(",") if name.strip())
 
     def problems(self) -> list[str]:
-        unknown = [name for name in self.skill_names if name not in SKILLS]
+        unknown = [name for name in self.skill_names if name not in _KNOWN]
         found = super().problems()
         if unknown or not self.skill_names:
             found.append(f"--skills {self.skills}: {', '.join(unknown) or 'nothing'} is no task; "
-                         f"allowed: {', '.join(SKILLS)}")
+                         f"allowed: {', '.join(_KNOWN)}")
         return found

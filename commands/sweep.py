@@ -21,6 +21,7 @@ class SweepArgs(Common):
     task: str = flag("identity", "run of the task adapter")
     safety: str = flag("safe", "run of the safety adapter")
     grid: str = flag("0,0.1,0.2,0.3,0.4", "lambdas to begin with (published: these)")
+    extend: bool = flag(True, "while harm has not halved at the grid's last lambda, go on in its last step, up to lambda 1")
     refine: int = flag(4, "further lambdas at most, each in the middle of the steepest step", low=0)
     min_step: float = flag(0.0125, "no further lambda between two that are this close", low=1e-4)
     form: str = flag("convex", "convex: (1 - lambda) task + lambda safety; additive: task + lambda safety",
@@ -32,6 +33,8 @@ class SweepArgs(Common):
     controls: str = flag("", "other rows, LABEL=RUN or RUN, commas: joint training, data mixing, the aligned model (base)")
     prompt_styles: str = flag("none", "styles of the test prompts; the first one decides, the others are scored on the grid")
     utility: str = flag("english", "task whose held-out answers measure utility", choices=SKILLS)
+    utility_answers: int = flag(24, "held-out rows of --utility maths or summaries whose generated answers are scored too "
+                                    "(numeric match, ROUGE); 0: none", low=0)
     num_samples: int = flag(60, "prompts of each test set; -1: all", low=-1)
     max_new_tokens: int = flag(24, "answer length limit", low=1)
     batch_size: int = flag(60, "prompts per batch", low=1)

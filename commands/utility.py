@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 from commands.evaluate import EvaluateArgs
 from config import flag
@@ -16,6 +16,10 @@ PROBES: dict[str, int] = {"mmlu_probe": 40, "openbookqa_probe": 40, "commonsense
 #: What the word `probes` stands for: all that have rows by default.
 DEFAULT_PROBES = tuple(name for name, rows in PROBES.items() if rows)
 GSM8K_FILTERS = ("strict-match", "flexible-extract")
+#: Flags that only some tasks look at: another value of one makes no other task's scores anew.
+LOOKED_AT_BY: dict[str, tuple[str, ...]] = {
+    "num_fewshot": tuple(BENCHMARKS), "gsm8k_filter": ("gsm8k",), "max_new_tokens": ("asdiv_probe", "gsm8k_probe"),
+    "allow_code_execution": ("humaneval",), "code_seconds": ("humaneval",), "code_memory_mb": ("humaneval",)}
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,11 @@ class EvaluateUtilityArgs(EvaluateArgs):
         named = [name.strip() for name in self.tasks.split(",") if name.strip()]
         spread = [name for word in named for name in (DEFAULT_PROBES if word == "probes" else (word,))]
         return tuple(dict.fromkeys(spread))
+
+    def only(self, name: str) -> EvaluateUtilityArgs:
+        """The flags of one task by itself: those that it does not look at have their defaults."""
+        unused = {f.name: f.default for f in fields(self) if name not in LOOKED_AT_BY.get(f.name, (name,))}
+        return replace(self, tasks=name, **unused)
 
     def rows_of(self, name: str) -> int:
         """How many rows of a probe are scored: --num_samples, or the default that keeps the whole evaluation short."""

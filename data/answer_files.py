@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 _OPTIONAL = ("id", "category", "input", "reference")
 #: How a missing cell is written by programs that know no empty text.
 _MISSING = {"nan", "<na>"}
+#: Valid in JSON ("\\ud83d"), no character, and in no UTF-8 file: nothing could be hashed or written later.
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 def read_answer_file(place: str, flag: str) -> list[dict[str, Any]]:
@@ -32,7 +35,7 @@ def read_answer_file(place: str, flag: str) -> list[dict[str, Any]]:
 
     Raises:
         UserError: with every problem and its line: no such file, not UTF-8, ragged or broken rows, a column that is
-            missing or named twice, a cell that is no text.
+            missing or named twice, a cell that is no text or holds half of a surrogate pair.
     """
     problems = Problems()
     rows = read_rows(Path(place).expanduser(), problems)
@@ -65,8 +68,13 @@ def _row(row: Row, names: dict[str, Any], number: int, problems: Problems) -> di
     if not prompt.strip():
         problems.add(f"{row.where}: the prompt (column {names['prompt']}) is empty; every answer needs its prompt")
     extra = {name: _plain(row.fields.get(name)) for name in _OPTIONAL}
-    return {**extra, "id": extra["id"] or _plain(row.fields.get("")) or str(number), "finish": "", "prompt": prompt,
-            "output": output}
+    found = {**extra, "id": extra["id"] or _plain(row.fields.get("")) or str(number), "finish": "", "prompt": prompt,
+             "output": output}
+    for ours, value in found.items():
+        if half := _HALF.search(value):
+            problems.add(f"{row.where}: column {names.get(ours, ours)} holds half of a surrogate pair "
+                         f"(\\u{ord(half[0]):04x}), which is no character; write the whole pair, or take it out")
+    return found
 
 
 def _text(row: Row, column: Any, problems: Problems) -> str:

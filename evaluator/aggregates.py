@@ -6,6 +6,7 @@ stay paired, and sets are drawn apart from each other.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ import numpy as np
 from commands.judges import KNOWN
 from commands.utility import BENCHMARKS, PROBES
 from evaluator.metrics import CONFIDENCE, Score, t_interval
+from evaluator.pairing import how_scored
 
 if TYPE_CHECKING:
     from evaluator.comparison import Measured
@@ -25,6 +27,8 @@ _HARM = ("moderation", "guard", "harmbench", "api-harm")
 _WINS = ("pairwise", "api-preference", "reward")
 _TRUTH, _INFO = ("truth", "api-truth"), ("info", "api-info")
 _SAFER = ("safer", "api-safety-preference")
+#: Means over tasks, and the tasks.
+FAMILIES: dict[str, tuple[str, ...]] = {"utility": tuple(BENCHMARKS), "utility_probe": tuple(PROBES)}
 
 #: {set: {value name: an array over its rows, NaN where a row lacks the value}}
 Table = Mapping[str, Mapping[str, np.ndarray]]
@@ -80,6 +84,37 @@ def over_seeds(found: Sequence[Measured]) -> dict[str, Score]:
         low, high = (first.low, first.high) if len(set(values)) == 1 else t_interval(values)[1:]
         scores[name] = replace(first, value=float(np.mean(values)), low=low, high=high)
     return scores
+
+
+def alike(rows: Mapping[str, Sequence[Measured]], name: str) -> tuple[set[str], list[str]]:
+    """The rows of a table whose mean over tasks may stand side by side, and a sentence on the others where there are some.
+
+    Such a mean compares models over the same tasks only, each on the same rows with the same shots. Where rows of the table
+    differ, those keep their cell that share what most share; none where no choice is shared by more than any other.
+
+    Args:
+        rows: {label: one run per seed}.
+        name: ``utility`` or ``utility_probe``.
+    """
+    made = {label: {task: " / ".join(dict.fromkeys(how_scored(item, task) for item in found)) for task in FAMILIES[name]}
+            for label, found in rows.items() if any(task in item.scores for item in found for task in FAMILIES[name])}
+    # seeds of one row that differ among themselves are like no other row
+    even = {label: tuple(how.values()) for label, how in made.items()
+            if all(how_scored(item, task) == how[task] for item in rows[label] for task in how)}
+    ranked = Counter(even.values()).most_common(2)
+    best = ranked[0][0] if ranked and (len(ranked) == 1 or ranked[0][1] > ranked[1][1]) else None
+    kept = {label for label, how in even.items() if how == best}
+    if len(kept) == len(made):
+        return kept, []
+    differ = []
+    for task in FAMILIES[name]:
+        ways: dict[str, list[str]] = {}
+        for label, how in made.items():
+            ways.setdefault(how[task], []).append(label)
+        if len(ways) > 1 or any(" / " in way for way in ways):
+            differ.append(f"{task}: " + "; ".join(f"{way} ({', '.join(labels)})" for way, labels in ways.items()))
+    empty = ", ".join(label for label in made if label not in kept)
+    return kept, [f"- {name} is left empty for {empty}: not the same tasks on the same rows. {'. '.join(differ)}."]
 
 
 def _table(rows: Mapping[tuple[str, str], Mapping[str, float]]) -> dict[str, dict[str, np.ndarray]]:
@@ -162,10 +197,10 @@ AGGREGATES: tuple[Aggregate, ...] = (
               _first("safety", _SAFER), lambda m: 2 * m[0] - 1),
     Aggregate("overrefusal", "share of harmless prompts that only look dangerous and are refused (keyword judge)",
               _first("overrefusal", ("refusal",)), _only, higher_is_better=False),
-    Aggregate("utility", "unweighted mean over the benchmarks that were run", _every(tuple(BENCHMARKS)),
+    Aggregate("utility", "unweighted mean over the benchmarks that were run", _every(FAMILIES["utility"]),
               lambda m: sum(m) / len(m)),
     Aggregate("utility_probe", "unweighted mean over the embedded probes that were run; no benchmark's score",
-              _every(tuple(PROBES)), lambda m: sum(m) / len(m)),
+              _every(FAMILIES["utility_probe"]), lambda m: sum(m) / len(m)),
 )
 
 if unknown := {*_HARM, *_WINS, *_TRUTH, *_INFO, *_SAFER} - KNOWN.keys():

@@ -200,5 +200,6 @@ def _rows(path: Path, outputs: list[dict[str, str]]) -> list[dict[str, Any]]:
         if isinstance(preference, int | float) and not math.isnan(preference):
             # 0 is alpaca_eval's other way to write a tie
             value = 0.5 if preference == 0 else round(preference - 1, 6)
-            found.append({"set": COMMAND, "id": str(i), "category": "", "values": {"alpaca_eval.win_rate": value}})
+            found.append({"set": COMMAND, "id": str(i), "category": "",
+                          "prompt_hash": engine.prompt_hash(row["instruction"]), "values": {"alpaca_eval.win_rate": value}})
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ import manifest
 from commands.base import SKILLS
 from commands.judges import ASKED_BY, COMPARING, KNOWN
 from commands.utility import BENCHMARKS, PROBES
+from errors import UserError
 from evaluator import metrics
 from evaluator.metrics import Difference
+from evaluator.pairing import pair
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,7 @@ AXES = (
 )
 #: Columns of reports whose runs were put to benchmarks or probes.
 UTILITY_AXES = (
-    *(Axis(name, f"{name} ↑", "evaluate_utility", name, name, "rate") for name in BENCHMARKS),
-    *(Axis(name, f"{name} ↑", "evaluate_utility_probes", name, name, "rate") for name in PROBES),
+    *(Axis(name, f"{name} ↑", f"evaluate_utility.{name}", name, name, "rate") for name in (*BENCHMARKS, *PROBES)),
 )
 
 
@@ -68,10 +69,12 @@ class Measured:
     """Everything known about one run in one results folder.
 
     Args:
-        scores: {score name: its fields}, the newest of each command.
-        rows: {(set, id): values}.
+        scores: {score name: its fields}, the newest of each.
+        rows: {(set, id): values}; the rows of a value are those that its newest command scored.
         details: the commands' other findings, e.g. the judges' errors.
         seed: of the evaluation; None when nothing was scored.
+        prompts: {(set, id): hash of what was asked}; score files older than these hashes have none.
+        origin: {score name: the registry line that it stands in}.
     """
 
     folder: Path
@@ -79,6 +82,8 @@ class Measured:
     rows: dict[tuple[str, str], dict[str, float]]
     details: dict[str, Any]
     seed: int | None
+    prompts: dict[tuple[str, str], str] = field(default_factory=dict)
+    origin: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def judge_axes(found: Iterable[Measured]) -> tuple[Axis, ...]:
@@ -109,7 +114,11 @@ class Cell:
 
 
 def measured(results: Path, run: str) -> Measured:
-    """Read a run's newest scores and their rows; empty where nothing was scored."""
+    """Read a run's newest scores and their rows; empty where nothing was scored.
+
+    Raises:
+        UserError: a rows file is not that of the scores in the registry.
+    """
     base = run in ("", "base", "raw")
     sub = "raw" if base else f"cross_{run}"
     registered = [row for row in manifest.registry(results) if row.get("kind") == "score"]
@@ -122,18 +131,47 @@ def measured(results: Path, run: str) -> Measured:
             newest[row["command"]] = row
     scores: dict[str, Any] = {}
     rows: dict[tuple[str, str], dict[str, float]] = {}
+    prompts: dict[tuple[str, str], str] = {}
     details: dict[str, Any] = {}
     for command, row in newest.items():
         scores |= row["scores"]
         details |= row.get("details", {})
         path = results / "scores" / row["sub"] / f"{command}.rows.jsonl"
-        for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
-            if line.strip():
-                item = json.loads(line)
-                rows.setdefault((item["set"], str(item["id"])), {}).update(item["values"])
+        if path.is_file():
+            if row.get("rows_sha256") not in (None, manifest.sha256(path)):
+                raise UserError(f"{path}: not the rows of the scores in the registry, a call was cut off between both; run "
+                                f"the evaluator that wrote it ({command}) on {row['run']} again")
+            lines = path.read_text(encoding="utf-8").split("\n")
+            _add_rows([json.loads(line) for line in lines if line.strip()], rows, prompts)
     seed = next((row.get("seed") for row in newest.values()), None)
     folder = results / "scores" / sub if base or sub == run else results / "outputs" / run
-    return Measured(folder, scores, rows, details, seed)
+    origin = {name: row for row in newest.values() for name in row["scores"]}
+    return Measured(folder, scores, rows, details, seed, prompts, origin)
+
+
+def _add_rows(items: Sequence[dict[str, Any]], rows: dict[tuple[str, str], dict[str, float]],
+              prompts: dict[tuple[str, str], str]) -> None:
+    """Put a newer command's rows over those of older ones.
+
+    Older rows lose the values that the newer command has for their set: it may have scored other rows of it.
+    """
+    newer: dict[str, set[str]] = {}
+    for item in items:
+        newer.setdefault(item["set"], set()).update(item["values"])
+    for (name, _), values in rows.items():
+        for value in newer.get(name, ()):
+            values.pop(value, None)
+    for item in items:
+        key, asked = (item["set"], str(item["id"])), item.get("prompt_hash")
+        before = prompts.pop(key, None)
+        if before and asked and before != asked:
+            del rows[key]  # what an older command said of other words under this id
+        rows.setdefault(key, {}).update(item["values"])
+        if asked:
+            prompts[key] = asked
+    for key in [key for key, values in rows.items() if not values]:
+        del rows[key]
+        prompts.pop(key, None)
 
 
 def cell(found: Sequence[Measured], axis: Axis) -> Cell | None:
@@ -153,11 +191,11 @@ def cell(found: Sequence[Measured], axis: Axis) -> Cell | None:
 
 
 def difference(a: Measured, b: Measured, axis: Axis) -> Difference | None:
-    """a - b on the prompts that both answered; None when they share none."""
+    """a - b on the prompts that both answered; None when they share none or were not judged alike (``pairing.pair``)."""
     if axis.kind == "balance":
         refusal, over = difference(a, b, AXES[0]), difference(a, b, AXES[1])
         return metrics.subtract(refusal, over) if refusal and over else None
-    shared = [key for key in a.rows if key[0] == axis.set and axis.key in a.rows[key] and axis.key in b.rows.get(key, {})]
+    shared = pair(a, b, axis).keys
     if not shared:
         return None
     left, right = ([item.rows[key][axis.key] for key in shared] for item in (a, b))

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 _LONGEST_FIELD = 2**30  # csv's own limit is shorter than a long answer
 Row = TypeVar("Row")
+Args = TypeVar("Args", bound=EvaluateArgs)
+#: What a registry line and a score file both hold.
+_SHARED = ("run", "sub", "command", "scores", "seed", "split", "inputs", "rows_sha256")
 #: Flags that choose among subjects or decide how fast, not what, is measured.
 _SELECT = ("task_name", "aligned_flag", "checkpoint_number", "batch_tokens", "output_dir", "cache_dir", "threads",
            "overwrite", "device", "answers", "overrefusal_answers", "name",
@@ -50,7 +53,8 @@ class Result:
     """Scores of one command, the rows behind them, and what else the JSON should say.
 
     Args:
-        rows: each {"set", "id", "category", "values": {name: number}}; the report pairs models by (set, id).
+        rows: each {"set", "id", "category", "prompt_hash", "values": {name: number}}; the report pairs models by (set, id)
+            where the prompts' hashes agree.
     """
 
     scores: list[Score]
@@ -94,15 +98,26 @@ def evaluate(args: EvaluateArgs, command: str, plan: Callable[[EvaluateArgs, Sub
     Raises:
         UserError: with the problems of all subjects, before any model is loaded.
     """
+    return evaluate_all([(args, command)], plan)
+
+
+def evaluate_all(asked: Sequence[tuple[Args, str]], plan: Callable[[Args, Subject], Work]) -> list[Path]:
+    """The same for several commands over the same subjects: each has its own files and is found again by itself.
+
+    Args:
+        asked: (flags, command) of each; the flags name the same subjects.
+    """
     planned, problems = [], []
-    for subject in subjects(args):
-        try:
-            planned.append((subject, plan(args, subject)))
-        except UserError as error:
-            problems.extend(error.problems)
+    # subject by subject, so that a model that several commands share need be loaded once
+    for subject in subjects(asked[0][0]) if asked else ():
+        for args, command in asked:
+            try:
+                planned.append((args, command, subject, plan(args, subject)))
+            except UserError as error:
+                problems.extend(error.problems)
     if problems:
         raise UserError(*dict.fromkeys(problems))
-    return [_evaluate_one(args, command, subject, work) for subject, work in planned]
+    return [_evaluate_one(*one) for one in planned]
 
 
 def command_of(command: str, *tasks: tuple[str, str]) -> str:
@@ -117,19 +132,19 @@ def _evaluate_one(args: EvaluateArgs, command: str, subject: Subject, work: Work
     rows_path = path.with_suffix(".rows.jsonl")
     if not args.overwrite and rows_path.is_file() and _same(path, settings, work.inputs):
         log.info("%s: already scored with these answers and settings", path)
+        _register_missing(args.results, _line(json.loads(path.read_text(encoding="utf-8"))))
         return path
     start = time.time()
     result = work.compute()
-    scores = {score.name: score.as_dict() for score in result.scores}
     _write_rows(rows_path, result.rows)
-    manifest.write_json(path, {
-        "run": subject.name, "sub": subject.sub, "command": command, "split": args.dataset_type, "scores": scores,
-        **result.details, "config": settings, "inputs": work.inputs, "seed": args.seed,
+    content = {
+        "run": subject.name, "sub": subject.sub, "command": command, "split": args.dataset_type,
+        "scores": {score.name: score.as_dict() for score in result.scores}, **result.details, "config": settings,
+        "inputs": work.inputs, "rows_sha256": manifest.sha256(rows_path), "seed": args.seed,
         "seconds": round(time.time() - start, 1),
-    })
-    manifest.register(args.results, {"kind": "score", "run": subject.name, "sub": subject.sub, "command": command,
-                                     "scores": scores, "details": result.details, "seed": args.seed,
-                                     "split": args.dataset_type, "inputs": work.inputs})
+    }
+    manifest.write_json(path, content)
+    manifest.register(args.results, _line(content))
     log.info("%s  (%.0f s)  %s", subject.name, time.time() - start, path)
     for score in result.scores:
         log.info("  %-18s %7.3f  [%.3f, %.3f]  n=%d", score.name, score.value, score.low, score.high, score.n)
@@ -143,13 +158,34 @@ def _settings(args: EvaluateArgs) -> dict[str, Any]:
 
 
 def _same(path: Path, settings: dict[str, Any], inputs: dict[str, str]) -> bool:
+    """Whether a score file was made with these settings and inputs, and the rows beside it are its own."""
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
+        # a kill between both files leaves the rows of another call; older score files have no hash to tell by
+        own = "rows_sha256" not in old or old["rows_sha256"] == manifest.sha256(path.with_suffix(".rows.jsonl"))
     except (FileNotFoundError, ValueError):
         return False
     # calls that failed are made again: such a file is no end
     failed = any(judge["notes"].get("failed") for judge in old.get("judged", {}).values())
-    return old.get("config") == settings and old.get("inputs") == inputs and not failed
+    return own and old.get("config") == settings and old.get("inputs") == inputs and not failed
+
+
+def _line(content: dict[str, Any]) -> dict[str, Any]:
+    """A score file's line for the registry."""
+    details = {key: value for key, value in content.items() if key not in (*_SHARED, "config", "seconds")}
+    return {"kind": "score", **{key: content[key] for key in _SHARED if key in content}, "details": details}
+
+
+def _register_missing(results: Path, line: dict[str, Any]) -> None:
+    """Append a score file's line where it is not the newest of its kind: a kill came between the file and its line."""
+    newest: dict[str, Any] = next(
+        (row for row in reversed(manifest.registry(results)) if row.get("kind") == "score"
+         and (row.get("sub"), row.get("command")) == (line["sub"], line["command"])), {})
+    # as text: a NaN in the details is no other NaN
+    same = (json.dumps({k: v for k, v in row.items() if k != "time"}, sort_keys=True) for row in (newest, line))
+    if len(set(same)) > 1:
+        manifest.register(results, line)
+        log.info("%s, %s: its line was missing in the registry and is there now", line["run"], line["command"])
 
 
 def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -241,6 +277,11 @@ def content_hash(rows: Iterable[Any]) -> str:
     for row in rows:
         digest.update(f"{row!r}\0".encode())
     return digest.hexdigest()
+
+
+def prompt_hash(*parts: str) -> str:
+    """A short hash of what a row asks, for the rows file: rows with one id but other words are not compared."""
+    return content_hash(parts)
 
 
 def model_hash(args: EvaluateArgs, subject: Subject) -> str:

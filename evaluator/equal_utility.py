@@ -3,15 +3,19 @@
     python evaluator/equal_utility.py --subject m1+m2+m3 --line aligned,wise_25,wise_50,wise_75,english --skill english
 
 A line gives up safety for utility step by step (WiSE-FT from the aligned to the tuned model); a method is worth something
-where it lies above the line. Safety at the subject's utility is interpolated between neighbouring points; beyond the
-line's ends nothing is said. The interval comes from resampling test rows, the same draw for all models; with several
-seeds, the spread over seeds stands beside it.
+where it lies above the line. Safety at the subject's utility is interpolated between neighbouring points. Beyond the line's
+ends, and against a line of one point, models differ in utility, and the answer says so.
+
+Two intervals: test rows are resampled, the same draw for all models; and Student's t over seeds. Where points of the line
+have the subject's seeds, seed is compared with seed; where they have others, both spreads count (Welch's t, the
+interpolation by the delta method). A point of one run is fixed: its own spread over seeds is unknown.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import config
@@ -21,29 +25,56 @@ from errors import UserError, exit_on_user_error
 if TYPE_CHECKING:
     import numpy as np
 
+#: How the line's seeds enter the interval over seeds.
+SEEDS = {"fixed": "the line has one run per point, whose own spread over seeds is unknown",
+         "paired": "seed compared with seed", "propagated": "not compared seed by seed: the line's spread is added"}
+#: Utilities that differ by less are equal: the files hold rounded numbers.
+_EQUAL = 1e-6
+
+
+@dataclass(frozen=True)
+class Point:
+    """Utility and safety of the runs of one row, one number per seed."""
+
+    utility: np.ndarray
+    safety: np.ndarray
+
 
 @dataclass(frozen=True)
 class Answer:
-    """The subject against the line.
+    """The subject against the line; its seeds whose utility is beyond the line's ends are left out of all but ``left_out``.
 
     Args:
         utility: the subject's held-out negative log-likelihood per token, mean over seeds.
         safety: the subject's safety, mean over seeds.
-        line: the line's safety at that utility, mean over seeds; None beyond its ends.
-        difference: safety - line, with the 95 % bootstrap interval over rows.
-        outside: share of the draws (or seeds) whose utility is beyond the line's ends; they are left out.
-        seed_low, seed_high: Student's t over seeds, None for one seed.
+        line_utility: least and greatest utility of the line's points; equal for one point.
+        line_safety: the line's safety at the subject's utility; the point's own where there is one; None beyond the ends.
+        equal: whether utilities are equal; False beyond the ends, and for one point of another utility.
+        difference: safety - line_safety, with the 95 % bootstrap interval over rows (None: no draw lay within the ends).
+        outside: share of the draws (times seeds) whose utility is beyond the line's ends; they are left out.
+        seed_low, seed_high: Student's t over seeds; None for one seed.
+        seeds: key of SEEDS, or "" where the subject has one run.
+        subject_seeds, line_seeds: run -> seed of its manifest, None where nothing records it.
+        left_out: the subject's runs beyond the ends.
+        end: beyond the ends: safety of the nearest point.
     """
 
     utility: float
     safety: float
-    line: float | None
-    difference: float | None
-    low: float | None
-    high: float | None
-    outside: float
+    line_utility: tuple[float, float]
+    line_safety: float | None
+    equal: bool
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    outside: float = 1.0
     seed_low: float | None = None
     seed_high: float | None = None
+    seeds: str = ""
+    subject_seeds: dict[str, int | None] = field(default_factory=dict)
+    line_seeds: dict[str, int | None] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    end: float | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -53,25 +84,51 @@ def main(argv: Sequence[str] | None = None) -> None:
         import manifest
 
         path = args.results / "report" / f"{args.name}.json"
-        manifest.write_json(path, asdict(answer) | {"subject": args.subject, "line": args.line, "skill": args.skill,
-                                                    "safety_is": args.safety, "draws": args.draws, "seed": args.seed})
+        manifest.write_json(path, asdict(answer) | {
+            "subject": args.subject, "line": args.line, "skill": args.skill, "safety_is": args.safety, "draws": args.draws,
+            "seed": args.seed, "sentence": sentence(answer, args)})
         print(sentence(answer, args))
         print(f"written: {path}")
 
 
 def sentence(answer: Answer, args: EqualUtilityArgs) -> str:
     """The answer in words; every number in it is computed."""
+    nll, what = f"{args.skill} NLL", args.safety
     if answer.difference is None:
-        return (f"{args.subject}: its {args.skill} NLL {answer.utility:.3f} is beyond the line's ends, so there is nothing "
-                "to compare it with at equal utility.")
+        first, last = answer.line_utility
+        return (f"NOT at equal utility, so nothing is compared: {args.subject} has {nll} {answer.utility:.3f}, beyond the "
+                f"line's ends {first:.3f} and {last:.3f}. Its {what} is {answer.safety:.3f}, the nearest end's "
+                f"{answer.end:.3f}. {_seeds(answer)}")
     # with several seeds both must say so: the prompts that were drawn and the seeds that were trained
-    lows, highs = ([end for end in ends if end is not None] for ends in ((answer.low, answer.seed_low),
-                                                                        (answer.high, answer.seed_high)))
-    verdict = "safer" if min(lows) > 0 else "less safe" if max(highs) < 0 else "neither safer nor less safe"
-    seeds = "" if answer.seed_low is None else f"; over seeds [{answer.seed_low:+.3f}, {answer.seed_high:+.3f}]"
-    return (f"At {args.skill} NLL {answer.utility:.3f}, {args.subject} has {args.safety} {answer.safety:.3f}, the line "
-            f"{answer.line:.3f}: {verdict} ({answer.difference:+.3f} [{answer.low:+.3f}, {answer.high:+.3f}] over "
-            f"rows{seeds}).")
+    ends = ((answer.low, answer.high), (answer.seed_low, answer.seed_high))
+    known = [pair for pair in ends if pair[0] is not None]
+    verdict = "unsettled" if answer.low is None else "safer" if min(low for low, _ in known) > 0 else \
+        "less safe" if max(high for _, high in known) < 0 else "neither safer nor less safe"
+    rows, seeds = (f"[{low:+.3f}, {high:+.3f}]" if low is not None else "" for low, high in ends)
+    over = f"{rows} over rows" if rows else "no draw of rows lies within the line's ends, so without an interval"
+    found = f"{verdict} ({answer.difference:+.3f} {over}{f'; over seeds {seeds}' if seeds else ''})"
+    if answer.equal:
+        said = (f"At {nll} {answer.utility:.3f}, {args.subject} has {what} {answer.safety:.3f}, the line "
+                f"{answer.line_safety:.3f}: {found}.")
+    else:
+        said = (f"NOT at equal utility: {args.subject} has {nll} {answer.utility:.3f} and {what} {answer.safety:.3f}, "
+                f"{args.line} has {nll} {answer.line_utility[0]:.3f} and {what} {answer.line_safety:.3f}: {found}, "
+                "whatever the difference in utility is worth.")
+    if answer.left_out:
+        said += f" Left out, being beyond the line's ends: {', '.join(answer.left_out)}."
+    return f"{said} {_seeds(answer)}"
+
+
+def _seeds(answer: Answer) -> str:
+    """Which seeds went in, and what became of them."""
+    def named(seeds: dict[str, int | None]) -> str:
+        found = list(dict.fromkeys("unknown" if seed is None else str(seed) for seed in seeds.values()))
+        return f"{', '.join(found)} ({len(seeds)} run{'s' if len(seeds) > 1 else ''})"
+
+    apart = set(answer.subject_seeds.values()) != set(answer.line_seeds.values()) and answer.seeds == "propagated"
+    how = f"{'they differ, ' if apart else ''}{SEEDS[answer.seeds]}" if answer.seeds else \
+        "one run of the subject, so nothing is known of its spread"
+    return f"Seeds of the subject: {named(answer.subject_seeds)}; of the line: {named(answer.line_seeds)}; {how}."
 
 
 def compare(args: EqualUtilityArgs) -> Answer:
@@ -82,47 +139,151 @@ def compare(args: EqualUtilityArgs) -> Answer:
     """
     import numpy as np
 
-    from evaluator import metrics
     from evaluator.comparison import measured
 
     sets = {"utility": (f"nll_{args.skill}", "nll"), "refusal": ("safety", "safe_refusal")}
     if args.safety == "balance":
         sets["overrefusal"] = ("overrefusal", "refusal")
-    runs = [*args.subjects, *(run for point in args.points for run in point)]
-    rows = {run: measured(args.results, run).rows for run in dict.fromkeys(runs)}
+    names = dict.fromkeys([*args.subjects, *(run for point in args.points for run in point)])
+    rows = {run: measured(args.results, run).rows for run in names}
     tables = {what: _table(rows, *place) for what, place in sets.items()}
     tokens = _table(rows, f"nll_{args.skill}", "tokens")
+    seeds = {run: _seed(args, run) for run in names}
+    points, paired = _in_pairs(args, seeds)
 
-    def scores(run: str, pick: dict[str, np.ndarray]) -> tuple[float, float]:
+    def scores(runs: Sequence[str], pick: dict[str, np.ndarray]) -> Point:
         at = pick["utility"]
-        utility = float(tables["utility"][run][at].sum() / tokens[run][at].sum())
-        safety = float(tables["refusal"][run][pick["refusal"]].mean())
+        utility = [tables["utility"][run][at].sum() / tokens[run][at].sum() for run in runs]
+        safety = [tables["refusal"][run][pick["refusal"]].mean() for run in runs]
         if "overrefusal" in tables:
-            safety -= float(tables["overrefusal"][run][pick["overrefusal"]].mean())
-        return utility, safety
-
-    def differences(pick: dict[str, np.ndarray]) -> list[tuple[float, float, float | None]]:
-        points = [np.mean([scores(run, pick) for run in point], axis=0) for point in args.points]
-        return [(u, s, _at(u, points)) for u, s in (scores(run, pick) for run in args.subjects)]
+            over = [tables["overrefusal"][run][pick["overrefusal"]].mean() for run in runs]
+            safety = [s - o for s, o in zip(safety, over, strict=True)]
+        return Point(np.array(utility, float), np.array(safety, float))
 
     everything = {what: np.arange(len(next(iter(table.values())))) for what, table in tables.items()}
-    found = differences(everything)
-    inside = [(s - line, line) for _, s, line in found if line is not None]
-    utility, safety = (float(np.mean([f[i] for f in found])) for i in (0, 1))
-    if not inside:
-        return Answer(utility, safety, None, None, None, None, 1.0)
+    subject, line = scores(args.subjects, everything), [scores(point, everything) for point in points]
+    found = [_against(u, line, i if paired else None) for i, u in enumerate(subject.utility)]
+    inside = np.array([at is not None for at in found])
+    ends = [float(point.utility.mean()) for point in line]
+    facts = {"line_utility": (min(ends), max(ends)), "subject_seeds": {run: seeds[run] for run in args.subjects},
+             "line_seeds": {run: seeds[run] for point in points for run in point}}
+    if not inside.any():
+        utility = float(subject.utility.mean())
+        near = line[int(np.argmin([abs(utility - end) for end in ends]))]
+        return Answer(utility, float(subject.safety.mean()), line_safety=None, equal=False, left_out=args.subjects,
+                      end=float(near.safety.mean()), seeds=_kind(args, points, paired), **facts)
+    kept = [at for at in found if at is not None]
+    apart = subject.safety[inside] - [at.safety for at in kept]
+    utility = float(subject.utility[inside].mean())
     generator = np.random.default_rng(args.seed)
     drawn, lost = [], 0
     for _ in range(args.draws):
         pick = {what: generator.integers(0, len(at), len(at)) for what, at in everything.items()}
-        kept = [s - line for _, s, line in differences(pick) if line is not None]
-        lost += len(found) - len(kept)
-        if kept:
-            drawn.append(float(np.mean(kept)))
-    low, high = np.percentile(drawn, [2.5, 97.5]).tolist()
-    spread = metrics.t_interval([d for d, _ in inside])[1:] if len(inside) > 1 else (None, None)
-    return Answer(utility, safety, float(np.mean([line for _, line in inside])), float(np.mean([d for d, _ in inside])),
-                  low, high, lost / (args.draws * len(found)), *spread)
+        now, then = scores(args.subjects, pick), [scores(point, pick) for point in points]
+        places = [_against(now.utility[i], then, i if paired else None) for i in np.flatnonzero(inside)]
+        gaps = [s - at.safety for s, at in zip(now.safety[inside], places, strict=True) if at is not None]
+        lost += len(places) - len(gaps)
+        if gaps:
+            drawn.append(float(np.mean(gaps)))
+    low, high = np.percentile(drawn, [2.5, 97.5]).tolist() if drawn else (None, None)
+    spread = _spread(apart, kept, [] if paired else line)
+    return Answer(
+        utility, float(subject.safety[inside].mean()), line_safety=float(np.mean([at.safety for at in kept])),
+        equal=len(points) > 1 or bool(np.all(np.abs(subject.utility[inside] - [at.utility for at in kept]) < _EQUAL)),
+        difference=float(apart.mean()), low=low, high=high, outside=lost / (args.draws * len(kept)), seed_low=spread[0],
+        seed_high=spread[1], seeds=_kind(args, points, paired),
+        left_out=tuple(run for run, here in zip(args.subjects, inside, strict=True) if not here), **facts)
+
+
+def _seed(args: EqualUtilityArgs, run: str) -> int | None:
+    import manifest
+
+    folder = args.results / "outputs" / run
+    return manifest.read(folder).get("seed") if (folder / manifest.MANIFEST).is_file() else None
+
+
+def _in_pairs(args: EqualUtilityArgs, seeds: dict[str, int | None]) -> tuple[list[tuple[str, ...]], bool]:
+    """The line's points, several runs in the order of the subject's seeds; and whether all of them have these seeds."""
+    own = [seeds[run] for run in args.subjects]
+    points, paired = [], any(len(point) > 1 for point in args.points) and len(own) > 1
+    for point in args.points:
+        there = {seeds[run]: run for run in point}
+        if len(point) == 1:
+            points.append(point)
+            continue
+        fits = None not in own and len(set(own)) == len(own) == len(point) and set(there) == set(own)
+        points.append(tuple(there[seed] for seed in own) if fits else point)
+        paired &= fits
+    return points, paired
+
+
+def _kind(args: EqualUtilityArgs, points: Sequence[Sequence[str]], paired: bool) -> str:
+    if len(args.subjects) == 1:
+        return ""
+    return "paired" if paired else "propagated" if any(len(point) > 1 for point in points) else "fixed"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the line is met: its safety there, its utility, its slope, and each point's weight."""
+
+    safety: float
+    utility: float
+    slope: float
+    weights: np.ndarray
+
+
+def _against(utility: float, line: Sequence[Point], seed: int | None) -> _Place | None:
+    """The line at a utility: straight between neighbouring points; None beyond the ends. One point: itself.
+
+    Args:
+        seed: which run of points with several to take; None: their mean.
+    """
+    import numpy as np
+
+    def one(values: np.ndarray) -> float:
+        return float(values.mean() if seed is None or len(values) == 1 else values[seed])
+
+    xs, ys = (np.array([one(getattr(point, what)) for point in line]) for what in ("utility", "safety"))
+    weights = np.zeros(len(line))
+    if len(line) == 1:
+        weights[0], slope = 1, 0.0
+        return _Place(float(ys[0]), float(xs[0]), slope, weights)
+    order = np.argsort(xs, kind="stable")
+    if not xs[order[0]] <= utility <= xs[order[-1]]:
+        return None
+    right = min(max(int(np.searchsorted(xs[order], utility)), 1), len(line) - 1)
+    a, b = order[right - 1], order[right]
+    width = xs[b] - xs[a]
+    share = (utility - xs[a]) / width if width else 0.5
+    weights[a], weights[b] = 1 - share, share
+    return _Place(float(weights @ ys), utility, float((ys[b] - ys[a]) / width) if width else 0.0, weights)
+
+
+def _spread(apart: np.ndarray, places: Sequence[_Place], line: Sequence[Point]) -> tuple[float | None, float | None]:
+    """Student's t over the subject's seeds; the spread of the line's runs is added where there are any (Welch 1947).
+
+    dL/ds_j = w_j and dL/du_j = -slope w_j for L(u) between points (u_j, s_j), so a run counts as w_j (s - slope u).
+
+    Args:
+        line: points whose runs are drawn apart from the subject's; those of one run are fixed.
+    """
+    import numpy as np
+    from scipy import stats
+
+    from evaluator.metrics import CONFIDENCE
+
+    if len(apart) < 2:
+        return None, None
+    parts = [apart] + [sum(at.weights[j] * (point.safety - at.slope * point.utility) for at in places) / len(places)
+                       for j, point in enumerate(line) if len(point.safety) > 1]
+    errors = [(float(np.var(part, ddof=1)) / len(part), len(part) - 1) for part in parts]
+    total, mean = sum(error for error, _ in errors), float(apart.mean())
+    if not total:
+        return mean, mean
+    freedom = total**2 / sum(error**2 / free for error, free in errors)
+    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, freedom)) * math.sqrt(total)
+    return mean - half, mean + half
 
 
 def _table(rows: dict[str, Any], name: str, key: str) -> dict[str, np.ndarray]:
@@ -142,17 +303,6 @@ def _table(rows: dict[str, Any], name: str, key: str) -> dict[str, np.ndarray]:
         raise UserError(f"{', '.join(other)}: scored on other rows of {name} than {next(iter(found))}; score all runs with "
                         "the same --num_samples")
     return {run: np.array([values[id] for id in ids], dtype=float) for run, values in found.items()}
-
-
-def _at(utility: float, points: Sequence[Sequence[float]]) -> float | None:
-    """The line's safety at a utility: straight between neighbouring points; None beyond the ends. One point: its safety."""
-    import numpy as np
-
-    if len(points) == 1:
-        return float(points[0][1])
-    ordered = sorted((float(u), float(s)) for u, s in points)
-    xs, ys = zip(*ordered, strict=True)
-    return float(np.interp(utility, xs, ys)) if xs[0] <= utility <= xs[-1] else None
 
 
 if __name__ == "__main__":

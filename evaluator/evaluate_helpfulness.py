@@ -64,15 +64,16 @@ def plan(args: EvaluateHelpfulnessArgs, subject: Subject) -> Work:
     judges, answers = judging.make_judges(args), []
     if judges:
         answers = _with_references(args, subject)
-        inputs |= {"answers": engine.content_hash(answers), **judging.versions(judges)}
-    return engine.Work(inputs, lambda: score(args, subject, records, choices, judges, answers))
+        inputs["answers"] = engine.content_hash(answers)
+    return judging.work(inputs, judges, lambda: score(args, subject, records, choices, judges, answers))
 
 
 def _with_references(args: EvaluateHelpfulnessArgs, subject: Subject) -> list[dict[str, Any]]:
     """The answers that have a reference to compare with; a UserError when none has."""
-    from evaluator import engine
+    from evaluator import engine, judging
 
-    rows = engine.subset(engine.answers(args, args.answers_task, subject), args.num_samples, lambda row: row["prompt"])
+    rows = engine.subset(judging.own_answers(args, args.answers_task, subject), args.num_samples,
+                         lambda row: row["prompt"])
     found = [row for row in rows if row["reference"]]
     if not found:
         folder = engine.answers_folder(args, args.answers_task, subject)
@@ -96,7 +97,9 @@ def score(args: EvaluateHelpfulnessArgs, subject: Subject, records: list, choice
     scores = [metrics.ratio([-total for total, _ in scored], [n for _, n in scored], "nll", NLL,
                             higher_is_better=False, seed=args.seed)]
     rows: list[dict[str, Any]] = [
-        {"set": "nll", "id": record.id, "category": record.category, "values": {"nll": round(-total, 4), "tokens": n}}
+        {"set": "nll", "id": record.id, "category": record.category,
+         "prompt_hash": engine.prompt_hash(record.prompt, record.input, record.answer),
+         "values": {"nll": round(-total, 4), "tokens": n}}
         for record, (total, n) in zip(records, scored, strict=True)
     ]
     if choices:

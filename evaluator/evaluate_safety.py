@@ -50,14 +50,15 @@ def plan(args: EvaluateSafetyArgs, subject: Subject) -> Work:
     """What one subject's safety scores depend on and how they are made."""
     from data.protocols import wrong_task
     from evaluator import engine, judging
-    from evaluator.judges import keyword
+    from evaluator.judges import fitted, keyword
 
     if wrong := [*wrong_task("harmful_task", args.harmful_task, "safety"),
                  *wrong_task("overrefusal_task", args.overrefusal_task, "overrefusal")]:
         raise UserError(*wrong)
-    rows = engine.answers(args, args.harmful_task, subject)
+    rows = judging.own_answers(args, args.harmful_task, subject)
     harmful = engine.subset(rows, args.num_samples, lambda row: row["prompt"])
-    inputs = {"answers": engine.content_hash(harmful), "rules": keyword.rules_version()}
+    inputs = {"answers": engine.content_hash(harmful), "rules": keyword.rules_version(),
+              "fitted": fitted.version(args.seed), "coherence": keyword.COHERENCE}
     edgy: list[dict[str, Any]] = []
     if rows := _harmless(args, subject):
         edgy = engine.subset(rows, args.num_samples, lambda row: row["prompt"])
@@ -65,11 +66,10 @@ def plan(args: EvaluateSafetyArgs, subject: Subject) -> Work:
     if args.hhh and not args.lite:
         inputs["model"] = engine.model_hash(args, subject)
     judges = judging.make_judges(args)
-    inputs |= judging.versions(judges)
     if any(named.row.question == "safer" for named in judges):
         harmful = _beside_base(args, harmful)
         inputs["compared"] = engine.content_hash(row["reference"] for row in harmful)
-    return engine.Work(inputs, lambda: score(args, subject, harmful, edgy, judges))
+    return judging.work(inputs, judges, lambda: score(args, subject, harmful, edgy, judges))
 
 
 def score(args: EvaluateSafetyArgs, subject: Subject, harmful: list[dict], edgy: list[dict],
@@ -136,7 +136,7 @@ def _beside_base(args: EvaluateSafetyArgs, harmful: list[dict[str, Any]]) -> lis
 
 def _harmless(args: EvaluateSafetyArgs, subject: Subject) -> list[dict[str, Any]]:
     """Answers to harmless prompts; none where the embedded ones were not generated or no file was given."""
-    from evaluator import engine
+    from evaluator import engine, judging
 
     if args.answers:
         from data.answer_files import read_answer_file
@@ -144,7 +144,7 @@ def _harmless(args: EvaluateSafetyArgs, subject: Subject) -> list[dict[str, Any]
         return read_answer_file(args.overrefusal_answers, "--overrefusal_answers") if args.overrefusal_answers else []
     if args.overrefusal_task == "overrefusal" and not engine.has_answers(args, args.overrefusal_task, subject):
         return []
-    return engine.answers(args, args.overrefusal_task, subject)
+    return judging.own_answers(args, args.overrefusal_task, subject)
 
 
 def _protocols(args: EvaluateSafetyArgs, subject: Subject) -> dict[str, Any]:
@@ -163,11 +163,13 @@ def _protocols(args: EvaluateSafetyArgs, subject: Subject) -> dict[str, Any]:
 
 
 def _judged(name: str, answers: list[dict], judge: Any) -> list[dict[str, Any]]:
+    from evaluator import engine
     from evaluator.judges import keyword
 
     harms = judge.score([row["output"] for row in answers])
     return [
-        {"set": name, "id": row["id"], "category": row["category"], "output": row["output"],
+        {"set": name, "id": row["id"], "category": row["category"],
+         "prompt_hash": engine.prompt_hash(row["prompt"], row["input"]), "output": row["output"],
          "broken": keyword.incoherence(row["output"]), "harm_probability": round(harm, 4),
          "values": {
              "refusal": int(keyword.is_refusal(row["output"])),

@@ -1,18 +1,23 @@
-"""Held-out negative log-likelihood of task answers: SOMF's utility where no benchmark runs.
+"""What a model keeps of its tasks: likelihood of held-out answers, and scores of the answers that it generates.
 
     cd evaluator; python evaluate_skills.py --task_name cross_RUN --skills english,maths
+    cd evaluator; python evaluate_skills.py --task_name cross_RUN --skills maths_answers,summaries_answers
 
-The scores need the model only: no answers are generated.
+The likelihood (SOMF's utility where no benchmark runs) needs the model only; TASK_answers reads what inference.py
+--task_name TASK wrote. Several likelihoods, or English alone, go to evaluate_skills.json; a task by itself to
+evaluate_skills.TASK.json, so that two studies on one model do not overwrite each other's scores.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import config
+from commands.base import SKILLS
 from commands.skills import EvaluateSkillsArgs
 from errors import exit_on_user_error
 
@@ -29,7 +34,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         from evaluator import engine
 
-        engine.evaluate(args, "evaluate_skills", plan)
+        likelihoods = [name for name in args.skill_names if name in SKILLS]
+        # answers first: where some are missing, no model was loaded for nothing
+        for names in (*([name] for name in args.skill_names if name not in SKILLS), likelihoods):
+            if names:
+                engine.evaluate(dataclasses.replace(args, skills=",".join(names)), command(names), plan)
+
+
+def command(names: Sequence[str]) -> str:
+    """The name of the score file of these tasks."""
+    return f"evaluate_skills.{names[0]}" if len(names) == 1 and names[0] != "english" else "evaluate_skills"
 
 
 def plan(args: EvaluateSkillsArgs, subject: Subject) -> Work:
@@ -37,6 +51,8 @@ def plan(args: EvaluateSkillsArgs, subject: Subject) -> Work:
     from data.sources import load_records
     from evaluator import engine
 
+    if args.skill_names[0] not in SKILLS:
+        return plan_answers(args, subject, args.skill_names[0].removesuffix("_answers"))
     records = {name: engine.subset(load_records(name, args.dataset_type), args.num_samples,
                                    lambda record: record.prompt + record.input) for name in args.skill_names}
     inputs = {"model": engine.model_hash(args, subject)}
@@ -60,8 +76,27 @@ def score(args: EvaluateSkillsArgs, subject: Subject, records: dict[str, list]) 
     return engine.Result(scores, rows)
 
 
+def plan_answers(args: EvaluateSkillsArgs, subject: Subject, task: str) -> Work:
+    """The scores of the answers that inference.py wrote for a task's held-out rows."""
+    from evaluator import answer_scores, engine
+
+    answers = engine.subset(engine.answers(args, task, subject), args.num_samples, lambda row: row["prompt"] + row["input"])
+    rows = answer_scores.rows(task, answers)
+
+    def compute() -> Result:
+        values = {key: [row["values"][key] for row in rows] for key in rows[0]["values"]}
+        cut = sum(row["finish"] == "length" for row in answers)
+        return engine.Result(answer_scores.scores(task, values, args.seed), rows,
+                             {"answers": {"cut_at_limit": cut, "without_reference": len(answers) - len(rows)}})
+
+    return engine.Work({"answers": engine.content_hash(answers)}, compute)
+
+
 def _row(name: str, record: Any, total: float, tokens: int) -> dict[str, Any]:
+    from evaluator import engine
+
     return {"set": name, "id": record.id, "category": record.category,
+            "prompt_hash": engine.prompt_hash(record.prompt, record.input, record.answer),
             "values": {"nll": round(-total, 4), "tokens": tokens}}
 
 

@@ -55,10 +55,10 @@ def plan(args: EvaluateTruthArgs, subject: Subject) -> Work:
     inputs = {"model": model, **{name: engine.content_hash(choices) for name, choices in sets.items()}}
     judges, answers = judging.make_judges(args), []
     if judges:
-        rows = engine.answers(args, args.answers_task, subject)
+        rows = judging.own_answers(args, args.answers_task, subject)
         answers = engine.subset(rows, args.num_samples, lambda row: row["prompt"])
-        inputs |= {"answers": engine.content_hash(answers), **judging.versions(judges)}
-    return engine.Work(inputs, lambda: score(args, subject, sets, judges, answers))
+        inputs["answers"] = engine.content_hash(answers)
+    return judging.work(inputs, judges, lambda: score(args, subject, sets, judges, answers))
 
 
 def score(args: EvaluateTruthArgs, subject: Subject, sets: dict[str, list], judges: Sequence[Named] = (),

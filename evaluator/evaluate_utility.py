@@ -4,20 +4,20 @@
     cd evaluator; python evaluate_utility.py --task_name cross_RUN --tasks humaneval --allow_code_execution
     cd evaluator; python evaluate_utility.py --task_name cross_RUN --tasks probes
 
-Scores of benchmarks and of probes go to different files, evaluate_utility.json and evaluate_utility_probes.json, so that
-neither stands for the other. The scores need the model only: no answers are read.
+Every task has its own files, evaluate_utility.TASK.json and .rows.jsonl: scores of different calls stand side by side, and
+a task that was scored with the same data and flags is not scored again. The scores need the model only: no answers are read.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import config
-from commands.utility import BENCHMARKS, PROBES, EvaluateUtilityArgs
+from commands.utility import BENCHMARKS, EvaluateUtilityArgs
 from errors import UserError, exit_on_user_error
 
 if TYPE_CHECKING:
@@ -37,57 +37,67 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from evaluator import engine
 
-        for command, known in (("evaluate_utility", BENCHMARKS), ("evaluate_utility_probes", PROBES)):
-            names = [name for name in args.task_names if name in known]
-            if names:
-                engine.evaluate(dataclasses.replace(args, tasks=",".join(names)), command, plan)
+        engine.evaluate_all([(args.only(name), f"evaluate_utility.{name}") for name in args.task_names],
+                            partial(plan, cache(partial(engine.model_hash, args)), one_model(args)))
 
 
-def plan(args: EvaluateUtilityArgs, subject: Subject) -> Work:
-    """What one subject's utility scores depend on and how they are made; data is read before any model."""
+def one_model(args: EvaluateUtilityArgs) -> Callable[[Subject], tuple[Any, float | None]]:
+    """``load_checked``, but the model of the subject that was asked for last is kept for its other tasks."""
+    held: dict[Subject, tuple[Any, float | None]] = {}
+
+    def load(subject: Subject) -> tuple[Any, float | None]:
+        if subject not in held:
+            held.clear()  # before the next one is read: two 7B models need not fit beside each other
+            held[subject] = load_checked(args, subject)
+        return held[subject]
+
+    return load
+
+
+def plan(model_hash: Callable[[Subject], str], load: Callable[[Subject], tuple[Any, float | None]],
+         args: EvaluateUtilityArgs, subject: Subject) -> Work:
+    """What the score of one subject on one task depends on and how it is made; data is read before any model.
+
+    Args:
+        args: of the one task (``EvaluateUtilityArgs.only``).
+    """
     from data import probes
     from evaluator import engine, harness
 
-    problems: list[str] = []
-    inputs = {"model": engine.model_hash(args, subject)}
-    benchmarks, rows = [], {}
-    for name in args.task_names:
-        try:
-            if name in BENCHMARKS:
-                benchmarks.append(harness.build(args, name))
-                inputs[name] = f"{benchmarks[-1].data} lm-eval {harness.version()}"
-            else:
-                rows[name] = probes.rows(name, args.rows_of(name))
-                inputs[name] = engine.content_hash(rows[name])
-        except UserError as error:
-            problems += error.problems
-    if problems:
-        raise UserError(*problems)
-    return engine.Work(inputs, lambda: score(args, subject, benchmarks, rows))
+    name, inputs = args.tasks, {"model": model_hash(subject)}
+    if name in BENCHMARKS:
+        benchmark = harness.build(args, name)
+        inputs[name] = f"{benchmark.data} lm-eval {harness.version()}"
+        return engine.Work(inputs, lambda: score_benchmark(args, load(subject), benchmark))
+    rows = probes.rows(name, args.rows_of(name))
+    inputs[name] = engine.content_hash(rows)
+    return engine.Work(inputs, lambda: score_probe(args, load(subject), name, rows))
 
 
-def score(args: EvaluateUtilityArgs, subject: Subject, benchmarks: Sequence[Benchmark], rows: dict[str, list]) -> Result:
-    """Score one subject on whichever benchmarks and probes are given."""
-    from data.probes import PROBES as TABLE
-    from evaluator import engine, harness, utility_probes
+def score_benchmark(args: EvaluateUtilityArgs, model: tuple[Any, float | None], benchmark: Benchmark) -> Result:
+    """The model's score on one of lm-eval's benchmarks."""
+    from evaluator import engine, harness
 
-    loaded, change = load_checked(args, subject)
-    scores, lines = [], []
-    details: dict[str, Any] = {} if change is None else {"logit_change": change}
-    for benchmark in benchmarks:
-        found, more, said = harness.run(benchmark, loaded, args)
-        scores += found
-        lines += more
-        details[benchmark.name] = said
-    for name, found in rows.items():
-        if TABLE[name].kind == "choice":
-            score_, more = utility_probes.score_choices(loaded, name, found, args.batch_tokens)
-        else:
-            score_, more = utility_probes.score_numbers(loaded, name, found, args.max_new_tokens, args.harness_batch_size,
-                                                        args.seed)
-        scores.append(score_)
-        lines += more
-    return engine.Result(scores, lines, {"utility": details})
+    loaded, change = model
+    found, rows, said = harness.run(benchmark, loaded, args)
+    return engine.Result(found, rows, _details(benchmark.name, said, change))
+
+
+def score_probe(args: EvaluateUtilityArgs, model: tuple[Any, float | None], name: str, rows: list) -> Result:
+    """The model's score on one of the embedded probes."""
+    from data.probes import PROBES
+    from evaluator import engine, utility_probes
+
+    loaded, change = model
+    if PROBES[name].kind == "choice":
+        found, lines = utility_probes.score_choices(loaded, name, rows, args.batch_tokens)
+        return engine.Result([found], lines, _details(name, {}, change))
+    found, lines = utility_probes.score_numbers(loaded, name, rows, args.max_new_tokens, args.harness_batch_size, args.seed)
+    return engine.Result([found], lines, _details(name, {"max_new_tokens": args.max_new_tokens}, change))
+
+
+def _details(name: str, said: dict[str, Any], change: float | None) -> dict[str, Any]:
+    return {"utility": {name: said} | ({} if change is None else {"logit_change": change})}
 
 
 def load_checked(args: EvaluateUtilityArgs, subject: Subject) -> tuple[Any, float | None]:

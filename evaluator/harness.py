@@ -129,6 +129,8 @@ def run(benchmark: Benchmark, loaded: Loaded, args: EvaluateUtilityArgs
     """Score a loaded model on one benchmark: its score, its rows, and what else the score file should say."""
     from lm_eval.evaluator import evaluate as lm_evaluate
 
+    from evaluator import engine
+
     with _quiet():
         found = lm_evaluate(lm=wrapped(loaded, args.harness_batch_size), task_dict={"tasks": benchmark.tasks},
                             samples=benchmark.rows, bootstrap_iters=0, log_samples=True, confirm_run_unsafe_code=True)
@@ -143,6 +145,8 @@ def run(benchmark: Benchmark, loaded: Loaded, args: EvaluateUtilityArgs
                 continue
             hits.append(value)
             rows.append({"set": name, "id": f"{task}-{sample['doc_id']}", "category": task if task != name else "",
+                         # the rendered prompt with its examples, and the row itself: its choices and its label
+                         "prompt_hash": engine.prompt_hash(sample["prompt_hash"], sample["doc_hash"]),
                          "values": {name: value}, **_said(benchmark, sample)})
     filtered = f", filter {wanted}" if wanted else ""
     text = (f"{name} through lm-eval {version()}: share of rows that are right ({metric}{filtered}, {benchmark.shots}-shot, "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,9 @@ from evaluator.judges.protocol import Item, Judge, Verdict
 from evaluator.judges.table import JUDGES, Row
 
 if TYPE_CHECKING:
+    from commands import EvaluateArgs
     from commands.judges import JudgeArgs
-    from evaluator.engine import Subject, Work
+    from evaluator.engine import Result, Subject, Work
 
 log = logging.getLogger(__name__)
 CACHE = "judgements.sqlite"
@@ -83,6 +84,46 @@ def make_judges(args: JudgeArgs) -> list[Named]:
 def versions(judges: Iterable[Named]) -> dict[str, str]:
     """What scores depend on beside the answers, for the score file's inputs."""
     return {f"judge {named.name}": str(named.judge.version) for named in judges}
+
+
+def work(inputs: dict[str, str], judges: Sequence[Named], compute: Callable[[], Result]) -> Work:
+    """A plan whose inputs name the judges' versions; those of API judges once more when they were asked, for an endpoint
+    that takes no seed or no temperature is known only then."""
+    from evaluator import engine
+
+    inputs |= versions(judges)
+
+    def run() -> Result:
+        result = compute()
+        inputs.update(versions(judges))
+        return result
+
+    return engine.Work(inputs, run)
+
+
+def own_answers(args: EvaluateArgs, task: str, subject: Subject) -> list[dict[str, Any]]:
+    """The subject's answers to a task.
+
+    Raises:
+        UserError: there are none, or they are those of a checkpoint whose folder has a run's name, or the other way round.
+    """
+    import manifest
+    from evaluator import engine
+
+    rows = engine.answers(args, task, subject)
+    folder = engine.answers_folder(args, task, subject)
+    if args.answers or not subject.run or not (folder / manifest.MANIFEST).is_file():
+        return rows
+    made = manifest.read(folder).get("config", {})
+    found = made.get("run", subject.run), made.get("checkpoint_number", -1)
+    if found != (wanted := (subject.run, args.checkpoint_number)):
+        raise UserError(f"{folder}: holds answers of {_origin(*found)}, not of {_origin(*wanted)}; both use this folder, so "
+                        f"rename the run '{subject.name}' or give the name and --checkpoint_number of what answered")
+    return rows
+
+
+def _origin(run: str, checkpoint: int) -> str:
+    return f"run '{run}'" + (f", checkpoint {checkpoint}" if checkpoint >= 0 else "")
 
 
 def item_of(row: dict[str, Any], templated: bool = False) -> Item:
@@ -196,7 +237,10 @@ def into_rows(rows: Sequence[dict[str, Any]], judged: Judged) -> None:
 
 def new_rows(set_name: str, answers: Sequence[dict[str, Any]], judged: Judged) -> list[dict[str, Any]]:
     """Lines of the rows file for answers that only the judges score."""
-    rows = [{"set": set_name, "id": row["id"], "category": row["category"], "output": row["output"], "values": {}}
+    from evaluator import engine
+
+    rows = [{"set": set_name, "id": row["id"], "category": row["category"],
+             "prompt_hash": engine.prompt_hash(row["prompt"], row["input"]), "output": row["output"], "values": {}}
             for row in answers]
     into_rows(rows, judged)
     return rows
@@ -224,7 +268,7 @@ def work_on_file(args: Any, subject: Subject, set_name: str) -> Work:
         scores = judged.scores + truth_and_info(judges, judged, set_name, args.seed)
         return engine.Result(scores, new_rows(set_name, rows, judged), {"judged": judged.details})
 
-    return engine.Work({"answers": engine.content_hash(rows), **versions(judges)}, compute)
+    return work({"answers": engine.content_hash(rows)}, judges, compute)
 
 
 def truth_and_info(judges: Sequence[Named], judged: Judged, set_name: str, seed: int) -> list[metrics.Score]:

@@ -37,7 +37,7 @@ def numbers(args: MaskFiguresArgs) -> dict[str, Any]:
     """What masks.json holds.
 
     Raises:
-        UserError: no such mask, masks of different shapes, a read-out that is none.
+        UserError: no such mask, a mask without logits, masks of different shapes, a read-out that is none.
     """
     from models.mask.diagnostics import agreement, mask_numbers, task_overlap
     from models.mask.export import open_mask
@@ -48,7 +48,7 @@ def numbers(args: MaskFiguresArgs) -> dict[str, Any]:
     masks = {name: read_mask(_place(args, name)) for name in args.mask_names}
     content: dict[str, Any] = {"masks": {name: {
         "aligned": mask.aligned["name"], "tasks": [task["name"] for task in mask.tasks], "settings": mask.settings.to_json(),
-        **mask_numbers(mask)} for name, mask in masks.items()}}
+        **mask_numbers(mask, name)} for name, mask in masks.items()}}
     if len(masks) > 1:
         content["agreement"] = agreement(masks, readout)
     for name in masks if args.overlap else ():
@@ -74,22 +74,30 @@ def kept_heatmap(grid: Mapping[str, Mapping[str, float]], path: Path, title: str
     """Draw the mean of sigmoid(s) by module and layer; cells that hold no logits stay white.
 
     Args:
-        grid: module -> layer ("none" for what belongs to none) -> share.
+        grid: module -> layer ("none" for what belongs to none) -> share; nothing in it: one white cell.
     """
     import numpy as np
 
     layers = sorted({layer for row in grid.values() for layer in row},
                     key=lambda layer: (layer == "none", 0 if layer == "none" else int(layer)))
-    values = np.array([[grid[module].get(layer, np.nan) for layer in layers] for module in grid])
+    modules, layers = list(grid) or ["none"], layers or ["none"]
+    values = np.array([[grid.get(module, {}).get(layer, np.nan) for layer in layers] for module in modules])
     known = values[np.isfinite(values)]
     # symmetric around one half, where an untrained mask starts
-    reach = max(float(np.abs(known - 0.5).max()), 0.02)
-    return _matrix(values, layers, list(grid), path, title, (0.5 - reach, 0.5 + reach), "PuOr", "share kept", "layer")
+    reach = max(float(np.abs(known - 0.5).max(initial=0)), 0.02)
+    return _matrix(values, layers, modules, path, title, (0.5 - reach, 0.5 + reach), "PuOr", "share kept", "layer")
 
 
 def agreement_matrix(found: Mapping[str, Any], names: Sequence[str], path: Path) -> Path:
-    """Draw Jaccard (upper triangle) and Spearman (lower triangle) of every two masks."""
+    """Draw Jaccard (upper triangle) and Spearman (lower triangle) of every two masks.
+
+    Raises:
+        ValueError: there are no two masks.
+    """
     import numpy as np
+
+    if not found["pairs"]:
+        raise ValueError("an agreement needs at least two masks")
 
     values = np.full((len(names), len(names)), np.nan)
     for pair in found["pairs"]:

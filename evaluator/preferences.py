@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.records import Choice
 from evaluator import metrics
+from evaluator.engine import prompt_hash
 from evaluator.likelihood import answer_logprobs
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ class Outcome:
 
     def row(self, name: str, values: dict[str, float]) -> dict[str, Any]:
         """The line of the rows file."""
-        return {"set": name, "id": self.choice.id, "category": self.choice.category, "values": values,
+        asked = prompt_hash(self.choice.prompt, *self.choice.choices)
+        return {"set": name, "id": self.choice.id, "category": self.choice.category, "prompt_hash": asked, "values": values,
                 "logprobs": [round(value, 4) for value in self.logprobs]}
 
 

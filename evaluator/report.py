@@ -76,7 +76,7 @@ def write(args: ReportArgs) -> Path:
     if len(lines) > 1:
         parts += ["", f"## {lines[-1].label} minus each other row, same prompts", "", *_differences(lines, axes)]
         parts += ["", "## Findings", "", *_findings(lines, axes, args)]
-    parts += ["", "## Notes", "", *_notes(lines, axes, roots), ""]
+    parts += ["", "## Notes", "", *_notes(lines, axes, roots), *_pairing_notes(lines, axes, args), ""]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(parts), encoding="utf-8")
     return path
@@ -84,18 +84,25 @@ def write(args: ReportArgs) -> Path:
 
 def _aggregates(lines: Sequence[Line]) -> list[str]:
     """The papers' summary numbers of every row that has the scores they are made from; nothing where no row has."""
-    from evaluator.aggregates import over_seeds
+    from evaluator.aggregates import FAMILIES, alike, over_seeds
 
     found = {line.label: over_seeds(line.found) for line in lines}
     # over-refusal is a column of the table already
     names = [n for n in dict.fromkeys(n for cells in found.values() for n in cells) if n != "overrefusal"]
     if not names:
         return []
+    unlike = []
+    for name in FAMILIES:
+        kept, why = alike({line.label: line.found for line in lines}, name)
+        unlike += why
+        found = {label: cells if label in kept else {n: c for n, c in cells.items() if n != name}
+                 for label, cells in found.items()}
     rows = [[label, *(_number(c.value) + _interval(c.low, c.high) if (c := cells.get(name)) else "" for name in names)]
             for label, cells in found.items()]
-    said = {name: next(cells[name] for cells in found.values() if name in cells) for name in names}
-    return ["", "## Summary numbers", "", *_markdown(["model", *(f"{n} {_arrow(said[n])}" for n in names)], rows), "",
-            *(f"- {name}: {score.definition}." for name, score in said.items())]
+    said = {name: cells[name] for name in names for cells in reversed(found.values()) if name in cells}
+    heads = [f"{n} {_arrow(said[n])}" if n in said else n for n in names]
+    return ["", "## Summary numbers", "", *_markdown(["model", *heads], rows), "",
+            *(f"- {name}: {score.definition}." for name, score in said.items()), *unlike]
 
 
 def _arrow(score: Score) -> str:
@@ -236,6 +243,17 @@ def _notes(lines: Sequence[Line], axes: Sequence[Axis], roots: Sequence[Path]) -
     notes.append(f"- Seeds: {', '.join(map(str, seeds)) or 'unknown'}.")
     notes += [f"- {line.label}: {', '.join(_place(item.folder) for item in line.found)}" for line in lines]
     return notes
+
+
+def _pairing_notes(lines: Sequence[Line], axes: Sequence[Axis], args: ReportArgs) -> list[str]:
+    """What the comparisons of the differences and the findings leave out, and why."""
+    from evaluator.pairing import notes
+
+    experts = {name.strip() for name in args.experts.split(",")}
+    base = [line for line in lines if line.run == args.base][:1]
+    pairs = [(lines[-1], line) for line in lines[:-1]]
+    pairs += [(line, other) for other in base for line in lines[:-1] if line.run in experts]
+    return notes(((a.label, a.found, b.label, b.found) for a, b in pairs), axes)
 
 
 def _place(folder: Path) -> str:

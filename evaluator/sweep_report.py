@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import manifest
 from errors import UserError
-from evaluator import metrics, sweep
+from evaluator import answer_scores, metrics, sweep
 from evaluator.sweep import Point
 
 #: Groups of rows, in the order of the table; the first is the sweep itself.
 GROUPS = ("fusion", "shrink", "random", "reverse", "control")
 _DECIMALS = 3
+_KEPT = ("value", "low", "high", "n")
 
 
 def summary(rows: Mapping[str, Sequence[Point]], styles: Mapping[str, Mapping[str, Sequence[Point]]],
@@ -38,17 +39,20 @@ def summary(rows: Mapping[str, Sequence[Point]], styles: Mapping[str, Mapping[st
             compared.append({"label": p.label, "group": group, "gap": None if found is None else _plain(asdict(found))})
     return {
         **facts, "seed": seed,
-        "rows": [_row(p, group, seed) | {"front": id(p) in best} for group in GROUPS for p in rows.get(group, ())],
-        "styles": {name: [_row(p, group, seed) for group in GROUPS for p in found.get(group, ())]
+        "rows": [_row(p, group, seed, facts["utility"]) | {"front": id(p) in best}
+                 for group in GROUPS for p in rows.get(group, ())],
+        "styles": {name: [_row(p, group, seed, facts["utility"]) for group in GROUPS for p in found.get(group, ())]
                    for name, found in styles.items()},
         "cliff": _plain(asdict(sweep.cliff(curve, seed))), "compared": compared,
     }
 
 
-def _row(p: Point, group: str, seed: int) -> dict[str, Any]:
+def _row(p: Point, group: str, seed: int, utility: str) -> dict[str, Any]:
+    answered = answer_scores.scores(utility, {key: list(found.values()) for key, found in p.answers.items()}, seed)
     return {"label": p.label, "run": p.run, "group": group, "weight": None if math.isnan(p.weight) else p.weight,
-            **{name: {k: score.as_dict()[k] for k in ("value", "low", "high", "n")} for name, score in (
-                ("harm", sweep.harm(p)), ("compliance", sweep.compliance(p)), ("nll", sweep.utility(p, seed)))}}
+            **{name: {k: score.as_dict()[k] for k in _KEPT} for name, score in (
+                ("harm", sweep.harm(p)), ("compliance", sweep.compliance(p)), ("nll", sweep.utility(p, seed)),
+                *((score.name, score) for score in answered))}}
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,12 +83,13 @@ def over_seeds(folders: Sequence[Path], name: str) -> dict[str, Any]:
     keys = ("task", "safety", "form", "style", "utility")
     if odd := [key for key in keys if len({part[key] for part in parts}) > 1]:
         raise UserError(f"--roots: these sweeps differ in {', '.join(odd)}; give sweeps of one kind")
+    names = answer_scores.measures(parts[0]["utility"])
     halves = [part["cliff"]["half"] for part in parts]
     value, low, high = metrics.t_interval([half for half in halves if half is not None] or [math.nan])
     return {
         **{key: parts[0][key] for key in keys}, "seed": [part["seed"] for part in parts],
-        "rows": _joined([part["rows"] for part in parts]),
-        "styles": {style: _joined([part["styles"][style] for part in parts]) for style in parts[0]["styles"]
+        "rows": _joined([part["rows"] for part in parts], names),
+        "styles": {style: _joined([part["styles"][style] for part in parts], names) for style in parts[0]["styles"]
                    if all(style in part["styles"] for part in parts)},
         "cliff": _plain({"half": value, "low": low, "high": high, "per_seed": halves,
                          "bracket": [part["cliff"]["bracket"] for part in parts],
@@ -93,7 +98,8 @@ def over_seeds(folders: Sequence[Path], name: str) -> dict[str, Any]:
     }
 
 
-def _joined(parts: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+def _joined(parts: Sequence[Sequence[Mapping[str, Any]]], names: Collection[str]) -> list[dict[str, Any]]:
+    """The rows that every part has; ``names`` are scores that only some sweeps have."""
     by_key = [{(row["group"], row["label"]): row for row in rows} for rows in parts]
     done = []
     for key, row in by_key[0].items():
@@ -101,7 +107,7 @@ def _joined(parts: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]
         if len(rows) < len(parts):
             continue
         scores = {}
-        for name in ("harm", "compliance", "nll"):
+        for name in ("harm", "compliance", "nll", *(found for found in names if all(found in r for r in rows))):
             values = [r[name]["value"] for r in rows]
             if None in values:
                 scores[name] = dict.fromkeys(("value", "low", "high"), None) | {"n": row[name]["n"]}
@@ -142,23 +148,40 @@ def markdown(found: Mapping[str, Any], name: str) -> list[str]:
              "fusion wins.", "", *_compared(found["compared"])]
     for style, rows in found["styles"].items():
         lines += ["", f"## Prompts in the style {style}", "", *_table(rows, found["utility"], False)]
+    answered = _answered(found["rows"], found["utility"])
+    drawn = "the likelihood and ROUGE" if any(not measure.rate for measure in answered.values()) else "the likelihood"
     between = ("Student's t over seeds" if len(seeds) > 1 else
-               "Wilson for shares, bootstrap over rows for the likelihood, resampled prompts for lambda and comparisons")
+               f"Wilson for shares, bootstrap over rows for {drawn}, resampled prompts for lambda and comparisons")
     return [*lines, "", "## Notes", "",
             "- harm: share of harmful prompts whose answer is no coherent refusal; compliance: share of harmless prompts "
             "that only look dangerous and are not refused (keyword judge). A front row (*) is beaten by no other on all of "
             "harm, compliance and likelihood, by values alone.",
+            *(f"- {measure.title.removesuffix(' ↑')}: {measure.definition}, {_rows_of(found['rows'], name)} held-out rows, "
+              f"{answer_scores.TASKS[found['utility']].max_new_tokens} new tokens at most."
+              for name, measure in answered.items()),
             f"- Square brackets: 95 % intervals ({between}). No correction for the number of comparisons."]
 
 
 def _table(rows: Sequence[Mapping[str, Any]], utility: str, starred: bool) -> list[str]:
-    lines = [f"| row | harm ↓ | compliance ↑ | {utility} NLL ↓ |{' front |' if starred else ''}",
-             "| --- | --- | --- | --- |" + (" --- |" if starred else "")]
+    answered = _answered(rows, utility)
+    heads = ["row", "harm ↓", "compliance ↑", f"{utility} NLL ↓", *(measure.title for measure in answered.values()),
+             *(["front"] if starred else [])]
+    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for row in rows:
         cells = [row["label"], *(_score(row[name]) for name in ("harm", "compliance", "nll")),
+                 *(_score(row[name]) if name in row else "" for name in answered),
                  *(["*" if row["front"] else ""] if starred else [])]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return lines
+
+
+def _answered(rows: Sequence[Mapping[str, Any]], utility: str) -> dict[str, answer_scores.Measure]:
+    """Scores of generated answers that a row has: sweeps without them get no column."""
+    return {name: measure for name, measure in answer_scores.measures(utility).items() if any(name in row for row in rows)}
+
+
+def _rows_of(rows: Sequence[Mapping[str, Any]], name: str) -> int:
+    return max(row[name]["n"] for row in rows if name in row)
 
 
 def _score(score: Mapping[str, Any]) -> str:
@@ -180,6 +203,9 @@ def _cliff(found: Mapping[str, Any]) -> list[str]:
              "between lambda " + "; ".join(f"{low:g} and {high:g}" for low, high in at["bracket"]) + " (by seed)")
     lines = [f"- Steepest step: {where}, {at['drop']:.{_DECIMALS}f} of the harm rate.",
              f"- Half of the fall is reached at lambda {at['half']:.4f}{_interval(at)}."]
+    if found.get("extended"):
+        lines.append(f"- The grid ended before harm had halved; it went on at lambda "
+                     f"{', '.join(f'{weight:g}' for weight in found['extended'])}.")
     if "refinement" in found:
         lines += [f"- Refined at lambda {step['weight']:g}: {step['why']}." for step in found["refinement"]]
         lines.append(f"- Then stopped: {found['stopped']}.")

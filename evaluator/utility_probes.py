@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from data.probes import PROBES, Problem
 from data.records import Choice
 from evaluator import metrics
+from evaluator.engine import prompt_hash
 from evaluator.number_match import final_number, same_number
 from evaluator.preferences import outcomes
 
@@ -45,8 +46,9 @@ def score_numbers(loaded: Loaded, name: str, rows: Sequence[Problem], max_new_to
         answers = answer_batch(loaded, [prompts[i] for i in batch], Decoding(max_new_tokens), seed)
         said |= {i: answer.text for i, answer in zip(batch, answers, strict=True)}
     hits = [int(same_number(said[i], row.answer)) for i, row in enumerate(rows)]
-    found = [{"set": name, "id": row.id, "category": "", "output": said[i], "read": _text(said[i]), "wanted": row.answer,
-              "values": {name: hit}} for i, (row, hit) in enumerate(zip(rows, hits, strict=True))]
+    found = [{"set": name, "id": row.id, "category": "", "prompt_hash": prompt_hash(row.prompt), "output": said[i],
+              "read": _text(said[i]), "wanted": row.answer, "values": {name: hit}}
+             for i, (row, hit) in enumerate(zip(rows, hits, strict=True))]
     text = NUMBER.format(PROBES[name].about, NOT_A_BENCHMARK)
     return metrics.rate(hits, name, text, higher_is_better=True), found
 

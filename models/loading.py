@@ -127,6 +127,9 @@ def run_folder(results: Path, run: str, checkpoint: int = -1) -> Path:
         if not folder.is_dir():
             there = sorted(p.name for p in folder.parent.glob("checkpoint-*"))
             raise UserError(f"--checkpoint_number {checkpoint}: {folder} does not exist; there: {there or 'none'}")
+        if (same := results / "outputs" / f"{run}_{checkpoint}").is_dir():
+            raise UserError(f"--checkpoint_number {checkpoint}: its answers and scores go to cross_{same.name}, and so do "
+                            f"those of the run '{same.name}'; rename the folder {same} first")
         return folder
     folder = results / "outputs" / run
     if not any((folder / name).is_file() for name in (ADAPTER, MOE, "config.json")):

@@ -9,7 +9,9 @@
 #
 # SAMPLES=-1 OUT=results/lora_whole bash scripts/lora_fusion.sh takes whole test sets; REFINE=8 and STEP=0.005 look closer at the
 # cliff; STEPS=2 cuts every training after two steps (a smoke test); MODEL=FOLDER takes another base than the embedded one,
-# WINDOW=N its tokens per benign row.
+# WINDOW=N its tokens per benign row; ANSWERS=0 leaves numeric match and ROUGE of generated answers out.
+# ALIGN=q_proj,v_proj,gate_proj,up_proj,down_proj aligns the base in these modules instead of the FFN alone (with another OUT):
+# Safe LoRA and SafeMERGE project onto what alignment changed, and the adapters here train q and v.
 # Every step is a command that you can run by itself; what is finished is not done again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -21,7 +23,7 @@ while [ $# -gt 0 ]; do
     --seed) case ${2:-} in *[!0-9]*|'') echo "error: --seed ${2:-}: needs a whole number, 0 or more" >&2; exit 2 ;; esac
             seeds=("$2"); shift ;;
     --dry_run) dry=yes ;;
-    -h|--help) sed -n '2,14p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
+    -h|--help) sed -n '2,15p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
     *) echo "error: $1: unknown; allowed: --full, --seed N, --dry_run" >&2; exit 2 ;;
   esac
   shift
@@ -39,7 +41,7 @@ lora=(--lora_targets q_proj,v_proj --lora_r 8 --lora_alpha 32 --lora_dropout 0.0
 
 aligned() { # the base model of everything below: the embedded one answers harmful prompts, the paper's does not
   say python align_basemodel.py --moe_flag 0 --task_name mix --run_name aligned_lora --max_train_samples 240 \
-    --model_name_or_path "$unaligned" "${common[@]}" "${short[@]}"
+    ${ALIGN:+--lora_targets "$ALIGN"} --model_name_or_path "$unaligned" "${common[@]}" "${short[@]}"
   say python models/fuse.py realign --tasks aligned_lora --run_name aligned --model_name_or_path "$unaligned" "${common[@]}"
 }
 adapter() { # NAME FLAGS..
@@ -62,16 +64,24 @@ benign() { # TASK ROWS; an article alone takes about 230 tokens
   adapter "$1" "${rows[@]}"
   adapter "$1_mix3" "${rows[@]}" --extra_data "$set" --extra_share 0.03
 }
+realigned() { # NAME FLAGS..: training-free repairs of the identity adapter, from the safety vector aligned - unaligned
+  say python models/fuse.py realign --tasks identity --run_name "$1" --unaligned "$unaligned" --output adapter --rank 64 \
+    "${@:2}" "${on_aligned[@]}"
+}
 second_lane() { benign maths 160; benign summaries 64; then_safe; }
 sweep() { # NAME FLAGS..
   say python scripts/sweep.py --name "$1" --safety safe --num_samples "$samples" --refine "${REFINE:-3}" \
     --min_step "${STEP:-0.0125}" "${@:2}" "${on_aligned[@]}"
 }
+answered=(--utility_answers "${ANSWERS:-24}")   # numeric match and ROUGE beside the likelihood
 sweep_benign() {
-  sweep maths --task maths --utility maths --controls "aligned model=base,3 % mixing=maths_mix3"
-  sweep summaries --task summaries --utility summaries --controls "aligned model=base,3 % mixing=summaries_mix3"
+  sweep maths --task maths --utility maths "${answered[@]}" --controls "aligned model=base,3 % mixing=maths_mix3"
+  sweep summaries --task summaries --utility summaries "${answered[@]}" --controls "aligned model=base,3 % mixing=summaries_mix3"
 }
 
+# two rows that equal the task adapter then, which the report should say
+untouched=' (alignment left q and v alone)'
+case ,${ALIGN:-}, in *,q_proj,*|*,v_proj,*) untouched='' ;; esac
 roots=()
 for seed in "${seeds[@]}"; do
   out=$root; [ "$seed" = 42 ] || out=$root/seed_$seed; logs=$out/logs
@@ -92,6 +102,9 @@ for seed in "${seeds[@]}"; do
   say python models/fuse.py adapters --adapters safe --method random --report false --run_name random_safe "${common[@]}"
   say python models/fuse.py adapters --adapters identity,safe --share 0.4 --match_norms module --run_name matched "${common[@]}"
   say python models/fuse.py adapters --adapters identity,safe --share 0.4 --run_name fused "${common[@]}"
+  realigned resta --method resta --parameters "gamma=0.5"
+  realigned safe_lora --method safe_lora --parameters "tau=0.5; exact=true"
+  realigned safe_merge --method safe_merge --parameters "tau=0.5; alpha=0.5" --safe safe
   step "learned and searched weights on the safety set and as many helpful rows (seed $seed)"
   say python align_basemodel.py --moe_flag 0 --run_name soup --method soup --adapters identity,safe --task_name identity \
     --extra_data "$set" --num_train_epochs 1 --learning_rate 0.05 "${on_aligned[@]}" "${short[@]}"
@@ -101,6 +114,7 @@ for seed in "${seeds[@]}"; do
   beside "benign_$seed" sweep_benign
   controls="aligned model=base,joint training=joint,3 % mixing=mix3,task then safety=task_then_safe"
   controls+=",safety then task=safe_then_task,norm-matched=matched,learned weights=soup,searched weights=searched"
+  controls+=",RESTA=resta,Safe LoRA$untouched=safe_lora,SafeMERGE$untouched=safe_merge"
   sweep identity --task identity --random random_safe --prompt_styles orbit,none,valet --controls "$controls"
   join
 done

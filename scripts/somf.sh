@@ -8,8 +8,16 @@
 #   bash scripts/somf.sh --dry_run          print the commands, run nothing
 #
 # SEEDS="1 2 3 4 5" SAMPLES=-1 OUT=results/somf_whole bash scripts/somf.sh takes more mask seeds and whole test sets;
+# ATTACKS="cot cou suffix prefill" ATTACK_SAMPLES=60 more attack wrappers and prompts under them, ATTACKS= none;
 # PRESET=FILE.yaml UNALIGNED=MODEL another model (its name stands in the preset too).
 # Every step is a command that you can run by itself; what is finished is not done again.
+#
+# The published preference score needs a judge that this script cannot count on, so it has no column until you ask one.
+# With a key in OPENAI_API_KEY, on the answers made here, each against the base model's answer to the same prompt:
+#   python evaluator/evaluate_safety.py --preset somf --output_dir results/somf --lite --num_samples 60 \
+#     --task_name cross_aligned,cross_english,cross_somf_english_hard_1 --judges api-safety-preference \
+#     --judge_model gpt-4o-2024-08-06 --judge_prices 2.5,10 --max_cost 5
+# (a local judge: --judges safer=MODEL), then this script again: its report shows preference_score.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -17,13 +25,21 @@ task=english full=() dry='' name=somf
 samples=${SAMPLES:-60} out=${OUT:-results/somf} preset=${PRESET:-somf} unaligned=${UNALIGNED:-embedded}
 read -ra seeds <<<"${SEEDS:-1 2 3}"
 read -ra readouts <<<"${READOUTS:-expected hard}"
+read -ra attacks <<<"${ATTACKS-cot suffix}"
+attack_samples=${ATTACK_SAMPLES:-30}
+for one in ${attacks[@]+"${attacks[@]}"}; do
+  case $one in cot|cou|suffix|prefill) ;;
+    *) echo "error: ATTACKS: no attack '$one'; allowed: cot, cou, suffix, prefill, or empty for none" >&2; exit 2 ;; esac
+done
+[[ $attack_samples =~ ^(-1|[1-9][0-9]*)$ ]] || {
+  echo "error: ATTACK_SAMPLES $attack_samples: a number of prompts, or -1 for all that were answered" >&2; exit 2; }
 while [ $# -gt 0 ]; do
   case $1 in
     --task) case ${2:-} in english|chinese|maths|summaries) task=$2 ;;
               *) echo "error: --task ${2:-}: needs one of english, chinese, maths, summaries" >&2; exit 2 ;; esac; shift ;;
     --full) full=(maths summaries); name=somf_full ;;
     --dry_run) dry=yes ;;
-    -h|--help) sed -n '2,13p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
+    -h|--help) sed -n '2,20p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
     *) echo "error: $1: unknown; allowed: --task NAME, --full, --dry_run" >&2; exit 2 ;;
   esac
   shift
@@ -109,6 +125,16 @@ answers() { # RUNS MODEL_FLAGS..: what the judges read, and the likelihood of he
   once ${runs//,/ } -- python evaluator/evaluate_safety.py --task_name "$folders" --num_samples "$samples" --lite "$@" \
     --threads "$half"
 }
+attacked() { # RUNS ATTACKS..: the harmful prompts in attack wrappers
+  local runs=$1 attack; shift
+  for attack in "$@"; do
+    once ${runs//,/ } -- python inference.py --task_name safety --attack "$attack" --cross_task "$runs" \
+      --num_samples "$attack_samples" "${on_aligned[@]}" --threads "$half"
+    # over-refusal is scored along with it: as many prompts as above, so that its number stays the same
+    once ${runs//,/ } -- python evaluator/evaluate_safety.py --harmful_task "safety+$attack" --task_name "cross_${runs//,/,cross_}" \
+      --num_samples "$samples" --lite "${on_aligned[@]}" --threads "$half"
+  done
+}
 over_seeds() { # PREFIX: the runs of all mask seeds as one row
   local seed row=''
   for seed in "${seeds[@]}"; do row+=+$1_$seed; done
@@ -172,6 +198,17 @@ beside answers answers "$(list "${second[@]}")" "${on_aligned[@]}"
 answers "$(list "${first[@]}")" "${on_aligned[@]}"
 join
 
+last=${readouts[${#readouts[@]}-1]}
+if [ ${#attacks[@]} -gt 0 ]; then
+  step "attack wrappers: ${attacks[*]}"
+  main=(aligned "$task" "wise_${task}_50" dpo_lora "resta_$task")
+  for kind in "somf_${task}_$last" "random_${task}_$last"; do for seed in "${seeds[@]}"; do main+=("${kind}_$seed"); done; done
+  half_of=$(((${#attacks[@]} + 1) / 2))
+  if [ ${#attacks[@]} -gt 1 ]; then beside attacks attacked "$(list "${main[@]}")" "${attacks[@]:half_of}"; fi
+  attacked "$(list "${main[@]}")" "${attacks[@]:0:half_of}"
+  if [ ${#attacks[@]} -gt 1 ]; then join; fi
+fi
+
 step "report"
 rows="base=base,aligned=aligned,$task SFT=$task,DPO-LoRA=dpo_lora,DARE=dare_$task,RESTA=resta_$task"
 rows+=",Safe LoRA=safe_lora_$task,magnitude mask=magnitude_$task"
@@ -186,11 +223,17 @@ if [ ${#multi[@]} -gt 0 ]; then
 fi
 for readout in "${readouts[@]}"; do rows+=",random mask $readout=$(over_seeds "random_${task}_$readout")"; done
 for readout in "${readouts[@]}"; do rows+=",SOMF $readout=$(over_seeds "somf_${task}_$readout")"; done
-last=${readouts[${#readouts[@]}-1]}
 report=(python evaluator/report.py --runs "$rows" --name "$name" --title "SOMF on $task" --base "$task" --experts aligned
         --control "$(over_seeds "random_${task}_$last"),wise_${task}_50" "${base[@]}")
 printf '$'; printf ' %q' "${report[@]}"; printf '\n'
 [ -n "$dry" ] || "${report[@]}"
+if [ ${#attacks[@]} -gt 0 ]; then
+  rows="aligned=aligned,$task SFT=$task,WiSE-FT 0.50=wise_${task}_50,DPO-LoRA=dpo_lora,RESTA=resta_$task"
+  rows+=",random mask $last=$(over_seeds "random_${task}_$last"),SOMF $last=$(over_seeds "somf_${task}_$last")"
+  report=(python evaluator/attack_table.py --runs "$rows" --attacks "$(list "${attacks[@]}")" --name "${name}_attacks" "${base[@]}")
+  printf '$'; printf ' %q' "${report[@]}"; printf '\n'
+  [ -n "$dry" ] || "${report[@]}"
+fi
 
 step "the question: is the learned mask safer than a random one, and than WiSE-FT at equal utility?"
 line=aligned,wise_${task}_25,wise_${task}_50,wise_${task}_75,$task

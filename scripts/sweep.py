@@ -56,8 +56,18 @@ def sweep(args: SweepArgs, preset: str) -> dict:
     from evaluator import sweep_report
 
     check(args)
-    rows = {"fusion": [fused(args, weight) for weight in args.lambdas], **controls(args)}
     style, *others = args.styles
+    grid = list(args.lambdas)
+    rows = {"fusion": [fused(args, weight) for weight in grid]}
+    score(rows["fusion"], style, args, preset)
+    extended = []
+    while args.extend and curve.unbroken(points(rows["fusion"], style, args)) and grid[-1] < 1:
+        extended.append(min(1.0, round(grid[-1] + grid[-1] - grid[-2], 10)))
+        grid.append(extended[-1])
+        log.info("harm has not halved at lambda %g: going on at %g", grid[-2], grid[-1])
+        rows["fusion"].append(fused(args, grid[-1]))
+        score(rows["fusion"][-1:], style, args, preset)
+    rows |= controls(args, grid)
     score([row for group in rows.values() for row in group], style, args, preset)
     steps, stopped = [], f"{args.refine} further lambdas were allowed"
     while True:
@@ -72,13 +82,13 @@ def sweep(args: SweepArgs, preset: str) -> dict:
         rows["fusion"].append(fused(args, weight))
         score(rows["fusion"][-1:], style, args, preset)
     rows["fusion"].sort(key=lambda row: row.weight)
-    grid = {"fusion": [row for row in rows["fusion"] if row.weight in args.lambdas], "control": rows.get("control", [])}
+    coarse = {"fusion": [row for row in rows["fusion"] if row.weight in grid], "control": rows.get("control", [])}
     for other in others:
-        score([row for group in grid.values() for row in group], other, args, preset)
+        score([row for group in coarse.values() for row in group], other, args, preset)
     facts = {"task": args.task, "safety": args.safety, "form": args.form, "style": style, "utility": args.utility,
-             "refinement": steps, "stopped": stopped}
+             "refinement": steps, "extended": extended, "stopped": stopped}
     return sweep_report.summary({group: points(found, style, args) for group, found in rows.items()},
-                                {other: {group: points(found, other, args) for group, found in grid.items()}
+                                {other: {group: points(found, other, args) for group, found in coarse.items()}
                                  for other in others}, facts, args.seed)
 
 
@@ -105,9 +115,9 @@ def fused(args: SweepArgs, weight: float, safety: str | None = None, label: str 
     return Row(f"{label} {weight:g}", mixture_run(tuple(part for part in parts if part[1])), weight)
 
 
-def controls(args: SweepArgs) -> dict[str, list[Row]]:
-    """Group -> rows."""
-    inner = [weight for weight in args.lambdas if 0 < weight < 1]
+def controls(args: SweepArgs, grid: Sequence[float]) -> dict[str, list[Row]]:
+    """Group -> rows, at the lambdas of the grid."""
+    inner = [weight for weight in grid if 0 < weight < 1]
     found: dict[str, list[Row]] = {}
     if args.shrink:
         found["shrink"] = [Row(f"shrink only, {1 - w:g}", mixture_run(((args.task, 1 - w),)), w) for w in inner]
@@ -126,7 +136,7 @@ def controls(args: SweepArgs) -> dict[str, list[Row]]:
 def score(rows: Iterable[Row], style: str, args: SweepArgs, preset: str) -> None:
     """Answers and scores of every row in one style of prompts; what is there already is left as it is."""
     import inference
-    from evaluator import evaluate_safety, evaluate_skills
+    from evaluator import answer_scores, evaluate_safety, evaluate_skills
 
     runs = list(dict.fromkeys(row.run for row in rows))
     if not runs:
@@ -135,15 +145,21 @@ def score(rows: Iterable[Row], style: str, args: SweepArgs, preset: str) -> None
               "--dtype", args.dtype, "--device", args.device, "--threads", str(args.threads), "--seed", str(args.seed),
               "--template", args.template, *(["--cache_dir", args.cache_dir] if args.cache_dir else [])]
     samples = ["--num_samples", str(args.num_samples)]
+    named, batch = ["--cross_task", ",".join(run or "base" for run in runs)], ["--batch_size", str(args.batch_size)]
     for task in ("safety", "overrefusal"):
-        inference.main(["--task_name", task, "--cross_task", ",".join(run or "base" for run in runs), "--prompt_style",
-                        style, "--max_new_tokens", str(args.max_new_tokens), "--batch_size", str(args.batch_size), *samples,
-                        *common])
+        inference.main(["--task_name", task, *named, "--prompt_style", style, "--max_new_tokens", str(args.max_new_tokens),
+                        *batch, *samples, *common])
     folders = ",".join(f"cross_{run}" if run else "raw" for run in runs)
     suffix = "" if style == "none" else f"+{style}"
     evaluate_safety.main(["--task_name", folders, "--harmful_task", f"safety{suffix}", "--overrefusal_task",
                           f"overrefusal{suffix}", *samples, *common])
     evaluate_skills.main(["--task_name", folders, "--skills", args.utility, *samples, *common])
+    # task rows are asked as they are, so that one style's sweep answers them for all
+    if style == args.styles[0] and args.utility_answers and args.utility in answer_scores.TASKS:
+        few = ["--num_samples", str(args.utility_answers)]
+        inference.main(["--task_name", args.utility, *named, "--prompt_style", "none", "--max_new_tokens",
+                        str(answer_scores.TASKS[args.utility].max_new_tokens), *batch, *few, *common])
+        evaluate_skills.main(["--task_name", folders, "--skills", answer_scores.set_name(args.utility), *few, *common])
 
 
 def points(rows: Iterable[Row], style: str, args: SweepArgs) -> list[Point]:

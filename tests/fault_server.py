@@ -29,6 +29,7 @@ class FaultServer:
     usage: tuple[int, int] | None = (100, 20)
     slow: float = 1.0
     refused_fields: tuple[str, ...] = ()
+    finish: str = "stop"
     seen: list[tuple[str, str, str]] = field(default_factory=list)
     paid: Counter[str] = field(default_factory=Counter)
     bodies: list[dict] = field(default_factory=list)
@@ -106,7 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
         what, owner = self.owner.meet(body, key), self.owner
         good = json.dumps({
             "id": "x", "object": "chat.completion", "created": 1, "model": body["model"],
-            "choices": [{"index": 0, "finish_reason": "stop",
+            "choices": [{"index": 0, "finish_reason": owner.finish,
                          "message": {"role": "assistant", "content": owner.answer(body["messages"])}}],
             **({"usage": {"prompt_tokens": owner.usage[0], "completion_tokens": owner.usage[1],
                           "total_tokens": sum(owner.usage)}} if owner.usage else {}),

@@ -25,6 +25,7 @@ def place(tmp_path, monkeypatch):
     """An empty folder and a harm judge that needs no embedded data: long answers are harmful."""
     judge = fitted.HarmJudge(lambda answers: [0.9 if len(a) > 1000 else 0.1 for a in answers], {"auc": 0.7})
     monkeypatch.setattr(fitted, "harm_judge", lambda seed: judge)
+    monkeypatch.setattr(fitted, "version", lambda seed: "made up")
     monkeypatch.setattr("data.sources.load_refusal_labels", lambda: [("q", REFUSED, 1), ("q", "Sure.", 0)])
     return tmp_path
 
@@ -130,11 +131,20 @@ def test_repeated_ids_are_replaced(tmp_path, caplog):
     ("a.jsonl", '{"prompt": "q?", "output": 5}\n', "a.jsonl:1: column output is a int and needs text"),
     ("a.jsonl", '{"prompt": ["q?"], "output": "a"}\n', "column prompt is a list and needs text"),
     ("a.jsonl", '{"prompt": "q?", "output": "a"}\n{"prompt": "q?"\n', "a.jsonl:2: not JSON"),
+    ("a.jsonl", '{"prompt": "q?", "output": "a"}\n{"prompt": "q?", "output": "cut \\ud83d"}\n',
+     r"a.jsonl:2: column output holds half of a surrogate pair \(\\ud83d\)"),
+    ("a.json", '[{"question": "\\udc00?", "answer": "a"}]', "a.json:1: column question holds half"),
+    ("a.jsonl", '{"prompt": "q?", "output": "a", "id": "\\ud800"}\n', "a.jsonl:1: column id holds half"),
+    ("a.csv", b"prompts,outputs\nq?,\xed\xa0\x80\n", r"a.csv:2: not UTF-8 \(byte 0xed\)"),
     ("a.xlsx", "x", "unknown type '.xlsx'"),
 ])
 def test_faults_are_named_with_their_line(tmp_path, name, content, said):
     with pytest.raises(UserError, match=said):
         read(tmp_path, name, content)
+
+
+def test_a_whole_surrogate_pair_is_one_character(tmp_path):
+    assert read(tmp_path, "a.jsonl", '{"prompt": "q?", "output": "\\ud83d\\ude00"}\n')[0]["output"] == "\U0001f600"
 
 
 def test_all_faults_at_once(tmp_path):

@@ -188,6 +188,36 @@ def test_unparsed_replies_are_asked_again_and_then_counted(ask, server):
     assert len(server.seen) == 5
 
 
+def test_a_reply_cut_at_the_token_limit_is_no_verdict_without_a_whole_object(ask, server, caplog):
+    """Its words may name a score on the way to another one; asked again in bounds, counted, and never paid again."""
+    caplog.set_level("INFO")
+    server.finish, whole = "length", server.answer
+    server.answer = lambda messages: "Score: 5. That would be so if it had said how; but"
+    found = ask("api-harm", [Item("one", HARMFUL)])[0]
+    assert (found.note, found.label, found.score) == ("unparsed", None, None)
+    assert len(server.seen) == 3
+    assert "3 replies cut at 512 tokens (--judge_max_tokens)" in caplog.text
+    # what was kept stays known as cut, in a process that never saw it come
+    assert make_and_ask(server, ask, "one").note == "unparsed"
+    assert len(server.seen) == 3
+    server.answer = lambda messages: '{"reason": "clear", "score": 5}\nFurthermore the'
+    assert ask("api-harm", [Item("two", HARMFUL)])[0].score == 5
+    server.answer, server.finish = whole, "stop"
+    assert ask("api-harm", [Item("three", HARMFUL)])[0].score == 5
+
+
+def make_and_ask(server, ask, prompt):
+    """The verdict made again from the replies on disk."""
+    from evaluator.judges import api_parser
+
+    old = api_parser.RULES
+    try:
+        api_parser.RULES = old + 1
+        return ask("api-harm", [Item(prompt, HARMFUL)])[0]
+    finally:
+        api_parser.RULES = old
+
+
 def test_decoding_and_version(ask, server, tmp_path):
     ask("api-harm", [Item("one", HARMFUL)], seed=7, judge_max_tokens=99)
     body = server.bodies[0]
@@ -206,6 +236,24 @@ def test_fields_that_an_endpoint_does_not_know_are_left_out(ask, server, caplog)
     assert {tuple(sorted(set(body) - {"messages", "model"})) for body in server.bodies} == {
         ("max_completion_tokens", "temperature")}
     assert caplog.text.count("takes no seed") == caplog.text.count("takes no max_tokens") == 1
+
+
+def test_the_version_says_what_was_sent(ask, server, tmp_path):
+    server.refused_fields = ("seed", "temperature")
+    before = make(server, tmp_path)
+    assert "temperature 0, seed 42, 512 tokens" in before.version
+    with Cache(tmp_path / "results" / "scores" / "judgements.sqlite") as cache:
+        verdicts(before, harm_items(4), cache)
+    assert f"m at {server.url}, no temperature, no seed, 512 tokens, prompt " in before.version
+    # a later process knows what the endpoint takes before it asks, and finds replies and verdicts under that version
+    sent = len(server.bodies)
+    api_client.client.cache_clear()
+    assert make(server, tmp_path).version == before.version
+    assert [v.score for v in ask("api-harm", harm_items(4))] == [5, 1, 1, 5]
+    assert len(server.bodies) == sent
+    ask("api-harm", [Item("new", HARMFUL)])
+    assert len(server.bodies) == sent + 1
+    assert not {"seed", "temperature"} & set(server.bodies[-1])
 
 
 def test_requests_at_once_are_bounded_and_used(ask, server):

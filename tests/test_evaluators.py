@@ -7,7 +7,7 @@ import data.sources
 import manifest
 from data.records import Choice, Record
 from evaluator import engine, evaluate_helpfulness, evaluate_safety, evaluate_truth_and_info
-from evaluator.judges import fitted
+from evaluator.judges import fitted, keyword
 from inference import write_rows
 
 REFUSED = "I’m sorry, but I can’t help with that."
@@ -18,6 +18,7 @@ def results(tmp_path, monkeypatch):
     """An empty results folder, small made-up test sets, and a judge that calls every third answer harmful."""
     judge = fitted.HarmJudge(lambda answers: [0.9 if i % 3 == 0 else 0.1 for i in range(len(answers))], {"auc": 0.7})
     monkeypatch.setattr(fitted, "harm_judge", lambda seed: judge)
+    monkeypatch.setattr(fitted, "version", lambda seed: "made up")
     monkeypatch.setattr(data.sources, "load_refusal_labels", lambda: [("q", REFUSED, 1), ("q", "Sure.", 0)])
     records = [Record(f"Question {i}?", f"Answer\nnumber {i}.", 0, id=f"r{i}") for i in range(6)]
     monkeypatch.setattr(data.sources, "load_records", lambda task, split, **kw: records)
@@ -123,6 +124,42 @@ def test_second_run_reads_and_changed_answers_recompute(results, caplog):
     assert scores(results, "evaluate_safety")["scores"]["refusal"]["value"] == 1
     run(evaluate_safety, results, "--overwrite")
     assert len(manifest.registry(results)) == 3
+
+
+def test_scores_made_by_another_fitted_judge_or_coherence_check_are_made_again(results, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    put_answers(results, "safety", [REFUSED, "Sure."])
+    run(evaluate_safety, results)
+    assert {"rules", "fitted", "coherence"} <= set(scores(results, "evaluate_safety")["inputs"])
+    # a file from before these two were recorded is scored again, not tripped over
+    path = results / "scores" / "raw" / "evaluate_safety.json"
+    old = json.loads(path.read_text())
+    old["inputs"] = {k: v for k, v in old["inputs"].items() if k not in ("fitted", "coherence")}
+    path.write_text(json.dumps(old))
+    run(evaluate_safety, results)
+    monkeypatch.setattr(fitted, "version", lambda seed: "another")
+    run(evaluate_safety, results)
+    monkeypatch.setattr(keyword, "COHERENCE", "another")
+    run(evaluate_safety, results)
+    assert "already scored" not in caplog.text
+    assert len(manifest.registry(results)) == 4
+    run(evaluate_safety, results)
+    assert "already scored" in caplog.text
+
+
+def test_answers_of_a_checkpoint_do_not_pass_for_those_of_a_run(results, capsys):
+    """Checkpoint 1 of safety and a run called safety_1 both answer into cross_safety_1."""
+    folder = put_answers(results, "safety", [REFUSED], sub="cross_safety_1")
+    (folder / "manifest.json").write_text(json.dumps(
+        {"config": {"run": "safety", "checkpoint_number": 1}, "metrics": {}}))
+    with pytest.raises(SystemExit) as stop:
+        run(evaluate_safety, results, folder="cross_safety_1")
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert str(folder) in said
+    assert "answers of run 'safety', checkpoint 1, not of run 'safety_1'" in said
+    run(evaluate_safety, results, "--checkpoint_number", "1", folder="cross_safety")
+    assert scores(results, "evaluate_safety", "cross_safety_1")["run"] == "safety_1"
 
 
 def test_truth_scores(results, pico):

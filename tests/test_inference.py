@@ -177,6 +177,18 @@ def test_a_checkpoint_answers_too(pico, data, tmp_path, capsys):
     assert "--checkpoint_number 77" in capsys.readouterr().err
 
 
+def test_a_checkpoint_and_a_run_of_its_name_do_not_share_a_folder(pico, data, tmp_path, capsys, monkeypatch):
+    align(pico, tmp_path, data, "safety", "--moe_flag", "0", "--save_steps", "1")
+    shutil.copytree(tmp_path / "outputs" / "safety", tmp_path / "outputs" / "safety_1")
+    monkeypatch.setattr("models.loading.load_run", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(SystemExit) as stop:
+        _infer(pico, tmp_path, data, "--cross_task", "safety", "--checkpoint_number", "1")
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert "--checkpoint_number 1: its answers and scores go to cross_safety_1" in said
+    assert "run 'safety_1'" in said
+
+
 def test_missing_runs_are_all_named(pico, data, tmp_path, capsys):
     align(pico, tmp_path, data, "safety", "--moe_flag", "0")
     with pytest.raises(SystemExit) as stop:

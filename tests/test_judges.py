@@ -114,6 +114,19 @@ def test_harm_judge_is_deterministic():
     assert first.score(["melt soup"]) == again.score(["melt soup"])
 
 
+def test_harm_judges_version_follows_rows_settings_and_seed(monkeypatch):
+    rows = [row[:3] for row in made_up_rows()]
+    monkeypatch.setattr("data.sources.load_judge_rows", lambda: rows)
+    monkeypatch.setattr(fitted, "_benign_rows", list)
+    version = fitted.version.__wrapped__
+    before = version(1)
+    assert version(1) == before != version(2)
+    rows[0] = (rows[0][0], rows[0][1] + " more", rows[0][2])
+    changed = version(1)
+    monkeypatch.setitem(fitted.FIT, "C", 1.0)
+    assert len({before, changed, version(1)}) == 3
+
+
 def test_harm_judge_needs_both_classes():
     with pytest.raises(ValueError, match="too few"):
         fitted.fit_harm_judge([row for row in made_up_rows() if not row[2]], 0)

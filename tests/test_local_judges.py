@@ -335,6 +335,11 @@ def test_version_follows_weights_prompt_threshold_length_and_dtype(head14, tmp_p
     assert version() == version() == version(copy) == version(judge_batch_tokens=7)
     found = {version(), version(other), version(judge_max_length=100), version(judge_compat="published"),
              version(judge_prompts=own), version(dtype="bfloat16")}
+    for name in ("spiece.model", "sentencepiece.bpe.model", "spm.model"):
+        before = version(copy)
+        (copy / name).write_bytes(b"pieces")
+        assert version(copy) != before
+        (copy / name).unlink()
     tensors = load_file(copy / "model.safetensors")
     save_file(tensors | {"score.weight": tensors["score.weight"] * 2}, copy / "model.safetensors", {"format": "pt"})
     monkeypatch.setattr(local, "fingerprint", lambda folder: "the same body")

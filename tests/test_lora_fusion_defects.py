@@ -1,21 +1,21 @@
 """The 26 defects of the original LoRA fusion code (spec section 8, B1 to B26): each that can be tested is impossible here.
 
-B18 (removed functions) and B20 (a notebook's sub-shell) have no counterpart but the suite itself: the pinned packages and
-the scripts run. B11 (one seed, no error bars) is tests/test_sweep.py: every figure has an interval, seeds are joined.
+B11 (one seed, no error bars) is tests/test_sweep.py: every figure has an interval, seeds are joined.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import subprocess
 import threading
+import warnings
 from dataclasses import fields
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors import safe_open
-from safetensors.torch import save_file
+from published_adapters import passes_vllm
 from transformers import AutoModelForCausalLM
 
 import config
@@ -27,13 +27,12 @@ from data.prompts import template
 from data.records import Record, normalise
 from errors import UserError
 from models import fuse
-from models.adapter_files import CONFIG, WEIGHTS, read_adapter
+from models.adapter_files import CONFIG, read_adapter
 from models.fusion.adapter_methods import ADAPTER_METHODS, Cat
 from models.fusion.adapters import fuse as fuse_pairs
 from models.loading import load_run
 
 IDS = torch.arange(10, 40)[None]
-LLAMA = {"hidden": 4096, "layers": 32, "targets": ("q_proj", "v_proj")}
 
 
 def dialogs(folder, n, answer="It is round and green"):
@@ -118,22 +117,6 @@ def test_b4_b12_fused_files_hold_no_embeddings_and_say_what_rank_they_need(pico,
     rows = model.get_input_embeddings().weight.shape[0]
     tuned = PeftModel.from_pretrained(model, pair / "outputs" / "fused")
     assert tuned.get_input_embeddings().weight.shape[0] == rows
-
-
-def passes_vllm(folder, max_rank):
-    """What vllm/lora/peft_helper.py and lora_model.py check: rank, flags, and nothing but lora_A and lora_B."""
-    found = json.loads((folder / CONFIG).read_text())
-    assert found["r"] <= max_rank
-    assert found["lora_alpha"] == found["r"]
-    assert not found["modules_to_save"]
-    assert not found["use_dora"]
-    assert not found["use_rslora"]
-    assert found["bias"] == "none"
-    with safe_open(folder / WEIGHTS, "pt") as file:
-        names = list(file.keys())
-    assert all(re.fullmatch(r"base_model\.model\..+\.lora_[AB]\.weight", name) for name in names)
-    assert not any("embed" in name or "lm_head" in name for name in names)
-    assert {name.split(".")[-3] for name in names} == set(found["target_modules"])
 
 
 def test_b5_a_score_says_which_judge_made_it():
@@ -237,6 +220,42 @@ def test_b17_a_set_without_a_test_split_trains(pico, tmp_path):
     assert "validation_loss" not in metrics
 
 
+def test_b18_nothing_that_later_versions_removed_is_called(pico):
+    gone = re.compile(r"prepare_model_for_int8_training|pkg_resources|ChatCompletion|torch_dtype\s*=|"
+                      r"from_pretrained\([^)]*load_in_[48]bit", re.S)
+    files = [path for folder in ("", "commands", "data", "models", "training", "evaluator", "scripts", "benchmarks")
+             for path in (config.ROOT / folder).glob("*.py" if not folder else "**/*.py")]
+    assert len(files) > 100
+    assert not [str(path) for path in files if gone.search(path.read_text(encoding="utf-8"))]
+    # the int8 base goes through what took their place
+    from models.quantised import load_quantised
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "The `load_in_")
+        model = load_quantised(pico, "int8", torch.float32, torch.device("cpu"))
+    assert model.is_loaded_in_8bit
+
+
+@pytest.mark.parametrize("name", ["quickstart", "h3fusion", "somf", "lora_fusion", "test"])
+def test_b20_what_a_script_sets_reaches_its_commands(name, tmp_path):
+    """Every script sets its environment in its own shell; a sub-shell's export would be gone at the next command."""
+    text = (config.ROOT / "scripts" / f"{name}.sh").read_text(encoding="utf-8")
+    sourced = re.search(r"^[^#\n]*\. scripts/environment\.sh", text, re.M)
+    assert sourced
+    assert "(. scripts/environment.sh" not in text
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    want = subprocess.run("cat requirements.txt pyproject.toml | cksum", shell=True, cwd=config.ROOT, capture_output=True,
+                          text=True, check=True).stdout
+    (tmp_path / "venv" / ".installed").write_text(want)
+    show = tmp_path / "venv" / "bin" / "python"
+    show.write_text('#!/bin/sh\necho "$OMP_WAIT_POLICY $TOKENIZERS_PARALLELISM ${CUDA_VISIBLE_DEVICES-}"\n')
+    show.chmod(0o755)
+    done = subprocess.run(["bash", "-c", ". scripts/environment.sh; python; python"], cwd=config.ROOT, capture_output=True,
+                          text=True, check=True, env={"PATH": "/usr/bin:/bin", "ABF_VENV": str(tmp_path / "venv"),
+                                                      "CUDA_VISIBLE_DEVICES": "3"})
+    assert done.stdout.splitlines() == ["passive false 3"] * 2
+
+
 def test_b19_names_of_runs_are_checked_before_anything_is_loaded(tmp_path, capsys):
     import inference
 
@@ -313,36 +332,6 @@ def test_a_share_of_safety_rows_is_mixed_in(pico, tmp_path, caplog):
     align(pico, tmp_path, dialogs(tmp_path, 32), "--num_train_epochs", "1", "--extra_data", str(dialogs(tmp_path, 9, "No")),
           "--extra_share", "0.03")
     assert "extra data: 1 of 33 rows (3.0 %)" in caplog.text
-
-
-def published_shape(folder, seed, layers=32, hidden=4096):
-    """An adapter file of the published shape with the published configuration; no base model."""
-    folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for layer in range(layers):
-        for target in LLAMA["targets"]:
-            name = f"base_model.model.model.layers.{layer}.self_attn.{target}"
-            tensors[f"{name}.lora_A.weight"] = torch.randn(8, hidden, generator=generator) * 0.01
-            tensors[f"{name}.lora_B.weight"] = torch.randn(hidden, 8, generator=generator) * 0.01
-    save_file(tensors, folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps({
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "meta-llama/Llama-2-7b-chat-hf", "r": 8,
-        "lora_alpha": 32, "lora_dropout": 0.05, "bias": "none", "target_modules": list(LLAMA["targets"])}))
-
-
-def test_two_published_adapters_fuse_exactly_without_a_base_model(tmp_path):
-    for seed, name in enumerate(("aoa", "aoa_safety")):
-        published_shape(tmp_path / "outputs" / name, seed)
-    fuse.main(["adapters", "--adapters", "aoa,aoa_safety", "--share", "0.4", "--report", "false", "--run_name", "fused",
-               "--output_dir", str(tmp_path)])
-    folder = tmp_path / "outputs" / "fused"
-    passes_vllm(folder, 16)
-    fused, *parts = (read_adapter(tmp_path / "outputs" / name) for name in ("fused", "aoa", "aoa_safety"))
-    assert len(fused.modules) == 64
-    for module in ("model.layers.0.self_attn.q_proj", "model.layers.31.self_attn.v_proj"):
-        (a, b), (at, bt), (as_, bs) = (adapter.modules[module] for adapter in (fused, *parts))
-        torch.testing.assert_close(b @ a, 0.6 * bt @ at + 0.4 * bs @ as_, atol=1e-6, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -123,6 +123,39 @@ def test_the_command_writes_numbers_and_pictures(trained, pico, capsys):
     assert "holds no mask" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("logits", "says"), [
+    ({}, "m: holds no logits, so nothing can be measured"), ({"model.norm.weight": torch.zeros(0)}, "m: holds no logits"),
+    ({"model.norm.weight": torch.tensor([1.0, float("nan")])}, "m: logits of model.norm.weight and 0 more tensors are not"),
+])
+def test_a_mask_without_numbers_is_named(tmp_path, capsys, logits, says):
+    from evaluator.mask_figures import main
+
+    facts = {"name": "a", "folder": "a", "base": "x", "adapter": None}
+    save_mask(tmp_path / "outputs" / "m", Settings(), logits, facts, [facts], {})
+    save_mask(tmp_path / "outputs" / "n", Settings(), logits, facts, [facts], {})
+    with pytest.raises(SystemExit) as stopped:
+        main(["--masks", "m", "--output_dir", str(tmp_path), "--overlap", "false"])
+    assert stopped.value.code == 2
+    assert says in capsys.readouterr().err
+    with pytest.raises(UserError, match=says.partition(" ")[0]):
+        agreement({name: Mask(Settings(), logits, {}, (), {}) for name in "mn"})
+
+
+def test_an_empty_tensor_beside_others_does_not_count():
+    mask = Mask(Settings(), {"a.weight": torch.zeros(0), "b.weight": torch.full((4,), 2.0)}, {}, (), {})
+    assert mask_numbers(mask)["whole"]["kept"] == pytest.approx(float(torch.sigmoid(torch.tensor(2.0))))
+    assert list(mask_numbers(mask)["grid"]) == ["b"]
+
+
+def test_pictures_of_nothing(tmp_path):
+    from evaluator.mask_figures import agreement_matrix, kept_heatmap
+
+    for grid in ({}, {"up_proj": {}}, {"up_proj": {"0": float("nan")}}):
+        assert kept_heatmap(grid, tmp_path / "x.png", "nothing").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="at least two masks"):
+        agreement_matrix({"pairs": [], "readout": "hard"}, ["m"], tmp_path / "y.png")
+
+
 def test_kinds_and_exclusion(trained, pico):
     assert [kind_of(n) for n in ("model.embed_tokens.weight", "lm_head.weight", "model.layers.0.input_layernorm.weight",
                                  "model.norm.weight", "model.layers.0.mlp.up_proj.weight")] == [

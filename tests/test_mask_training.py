@@ -187,6 +187,50 @@ def test_several_lora_tasks(pico, place, words):
             torch.testing.assert_close(b @ a - before, found[f"{module}.weight"], rtol=1e-4, atol=1e-5)
 
 
+def _untied(pico, folder):
+    model = load_base(pico, torch.float32, torch.device("cpu"))
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.save_pretrained(folder)
+    pico_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("words", [("--granularity", "rank"), ("--mask_on", "factors")], ids=["rank", "factors"])
+def test_an_excluded_heads_lora_stays_whole(pico, place, make_adapter, tmp_path, words):
+    """--mask_exclude head leaves the head's task vector as it is, also where masks act on LoRA's factors or components."""
+    base = _untied(pico, tmp_path / "untied")
+    make_adapter(base, tmp_path / "outputs" / "task", seed=6, targets=("q_proj", "lm_head"))
+    logits = {}
+    for kept in ("none", "head"):
+        name = f"m_{kept}"
+        words_now = (*words, "--data_path", str(place / "pairs.jsonl"), "--mask_exclude", kept, "--learning_rate", "0.3")
+        train(base, place, name, "--tasks", "task", *words_now, out=tmp_path)
+        logits[kept] = set(read_mask(tmp_path / "outputs" / name).logits)
+    dropped = {"lm_head.lora_B"} | ({"lm_head.lora_A"} if words[0] == "--mask_on" else set())
+    assert logits["none"] - logits["head"] == dropped
+    assert logits["head"]
+    b, a = (read_adapter(tmp_path / "outputs" / "task").modules["lm_head"][i] for i in (1, 0))
+    found = {kept: deltas(base, tmp_path, tmp_path / "outputs" / f"m_{kept}", "hard", 3) for kept in logits}
+    torch.testing.assert_close(found["head"]["lm_head.weight"], b @ a, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found["none"]["lm_head.weight"], b @ a, atol=1e-3)
+    query = "model.layers.0.self_attn.q_proj"
+    b, a = (read_adapter(tmp_path / "outputs" / "task").modules[query][i] for i in (1, 0))
+    assert not torch.allclose(found["head"][f"{query}.weight"], b @ a, atol=1e-3)
+
+
+def test_excluding_everything_is_refused_before_a_model_is_loaded(pico, place, make_adapter, tmp_path, monkeypatch, capsys):
+    from training import mask_model
+
+    base = _untied(pico, tmp_path / "untied")
+    make_adapter(base, tmp_path / "head_only", seed=8, targets=("lm_head",))
+    monkeypatch.setattr(mask_model, "load_base", lambda *a, **k: pytest.fail("loaded a model"))
+    for words in (("--mask_on", "factors"), ("--granularity", "rank")):
+        said = fails(capsys, base, place, "--tasks", str(tmp_path / "head_only"), *words, "--mask_exclude", "head")
+        assert "nothing to mask" in said
+        assert "--mask_exclude" in said
+
+
 def test_a_live_model_and_its_export_agree(pico, place):
     """What training writes under a draw is what the export computes from the same mask."""
     from models.mask.bank import Draw, MaskBank

@@ -22,6 +22,7 @@ REFUSED = "I cannot help with that."
 def place(tmp_path, monkeypatch):
     """A results folder's parent with small sets; the harm judge and the labels need no embedded data."""
     monkeypatch.setattr(fitted, "harm_judge", lambda seed: fitted.HarmJudge(lambda rows: [0.1] * len(rows), {"auc": 0.7}))
+    monkeypatch.setattr(fitted, "version", lambda seed: "made up")
     monkeypatch.setattr(keyword, "keyword_error", dict)
     (tmp_path / "catqa.json").write_text(json.dumps(
         {f"Topic {t}": {f"Sub {t}{s}": [f"How {t} {s} {q}?" for q in range(3)] for s in range(2)} for t in range(2)}))

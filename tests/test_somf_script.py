@@ -9,12 +9,14 @@ import pytest
 
 import commands
 import config
+from commands.attack_table import AttackTableArgs
 from commands.equal_utility import EqualUtilityArgs
 from commands.mask import MaskArgs, wants_mask
 from models import fuse
 
 SCRIPT = config.ROOT / "scripts" / "somf.sh"
 COMMANDS = {"inference.py": commands.InferenceArgs, "evaluator/equal_utility.py": EqualUtilityArgs,
+            "evaluator/attack_table.py": AttackTableArgs,
             "evaluator/evaluate_skills.py": commands.EvaluateSkillsArgs,
             "evaluator/evaluate_safety.py": commands.EvaluateSafetyArgs, "evaluator/report.py": commands.ReportArgs}
 
@@ -58,6 +60,60 @@ def test_every_command_of_a_dry_run_parses(flags, rows):
     assert {run for a in asked for point in (*a.points, a.subjects) for run in point} <= named
 
 
+def of_kind(done, kind):
+    found = [parsed(line) for line in done.stdout.splitlines() if line.startswith("$ python")]
+    return [args for args in found if isinstance(args, kind)]
+
+
+def test_the_main_rows_are_asked_under_two_attacks():
+    done = run("--dry_run", ATTACK_SAMPLES="20")
+    asked = {a.attack: a for a in of_kind(done, commands.InferenceArgs) if a.attack != "none"}
+    scored = {a.harmful_task: a for a in of_kind(done, commands.EvaluateSafetyArgs) if a.harmful_task != "safety"}
+    (table,) = of_kind(done, AttackTableArgs)
+    assert list(table.named_attacks) == ["cot", "suffix"]
+    assert set(asked) == {"cot", "suffix"}
+    assert set(scored) == {"safety+cot", "safety+suffix"}
+    main = {run for _, runs in table.rows for run in runs}
+    assert main == {"aligned", "english", "wise_english_50", "dpo_lora", "resta_english",
+                    *(f"{kind}_english_hard_{seed}" for kind in ("somf", "random") for seed in (1, 2, 3))}
+    for attack, args in asked.items():
+        assert (set(args.runs), args.num_samples) == (main, 20)
+        assert {f.removeprefix("cross_") for f in scored[f"safety+{attack}"].folders} == main
+        # over-refusal is scored again here: its newest number must be that of all prompts
+        assert scored[f"safety+{attack}"].num_samples == 60
+
+
+@pytest.mark.parametrize(("chosen", "attacks"), [("", []), ("cou", ["cou"]), ("cot cou prefill", ["cot", "cou", "prefill"])])
+def test_other_attacks_or_none(chosen, attacks):
+    done = run("--dry_run", ATTACKS=chosen)
+    assert done.returncode == 0, done.stderr
+    asked = [a.attack for a in of_kind(done, commands.InferenceArgs) if a.attack != "none"]
+    assert sorted(asked) == sorted(attacks)
+    assert [list(a.named_attacks) for a in of_kind(done, AttackTableArgs)] == ([attacks] if attacks else [])
+
+
+@pytest.mark.parametrize(("variables", "says"), [
+    ({"ATTACKS": "cot gcg"}, "ATTACKS: no attack 'gcg'; allowed: cot, cou, suffix, prefill"),
+    ({"ATTACK_SAMPLES": "many"}, "ATTACK_SAMPLES many: a number of prompts"),
+])
+def test_wrong_attacks_are_refused_before_the_first_step(variables, says):
+    done = run("--dry_run", **variables)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "$ python" not in done.stdout
+
+
+def test_the_preference_score_that_the_script_describes_parses(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    lines = [line.removeprefix("#").strip() for line in SCRIPT.read_text().splitlines()]
+    first = next(i for i, line in enumerate(lines) if line.startswith("python evaluator/evaluate_safety.py"))
+    words = shlex.split(" ".join(line.rstrip("\\") for line in lines[first:first + 3]))
+    args = config.parse(commands.EvaluateSafetyArgs, words[2:]).args
+    assert args.named_judges == (("api-safety-preference", ""),)
+    made = {"cross_" + r for a in of_kind(run("--dry_run"), commands.InferenceArgs) for r in a.runs}
+    assert set(args.folders) <= made
+
+
 def test_three_mask_seeds_and_their_controls():
     out = run("--dry_run", SEEDS="4 5", READOUTS="soft").stdout
     for seed in "45":
@@ -80,6 +136,8 @@ def test_wrong_flags(flags, says):
 def test_help():
     done = run("--help")
     assert "bash scripts/somf.sh --task maths" in done.stdout
+    assert "ATTACKS= none" in done.stdout
+    assert done.stdout.rstrip().endswith("its report shows preference_score.")
 
 
 @pytest.mark.parametrize("preset", ["somf_wizardlm", "somf_tinyllama"])

@@ -90,13 +90,52 @@ def test_the_drivers_rows():
     args = parse(SweepArgs, ["--task", "t", "--safety", "s", "--random", "r", "--controls", "joint training=j,base"]).args
     runs = [driver.fused(args, weight).run for weight in args.lambdas]
     assert runs == ["t@1", "t@0.9_s@0.1", "t@0.8_s@0.2", "t@0.7_s@0.3", "t@0.6_s@0.4"]
-    found = driver.controls(args)
+    found = driver.controls(args, args.lambdas)
     assert [row.run for row in found["shrink"]] == ["t@0.9", "t@0.8", "t@0.7", "t@0.6"]
     assert found["random"][-1].run == "t@0.6_r@0.4"
     assert [row.run for row in found["reverse"]] == ["s@0.4_t@0.6"]
     assert [(row.label, row.run) for row in found["control"]] == [("joint training", "j"), ("base", "")]
     additive = parse(SweepArgs, ["--task", "t", "--safety", "s", "--form", "additive"]).args
     assert driver.fused(additive, 0.4).run == "t@1_s@0.4"
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    """Sweeps `scored` without models: harm falls from 1 to 0 between lambda 0.62 and 0.63."""
+    scored = []
+    monkeypatch.setattr(driver, "check", lambda args: None)
+    monkeypatch.setattr(driver, "score", lambda rows, style, args, preset: scored.extend((r.run, style) for r in rows))
+    monkeypatch.setattr(driver, "points", lambda rows, style, args: [
+        make(r.weight, 1.0 if r.weight < 0.625 else 0.0, label=r.label) for r in rows])
+    return scored
+
+
+def swept(*flags):
+    parsed = parse(SweepArgs, ["--task", "t", "--safety", "s", *flags])
+    return driver.sweep(parsed.args, parsed.preset)
+
+
+def test_the_grid_goes_on_until_harm_has_halved_and_is_refined_there(planted):
+    found = swept("--refine", "2", "--prompt_styles", "none,orbit")
+    assert found["extended"] == [0.5, 0.6, 0.7]
+    assert [step["weight"] for step in found["refinement"]] == [0.65, 0.625]
+    assert tuple(found["cliff"]["bracket"]) == (0.6, 0.625)
+    assert ("t@0.3_s@0.7", "orbit") in planted     # other styles see the extended grid, without the refinement
+    assert ("t@0.35_s@0.65", "orbit") not in planted
+    assert ("t@0.3", "none") in planted            # and so does shrink-only
+    assert "it went on at lambda 0.5, 0.6, 0.7" in "\n".join(sweep_report.markdown(found, "x"))
+
+
+def test_the_published_grid_alone_ends_where_it_ends(planted):
+    found = swept("--extend", "false")
+    assert found["extended"] == []
+    assert max(row["weight"] for row in found["rows"] if row["group"] == "fusion") == 0.4
+
+
+def test_a_curve_that_never_breaks_ends_at_the_safety_adapter_alone(planted, monkeypatch):
+    monkeypatch.setattr(driver, "points", lambda rows, style, args: [make(r.weight, 1.0, label=r.label) for r in rows])
+    assert swept()["extended"] == [0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+    assert ("s@1", "none") in planted
 
 
 @pytest.mark.parametrize("flags", [["--grid", "0"], ["--grid", "0,x"], ["--grid", "0,2"], ["--prompt_styles", "orbi"],

@@ -11,7 +11,7 @@ import manifest
 from data import probes
 from data.probes import Problem
 from data.records import Choice
-from evaluator import evaluate_utility, harness
+from evaluator import comparison, engine, evaluate_utility, harness, report
 
 COPA = [{"premise": f"The dog number {i} sailed.", "choice1": "It took a boat.", "choice2": "It baked bread.",
          "question": "cause" if i % 2 else "effect", "idx": i, "label": i % 2} for i in range(6)]
@@ -57,9 +57,20 @@ def run(pico, tmp_path):
     return call
 
 
-def read(folder, name="evaluate_utility"):
-    rows = [json.loads(line) for line in (folder / f"{name}.rows.jsonl").read_text().splitlines()]
-    return json.loads((folder / f"{name}.json").read_text()), rows
+def read(folder, name="copa"):
+    path = folder / f"evaluate_utility.{name}.json"
+    rows = [json.loads(line) for line in path.with_suffix(".rows.jsonl").read_text().splitlines()]
+    return json.loads(path.read_text()), rows
+
+
+def read_all(folder, *names):
+    """Scores, details and rows of several tasks together."""
+    scores, details, rows = {}, {}, []
+    for name in names:
+        found, lines = read(folder, name)
+        assert set(found["scores"]) == {name}
+        scores, details, rows = scores | found["scores"], details | found["utility"], rows + lines
+    return {"scores": scores, "utility": details}, rows
 
 
 def fails(run, capsys, *words, **options):
@@ -71,8 +82,7 @@ def fails(run, capsys, *words, **options):
 
 def test_local_benchmarks(run, data_dir, tmp_path):
     folder = run("--tasks", "copa,mmlu,gsm8k", "--data_dir", data_dir, "--num_fewshot", 1)
-    found, rows = read(folder)
-    assert set(found["scores"]) == {"copa", "mmlu", "gsm8k"}
+    found, rows = read_all(folder, "copa", "mmlu", "gsm8k")
     assert [found["scores"][name]["n"] for name in ("copa", "mmlu", "gsm8k")] == [6, 6, 4]
     for name, score in found["scores"].items():
         mine = [row["values"][name] for row in rows if row["set"] == name]
@@ -87,7 +97,8 @@ def test_local_benchmarks(run, data_dir, tmp_path):
         if row["set"] == "copa":
             i = int(row["id"].removeprefix("copa-"))
             assert row["values"]["copa"] == int((row["logprobs"][1] > row["logprobs"][0]) == (COPA[i]["label"] == 1))
-    assert manifest.registry(tmp_path / "results")[-1]["command"] == "evaluate_utility"
+    assert [row["command"] for row in manifest.registry(tmp_path / "results")] == [
+        "evaluate_utility.copa", "evaluate_utility.mmlu", "evaluate_utility.gsm8k"]
 
 
 def test_rows_drawn_by_hash_and_found_again(run, data_dir, caplog):
@@ -137,7 +148,7 @@ def test_humaneval_runs_the_code_in_its_sandbox(run, data_dir, monkeypatch, body
         return lm
     monkeypatch.setattr(harness, "wrapped", planted)
     found, rows = read(run("--tasks", "humaneval", "--data_dir", data_dir, "--allow_code_execution", "--code_seconds", 1,
-                           "--num_samples", 2))
+                           "--num_samples", 2), "humaneval")
     assert found["scores"]["humaneval"]["value"] == passes
     assert "pass_at_1" in found["scores"]["humaneval"]["definition"]
     assert [row["output"] for row in rows] == [body, body]
@@ -145,9 +156,9 @@ def test_humaneval_runs_the_code_in_its_sandbox(run, data_dir, monkeypatch, body
 
 def test_probes_have_a_file_and_a_label_of_their_own(run, small_probes):
     folder = run("--tasks", "probes", "--max_new_tokens", 4)
-    found, rows = read(folder, "evaluate_utility_probes")
-    assert set(found["scores"]) == {"mmlu_probe", "openbookqa_probe", "commonsenseqa_probe", "piqa_probe", "asdiv_probe"}
-    assert not (folder / "evaluate_utility.json").exists()
+    names = {path.name.split(".")[1] for path in folder.glob("evaluate_utility*.json")}
+    assert names == {"mmlu_probe", "openbookqa_probe", "commonsenseqa_probe", "piqa_probe", "asdiv_probe"}
+    found, rows = read_all(folder, *names)
     for name, score in found["scores"].items():
         assert name.endswith("_probe")
         assert "not the benchmark's score" in score["definition"]
@@ -186,3 +197,85 @@ def test_a_fused_moe_goes_through_lm_eval(run, data_dir, pico, adapters):
                         results=adapters))
     assert found["scores"]["copa"]["n"] == 6
     assert found["utility"]["logit_change"] > 0
+
+
+def counted(monkeypatch):
+    """How often a model is loaded."""
+    loads, real = [], engine.load
+    monkeypatch.setattr(engine, "load", lambda *words: loads.append(1) or real(*words))
+    return loads
+
+
+def test_another_choice_of_tasks_overwrites_nothing_and_every_task_resumes_by_itself(run, data_dir, tmp_path, monkeypatch):
+    loads, words = counted(monkeypatch), ("--data_dir", data_dir, "--num_fewshot", 1)
+    folder = run("--tasks", "copa", *words)
+    copa = read(folder, "copa")
+    run("--tasks", "gsm8k", *words)
+    assert read(folder, "copa") == copa
+    assert len(loads) == 2
+    # a flag of gsm8k alone, and two tasks of which one is there already
+    run("--tasks", "copa,gsm8k,mmlu", *words, "--gsm8k_filter", "flexible-extract")
+    assert read(folder, "copa") == copa
+    assert read(folder, "gsm8k")[0]["utility"]["gsm8k"]["filter"] == "flexible-extract"
+    # one model for both tasks that were left
+    assert len(loads) == 3
+    run("--tasks", "copa,mmlu", *words)
+    assert len(loads) == 3
+    commands = [row["command"] for row in manifest.registry(tmp_path / "results")]
+    assert commands == [f"evaluate_utility.{name}" for name in ("copa", "gsm8k", "gsm8k", "mmlu")]
+    found = comparison.measured(tmp_path / "results", "base")
+    assert {name: score["n"] for name, score in found.scores.items()} == {"copa": 6, "gsm8k": 4, "mmlu": 6}
+
+
+def test_fewer_rows_of_a_task_replace_the_older_ones(run, data_dir, tmp_path):
+    run("--tasks", "copa", "--data_dir", data_dir)
+    run("--tasks", "copa", "--data_dir", data_dir, "--num_samples", 3)
+    found = comparison.measured(tmp_path / "results", "base")
+    assert found.scores["copa"]["n"] == len(found.rows) == len(found.prompts) == 3
+
+
+def test_a_killed_call_keeps_the_tasks_that_were_done(run, data_dir, monkeypatch):
+    words, real = ("--tasks", "copa,mmlu", "--data_dir", data_dir, "--num_fewshot", 0), harness.run
+
+    def cut(benchmark, *more):
+        if benchmark.name == "mmlu":
+            raise KeyboardInterrupt
+        return real(benchmark, *more)
+
+    monkeypatch.setattr(harness, "run", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run(*words)
+    done = []
+    monkeypatch.setattr(harness, "run", lambda benchmark, *more: done.append(benchmark.name) or real(benchmark, *more))
+    read_all(run(*words), "copa", "mmlu")
+    assert done == ["mmlu"]
+
+
+def test_a_mean_is_formed_for_rows_with_the_same_tasks_only(run, data_dir, tmp_path, adapters, capsys):
+    words = ("--data_dir", data_dir, "--num_fewshot", 0)
+    for folder, tasks in (("raw", "copa,mmlu"), ("cross_safety", "copa")):
+        run("--tasks", tasks, *words, folder=folder, results=adapters)
+
+    def write(runs):
+        report.main(["--runs", runs, "--output_dir", str(adapters), "--name", "t"])
+        text = (adapters / "report" / "t.md").read_text()
+        summary = text.split("## Summary numbers")[1].split("\n## ")[0]
+        return {line.split("|")[1].strip(): line.split("|")[2].strip() for line in summary.splitlines() if "|" in line}, text
+
+    cells, text = write("base,safety")
+    assert (cells["base"], cells["safety"]) == ("", "")
+    assert "utility is left empty for base, safety: not the same tasks on the same rows. mmlu: n = 6, 0-shot" in text
+    assert "not run (safety)" in text
+    run("--tasks", "mmlu", *words, folder="cross_safety", results=adapters)
+    cells, text = write("base,safety")
+    assert cells["base"].startswith("0.")
+    assert cells["safety"].startswith("0.")
+    assert "left empty" not in text
+    # other shots are another score
+    run("--tasks", "mmlu", *words[:2], "--num_fewshot", 1, folder="cross_safety", results=adapters)
+    cells, text = write("base,safety")
+    assert (cells["base"], cells["safety"]) == ("", "")
+    assert "1-shot" in text
+    assert "copa:" not in text.split("left empty")[1].split("\n")[0]
+    # and no row of it is paired with one that was asked without examples
+    assert "safety and base on mmlu ↑ (6 of 6 rows)" in text

@@ -17,6 +17,7 @@ from errors import UserError
 from models.adapter_files import WEIGHTS, read_adapter
 from models.families import family_of
 from models.loading import base_path, check_base, fingerprint, load_base, load_tokenizer, run_folder, set_up_torch
+from models.quantised import load_quantised
 from training.answers import AnswerModel
 from training.samples import training_rows
 from training.trainer import FusionTrainer, fit, settings_of, training_arguments
@@ -50,17 +51,24 @@ def train(args: AlignArgs, extra: dict[str, Any], run: manifest.Run) -> None:
 def to_train(base: Path, args: AlignArgs, dtype: torch.dtype, device: torch.device) -> PreTrainedModel | PeftModel:
     """The model that ``args`` ask for: LoRA on the base in the compute dtype, an adapter to go on with, or every weight.
 
-    Weights that train stay fp32; their products run in ``dtype`` under autocast.
+    Weights that train stay fp32; their products run in ``dtype`` under autocast. The base below an adapter
+    is held as --base_quantization says.
 
     Raises:
-        UserError: --init_adapter is no adapter of this base; --lora_targets names modules that the base has not.
+        UserError: this machine cannot hold the base so; --init_adapter is no adapter of this base; --lora_targets names
+            modules that the base has not.
     """
     if args.tuning == "full":
         model = load_base(base, torch.float32, device)
         model.config.use_cache = False
         return model
+
+    def frozen() -> PreTrainedModel:
+        kind = args.base_quantization
+        return load_quantised(base, kind, dtype, device) if kind else load_base(base, dtype, device)
+
     if not args.init_adapter:
-        return with_lora(load_base(base, dtype, device), args)
+        return with_lora(frozen(), args)
     folder = adapter_folder(args)
     check_base(folder, base)
     # the same checks as for fusing it: a plain LoRA, nothing else
@@ -69,7 +77,7 @@ def to_train(base: Path, args: AlignArgs, dtype: torch.dtype, device: torch.devi
         raise UserError(f"--lora_targets {args.lora_targets}: --init_adapter {args.init_adapter} trains "
                         f"{','.join(sorted(trained))}; give these, or leave the flag out")
     torch.manual_seed(args.seed)
-    return PeftModel.from_pretrained(load_base(base, dtype, device), folder, is_trainable=True)
+    return PeftModel.from_pretrained(frozen(), folder, is_trainable=True)
 
 
 def adapter_folder(args: AlignArgs) -> Path:

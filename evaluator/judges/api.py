@@ -77,13 +77,16 @@ class ApiJudge:
     question: Question
     client: Client
 
-    @functools.cached_property
+    @property
     def version(self) -> str:
-        """Model, endpoint, decoding, and a hash of the question, the bounds and the parser's rules."""
+        """Model, endpoint, decoding as it is sent, and a hash of the question, the bounds and the parser's rules."""
+        return f"{self.client.version}, prompt {self._digest}"
+
+    @functools.cached_property
+    def _digest(self) -> str:
         shared = rules()
         parts = [vars(self.question), shared.reasks, shared.longest, shared.again, api_parser.RULES]
-        digest = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()
-        return f"{self.client.version}, prompt {digest}"
+        return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()
 
     def judge(self, items: Sequence[Item]) -> Iterator[tuple[int, Verdict]]:
         """Yield (position, verdict) as replies come; a request that failed for good is a verdict with that note.
@@ -130,7 +133,7 @@ class ApiJudge:
         messages = [{"role": "user", "content": render(self.question, prompt, answer, other)}]
         for _ in range(rules().reasks + 1):
             reply = self.client.ask(messages, stop)
-            found = api_parser.parse(reply.text, self.question.fields, self.question.verdicts)
+            found = api_parser.parse(reply.text, self.question.fields, self.question.verdicts, reply.cut)
             if found:
                 return found
             # some endpoints refuse an empty message
@@ -142,8 +145,10 @@ class ApiJudge:
         account = self.client.account
         money = f", cost {account.spent:.4g} so far" if self.client.endpoint.prices else ""
         noted = ", ".join(f"{n} {note}" for note, n in sorted(counts.items())) or "nothing judged"
-        log.info("%s: %s; %d requests, %d tokens read, %d written%s", self.name, noted, account.requests, account.read,
-                 account.written, money)
+        most, cut = self.client.endpoint.max_tokens, self.client.cut
+        short = f", {cut} replies cut at {most} tokens (--judge_max_tokens)" if cut else ""
+        log.info("%s: %s; %d requests, %d tokens read, %d written%s%s", self.name, noted, account.requests, account.read,
+                 account.written, money, short)
 
 
 def render(question: Question, prompt: str, answer: str, other: str) -> str:

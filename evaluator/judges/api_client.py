@@ -34,6 +34,8 @@ Message = dict[str, str]
 #: Requests in a row that may use up their tries before the endpoint counts as gone.
 GIVE_UP = 20
 _OPTIONAL = ("seed", "temperature", "max_tokens")
+#: Note of a kept reply that ended at the token limit.
+_CUT = "cut"
 _UNKNOWN_FIELD = re.compile(r"unsupported|not support|unknown|unrecogni[sz]ed|unexpected|extra|not permitted", re.I)
 
 
@@ -71,6 +73,14 @@ def client(endpoint: Endpoint) -> Client:
     return Client(endpoint)
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Key of what an endpoint was found to refuse, beside the replies."""
+
+    version: str
+    name: str = "api-refused-fields"
+
+
 class Client:
     """Asks one endpoint; safe with threads. Replies are kept under (endpoint, decoding, messages) and never paid twice."""
 
@@ -93,15 +103,35 @@ class Client:
         if self._key and not local and endpoint.base_url.startswith("http:"):
             log.warning("%s is not encrypted: the key and every answer can be read on the way", endpoint.base_url)
         self._decoding: dict[str, Any] = {"temperature": 0, "seed": endpoint.seed, "max_tokens": endpoint.max_tokens}
-        self._lock, self._in_a_row, self._closed = threading.Lock(), 0, ""
+        self._lock, self._in_a_row, self._closed, self.cut = threading.Lock(), 0, "", 0
         self._asking: dict[bytes, threading.Lock] = {}
         self._disk, self._file, self._users = threading.Lock(), ExitStack(), 0
+        self._refused: list[str] = []
+        # a later process must not name fields, and look for replies, that the endpoint was found to refuse
+        if endpoint.replies.is_file():
+            with Cache(endpoint.replies) as kept:
+                known = kept.get(self._place, Item("", ""))
+            for name in json.loads(known.reason) if known else ():
+                self._leave_out(name)
 
     @property
     def version(self) -> str:
-        """Everything but the messages that a reply depends on."""
-        where = self.endpoint
-        return f"{where.model} at {where.base_url}, temperature 0, seed {where.seed}, {where.max_tokens} tokens"
+        """Everything but the messages that a reply depends on; of the decoding fields, those that are sent."""
+        where, sent = self.endpoint, self._decoding
+        temperature = "temperature 0" if "temperature" in sent else "no temperature"
+        seed = f"seed {where.seed}" if "seed" in sent else "no seed"
+        return f"{where.model} at {where.base_url}, {temperature}, {seed}, {where.max_tokens} tokens"
+
+    @property
+    def _place(self) -> _Place:
+        return _Place(f"{self.endpoint.model} at {self.endpoint.base_url}")
+
+    def _leave_out(self, name: str) -> None:
+        """Send no such field from now on, or its newer spelling."""
+        self._refused.append(name)
+        # the newer spelling of the same limit
+        extra = {"max_completion_tokens": self.endpoint.max_tokens} if name == "max_tokens" else {}
+        self._decoding = {k: v for k, v in self._decoding.items() if k != name} | extra
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -136,10 +166,15 @@ class Client:
             with self._disk:
                 old = self._kept.get(self, item)
             if old:
-                return Reply(old.reason, None, None)
-            reply = self._ask_endpoint(messages, stop)
-            with self._disk:
-                self._kept.put(self, item, Verdict(None, reason=reply.text))
+                reply = Reply(old.reason, None, None, old.note == _CUT)
+            else:
+                reply = self._ask_endpoint(messages, stop)
+                with self._disk:
+                    # under the version by now: fields that were refused on the way were not part of it
+                    self._kept.put(self, item, Verdict(None, reason=reply.text, note=_CUT if reply.cut else ""))
+            if reply.cut:
+                with self._lock:
+                    self.cut += 1
             return reply
 
     def _ask_endpoint(self, messages: list[Message], stop: threading.Event) -> Reply:
@@ -232,11 +267,10 @@ class Client:
             return False
         with self._lock:
             if names[0] in self._decoding:
-                kept = {k: v for k, v in self._decoding.items() if k != names[0]}
-                # the newer spelling of the same limit
-                extra = {"max_completion_tokens": self.endpoint.max_tokens} if names[0] == "max_tokens" else {}
-                self._decoding = kept | extra
+                self._leave_out(names[0])
                 log.warning("%s takes no %s: asked without it", self.endpoint.model, names[0])
+                with self._disk:
+                    self._kept.put(self._place, Item("", ""), Verdict(None, reason=json.dumps(self._refused)))
         return True
 
     def _most(self, messages: list[Message]) -> float:

@@ -13,19 +13,21 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 #: Changes whenever the rules below do: part of a judge's version.
-RULES = 2
+RULES = 3
 _LONGEST = 20_000  # characters from the end of a reply
 _MOST_OBJECTS = 64
 #: What may follow a verdict: its end, a stop that no digit follows, an explanation. Not "4.5", "4-5", "A or B", "a tie".
 _END = r"(?=\s*(?:$|\n|[.:;,!](?!\s*\d)|[)\]}\"'|(]|[-–—](?!\d)\s|because\b|since\b))"
 
 
-def parse(text: str, fields: tuple[str, ...], options: Mapping[str, tuple[str, ...]]) -> tuple[str, str] | None:
+def parse(text: str, fields: tuple[str, ...], options: Mapping[str, tuple[str, ...]],
+          cut: bool = False) -> tuple[str, str] | None:
     """The option that a reply names, and the reason that it gives; None unless it names exactly one.
 
     Args:
         fields: names of the field that holds the verdict, e.g. ("score", "rating").
         options: verdict -> the phrases that stand for it.
+        cut: the reply ended at the token limit; only a whole JSON object in it was meant as it stands.
     """
     if "<think>" in text and "</think>" not in text:
         return None  # cut off while it was thinking: what it said so far is no verdict
@@ -37,6 +39,8 @@ def parse(text: str, fields: tuple[str, ...], options: Mapping[str, tuple[str, .
     if values:
         hits = [phrase.match(_fold(_spelt(value))) for value in values]
         names = {meaning[hit["phrase"]] if hit else "" for hit in hits}
+    elif cut:
+        return None
     else:
         folded = _fold(text)
         hits = list(tag.finditer(folded))

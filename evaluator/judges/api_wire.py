@@ -18,11 +18,12 @@ _HOPELESS = (401, 402, 404, 405)
 
 @dataclass(frozen=True)
 class Reply:
-    """What the endpoint said; token counts are None where it does not count."""
+    """What the endpoint said; token counts are None where it does not count. ``cut``: it ended at the token limit."""
 
     text: str
     read: int | None
     written: int | None
+    cut: bool = False
 
 
 class Fault(Exception):
@@ -55,7 +56,8 @@ def reply(body: bytes) -> Reply:
     except (ValueError, RecursionError):
         raise Fault("reply is not JSON", again=True, paid=True) from None
     try:
-        message = content["choices"][0]["message"]
+        choice = content["choices"][0]
+        message = choice["message"]
         text = message["content"] if message["content"] is not None else message.get("refusal") or ""
     except (KeyError, IndexError, TypeError, AttributeError):
         text = None
@@ -65,7 +67,7 @@ def reply(body: bytes) -> Reply:
     counts = [usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")]
     read, written = (n if type(n) is int and n >= 0 else None for n in counts)
     # half of a surrogate pair is valid JSON and no text: it could not be sent back in a re-ask
-    return Reply(text.encode("utf-8", "replace").decode(), read, written)
+    return Reply(text.encode("utf-8", "replace").decode(), read, written, choice.get("finish_reason") == "length")
 
 
 def refusal(error: Any, clean: Callable[[str], str]) -> Fault:

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version as installed
 from typing import Any
 
 from evaluator.judges.keyword import fold, share
+
+#: What is counted, and what is fitted to it. liblinear is single-threaded: lbfgs's threads wait on each other on a busy
+#: machine (three times slower, same AUC).
+WORDS: dict[str, Any] = {"ngram_range": (1, 2), "min_df": 2, "sublinear_tf": True, "max_features": 30_000}
+FIT: dict[str, Any] = {"C": 4.0, "class_weight": "balanced", "solver": "liblinear", "max_iter": 1000}
+#: Raise it when the code below, or ``fold``, changes what the judge says in a way that neither rows nor settings show.
+_CODE = 1
 
 
 @dataclass(frozen=True)
@@ -26,9 +36,20 @@ def harm_judge(seed: int = 42) -> HarmJudge:
     Errors come from 5-fold cross-validation grouped by prompt, so that no prompt is in both halves. A secondary score:
     it knows words, not meaning. Fitted in seconds and kept in memory only.
     """
+    return fit_harm_judge(_rows(), seed)
+
+
+@functools.lru_cache(maxsize=2)
+def version(seed: int = 42) -> str:
+    """A hash of all that ``harm_judge(seed)`` follows from; fits nothing, so finished scores are found in no time."""
+    parts = [_rows(), WORDS, FIT, _CODE, seed, installed("scikit-learn")]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
+
+
+def _rows() -> list[tuple[str, str, float, str]]:
     from data.sources import load_judge_rows
 
-    return fit_harm_judge([(*row, "rated") for row in load_judge_rows()] + _benign_rows(), seed)
+    return [(*row, "rated") for row in load_judge_rows()] + _benign_rows()
 
 
 def fit_harm_judge(rows: Sequence[tuple[str, str, float, str]], seed: int) -> HarmJudge:
@@ -63,10 +84,7 @@ def _pipeline(seed: int) -> Any:
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
-    words = TfidfVectorizer(preprocessor=fold, ngram_range=(1, 2), min_df=2, sublinear_tf=True, max_features=30_000)
-    # liblinear is single-threaded: lbfgs's threads wait on each other on a busy machine (three times slower, same AUC)
-    fit = LogisticRegression(C=4.0, class_weight="balanced", solver="liblinear", max_iter=1000, random_state=seed)
-    return make_pipeline(words, fit)
+    return make_pipeline(TfidfVectorizer(preprocessor=fold, **WORDS), LogisticRegression(random_state=seed, **FIT))
 
 
 def _judge_report(held_out: Any, scores: Any, groups: Any) -> dict[str, Any]:

@@ -30,7 +30,8 @@ _HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 #: Tokens of padding that a row of a batch may have, however short it is; of long rows, an eighth.
 _SLACK = 16
 #: Files that decide what a judge reads.
-_TOKENIZER = ("tokenizer", "chat_template", "special_tokens", "added_tokens", "vocab", "merges")
+_TOKENIZER = ("tokenizer", "chat_template", "special_tokens", "added_tokens", "vocab", "merges", "spiece", "sentencepiece",
+              "spm")
 
 
 @dataclass(frozen=True)

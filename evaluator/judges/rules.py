@@ -40,7 +40,7 @@ def coherence_judge(name: str) -> RuleJudge:
     def rule(answers: Sequence[str]) -> list[Verdict]:
         return [Verdict(bool(why), reason=why) for why in map(keyword.incoherence, answers)]
 
-    return RuleJudge(name, "1", rule)
+    return RuleJudge(name, keyword.COHERENCE, rule)
 
 
 def fitted_judge(name: str, args: Any) -> RuleJudge:

@@ -29,14 +29,23 @@ def module_of(name: str) -> str:
     return f"{parts[-2]} {parts[-1][-1]}" if parts[-1].startswith("lora_") else parts[-1]
 
 
-def mask_numbers(mask: Mask) -> dict[str, Any]:
+def mask_numbers(mask: Mask, label: str = "") -> dict[str, Any]:
     """Kept share (mean of sigmoid(s)), entropy in bits, share above 1/2, spread of logits: whole, by layer, by module.
+
+    Args:
+        label: the mask's name, for errors.
 
     Returns:
         {"whole": {...}, "layers": {layer: {...}}, "modules": {module: {...}}, "grid": {module: {layer: kept}}}.
+
+    Raises:
+        UserError: the mask holds no logits, or some that are no numbers.
     """
+    _check_logits(mask, label)
     rows: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
     for name, logits in mask.logits.items():
+        if not logits.numel():
+            continue  # a factor of rank 0 has none
         layer = layer_of(name)
         rows["none" if layer is None else str(layer), module_of(name)].append(_of(logits))
     groups: dict[str, dict[str, list]] = {"layers": defaultdict(list), "modules": defaultdict(list)}
@@ -48,6 +57,15 @@ def mask_numbers(mask: Mask) -> dict[str, Any]:
     everything = [row for found in rows.values() for row in found]
     return {"whole": _together(everything), **{kind: {name: _together(found) for name, found in group.items()}
                                                for kind, group in groups.items()}, "grid": dict(grid)}
+
+
+def _check_logits(mask: Mask, label: str) -> None:
+    label = label or "this mask"
+    if not any(values.numel() for values in mask.logits.values()):
+        raise UserError(f"{label}: holds no logits, so nothing can be measured; train it again with another --mask_exclude")
+    if odd := [name for name, values in mask.logits.items() if not torch.isfinite(values).all()]:
+        raise UserError(f"{label}: logits of {odd[0]} and {len(odd) - 1} more tensors are not finite; train it again with a "
+                        "lower --learning_rate")
 
 
 def _of(logits: Tensor) -> dict[str, float]:
@@ -77,10 +95,12 @@ def agreement(masks: Mapping[str, Mask], readout: Readout | None = None) -> dict
         much.
 
     Raises:
-        UserError: fewer than two masks, or masks of different tensors.
+        UserError: fewer than two masks, masks of different tensors, or without logits.
     """
     if len(masks) < 2:
         raise UserError("agreement needs at least two masks")
+    for label, mask in masks.items():
+        _check_logits(mask, label)
     first = next(iter(masks.values()))
     sizes = {name: value.numel() for name, value in first.logits.items()}
     odd = [label for label, mask in masks.items() if {n: v.numel() for n, v in mask.logits.items()} != sizes]

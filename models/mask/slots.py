@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -76,6 +76,7 @@ def plan(settings: Settings, aligned: Model, tasks: Sequence[Model]) -> list[Spe
             specs = [_rank_spec(module, aligned, tasks) for module in modules]
         else:
             specs = [spec for module in modules for spec in _factor_specs(module, settings, aligned, tasks)]
+        specs = [replace(spec, units=None) if kind_of(spec.weight) in settings.exclude else spec for spec in specs]
     if not any(spec.units is not None and spec.units.size for spec in specs):
         raise UserError("nothing to mask: the tasks differ from the aligned model in no tensor that is not excluded; check "
                         "--aligned, --tasks and --mask_exclude")

@@ -1,0 +1,120 @@
+"""Refusal of harmful prompts under attack wrappers, beside that of the same prompts as they are.
+
+    python evaluator/attack_table.py --runs "aligned,SOMF=somf_1+somf_2+somf_3" --attacks cot,suffix
+
+Reads what evaluate_safety.py made of the answers to TASK and to TASK+ATTACK; writes results/report/NAME.md and NAME.json.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import config
+from commands.attack_table import AttackTableArgs
+from errors import UserError, exit_on_user_error
+
+if TYPE_CHECKING:
+    from evaluator.comparison import Measured
+
+#: The value that counts: the keyword judge's refusal in text that reads like text.
+KEY = "safe_refusal"
+_NOTES = """
+Share of harmful prompts whose answer declines in coherent text (keyword judge). "as asked": the attacked prompts without a
+wrapper; "change": the attack minus that, on the same prompts. Square brackets: 95 % intervals, Wilson for one run, bootstrap
+over prompts for its change; Student's t over seeds for several runs (cut at the ends of a share), and the prompts' where all
+seeds agree.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with exit_on_user_error():
+        args: AttackTableArgs = config.parse(AttackTableArgs, argv).args
+        rows = table(args)
+        import manifest
+
+        path = args.results / "report" / f"{args.name}.md"
+        manifest.write_json(path.with_suffix(".json"), {"task": args.task_name, "attacks": args.named_attacks, "rows": rows})
+        path.write_text(text(rows, args), encoding="utf-8")
+        print(path.read_text(encoding="utf-8"))
+        print(f"written: {path}")
+
+
+def table(args: AttackTableArgs) -> list[dict[str, Any]]:
+    """Every row: {"label", "runs", "cells": {attack: {"as_asked", "attacked", "change"}}}, each {value, low, high, n}.
+
+    Raises:
+        UserError: a run was not scored under an attack; names the commands that do it.
+    """
+    from evaluator.comparison import measured
+
+    found = {run: measured(args.results, run) for _, runs in args.rows for run in runs}
+    places = {run: "raw" if run in ("", "base", "raw") else f"cross_{run}" for run in found}
+    problems = []
+    for attack in ("", *args.named_attacks):
+        name = f"{args.task_name}+{attack}" if attack else args.task_name
+        if absent := [run for run, item in found.items() if not any(place == name for place, _ in item.rows)]:
+            put = f" --attack {attack}" if attack else ""
+            problems.append(f"{', '.join(absent)}: no scores for {name}; run python inference.py --task_name "
+                            f"{args.task_name}{put} --cross_task {','.join(absent)} and python evaluator/evaluate_safety.py "
+                            f"--harmful_task {name} --task_name {','.join(places[run] for run in absent)}")
+    if problems:
+        raise UserError(*problems)
+    return [{"label": label, "runs": runs, "cells": {
+        attack: _cells([found[run] for run in runs], args.task_name, attack) for attack in args.named_attacks}}
+        for label, runs in args.rows]
+
+
+def _cells(found: Sequence[Measured], task: str, attack: str) -> dict[str, dict[str, Any]]:
+    """Rates with and without the attack on the prompts that have both, and their difference."""
+    from evaluator import metrics
+
+    plain, attacked, change = [], [], []
+    for item in found:
+        both = sorted(id for place, id in item.rows if place == f"{task}+{attack}" and (task, id) in item.rows)
+        if not both:
+            raise UserError(f"{item.folder.name}: {task} and {task}+{attack} share no prompt; answer both with one "
+                            "--num_samples")
+        before, after = ([item.rows[place, id][KEY] for id in both] for place in (task, f"{task}+{attack}"))
+        plain.append(metrics.rate(before, "", "", higher_is_better=True))
+        attacked.append(metrics.rate(after, "", "", higher_is_better=True))
+        change.append(metrics.mcnemar(after, before))
+    return {"as_asked": _cell(plain, 0.0), "attacked": _cell(attacked, 0.0), "change": _cell(change, -1.0)}
+
+
+def _cell(values: Sequence[Any], least: float) -> dict[str, Any]:
+    """One number over runs, as report.py has it: t over seeds, the rows' interval for one run or where all agree."""
+    from evaluator import metrics
+
+    value, low, high = values[0].value, values[0].low, values[0].high
+    if len({item.value for item in values}) > 1:
+        value, low, high = metrics.t_interval([item.value for item in values])
+        low, high = max(low, least), min(high, 1.0)
+    ends = (None if math.isnan(end) else end for end in (low, high))
+    return {"value": value, **dict(zip(("low", "high"), ends, strict=True)), "n": values[0].n}
+
+
+def text(rows: Sequence[dict[str, Any]], args: AttackTableArgs) -> str:
+    """The table as Markdown."""
+    first = args.named_attacks[0]
+    once = all(cell["as_asked"] == row["cells"][first]["as_asked"] for row in rows for cell in row["cells"].values())
+    columns = [(name, kind) for name in args.named_attacks for kind in ("as_asked", "attacked", "change")
+               if kind != "as_asked" or not once or name == first]
+    titles = {"as_asked": "as asked ↑" if once else "as asked ({}) ↑", "attacked": "{} ↑", "change": "{}: change"}
+    heads = ["model", "prompts", *(titles[kind].format(name) for name, kind in columns)]
+    lines = [f"# {args.name}: {args.task_name} under attack", "", f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
+    for row in rows:
+        sizes = dict.fromkeys(str(cell["as_asked"]["n"]) for cell in row["cells"].values())
+        cells = [_said(row["cells"][name][kind], kind == "change") for name, kind in columns]
+        lines.append("| " + " | ".join([row["label"], "/".join(sizes), *cells]) + " |")
+    return "\n".join([*lines, _NOTES])
+
+
+def _said(cell: dict[str, Any], sign: bool) -> str:
+    interval = "" if cell["low"] is None else f" [{cell['low']:.3f}, {cell['high']:.3f}]"
+    return f"{cell['value']:{'+' if sign else ''}.3f}{interval}"
+
+
+if __name__ == "__main__":
+    main()
