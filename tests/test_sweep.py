@@ -183,6 +183,12 @@ def test_seeds_are_joined_with_student_t(tmp_path, found):
     assert joined["cliff"]["half"] == pytest.approx(0.32)
     assert joined["cliff"]["high"] - 0.32 == pytest.approx(4.303 * 0.02 / np.sqrt(3), rel=1e-3)
     assert len(joined["rows"]) == len(found["rows"])
+    # these seeds agree on every harm rate: a spread of zero over seeds is no interval of width zero
+    same = next(row for row in joined["rows"] if row["label"] == "lambda 0")
+    assert same["harm"]["value"] == 1.0
+    assert same["harm"]["low"] < 0.95
+    gap = next(row["gap"] for row in joined["compared"] if row["gap"])
+    assert gap["low"] < gap["value"] < gap["high"]
     assert sweep_report.write(tmp_path, "x_seeds", joined).read_text().count("lambda 0.4") >= 2
     with pytest.raises(UserError, match="does not exist"):
         sweep_report.over_seeds([tmp_path / "4"], "x")
