@@ -166,8 +166,8 @@ def at_equal_compliance(points: Sequence[Point], control: Point, seed: int = 0) 
     """Least harm on the sweep's curve with at least the control's compliance, minus the control's harm.
 
     Below 0 the sweep wins. The curve is linear between neighbouring lambdas. Interval and p from resampling prompts;
-    prompts that some point lacks are left out. None when no point of the curve reaches that compliance, in the data or in a
-    tenth of the resamples.
+    prompts that some point lacks are left out. None when the control's compliance is above or below that of the whole curve,
+    in the data or in a tenth of the resamples.
     """
     weights, harms, complies = _matrices([*sorted(points, key=lambda p: p.weight), control], keep_order=True)
     found = _gap(weights[:-1], harms.mean(1), complies.mean(1))
@@ -184,6 +184,8 @@ def at_equal_compliance(points: Sequence[Point], control: Point, seed: int = 0) 
 
 
 def _gap(weights: np.ndarray, harms: np.ndarray, complies: np.ndarray) -> float:
+    if complies[-1] < complies[:-1].min() - 1e-12:
+        return math.nan  # the curve ends before it complies so little: its least harm is not known
     fine = np.unique(np.concatenate([np.linspace(weights[0], weights[-1], _DENSE), weights]))
     enough = np.interp(fine, weights, complies[:-1]) >= complies[-1] - 1e-12
     return float(np.interp(fine, weights, harms[:-1])[enough].min() - harms[-1]) if enough.any() else math.nan

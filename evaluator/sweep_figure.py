@@ -75,14 +75,22 @@ def _front(figure: Any, axis: Any, found: Mapping[str, Any]) -> None:
     axis.margins(0.1)
     axis.grid(color="0.93", zorder=0)
     axis.legend(fontsize=7.5, loc="lower right")
-    shown = [r for r in rows if r["group"] in ("fusion", "control")]
-    points = [{"label": _short(r), "x": r["harm"]["value"], "y": r["compliance"]["value"]} for r in shown]
+    shown: dict[tuple[float, float], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["group"] in ("fusion", "control"):
+            shown.setdefault((round(row["harm"]["value"], 3), round(row["compliance"]["value"], 3)), []).append(row)
+    points = [{"label": _named(here), "x": x, "y": y} for (x, y), here in shown.items()]
     if points:
         figures._label(figure, axis, points)
 
 
-def _short(row: Mapping[str, Any]) -> str:
-    return f"{row['weight']:g}" if row["group"] == "fusion" else row["label"]
+def _named(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One label for the rows at one place: the lambdas as a range, controls without what stands in brackets, two at most."""
+    weights = sorted(r["weight"] for r in rows if r["group"] == "fusion")
+    names = [r["label"].partition(" (")[0] for r in rows if r["group"] != "fusion"]
+    parts = [f"{weights[0]:g} to {weights[-1]:g}" if len(weights) > 1 else f"{weights[0]:g}"] if weights else []
+    parts += names if len(parts) + len(names) <= 2 else [f"{len(names)} controls"]
+    return ", ".join(parts)
 
 
 def _bars(rows: Sequence[Mapping[str, Any]], name: str) -> list[list[float]]:

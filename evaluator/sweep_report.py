@@ -222,7 +222,7 @@ def _compared(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         gap = row["gap"]
         if gap is None or gap["low"] is None:
             shown = "" if gap is None else f"{gap['value']:+.{_DECIMALS}f}"
-            verdict = "not comparable: fusion does not reach its compliance" if gap is None else "one seed"
+            verdict = "not comparable: no lambda of the sweep has its compliance" if gap is None else "one seed"
         else:
             shown = f"{gap['value']:+.{_DECIMALS}f}{_interval(gap)}"
             verdict = "fusion is better" if gap["high"] < 0 else "fusion is worse" if gap["low"] > 0 else "no difference"

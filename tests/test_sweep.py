@@ -13,6 +13,7 @@ from config import parse
 from errors import UserError
 from evaluator import sweep, sweep_report
 from evaluator.sweep import Point
+from evaluator.sweep_figure import _named
 from scripts import sweep as driver
 
 
@@ -79,7 +80,20 @@ def test_comparison_at_equal_compliance_by_hand():
     worse = sweep.at_equal_compliance(points, make(math.nan, 0.9, 0.6, n=200))
     assert worse.value == pytest.approx(0.2 - 0.9, abs=0.01)
     assert worse.high < 0
-    assert sweep.at_equal_compliance([make(0, 1, 0.5), make(0.4, 0, 0.3)], make(math.nan, 0.5, 0.9)) is None
+    short = [make(0, 1, 0.5), make(0.4, 0.2, 0.3)]
+    assert sweep.at_equal_compliance(short, make(math.nan, 0.5, 0.9)) is None
+    # nor where the sweep ends before it complies so little: further on its harm may be less
+    assert sweep.at_equal_compliance(short, make(math.nan, 0.0, 0.0)) is None
+
+
+def test_rows_at_one_place_of_the_picture_share_a_label():
+    def row(group, label, weight=None):
+        return {"group": group, "label": label, "weight": weight}
+    grid = [row("fusion", f"lambda {w}", w) for w in (0.2, 0.0, 0.1)]
+    assert _named(grid) == "0 to 0.2"
+    assert _named([grid[0], row("control", "Safe LoRA (alignment left q and v alone)")]) == "0.2, Safe LoRA"
+    assert _named([*grid, row("control", "a"), row("control", "b")]) == "0 to 0.2, 2 controls"
+    assert _named([row("control", "joint")]) == "joint"
 
 
 def test_a_curve_is_level_with_a_point_of_its_own():
