@@ -91,7 +91,7 @@ def over_seeds(folders: Sequence[Path], name: str) -> dict[str, Any]:
         "rows": _joined([part["rows"] for part in parts], names),
         "styles": {style: _joined([part["styles"][style] for part in parts], names) for style in parts[0]["styles"]
                    if all(style in part["styles"] for part in parts)},
-        "cliff": _plain({"half": value, "low": low, "high": high, "per_seed": halves,
+        "cliff": _plain({"half": value, "low": max(low, 0.0), "high": min(high, 1.0), "per_seed": halves,
                          "bracket": [part["cliff"]["bracket"] for part in parts],
                          "drop": sum(part["cliff"]["drop"] for part in parts) / len(parts)}),
         "compared": _gaps([part["compared"] for part in parts]),

@@ -204,5 +204,10 @@ def test_seeds_are_joined_with_student_t(tmp_path, found):
     gap = next(row["gap"] for row in joined["compared"] if row["gap"])
     assert gap["low"] < gap["value"] < gap["high"]
     assert sweep_report.write(tmp_path, "x_seeds", joined).read_text().count("lambda 0.4") >= 2
+    far = json.loads((tmp_path / "1" / "report" / "x.json").read_text())
+    far["cliff"]["half"] = 0.9
+    (tmp_path / "1" / "report" / "x.json").write_text(json.dumps(far))
+    apart = sweep_report.over_seeds([tmp_path / str(seed) for seed in (1, 2, 3)], "x")["cliff"]
+    assert (apart["low"], apart["high"]) == (0.0, 1.0)   # lambda is a share
     with pytest.raises(UserError, match="does not exist"):
         sweep_report.over_seeds([tmp_path / "4"], "x")
