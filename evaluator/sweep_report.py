@@ -126,7 +126,9 @@ def _gaps(parts: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
     by_key = [{(row["group"], row["label"]): row["gap"] for row in rows} for rows in parts]
     done = []
     for (group, label), _ in by_key[0].items():
-        gaps = [found.get((group, label)) for found in by_key]
+        if any((group, label) not in found for found in by_key):
+            continue  # a lambda that not every seed's sweep went to
+        gaps = [found[group, label] for found in by_key]
         known = [gap["value"] for gap in gaps if gap]
         if len(known) < len(parts):
             done.append({"label": label, "group": group, "gap": None})

@@ -204,6 +204,11 @@ def test_seeds_are_joined_with_student_t(tmp_path, found):
     gap = next(row["gap"] for row in joined["compared"] if row["gap"])
     assert gap["low"] < gap["value"] < gap["high"]
     assert sweep_report.write(tmp_path, "x_seeds", joined).read_text().count("lambda 0.4") >= 2
+    more = json.loads((tmp_path / "1" / "report" / "x.json").read_text())
+    more["compared"].append({"label": "shrink only, 0.3", "group": "shrink", "gap": None})
+    (tmp_path / "1" / "report" / "x.json").write_text(json.dumps(more))
+    said = sweep_report.over_seeds([tmp_path / str(seed) for seed in (1, 2, 3)], "x")["compared"]
+    assert "shrink only, 0.3" not in [row["label"] for row in said]   # one seed went there
     far = json.loads((tmp_path / "1" / "report" / "x.json").read_text())
     far["cliff"]["half"] = 0.9
     (tmp_path / "1" / "report" / "x.json").write_text(json.dumps(far))
