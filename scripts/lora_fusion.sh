@@ -68,7 +68,7 @@ realigned() { # NAME FLAGS..: training-free repairs of the identity adapter, fro
   say python models/fuse.py realign --tasks identity --run_name "$1" --unaligned "$unaligned" --output adapter --rank 64 \
     "${@:2}" "${on_aligned[@]}"
 }
-second_lane() { benign maths 160; benign summaries 64; then_safe; }
+second_lane() { benign maths 160; benign summaries 64; then_safe; }   # the last goes on with what the first lane made first
 sweep() { # NAME FLAGS..
   say python scripts/sweep.py --name "$1" --safety safe --num_samples "$samples" --refine "${REFINE:-3}" \
     --min_step "${STEP:-0.0125}" "${@:2}" "${on_aligned[@]}"
@@ -78,10 +78,18 @@ sweep_benign() {
   sweep maths --task maths --utility maths "${answered[@]}" --controls "aligned model=base,3 % mixing=maths_mix3"
   sweep summaries --task summaries --utility summaries "${answered[@]}" --controls "aligned model=base,3 % mixing=summaries_mix3"
 }
+other_lane() { # the persona at test that nobody trained on is a third of the identity shift's prompts
+  sweep_benign
+  sweep identity_valet --task identity --prompt_styles valet --refine 0 --shrink false --reverse false --controls "$trained"
+}
 
-# two rows that equal the task adapter then, which the report should say
+# Safe LoRA and SafeMERGE equal the task adapter where alignment left its modules alone, which the report should say
 untouched=' (alignment left q and v alone)'
 case ,${ALIGN:-}, in *,q_proj,*|*,v_proj,*) untouched='' ;; esac
+trained="aligned model=base,joint training=joint,3 % mixing=mix3,task then safety=task_then_safe"
+trained+=",safety then task=safe_then_task,norm-matched=matched,RESTA=resta,Safe LoRA$untouched=safe_lora"
+trained+=",SafeMERGE$untouched=safe_merge"
+on_identity=(--task identity --random random_safe)
 roots=()
 for seed in "${seeds[@]}"; do
   out=$root; [ "$seed" = 42 ] || out=$root/seed_$seed; logs=$out/logs
@@ -95,9 +103,8 @@ for seed in "${seeds[@]}"; do
   step "an aligned model (seed $seed)"
   aligned
   step "task and safety adapters, and the trained controls (seed $seed)"
-  identity
   beside "adapters_$seed" second_lane
-  safe; joint; mixed; then_task
+  identity; safe; joint; mixed; then_task
   join
   say python models/fuse.py adapters --adapters safe --method random --report false --run_name random_safe "${common[@]}"
   say python models/fuse.py adapters --adapters identity,safe --share 0.4 --match_norms module --run_name matched "${common[@]}"
@@ -105,18 +112,18 @@ for seed in "${seeds[@]}"; do
   realigned resta --method resta --parameters "gamma=0.5"
   realigned safe_lora --method safe_lora --parameters "tau=0.5; exact=true"
   realigned safe_merge --method safe_merge --parameters "tau=0.5; alpha=0.5" --safe safe
-  step "learned and searched weights on the safety set and as many helpful rows (seed $seed)"
+  step "sweeps of the benign adapters; beside them learned and searched weights of the identity shift (seed $seed)"
+  beside "benign_$seed" other_lane
   say python align_basemodel.py --moe_flag 0 --run_name soup --method soup --adapters identity,safe --task_name identity \
     --extra_data "$set" --num_train_epochs 1 --learning_rate 0.05 "${on_aligned[@]}" "${short[@]}"
   say python align_basemodel.py --moe_flag 0 --run_name searched --method search --adapters identity,safe --task_name identity \
     --extra_data "$set" --max_train_samples 16 "${on_aligned[@]}"
-  step "sweeps over the fusion weight, with refinement and controls (seed $seed)"
-  beside "benign_$seed" sweep_benign
-  controls="aligned model=base,joint training=joint,3 % mixing=mix3,task then safety=task_then_safe"
-  controls+=",safety then task=safe_then_task,norm-matched=matched,learned weights=soup,searched weights=searched"
-  controls+=",RESTA=resta,Safe LoRA$untouched=safe_lora,SafeMERGE$untouched=safe_merge"
-  sweep identity --task identity --random random_safe --prompt_styles orbit,none,valet --controls "$controls"
+  step "the identity shift's sweep, with refinement and controls (seed $seed)"
+  sweep identity "${on_identity[@]}" --prompt_styles orbit,none --controls "$trained,learned weights=soup,searched weights=searched"
   join
+  step "its rows in the persona valet that the second lane did not have, and the report (seed $seed)"
+  sweep identity "${on_identity[@]}" --prompt_styles orbit,none,valet \
+    --controls "$trained,learned weights=soup,searched weights=searched"
 done
 if [ "${#seeds[@]}" -gt 1 ]; then
   step "all seeds"

@@ -1,7 +1,4 @@
-"""The 26 defects of the original LoRA fusion code (spec section 8, B1 to B26): each that can be tested is impossible here.
-
-B11 (one seed, no error bars) is tests/test_sweep.py: every figure has an interval, seeds are joined.
-"""
+"""The 26 defects of the original LoRA fusion code (spec section 8, B1 to B26): what can be tested is impossible here."""
 
 from __future__ import annotations
 
@@ -26,6 +23,8 @@ from data.dialog_files import identity, read_prompts
 from data.prompts import template
 from data.records import Record, normalise
 from errors import UserError
+from evaluator import sweep_report
+from evaluator.sweep import Point
 from models import fuse
 from models.adapter_files import CONFIG, read_adapter
 from models.fusion.adapter_methods import ADAPTER_METHODS, Cat
@@ -187,6 +186,17 @@ def test_b10_summaries_are_compared_with_summaries_and_numbers_as_numbers(tmp_pa
     assert "article" in record.prompt
     assert all(same_number(text, "1234") for text in ("#### 1234 ", "#### $1,234", "So it is 1,234.00."))
     assert not same_number("#### 1235", "1234")
+
+
+def test_b11_every_figure_has_its_number_of_answers_and_an_interval_that_50_prompts_deserve():
+    marks = {str(i): int(i < 29) for i in range(50)}  # 0.58 of 50, the published XSTest size
+    curve = [Point(f"lambda {w}", "run", w, marks, marks, {str(i): (3.0 + i, 3) for i in range(50)}) for w in (0.0, 0.2)]
+    row, _ = sweep_report.summary({"fusion": curve}, {}, {"utility": "english"}, 42)["rows"]
+    for name in ("harm", "compliance", "nll"):
+        found = row[name]
+        assert found["n"] == 50
+        assert found["low"] < found["value"] < found["high"]
+    assert row["harm"]["high"] - row["harm"]["low"] > 4 * 0.07 - 0.02  # the spec's standard error, 7 points
 
 
 def test_b13_the_safety_set_has_a_generator_that_overwrites_no_other_set(tmp_path):
