@@ -13,7 +13,6 @@ the run is finished and resumes from its last checkpoint when it is not.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Sequence
 
@@ -31,8 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parsed = config.parse(MaskArgs if wants_mask(words) else AlignArgs, words)
         args: AlignArgs = parsed.args
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        # waiting threads must sleep: another busy process makes OpenMP's spin-waits 5-10x slower
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        config.short_waits()
         settings = {**_settings(args), "training_arguments": parsed.training}
         target = args.results / "outputs" / args.name
         if not args.overwrite and manifest.finished(target, settings):

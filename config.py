@@ -13,6 +13,7 @@ import difflib
 import functools
 import importlib.util
 import math
+import os
 import re
 import sys
 import typing
@@ -33,6 +34,17 @@ SECTIONS = (
     "common", "align", "align_expert", "align_mix", "align_skill", "align_dialogs", "align_moe", "align_dpo", "align_mask",
     "fuse", "inference", "evaluate", "report",
 )
+
+
+def short_waits() -> None:
+    """Let OpenMP threads that wait spin for microseconds, then sleep. Read when torch is imported, so call it before.
+
+    Without end (the runtime's default) two processes on the same cores take twice as long; not at all ("passive") steps of
+    many small operations take a third longer. An OMP_WAIT_POLICY that the user set stays.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "passive"  # for runtimes other than GNU's
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def flag(default: Any, help: str, *, choices: Sequence[Any] | None = None, low: float | None = None) -> Any:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -44,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
         args: InferenceArgs = config.parse(InferenceArgs, argv).args
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        config.short_waits()
         if problems := _problems(args):
             raise UserError(*problems)
         for run in args.runs:

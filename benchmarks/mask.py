@@ -9,6 +9,8 @@ the same random fp32 weights, task vectors, batches, log-probability function an
 task vectors between policy and reference, which is kinder to it than the original. Each run is a process of its own,
 alternating A B A B, and its peak memory is that process's.
 
+Both processes let waiting threads spin briefly, as our commands do, and use the fused AdamW that transformers 5 defaults to.
+
 Before a race, one step of both sides with the same noise, logits and reference must give the same loss and logit gradients,
 or nothing is timed. A pair's first epoch also pays for its reference; ``with reference`` adds that pass to our steps.
 The limit is what the step's matrix products take at the speed of a GEMM measured beside it.
@@ -116,7 +118,7 @@ def published(mode: str, layers: int, data: list[Any]) -> list[list[float]]:
     second, bases = copy.deepcopy(model), {n: p.detach().clone() for n, p in parameters.items()}
     logits = {n: torch.zeros_like(p).requires_grad_(True) for n, p in parameters.items()}
     others = {n: torch.zeros_like(p) for n, p in parameters.items()}
-    optimizer = torch.optim.AdamW(list(logits.values()), lr=5e-3)
+    optimizer = torch.optim.AdamW(list(logits.values()), lr=5e-3, fused=True)
     seconds: list[list[float]] = []
     for ids in data:
         start = clock()
@@ -153,7 +155,7 @@ def ours(mode: str, layers: int, data: list[Any]) -> tuple[list[list[float]], di
 
     model, parameters, deltas = build(mode, layers)
     bank = make_bank(mode, parameters, deltas)
-    optimizer = torch.optim.AdamW(list(bank.parameters()), lr=5e-3)
+    optimizer = torch.optim.AdamW(list(bank.parameters()), lr=5e-3, fused=True)
 
     def call(ids: Any) -> Any:
         return answer_logps(model(input_ids=ids, use_cache=False).logits, ids)
@@ -232,6 +234,9 @@ def gemm(seconds: float = 1.0, size: int = 1024) -> float:
 
 def child(side: str, mode: str, layers: int, steps: int, pairs: int, tokens: int, threads: int) -> None:
     """One run in this process; prints its figures as JSON."""
+    from config import short_waits
+
+    short_waits()  # as the commands do
     import torch
 
     torch.set_num_threads(threads)
@@ -261,7 +266,7 @@ def run(side: str, mode: str, args: argparse.Namespace) -> dict[str, Any]:
              "--steps", str(args.steps), "--batch", str(args.batch), "--tokens", str(args.tokens), "--threads",
              str(args.threads)]
     done = subprocess.run(words, capture_output=True, text=True, check=False,
-                          env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"})
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
     if done.returncode:
         raise SystemExit(f"{' '.join(words)}\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])

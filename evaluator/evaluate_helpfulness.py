@@ -10,7 +10,6 @@ compares them with the references here, --alpaca_eval 50 runs the alpaca_eval co
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
         args: EvaluateHelpfulnessArgs = config.parse(EvaluateHelpfulnessArgs, argv).args
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        config.short_waits()
         from evaluator import alpaca, engine
 
         if args.alpaca_eval:

@@ -11,7 +11,6 @@ models and APIs among them, are named with --judges.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
         args: EvaluateSafetyArgs = config.parse(EvaluateSafetyArgs, argv).args
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        config.short_waits()
         from evaluator import engine
 
         engine.evaluate(args, engine.command_of("evaluate_safety", (args.harmful_task, "safety"),

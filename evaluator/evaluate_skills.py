@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
         args: EvaluateSkillsArgs = config.parse(EvaluateSkillsArgs, argv).args
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        config.short_waits()
         from evaluator import engine
 
         likelihoods = [name for name in args.skill_names if name in SKILLS]

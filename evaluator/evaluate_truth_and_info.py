@@ -9,7 +9,6 @@ answers of inference.py --task_name truthfulness are judged too: each rate, thei
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
         args: EvaluateTruthArgs = config.parse(EvaluateTruthArgs, argv).args
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        config.short_waits()
         from evaluator import engine
 
         engine.evaluate(args, engine.command_of("evaluate_truth_and_info", (args.answers_task, "truthfulness")), plan)

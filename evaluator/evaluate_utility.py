@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
         args: EvaluateUtilityArgs = config.parse(EvaluateUtilityArgs, argv).args
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        config.short_waits()
         # greedy word problems fork no tokenizer threads
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from evaluator import engine

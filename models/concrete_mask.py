@@ -50,19 +50,20 @@ def uniform(bits: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return bits.to(dtype).add_(32768.5).div_(65536)
 
 
-def soft_mask(logits: Tensor, bits: Tensor, temperature: float) -> Tensor:
+def soft_mask(logits: Tensor, bits: Tensor, temperature: float, out: Tensor | None = None) -> Tensor:
     """m = sigmoid((s + log u - log(1 - u)) / tau), one binary Concrete draw per logit (Maddison et al. 2017, section 3.3).
 
-    Computed as 1 / (1 + (e^-s (1 - u) / u)^(1 / tau)): one exponential and no logarithm.
+    Computed as 1 / (1 + ((1 - u) / (u e^s))^(1 / tau)): one exponential and no logarithm, in as few passes as there can be.
     """
     kind = torch.promote_types(logits.dtype, torch.float32)
-    above = bits.to(kind)
-    odds = 32767.5 - above
-    odds.div_(above.add_(32768.5)).mul_(torch.exp(-logits.to(kind)))
+    odds = torch.empty(logits.shape, dtype=kind, device=logits.device) if out is None else out
+    odds.copy_(bits)
+    below = (odds + 32768.5).mul_(torch.exp(logits.to(kind)))
+    odds.sub_(32767.5).div_(below)  # negative until here
     if temperature == 0.5:
         odds.mul_(odds)
-    elif temperature != 1:
-        odds.pow_(1 / temperature)
+    else:
+        odds.neg_().pow_(1 / temperature)
     return odds.add_(1).reciprocal_()
 
 
@@ -71,9 +72,9 @@ def hard_mask(logits: Tensor, bits: Tensor) -> Tensor:
     return soft_mask(logits, bits, 1.0).gt_(0.5)
 
 
-def slope(soft: Tensor, temperature: float) -> Tensor:
-    """dm/ds = m (1 - m) / tau of a soft draw."""
-    return (1 - soft).mul_(soft).div_(temperature)
+def slope(soft: Tensor, temperature: float, scale: float = 1.0) -> Tensor:
+    """scale dm/ds = scale m (1 - m) / tau of a soft draw."""
+    return torch.addcmul(soft, soft, soft, value=-1).mul_(scale / temperature)
 
 
 def scale_for(mean: float) -> float:
@@ -98,25 +99,25 @@ def logit_gradient(inner: Tensor, mask: Tensor, rise: Tensor, scale: float, resc
     Args:
         inner: sum over the unit of G D.
         mask: the units' values in the forward pass (hard ones, when trained straight through).
-        rise: their derivative by the logit (of the soft draw).
+        rise: derivative of the rescaled mask by the logit (of the soft draw), the mean held fixed.
         scale: what the mask was multiplied by, 1 / mean.
         rescale: one of RESCALES.
         counts: entries per unit; None: one each.
         keep: sigmoid(s), for ``expected``.
         total, size: for ``global``: sum of G D m, and entries, over all tensors; for others those of this one.
     """
-    sizes = 1.0 if counts is None else counts.to(inner.dtype)
     if rescale in ("none", "detached"):
-        return inner.mul_(rise).mul_(scale)
+        return inner.mul_(rise)
     if total is None:
         total = float((inner * mask).sum(dtype=torch.float64))
     if size is None:
         size = inner.numel() if counts is None else int(counts.sum())
     share = scale * total / size
+    sizes = 1.0 if counts is None else counts.to(inner.dtype)
     if rescale == "expected":
         drift = (1 - keep).mul_(keep).mul_(share * scale).mul_(sizes)
-        return inner.mul_(rise).mul_(scale).sub_(drift)
-    return inner.sub_(share * sizes).mul_(rise).mul_(scale)
+        return inner.mul_(rise).sub_(drift)
+    return inner.sub_(share * sizes).mul_(rise)
 
 
 def prior_gradient(logits: Tensor, prior: float) -> Tensor:

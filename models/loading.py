@@ -40,8 +40,6 @@ class Loaded:
 
 def set_up_torch(args: Any) -> tuple[torch.device, torch.dtype]:
     """Threads, seed, device and compute dtype of a command; returns (device, dtype)."""
-    # waiting threads must sleep: another busy process makes OpenMP's spin-waits 5-10x slower
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
     torch.manual_seed(args.seed)
     hf_logging.disable_progress_bar()

@@ -16,5 +16,6 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
   echo "$want" >"$stamp"
 fi
 export PATH="$VENV/bin:$PATH"
-# a waiting thread must not spin while another process works
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} TOKENIZERS_PARALLELISM=false
+# a waiting thread must not spin for long while another process works (config.short_waits)
+[ -n "${OMP_WAIT_POLICY:-}" ] || export OMP_WAIT_POLICY=passive GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-1000}"
+export TOKENIZERS_PARALLELISM=false

@@ -10,7 +10,6 @@ and score is one of inference.py and the evaluators, so a sweep that was cut off
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -40,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parsed = config.parse(SweepArgs, argv)
         args: SweepArgs = parsed.args
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        config.short_waits()
         from evaluator import sweep_report
 
         found = sweep_report.over_seeds(args.folders, args.name) if args.folders else sweep(args, parsed.preset)

@@ -10,6 +10,7 @@ from pathlib import Path
 # read when huggingface_hub and OpenMP are imported, hence before any fixture
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as config.short_waits
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+import os
 
 import pytest
 from safetensors import SafetensorError
@@ -262,3 +263,16 @@ def test_a_bug_keeps_its_traceback(error):
     with pytest.raises(type(error)) as caught, exit_on_user_error():
         raise error
     assert caught.value is error
+
+
+@pytest.mark.parametrize(("given", "found"), [
+    ({}, ("passive", "1000")), ({"GOMP_SPINCOUNT": "5"}, ("passive", "5")),
+    ({"OMP_WAIT_POLICY": "active"}, ("active", None))])
+def test_waiting_threads_spin_briefly_unless_the_user_says_otherwise(monkeypatch, given, found):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")  # so that what short_waits sets is taken back
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    config.short_waits()
+    assert (os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT")) == found

@@ -258,12 +258,12 @@ def test_b20_what_a_script_sets_reaches_its_commands(name, tmp_path):
                           text=True, check=True).stdout
     (tmp_path / "venv" / ".installed").write_text(want)
     show = tmp_path / "venv" / "bin" / "python"
-    show.write_text('#!/bin/sh\necho "$OMP_WAIT_POLICY $TOKENIZERS_PARALLELISM ${CUDA_VISIBLE_DEVICES-}"\n')
+    show.write_text('#!/bin/sh\necho "$OMP_WAIT_POLICY $GOMP_SPINCOUNT $TOKENIZERS_PARALLELISM ${CUDA_VISIBLE_DEVICES-}"\n')
     show.chmod(0o755)
     done = subprocess.run(["bash", "-c", ". scripts/environment.sh; python; python"], cwd=config.ROOT, capture_output=True,
                           text=True, check=True, env={"PATH": "/usr/bin:/bin", "ABF_VENV": str(tmp_path / "venv"),
                                                       "CUDA_VISIBLE_DEVICES": "3"})
-    assert done.stdout.splitlines() == ["passive false 3"] * 2
+    assert done.stdout.splitlines() == ["passive 1000 false 3"] * 2
 
 
 def test_b19_names_of_runs_are_checked_before_anything_is_loaded(tmp_path, capsys):

@@ -118,7 +118,7 @@ class MaskBank(nn.Module):
         for slot in self.slots:
             for first, count in _blocks(slot.live):
                 one = torch.ones(1, device=slot.live.device)
-                change = self._effective(slot, first, count, one, f"unmasked|{slot.spec.name}")
+                change = self._effective(slot, first, count, one, 1.0, "unmasked")
                 _cut(slot.live, first, count).copy_(_cut(slot.base, first, count) + change)
 
     @torch.no_grad()
@@ -138,38 +138,45 @@ class MaskBank(nn.Module):
                 yield [_cut(d, first, count).float() for d in slot.deltas]
 
     def _write(self, slot: Slot, draw: Draw) -> None:
-        mask, _ = self._drawn(slot, draw)
+        flat = slot.live.detach().view(-1)
+        # a mask is drawn where its weights will be: no second buffer
+        mask, _ = self._drawn(slot, draw, room=flat if slot.spec.units and slot.spec.units.single else None)
         scale = self._scale(slot, mask)
         for first, count in _blocks(slot.live):
-            m = _spread(slot, mask, first, count, scale)
-            change = self._effective(slot, first, count, m, f"{draw.key}|{slot.spec.name}").mul_(m) \
-                if not self.settings.rule.linear else m * _cut(slot.deltas[0], first, count)
-            _cut(slot.live, first, count).copy_(change.add_(_cut(slot.base, first, count)))
+            m = _spread(slot, mask, first, count)
+            change = self._effective(slot, first, count, m, scale, draw.key)
+            torch.addcmul(_cut(slot.base, first, count), m, change, value=scale, out=flat[first:first + count])
 
-    def _effective(self, slot: Slot, first: int, count: int, mask: Tensor, key: str) -> Tensor:
+    def _effective(self, slot: Slot, first: int, count: int, mask: Tensor, scale: float, key: str) -> Tensor:
+        """D of a block, where the mask is ``scale`` times ``mask``."""
         deltas = [_cut(d, first, count) for d in slot.deltas]
         if self.settings.rule.linear:
-            return deltas[0].to(mask.dtype)
-        return effective(self.settings.rule, deltas, mask.expand(count), self.thresholds, key, first)
+            return deltas[0]
+        return effective(self.settings.rule, deltas, (mask * scale).expand(count), self.thresholds,
+                         f"{key}|{slot.spec.name}", first)
 
-    def _drawn(self, slot: Slot, draw: Draw, with_slope: bool = False) -> tuple[Tensor | None, Tensor | None]:
-        """(mask of the slot's units, its slope where asked for); None for a slot that is not masked."""
+    def _drawn(self, slot: Slot, draw: Draw, with_slope: bool = False, room: Tensor | None = None,
+               ) -> tuple[Tensor | None, Tensor | None]:
+        """(mask of the slot's units, its slope where asked for), in ``room`` where it fits; None for a slot without mask."""
         if slot.logits is None:
             return None, None
         logits = self.logits[slot.logits]
         kind = torch.promote_types(logits.dtype, torch.float32)
-        mask = torch.empty(logits.numel(), dtype=kind, device=logits.device)
-        rise = torch.empty_like(mask) if with_slope else None
+        if room is None or room.dtype != kind:
+            room = torch.empty(logits.numel(), dtype=kind, device=logits.device)
+        rise = torch.empty_like(room) if with_slope else None
         for first, count in _blocks(logits):
             bits = noise(f"{draw.key}|{slot.spec.name}", first, count, logits.device)
             if draw.mirrored:
                 bits = ~bits
             values = logits.detach()[first:first + count]
-            part = soft_mask(values if draw.trained else torch.zeros_like(values), bits, draw.temperature)
+            part = soft_mask(values if draw.trained else torch.zeros_like(values), bits, draw.temperature,
+                             room[first:first + count])
             if rise is not None:
                 rise[first:first + count] = slope(part, draw.temperature)
-            mask[first:first + count] = part.gt_(0.5) if draw.hard else part
-        return mask, rise
+            if draw.hard:
+                part.gt_(0.5)
+        return room, rise
 
     def _scale(self, slot: Slot, mask: Tensor | None) -> float:
         name, rescale = slot.spec.name, self.settings.rescale
@@ -200,7 +207,7 @@ class MaskBank(nn.Module):
             mask, _ = self._drawn(slot, draw)
             scale = self._scale(slot, mask)
             for first, count in _blocks(slot.live):
-                m = _spread(slot, mask, first, count, scale)
+                m = _spread(slot, mask, first, count) * scale
                 yield [(_cut(d, first, count) * m).float() for d in slot.deltas]
 
     # ---- backward
@@ -225,8 +232,7 @@ class MaskBank(nn.Module):
         reused = gradient.dtype == kind and gradient.is_contiguous()
         inner = gradient.view(-1) if reused else mask.new_empty(live.numel())
         for first, count in _blocks(live):
-            m = _spread(slot, mask, first, count, scale)
-            change = self._effective(slot, first, count, m, f"{draw.key}|{slot.spec.name}")
+            change = self._effective(slot, first, count, _spread(slot, mask, first, count), scale, draw.key)
             torch.mul(_cut(gradient, first, count).to(kind), change, out=inner[first:first + count])
         del gradient
         inner = units.reduce(inner.view(units.matrix))
@@ -236,8 +242,8 @@ class MaskBank(nn.Module):
         for first, count in _blocks(logits):
             block = slice(first, first + count)
             keep = torch.sigmoid(logits.detach()[block].to(kind)) if rescale == "expected" else None
-            logit_gradient(inner[block], mask[block], slope(mask[block], draw.temperature) if rise is None else rise[block],
-                           scale, "detached" if rescale == "global" else rescale,
+            rising = slope(mask[block], draw.temperature, scale) if rise is None else rise[block].mul_(scale)
+            logit_gradient(inner[block], mask[block], rising, scale, "detached" if rescale == "global" else rescale,
                            None if slot.counts is None else slot.counts[block], keep, total, int(_entries(slot)))
         if self.weight != 1:
             inner.mul_(self.weight)
@@ -319,18 +325,18 @@ def _cut(tensor: Tensor, first: int, count: int) -> Tensor:
     return tensor.detach().view(-1)[first:first + count]
 
 
-def _spread(slot: Slot, mask: Tensor | None, first: int, count: int, scale: float) -> Tensor:
-    """The rescaled mask of a block's entries, (count,) or (1,)."""
+def _spread(slot: Slot, mask: Tensor | None, first: int, count: int) -> Tensor:
+    """The mask of a block's entries, (count,) or (1,)."""
     if mask is None:
         return torch.ones(1, device=slot.live.device)
     if slot.spec.units.single:
-        return mask[first:first + count] * scale
+        return mask[first:first + count]
     matrix = slot.spec.matrix
     whole = slot.spec.units.expand(mask)
     if whole.numel() == 1:
-        return whole.reshape(1) * scale
+        return whole.reshape(1)
     columns = matrix[1]
     top, bottom = first // columns, -(-(first + count) // columns)
     rows = whole if whole.shape[0] == 1 else whole[top:bottom]
     start = first - top * columns
-    return rows.expand(bottom - top, columns).reshape(-1)[start:start + count] * scale
+    return rows.expand(bottom - top, columns).reshape(-1)[start:start + count]

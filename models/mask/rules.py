@@ -41,7 +41,7 @@ def effective(rule: Rule, deltas: Sequence[Tensor], mask: Tensor, thresholds: Se
     """
     if rule.linear:
         (total,) = deltas
-        return total.to(mask.dtype)
+        return total
     if rule.name == "dare":
         total = torch.zeros_like(deltas[0], dtype=mask.dtype)
         for i, delta in enumerate(deltas):
