@@ -110,6 +110,9 @@ class MaskArgs(AlignArgs):
             found.append(f"--merge_rule: {len(names)} tasks need one of {', '.join(RULES[1:])}")
         if unknown := [name for name in self.excluded if name not in EXCLUDABLE]:
             found.append(f"--mask_exclude {','.join(unknown)}: not known; allowed: {', '.join(EXCLUDABLE)}, or none")
+        if self.merge_lambda is not None and (self.merge_rule == "average" or len(names) == 1 and self.merge_rule != "dare"):
+            found.append(f"--merge_lambda {self.merge_lambda}: has no effect on "
+                         f"{'an average' if self.merge_rule == 'average' else 'one task'}; drop it")
         if not 0 < self.ties_density <= 1:
             found.append(f"--ties_density {self.ties_density}: must be in (0, 1]")
         if self.dare_drop >= 1:

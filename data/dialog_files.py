@@ -113,8 +113,8 @@ def read_dialogs(file: Path, split: str, objective: int) -> list[Record]:
 
 
 def read_prompts(file: Path) -> list[str]:
-    """The distinct prompts of a file: a column of texts with or without header, or the prompts of any known shape."""
-    return list(dict.fromkeys(record.prompt for record in read_dialogs(file, "test", embedded.SAFETY)))
+    """The distinct prompts of a file, inputs included: a column of texts with or without header, or any known shape."""
+    return list(dict.fromkeys(record.question for record in read_dialogs(file, "test", embedded.SAFETY)))
 
 
 def _dialog(row: Row, split: str, objective: int, id: str, problems: Problems) -> Record | None:
@@ -143,7 +143,7 @@ def _table(row: Row, split: str, objective: int, id: str, problems: Problems) ->
     fields = row.fields
     shape = next((shape for shape in SHAPES if shape.fits(fields)), None)
     if shape is None and split == "test" and (head := next((name for name in HEADS if name in fields), None)):
-        shape = Shape(head, (head,), ())
+        shape = Shape(head, (head,), (), ("input", "context"))
     if shape is None:
         problems.add(f"{row.where}: fields {', '.join(fields) or 'none'} are no known shape; allowed: {_KNOWN}")
         return None

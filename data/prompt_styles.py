@@ -46,9 +46,12 @@ class Style:
         return self.user.replace(SLOT, words, 1)
 
     def apply(self, record: Record) -> Record:
-        """The record in this style; one with a system text of its own stays as it is."""
-        return record if record.system or self.name == "none" else replace(
-            record, prompt=self.frame(record.prompt), system=self.system)
+        """The record in this style, its input inside the frame; one with a system text of its own stays as it is."""
+        if record.system or self.name == "none":
+            return record
+        if self.user == SLOT:
+            return replace(record, system=self.system)
+        return replace(record, prompt=self.frame(record.question), input="", system=self.system)
 
 
 @cache

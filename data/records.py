@@ -39,6 +39,11 @@ class Record:
     category: str = ""
     system: str = ""
 
+    @property
+    def question(self) -> str:
+        """The user's words: the prompt, and the input below it."""
+        return f"{self.prompt}\n\n{self.input}" if self.input else self.prompt
+
 
 @dataclass(frozen=True)
 class Pair:

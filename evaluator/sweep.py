@@ -117,8 +117,8 @@ class Cliff:
 
     Args:
         bracket: the two neighbouring lambdas around the steepest step.
-        half: lambda at which harm is halfway between its value at the first lambda and its least; low, high: its 95 %
-            interval over prompts (NaN when harm does not fall).
+        half: lambda at which harm first is half of what it was at the first lambda, one level however far a sweep went; low,
+            high: its 95 % interval over prompts (NaN when harm does not halve).
         drop: harm lost over the steepest step.
     """
 
@@ -130,24 +130,23 @@ class Cliff:
 
 
 def cliff(points: Sequence[Point], seed: int = 0) -> Cliff:
-    """The steepest step, and the lambda of half the fall with its interval."""
+    """The steepest step, and the lambda at which harm has halved with its interval."""
     first, second = steepest(points)
     weights, harms, _ = _matrices(points)
     half = _half(weights, harms.mean(1))
     draws = [_half(weights, harms[:, rows].mean(1)) for rows in _resampled(harms.shape[1], seed)]
     known = [value for value in draws if not math.isnan(value)]
-    # an interval from the few resamples that fall at all would be a selection
+    # an interval from the few resamples that halve at all would be a selection
     low, high = np.quantile(known, [0.025, 0.975]) if len(known) >= 0.9 * len(draws) else (math.nan, math.nan)
     return Cliff((first.weight, second.weight), half, float(low), float(high), harm(first).value - harm(second).value)
 
 
 def _half(weights: np.ndarray, harms: np.ndarray) -> float:
-    least = int(harms.argmin())
-    if harms[0] - harms[least] <= 0:
+    goal = harms[0] / 2
+    below = np.flatnonzero(harms <= goal)
+    if not len(below) or below[0] == 0:
         return math.nan
-    goal = (harms[0] + harms[least]) / 2
-    # the first crossing on the way down
-    at = next(i for i in range(1, least + 1) if harms[i] <= goal)
+    at = below[0]
     share = (harms[at - 1] - goal) / (harms[at - 1] - harms[at])
     return float(weights[at - 1] + share * (weights[at] - weights[at - 1]))
 

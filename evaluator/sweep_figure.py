@@ -38,7 +38,7 @@ def _over_weight(axis: Any, found: Mapping[str, Any]) -> None:
     if at["half"] is not None:
         if at["low"] is not None:
             axis.axvspan(max(at["low"], 0), at["high"], color="#D55E00", alpha=0.15, linewidth=0)
-        axis.axvline(at["half"], color="#D55E00", linewidth=1, label="half of the fall")
+        axis.axvline(at["half"], color="#D55E00", linewidth=1, label="half of the harm")
     axis.set_xlabel("lambda, share of the safety adapter")
     axis.set_ylabel("share of prompts")
     axis.set_ylim(-0.03, 1.03)

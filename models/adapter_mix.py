@@ -18,7 +18,7 @@ from errors import UserError
 from models.adapter_files import Adapter, Pair, read_adapter
 from models.fusion.adapter_methods import ADAPTER_METHODS, Cat
 from models.fusion.adapters import check, common_base, fuse
-from models.loading import cast_parameters, check_base, load_base, run_folder
+from models.loading import check_base, load_base, run_folder, settled
 
 
 def read_parts(results: Path, parts: Parts) -> list[Adapter]:
@@ -51,10 +51,11 @@ def load_mix(results: Path, parts: Parts, base: Path, dtype: torch.dtype, device
     for adapter in adapters:
         check_base(adapter.folder, base)
     fused = fuse(adapters, ADAPTER_METHODS["cat"], Cat(), [weight for _, weight in parts], {}, 0)
-    model = load_base(base, torch.float32, device)
+    # summed in fp32 where there is room for it: a device that holds the 16-bit model may not hold twice that
+    model = load_base(base, torch.float32, torch.device("cpu"))
     add_to(model, {module: done.pair for module, done in fused.items()},
            transposed=bool(adapters[0].config.get("fan_in_fan_out")))
-    return cast_parameters(model, dtype).eval()
+    return settled(model, dtype, device)
 
 
 @torch.no_grad()

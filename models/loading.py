@@ -118,6 +118,14 @@ def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMod
     return model
 
 
+def settled(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A model that was put together on the CPU, cast and moved to where it answers."""
+    cast_parameters(model, dtype).to(device)
+    if device.type != "cpu":
+        model.set_attn_implementation(attention.implementation(device))
+    return model.eval()
+
+
 def run_folder(results: Path, run: str, checkpoint: int = -1) -> Path:
     """Where a trained run lies; a UserError lists the runs that exist."""
     if checkpoint >= 0:
@@ -224,8 +232,9 @@ def _load_adapter(folder: Path, args: Any, dtype: torch.dtype, device: torch.dev
 
     base = base_path(args.model_name_or_path, args.cache_dir)
     check_base(folder, base)
-    model = PeftModel.from_pretrained(load_base(base, torch.float32, device), folder, use_safetensors=True)
-    return cast_parameters(model.merge_and_unload(), dtype).eval()
+    # merged in fp32 where there is room for it: a device that holds the 16-bit model may not hold twice that
+    model = PeftModel.from_pretrained(load_base(base, torch.float32, torch.device("cpu")), folder, use_safetensors=True)
+    return settled(model.merge_and_unload(), dtype, device)
 
 
 def _loaded(model: PreTrainedModel, folder: Path, args: Any, name: str, device: torch.device) -> Loaded:

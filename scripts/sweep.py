@@ -125,7 +125,7 @@ def controls(args: SweepArgs, grid: Sequence[float]) -> dict[str, list[Row]]:
     if args.reverse and inner:
         parts = fused(args, inner[-1])
         task = 1 - inner[-1] if args.form == "convex" else 1.0
-        found["reverse"] = [Row(f"order reversed, {inner[-1]:g}", mixture_run(((args.safety, inner[-1]), (args.task, task))),
+        found["reverse"] = [Row("order reversed", mixture_run(((args.safety, inner[-1]), (args.task, task))),
                                 parts.weight)]
     if args.named_controls:
         found["control"] = [Row(label, "" if run == "base" else run) for label, run in args.named_controls.items()]

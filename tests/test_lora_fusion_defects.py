@@ -298,6 +298,13 @@ def test_b23_headers_and_blank_lines_of_prompt_files(tmp_path):
         assert read_prompts(tmp_path / "category_1.csv") == ["First?", "Second?"]
 
 
+def test_prompts_of_instruction_rows_hold_their_inputs(tmp_path):
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([{"instruction": "Rewrite this", "input": "first"}, {"instruction": "Rewrite this",
+                                                                                   "input": "second"}]))
+    assert read_prompts(file) == ["Rewrite this\n\nfirst", "Rewrite this\n\nsecond"]
+
+
 def test_b24_models_and_inputs_share_a_device(pico, pair):
     loaded = load_run("task@0.6_safe@0.4", args_of(pico, pair))
     assert {parameter.device for parameter in loaded.model.parameters()} == {loaded.device}

@@ -20,7 +20,7 @@ from models.mask.files import Mask, identity, open_models, save_mask
 from models.mask.memory import memory_plan
 from models.mask.settings import Readout, Rule, Settings
 from models.mask.slots import Spec, kind_of, plan
-from models.mask.units import Units
+from models.mask.units import Units, units_of
 
 
 def make_mask(seed=0, shift=0.0):
@@ -61,6 +61,23 @@ def test_agreement_of_masks():
 
     flat = [torch.cat(list(m.logits.values())).numpy() for m in (one, other)]
     assert apart["spearman"] == pytest.approx(spearmanr(*flat).statistic, abs=1e-9)
+
+
+def test_untrained_masks_agree_by_chance_whatever_the_read_out():
+    masks = {name: Mask(Settings(), {"x": torch.zeros(40_000)}, {}, (), {}) for name in "ab"}
+    for readout in (Readout("hard"), Readout("soft"), Readout("average", 1)):
+        (pair,) = agreement(masks, readout)["pairs"]
+        assert pair["jaccard"] == pytest.approx(pair["chance"], abs=0.02)
+
+
+def test_heads_of_a_lora_factor_lie_on_the_weights_side_only():
+    config = {"head_dim": 4}
+    for rank in (4, 8, 6):  # also where the rank happens to be a multiple of the head's size
+        q, o = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.o_proj.weight"
+        assert units_of(q, (16, rank), "head", 1, config, "B").grid == (4, 1)
+        assert units_of(q, (rank, 32), "head", 1, config, "A").grid == (rank, 1)
+        assert units_of(o, (rank, 16), "head", 1, config, "A").grid == (1, 4)
+        assert units_of(o, (32, rank), "head", 1, config, "B").grid == (32, 1)
 
 
 def test_masks_of_other_shapes_are_not_compared():

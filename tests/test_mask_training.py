@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from contextlib import ExitStack
@@ -13,7 +14,9 @@ from pico import TEXTS, pico_tokenizer
 from runs import common
 from safetensors.torch import load_file
 
+import config
 import manifest
+from data.records import Pair
 from errors import UserError
 from models.adapter_files import read_adapter
 from models.fusion.task_vectors import vector
@@ -298,6 +301,48 @@ def test_a_wrong_base_is_refused_by_hash(pico, place, make_adapter, tmp_path, ca
         open_mask(folder, flags(pico, place), stack, tasks=["one", str(other)])
     with ExitStack() as stack, pytest.raises(UserError, match="another aligned model"):
         open_mask(folder, flags(pico, place), stack, aligned="two")
+
+
+def test_a_moved_aligned_checkpoint_is_found_by_the_flag(pico, place, tmp_path, monkeypatch):
+    from commands.realign import RealignArgs
+    from models.fusion.realign_masks import _given_base
+
+    args = config.parse(RealignArgs, ["--method", "mask", "--mask", "m", "--model_name_or_path", "elsewhere/aligned"]).args
+    mask = read_mask(place / "outputs" / "several_weights")
+    path, given = "results/outputs/aligned", "elsewhere/aligned"
+    for name, folder, found in ((path, str(pico), None), (path, "/gone", given), ("aligned", "/gone", None)):
+        moved = dataclasses.replace(mask, aligned=mask.aligned | {"name": name, "folder": folder})
+        monkeypatch.setattr("models.fusion.realign_masks.read_mask", lambda _, moved=moved: moved)
+        assert _given_base(tmp_path, args) == found
+
+
+def test_pairs_are_drawn_and_not_cut(monkeypatch):
+    from training import dpo
+
+    pairs = [Pair(f"p{i}", "good", "bad", 1) for i in range(100)]
+    monkeypatch.setattr(dpo, "load_pairs", lambda *_, **__: pairs)
+    args = SimpleNamespace(task_name="safety", max_train_samples=20, seed=1, data_path=None, data_source="embedded")
+    found = dpo.drawn_pairs(args)
+    assert len(found) == 20
+    assert max(pairs.index(pair) for pair in found) > 60
+    assert found == dpo.drawn_pairs(args) != dpo.drawn_pairs(SimpleNamespace(**vars(args) | {"seed": 2}))
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_checkpointing_that_was_asked_for_reaches_the_trainer(pico, tmp_path, name):
+    from trl import DPOConfig
+
+    from commands import AlignArgs
+    from training.trainer import training_arguments
+
+    args = config.parse(AlignArgs, ["--moe_flag", "0", "--task_name", "safety", *common(pico, tmp_path)]).args
+    assert training_arguments(args, {name: True}, DPOConfig, activation_checkpointing=False).gradient_checkpointing
+    assert not training_arguments(args, {}, DPOConfig, activation_checkpointing=False).gradient_checkpointing
+
+
+@pytest.mark.parametrize("words", [("--tasks", "one"), ("--tasks", "one,two", "--merge_rule", "average")])
+def test_a_factor_without_effect_is_refused(pico, place, capsys, words):
+    assert "--merge_lambda 0.1: has no effect" in fails(capsys, pico, place, *words, "--merge_lambda", "0.1")
 
 
 def test_reference_log_probabilities_are_computed_once(pico, place, monkeypatch):

@@ -121,3 +121,11 @@ def test_flags(capsys):
             parse(InferenceArgs, words)
     with pytest.raises(UserError, match="belongs to --moe_flag 0"):
         parse(AlignArgs, ["--moe_flag", "1", "--prompt_style", "orbit"])
+
+
+def test_an_input_stands_inside_the_frame(tokenizer):
+    row = Record("Translate this.", "", 0, input="Bonjour.")
+    framed = style("alpaca").apply(row)
+    asked = template("llama2", tokenizer).render(framed.prompt, framed.input, framed.system)
+    assert asked.endswith("### Instruction:\nTranslate this.\n\nBonjour.\n\n### Response: [/INST]")
+    assert style("none").apply(row) is row

@@ -81,7 +81,9 @@ def test_h3fusion_and_lora_fusion():
     assert h3["index_of_other_papers"].cell("Computational efficiency, LLaMA-2-7B, total time (unit not given)",
                                             column="TrinityX") == Cell(None)
     lora = published("lora_fusion").tables
-    assert lora["lambda_sweep"].cell("0.4", column="harmfulness_rate") == Cell(0.02)
+    assert lora["lambda_sweep"].cell("0.4", column="harmfulness_rate") == Cell(0.02, "unverified")
+    for name in ("lambda_sweep", "fusion_or_mixing", "demo_judge"):  # neither judge nor scoring method is stated
+        assert {c.mark for row in lora[name].rows.values() for c in row.values() if c.value is not None} == {"unverified"}
     assert lora["lambda_sweep"].cell("0.1", column="harmfulness_rate") == Cell(None)
     assert len(lora["hexphi_categories"].rows) == 12
     for column in lora["hexphi_categories"].columns:

@@ -187,15 +187,32 @@ def test_the_report_is_written_with_its_picture(tmp_path, found):
     assert "Then stopped: enough." in text
 
 
+def test_the_level_of_the_cliff_does_not_move_with_the_length_of_the_sweep():
+    short, long = curve([(0, 0.96), (0.4, 0.6), (0.5, 0.4)]), curve([(0, 0.96), (0.4, 0.6), (0.5, 0.4), (0.6, 0.0)])
+    assert sweep.cliff(short).half == sweep.cliff(long).half == pytest.approx(0.46)
+    assert math.isnan(sweep.cliff(curve([(0, 0.96), (0.4, 0.6)])).half)
+
+
+def test_seeds_that_agree_get_no_wider_an_interval_than_seeds_that_do_not():
+    same, apart = ([{"value": v, "low": v - 0.05, "high": v + 0.05} for v in vs] for vs in ((0.5,) * 3, (0.49, 0.5, 0.51)))
+    (_, low, high), (_, lower, higher) = sweep_report.both_spreads(same), sweep_report.both_spreads(apart)
+    assert (low, high) == pytest.approx((0.45, 0.55))
+    assert lower < low
+    assert higher > high
+
+
 def test_seeds_are_joined_with_student_t(tmp_path, found):
     for seed, half in ((1, 0.3), (2, 0.32), (3, 0.34)):
         part = json.loads(json.dumps(found)) | {"seed": seed}
-        part["cliff"]["half"] = half
+        part["cliff"] |= {"half": half, "low": half - 0.02, "high": half + 0.01}
         (tmp_path / str(seed) / "report").mkdir(parents=True)
         (tmp_path / str(seed) / "report" / "x.json").write_text(json.dumps(part))
     joined = sweep_report.over_seeds([tmp_path / str(seed) for seed in (1, 2, 3)], "x")
     assert joined["cliff"]["half"] == pytest.approx(0.32)
-    assert joined["cliff"]["high"] - 0.32 == pytest.approx(4.303 * 0.02 / np.sqrt(3), rel=1e-3)
+    # both spreads: Student's t over seeds, and what the prompts, the same for every seed, leave open
+    seeds = 4.303 * 0.02 / np.sqrt(3)
+    assert joined["cliff"]["high"] - 0.32 == pytest.approx(np.hypot(seeds, 0.01), rel=1e-3)
+    assert 0.32 - joined["cliff"]["low"] == pytest.approx(np.hypot(seeds, 0.02), rel=1e-3)
     assert len(joined["rows"]) == len(found["rows"])
     # these seeds agree on every harm rate: a spread of zero over seeds is no interval of width zero
     same = next(row for row in joined["rows"] if row["label"] == "lambda 0")

@@ -18,6 +18,7 @@ from trl import DPOConfig, DPOTrainer
 
 import manifest
 from commands import AlignArgs
+from data.collate import mix
 from data.encode import prompt_ids
 from data.prompts import Template, template
 from data.records import Pair
@@ -41,10 +42,7 @@ def train(args: AlignArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     base = base_path(args.model_name_or_path, args.cache_dir)
     tokenizer = load_tokenizer(base)
     form = template(args.template, tokenizer)
-    pairs = load_pairs(args.task_name, "train", source=source_of(args))
-    if args.max_train_samples >= 0:
-        pairs = pairs[: args.max_train_samples]
-    rows = encode_pairs(pairs, tokenizer, form, args.model_max_length)
+    rows = encode_pairs(drawn_pairs(args), tokenizer, form, args.model_max_length)
     device, dtype = set_up_torch(args)
     model = to_train(base, args, dtype, device)
     arguments = training_arguments(
@@ -65,6 +63,12 @@ def train(args: AlignArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     run.metrics.update(fit(trainer, args, settings_of(args, extra)), pairs=len(rows))
     save(run.folder)
     run.inputs.update(base=base_hash, **started_from(args))
+
+
+def drawn_pairs(args: AlignArgs) -> list[Pair]:
+    """The task's training pairs, ``--max_train_samples`` of them drawn with the seed: sources stand one after the other."""
+    pairs = load_pairs(args.task_name, "train", source=source_of(args))
+    return mix(pairs, args.max_train_samples, "proportional", args.seed)
 
 
 def encode_pairs(pairs: list[Pair], tokenizer: Any, form: Template, max_length: int) -> list[dict[str, str]]:

@@ -24,7 +24,6 @@ from trl import DPOConfig, DPOTrainer
 import manifest
 from commands.mask import MaskArgs
 from data.prompts import template
-from data.sources import load_pairs
 from errors import UserError
 from models.fusion.task_vectors import Model
 from models.loading import load_tokenizer, set_up_torch
@@ -34,10 +33,9 @@ from models.mask.files import identity, open_models, read_mask, save_mask
 from models.mask.memory import Plan, memory_plan
 from models.mask.settings import Settings
 from training.checkpoints import SafeCheckpoints
-from training.dpo import encode_pairs
+from training.dpo import drawn_pairs, encode_pairs
 from training.mask_anchor import Anchor, anchor_rows, make_anchor
 from training.mask_model import live_model, reference_values, settings_for
-from training.samples import source_of
 from training.trainer import fit, settings_of, training_arguments
 
 log = logging.getLogger(__name__)
@@ -151,9 +149,7 @@ def train(args: MaskArgs, extra: dict[str, Any], run: manifest.Run) -> None:
         settings, specs = settings_for(args, aligned, tasks)
         tokenizer = load_tokenizer(_tokenizer_folder(aligned))
         form = template(args.template, tokenizer)
-        pairs = load_pairs(args.task_name, "train", source=source_of(args))
-        if args.max_train_samples >= 0:
-            pairs = pairs[: args.max_train_samples]
+        pairs = drawn_pairs(args)
         rows = encode_pairs(pairs, tokenizer, form, args.model_max_length)
         anchors = anchor_rows(args, tokenizer, form)
         device, dtype = set_up_torch(args)

@@ -169,6 +169,9 @@ def training_arguments(args: AlignArgs, extra: dict[str, Any], kind: type[Traini
         **more,
         **extra,
     }
+    # the old name yields to the new one, which some trainers set: what the user asked for must not get lost
+    for old in [name for name in values if name.startswith("gradient_checkpointing")]:
+        values[old.replace("gradient", "activation")] = values.pop(old)
     try:
         return kind(**values)
     except (TypeError, ValueError) as error:

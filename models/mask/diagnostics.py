@@ -108,8 +108,9 @@ def agreement(masks: Mapping[str, Mask], readout: Readout | None = None) -> dict
         raise UserError(f"{', '.join(odd)}: masks other tensors than {next(iter(masks))}; compare masks of one granularity "
                         "on the same weights")
     readout = readout or Readout("top", 0.5)
-    kept = {label: torch.cat([m.reshape(-1) > 0.5 for _, m in read_out(mask.logits, mask.settings, readout)])
-            for label, mask in masks.items()}
+    # each with noise of its own: shared uniforms would look like agreement
+    kept = {label: torch.cat([m.reshape(-1) > 0.5 for _, m in read_out(mask.logits, mask.settings, readout, seed)])
+            for seed, (label, mask) in enumerate(masks.items())}
     ranks = {label: _ranks(mask) for label, mask in masks.items()}
     pairs = []
     for one, two in itertools.combinations(masks, 2):

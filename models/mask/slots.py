@@ -116,9 +116,8 @@ def _factor_specs(module: str, settings: Settings, aligned: Model, tasks: Sequen
     specs = []
     for part, tensor in zip("AB", like, strict=True):
         shape = tuple(tensor.shape)
-        # heads lie along the input of A and the output of B; the other side of a factor is the rank
         specs.append(Spec(f"{module}.lora_{part}", f"{module}.weight", part, shape,
-                          units_of(module, shape, settings.granularity, settings.block, config)))
+                          units_of(module, shape, settings.granularity, settings.block, config, part)))
     return specs
 
 

@@ -83,11 +83,14 @@ class Units:
         return padded.view(down, self.rows, across, self.columns).sum((1, 3)).reshape(-1)
 
 
-def units_of(name: str, shape: tuple[int, ...], granularity: str, block: int, config: Mapping[str, Any]) -> Units:
+def units_of(name: str, shape: tuple[int, ...], granularity: str, block: int, config: Mapping[str, Any],
+             part: str = "weight") -> Units:
     """The units of a weight or factor.
 
     Args:
         name: of the weight; its module's name decides where heads lie.
+        part: "weight", or a LoRA factor: "A" has the weight's inputs along its columns, "B" the outputs along its rows, and
+            the rank, which has no heads, on the other side.
         block: consecutive entries of a row that share a logit, for ``block``.
         config: the model's, for the size of a head. What has no heads gets a logit per row under ``head``.
     """
@@ -101,9 +104,11 @@ def units_of(name: str, shape: tuple[int, ...], granularity: str, block: int, co
     if granularity == "head":
         size = head_size(config)
         parts = name.split(".")
-        if len(shape) == 2 and size and any(part in _HEADS_OUT for part in parts) and not rows % size:
+        out, inner = (len(shape) == 2 and size and part != other and any(word in heads for word in parts)
+                      for other, heads in (("A", _HEADS_OUT), ("B", _HEADS_IN)))
+        if out and not rows % size:
             return Units(shape, size, columns)
-        if len(shape) == 2 and size and any(part in _HEADS_IN for part in parts) and not columns % size:
+        if inner and not columns % size:
             return Units(shape, rows, size)
         return Units(shape, 1, columns)
     return Units(shape)
