@@ -4,7 +4,7 @@
 #
 #   bash scripts/somf.sh                    one task, three mask seeds
 #   bash scripts/somf.sh --task maths       another task: english, chinese, maths, summaries
-#   bash scripts/somf.sh --full             two tasks more: masks and controls on their merges too
+#   bash scripts/somf.sh --full             two tasks more: four plain merges; masks and random masks on their task arithmetic
 #   bash scripts/somf.sh --dry_run          print the commands, run nothing
 #
 # SEEDS="1 2 3 4 5" SAMPLES=-1 OUT=results/somf_whole bash scripts/somf.sh takes more mask seeds and whole test sets;
@@ -109,9 +109,9 @@ controls() { # TASKS RULE..: what needs no mask
   low_rank "resta_$tag" "${rule[@]}" --method resta --parameters "gamma=0.5" --unaligned "$unaligned" --rank 64
   low_rank "safe_lora_$tag" "${rule[@]}" --method safe_lora --parameters "tau=0.5; exact=true" --unaligned "$unaligned" --rank 64
 }
-dpo_control() { # the same pairs and steps as a mask has, on the tuned model's own adapter
+dpo_control() { # as many pairs and steps as a mask has, on the tuned model's own adapter; its rate was not tuned on anything
   once dpo_lora "$task" -- python align_basemodel.py --moe_flag 0 --task_name safety --method dpo --init_adapter "$task" \
-    --run_name dpo_lora --num_train_epochs 2 "${on_aligned[@]}" --threads "$half"
+    --run_name dpo_lora --num_train_epochs 2 --learning_rate 1e-4 "${on_aligned[@]}" --threads "$half"
 }
 answers() { # RUNS MODEL_FLAGS..: what the judges read, and the likelihood of held-out task answers
   local runs=$1 folders; shift
