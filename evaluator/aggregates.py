@@ -15,7 +15,8 @@ import numpy as np
 
 from commands.judges import KNOWN
 from commands.utility import BENCHMARKS, PROBES
-from evaluator.metrics import CONFIDENCE, Score, t_interval
+from evaluator.metrics import CONFIDENCE, Score
+from evaluator.metrics import over_seeds as joined
 from evaluator.pairing import how_scored
 
 if TYPE_CHECKING:
@@ -74,15 +75,13 @@ def aggregates(rows: Mapping[tuple[str, str], Mapping[str, float]], seed: int) -
 
 
 def over_seeds(found: Sequence[Measured]) -> dict[str, Score]:
-    """Each aggregate that all seeds of a row have: one seed's bootstrap interval, or Student's t over several."""
+    """Each aggregate that all seeds of a row have: one seed's bootstrap interval, or seeds and rows together for several."""
     seeds = [{cell.name: cell.score for cell in aggregates(item.rows, item.seed or 0) if cell.score} for item in found]
     shared = [name for name in seeds[0] if all(name in seed for seed in seeds)] if seeds else []
     scores = {}
     for name in shared:
-        first, values = seeds[0][name], [seed[name].value for seed in seeds]
-        # seeds that agree to the last row say nothing of the uncertainty that the rows leave
-        low, high = (first.low, first.high) if len(set(values)) == 1 else t_interval(values)[1:]
-        scores[name] = replace(first, value=float(np.mean(values)), low=low, high=high)
+        value, low, high = joined([(seed[name].value, seed[name].low, seed[name].high) for seed in seeds])
+        scores[name] = replace(seeds[0][name], value=value, low=low, high=high)
     return scores
 
 

@@ -104,7 +104,7 @@ def judge_axes(found: Iterable[Measured]) -> tuple[Axis, ...]:
 
 @dataclass(frozen=True)
 class Cell:
-    """A value over seeds with its interval: Student's t over seeds; the rows' where there is one seed or all agree."""
+    """A value over seeds with its interval: that of the rows for one seed, of both together for several."""
 
     value: float
     low: float
@@ -181,11 +181,10 @@ def cell(found: Sequence[Measured], axis: Axis) -> Cell | None:
     known = [score for score in scores if score and score["value"] is not None]
     if not known:
         return None
-    # seeds that agree to the last row say nothing of the uncertainty that the rows leave
-    if len(found) == 1 or (len(known) > 1 and len({score["value"] for score in known}) == 1):
-        low, high = (math.nan if known[0][k] is None else known[0][k] for k in ("low", "high"))
-        return Cell(known[0]["value"], low, high, known[0]["n"], values)
-    value, low, high = metrics.t_interval([score["value"] for score in known])
+    if len(found) > len(known) == 1:  # one seed of several has no spread to judge by
+        return Cell(known[0]["value"], math.nan, math.nan, known[0]["n"], values)
+    value, low, high = metrics.over_seeds([
+        tuple(math.nan if score[k] is None else score[k] for k in ("value", "low", "high")) for score in known])
     # Student's t knows no bounds; a rate does
     return Cell(value, max(low, axis.bounds[0]), min(high, axis.bounds[1]), known[0]["n"], values)
 
@@ -207,10 +206,7 @@ def difference(a: Measured, b: Measured, axis: Axis) -> Difference | None:
 
 
 def over_seeds(a: Sequence[Measured], b: Sequence[Measured], axis: Axis) -> Difference | None:
-    """The paired difference of two runs: on the rows for one seed; the mean over seeds, with a t interval, for several.
-
-    Seeds whose differences are all equal have no spread; the rows' interval stands there too.
-    """
+    """The paired difference of two runs: on the rows for one seed; for several their mean, with both spreads."""
     # a run that was made once stands against every seed of the other
     many = max(len(a), len(b))
     a, b = (list(side) * many if len(side) == 1 else side for side in (a, b))
@@ -218,7 +214,5 @@ def over_seeds(a: Sequence[Measured], b: Sequence[Measured], axis: Axis) -> Diff
     if len(found) < 2:
         # one seed of several has no spread to judge by
         return found[0] if found and len(a) == 1 else None
-    if len({d.value for d in found}) == 1:
-        return found[0]
-    value, low, high = metrics.t_interval([d.value for d in found])
+    value, low, high = metrics.over_seeds([(d.value, d.low, d.high) for d in found])
     return Difference(value, low, high, math.nan, found[0].n)

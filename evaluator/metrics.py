@@ -168,6 +168,21 @@ def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
     return average, average - half, average + half
 
 
+def over_seeds(found: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:
+    """Mean over seeds of (value, low, high), its ends as far off as seeds and prompts together put them.
+
+    Every seed answers the same prompts, so the prompts' part does not shrink with the number of seeds: the half width is the
+    root of the sum of squares of Student's t over the seeds and of the seeds' mean half width over prompts. An end that
+    a seed lacks (NaN) adds nothing; one seed keeps its own interval.
+    """
+    value, low, high = t_interval([part[0] for part in found])
+    if len(found) < 2:
+        return found[0]
+    below, above = ([abs(part[end] - part[0]) for part in found if not math.isnan(part[end])] for end in (1, 2))
+    return (value, value - math.hypot(value - low, float(np.mean(below)) if below else 0.0),
+            value + math.hypot(high - value, float(np.mean(above)) if above else 0.0))
+
+
 def mc1(logprobs: Sequence[float], labels: Sequence[int], best: int) -> int:
     """1 if the best answer has a higher summed log-probability than every wrong one (TruthfulQA, Lin et al., 2022)."""
     return int(all(logprobs[best] > value for value, label in zip(logprobs, labels, strict=True) if not label))

@@ -31,6 +31,10 @@ class Line:
     found: tuple[Measured, ...]
 
 
+_BOTH = ("a half width being the root of the sum of squares of Student's t over seeds and the seeds' mean half width over "
+         "test rows, which are the same for every seed (cut at 0 and 1 for shares); also for the paired differences.")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
         args: ReportArgs = config.parse(ReportArgs, argv).args
@@ -233,13 +237,10 @@ def _notes(lines: Sequence[Line], axes: Sequence[Axis], roots: Sequence[Path]) -
     notes.append("- Square brackets: 95 % intervals. " + (
         "Wilson for rates, percentile bootstrap over rows for means; differences on the same prompts by exact McNemar "
         "or paired bootstrap, refusal − over-refusal by adding both intervals in quadrature." if len(roots) == 1 else
-        f"Mean over {len(roots)} seeds with Student's t (cut at 0 and 1 for shares), also for the paired differences; "
-        "where all seeds give the same value, the rows' interval of one; the test rows are the same for every seed, so "
-        "these say how much a new training run moves the figure, not a new test set.")
+        f"Mean over {len(roots)} seeds, {_BOTH}")
         + " No correction for the number of comparisons.")
     if len(roots) == 1 and any("+" in line.run for line in lines):
-        notes.append("- Rows of several runs: their mean, with Student's t over the runs (cut at 0 and 1 for shares), also "
-                     "for differences to rows of one run; it says how much a new seed moves the figure, not a new test set.")
+        notes.append(f"- Rows of several runs: their mean, {_BOTH}")
     notes.append(f"- Seeds: {', '.join(map(str, seeds)) or 'unknown'}.")
     notes += [f"- {line.label}: {', '.join(_place(item.folder) for item in line.found)}" for line in lines]
     return notes

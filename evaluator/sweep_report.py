@@ -85,9 +85,8 @@ def over_seeds(folders: Sequence[Path], name: str) -> dict[str, Any]:
         raise UserError(f"--roots: these sweeps differ in {', '.join(odd)}; give sweeps of one kind")
     names = answer_scores.measures(parts[0]["utility"])
     halves = [part["cliff"]["half"] for part in parts]
-    known = [{"value": at["half"], **{end: at["half"] if at[end] is None else at[end] for end in ("low", "high")}}
-             for at in (part["cliff"] for part in parts) if at["half"] is not None]
-    value, low, high = both_spreads(known) if known else (math.nan,) * 3
+    known = [at | {"value": at["half"]} for at in (part["cliff"] for part in parts) if at["half"] is not None]
+    value, low, high = _over_seeds(known) if known else (math.nan,) * 3
     return {
         **{key: parts[0][key] for key in keys}, "seed": [part["seed"] for part in parts],
         "rows": _joined([part["rows"] for part in parts], names),
@@ -114,7 +113,7 @@ def _joined(parts: Sequence[Sequence[Mapping[str, Any]]], names: Collection[str]
             if None in values:
                 scores[name] = dict.fromkeys(("value", "low", "high"), None) | {"n": row[name]["n"]}
                 continue
-            value, low, high = both_spreads([r[name] for r in rows])
+            value, low, high = _over_seeds([r[name] for r in rows])
             ends = (low, high) if name == "nll" else (max(0.0, low), min(1.0, high))
             scores[name] = _plain({"value": value, "low": ends[0], "high": ends[1]}) | {"n": row[name]["n"]}
         done.append({k: row[k] for k in ("label", "run", "group", "weight")} | scores | {
@@ -122,15 +121,9 @@ def _joined(parts: Sequence[Sequence[Mapping[str, Any]]], names: Collection[str]
     return done
 
 
-def both_spreads(found: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:
-    """Mean over seeds, (value, low, high), its ends as far off as seeds and prompts together put them.
-
-    Every seed answers the same prompts, so their spread does not shrink with the number of seeds: the half width is the root
-    of the sum of squares of Student's t over the seeds and the seeds' mean half width over prompts.
-    """
-    value, low, high = metrics.t_interval([part["value"] for part in found])
-    below, above = (sum(abs(part[end] - part["value"]) for part in found) / len(found) for end in ("low", "high"))
-    return value, value - math.hypot(value - low, below), value + math.hypot(high - value, above)
+def _over_seeds(found: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:
+    return metrics.over_seeds([tuple(math.nan if part[k] is None else part[k] for k in ("value", "low", "high"))
+                               for part in found])
 
 
 def _gaps(parts: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
@@ -144,7 +137,7 @@ def _gaps(parts: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
         if len(known) < len(parts):
             done.append({"label": label, "group": group, "gap": None})
             continue
-        value, low, high = both_spreads(gaps)
+        value, low, high = _over_seeds(gaps)
         done.append({"label": label, "group": group,
                      "gap": _plain({"value": value, "low": low, "high": high, "p": None, "n": len(known)})})
     return done

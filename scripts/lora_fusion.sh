@@ -68,7 +68,7 @@ realigned() { # NAME FLAGS..: training-free repairs of the identity adapter, fro
   say python models/fuse.py realign --tasks identity --run_name "$1" --unaligned "$unaligned" --output adapter --rank 64 \
     "${@:2}" "${on_aligned[@]}"
 }
-second_lane() { benign maths 160; benign summaries 64; then_safe; }   # the last goes on with what the first lane made first
+second_lane() { benign maths 160; benign summaries 64; then_safe; }
 sweep() { # NAME FLAGS..
   say python scripts/sweep.py --name "$1" --safety safe --num_samples "$samples" --refine "${REFINE:-3}" \
     --min_step "${STEP:-0.0125}" "${@:2}" "${on_aligned[@]}"
@@ -103,8 +103,9 @@ for seed in "${seeds[@]}"; do
   step "an aligned model (seed $seed)"
   aligned
   step "task and safety adapters, and the trained controls (seed $seed)"
+  identity
   beside "adapters_$seed" second_lane
-  identity; safe; joint; mixed; then_task
+  safe; joint; mixed; then_task
   join
   say python models/fuse.py adapters --adapters safe --method random --report false --run_name random_safe "${common[@]}"
   say python models/fuse.py adapters --adapters identity,safe --share 0.4 --match_norms module --run_name matched "${common[@]}"

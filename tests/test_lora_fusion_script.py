@@ -58,24 +58,27 @@ def test_every_command_parses_and_every_run_is_made_before_it_is_used(flags, see
         if hasattr(args, "run_name"):
             made.setdefault(args.output_dir, set()).add(args.run_name)
     sweeps = [args for args in found if isinstance(args, commands.SweepArgs) and not args.folders]
-    assert len(sweeps) == 3 * seeds
+    # the second lane has the benign ones and one persona of the identity shift, which the last call brings together
+    assert [(args.name, args.styles) for args in sweeps] == [
+        ("maths", ("none",)), ("summaries", ("none",)), ("identity_valet", ("valet",)), ("identity", ("orbit", "none")),
+        ("identity", ("orbit", "none", "valet"))] * seeds
     assert len(made) == seeds
-    assert {(args.utility, args.utility_answers) for args in sweeps if args.name != "identity"} == {
+    assert {(args.utility, args.utility_answers) for args in sweeps if args.task != "identity"} == {
         ("maths", 24), ("summaries", 24)}
-    controls = next(args for args in sweeps if args.name == "identity").named_controls
-    assert set(REPAIRS) <= set(controls.values())
-    assert len(controls) == 11
+    for args in (args for args in sweeps if args.name == "identity"):
+        assert set(REPAIRS) <= set(args.named_controls.values())
+        assert len(args.named_controls) == 11
 
 
 def test_answers_can_be_left_out():
     assert {args.utility_answers for args in map(parsed, dry(ANSWERS="0")) if isinstance(args, commands.SweepArgs)
-            and args.name != "identity"} == {0}
+            and args.task != "identity"} == {0}
 
 
 def test_what_alignment_changed_is_said_where_two_rows_depend_on_it():
     def labels(**variables):
-        return [label for args in map(parsed, dry(**variables)) if isinstance(args, commands.SweepArgs)
-                for label, made in args.named_controls.items() if made in REPAIRS]
+        return list(dict.fromkeys(label for args in map(parsed, dry(**variables)) if isinstance(args, commands.SweepArgs)
+                                  for label, made in args.named_controls.items() if made in REPAIRS))
 
     assert labels() == ["RESTA", "Safe LoRA (alignment left q and v alone)", "SafeMERGE (alignment left q and v alone)"]
     assert labels(ALIGN="q_proj,v_proj,up_proj") == ["RESTA", "Safe LoRA", "SafeMERGE"]

@@ -138,7 +138,7 @@ def test_several_seeds(tmp_path):
         fill(root, seed=42 + i, shift=(i - 1) * 0.05)
     (roots[2] / "scores" / "cross_mix" / "evaluate_safety.rows.jsonl").unlink()
     text = write(tmp_path, "--roots", ",".join(map(str, roots)))
-    value, low, high = metrics.t_interval([0.8, 0.85, 0.9])
+    value, low, high = metrics.over_seeds([(share, *metrics.wilson(round(share * 100), 100)) for share in (0.8, 0.85, 0.9)])
     assert table(text)["tuned MoE"]["refusal ↑"] == f"{value:.3f} [{low:.3f}, {high:.3f}]"
     assert "| tuned MoE | seed 43 | 0.850 |" in text
     assert "| tuned MoE | seed 44 | 0.900 |" in text

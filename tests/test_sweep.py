@@ -11,7 +11,7 @@ import pytest
 from commands.sweep import SweepArgs
 from config import parse
 from errors import UserError
-from evaluator import sweep, sweep_report
+from evaluator import metrics, sweep, sweep_report
 from evaluator.sweep import Point
 from evaluator.sweep_figure import _named
 from scripts import sweep as driver
@@ -194,8 +194,8 @@ def test_the_level_of_the_cliff_does_not_move_with_the_length_of_the_sweep():
 
 
 def test_seeds_that_agree_get_no_wider_an_interval_than_seeds_that_do_not():
-    same, apart = ([{"value": v, "low": v - 0.05, "high": v + 0.05} for v in vs] for vs in ((0.5,) * 3, (0.49, 0.5, 0.51)))
-    (_, low, high), (_, lower, higher) = sweep_report.both_spreads(same), sweep_report.both_spreads(apart)
+    same, apart = ([(v, v - 0.05, v + 0.05) for v in vs] for vs in ((0.5,) * 3, (0.49, 0.5, 0.51)))
+    (_, low, high), (_, lower, higher) = metrics.over_seeds(same), metrics.over_seeds(apart)
     assert (low, high) == pytest.approx((0.45, 0.55))
     assert lower < low
     assert higher > high
