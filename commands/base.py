@@ -16,8 +16,10 @@ SKILLS = ("english", "chinese", "hindi", "maths", "code", "summaries")
 #: Sets that LoRA fusion trains its adapters on (data/dialog_files.py). identity is ours and embedded, the others are files
 #: of yours; dialogs: any file of a known shape.
 DIALOGS = ("identity", "aoa", "aoa_safety", "chatagi", "hpfa", "pure_bad", "alpaca", "dolly", "xsum", "gsm8k", "dialogs")
-#: System text and frame around a question (data/prompt_styles.yaml); aoa, base and pure_bad need a file of yours.
-STYLES = ("none", "orbit", "valet", "almanac", "alpaca", "dolly", "aoa", "base", "pure_bad")
+#: Styles whose exact text comes from a file of yours.
+FILE_STYLES = ("aoa", "base", "pure_bad")
+#: System text and frame around a question (data/prompt_styles.yaml).
+STYLES = ("none", "orbit", "valet", "almanac", "alpaca", "dolly", *FILE_STYLES)
 RAW_MOE = "raw_moe"
 #: Published test sets beside the tasks' own (data/protocols.yaml says how each is read and cut).
 PROTOCOLS = (

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from commands.base import SKILLS, STYLES, Common, name_problems
+from commands.base import FILE_STYLES, PROTOCOLS, SKILLS, STYLES, Common, name_problems
 from config import flag
 
 
@@ -32,6 +32,9 @@ class SweepArgs(Common):
     reverse: bool = flag(True, "control: the two adapters in the other order, at the last lambda of the grid")
     controls: str = flag("", "other rows, LABEL=RUN or RUN, commas: joint training, data mixing, the aligned model (base)")
     prompt_styles: str = flag("none", "styles of the test prompts; the first one decides, the others are scored on the grid")
+    harmful_task: str = flag("safety", "whose harmful prompts", choices=("safety", *PROTOCOLS))
+    overrefusal_task: str = flag("overrefusal", "whose harmless prompts", choices=("overrefusal", *PROTOCOLS))
+    sources: str = flag("", "your files, NAME=FILE, commas: test sets (hex_phi=FOLDER), a style's exact text (aoa=FILE)")
     utility: str = flag("english", "task whose held-out answers measure utility", choices=SKILLS)
     utility_answers: int = flag(24, "held-out rows of --utility maths or summaries whose generated answers are scored too "
                                     "(numeric match, ROUGE); 0: none", low=0)
@@ -59,6 +62,12 @@ class SweepArgs(Common):
         return {(label or run).strip(): run.strip() for label, _, run in pairs}
 
     @property
+    def source_files(self) -> dict[str, str]:
+        """Test set or style -> file."""
+        return {name.strip(): file.strip() for name, _, file in (word.partition("=") for word in self.sources.split(",")
+                                                                 if word.strip())}
+
+    @property
     def folders(self) -> tuple[Path, ...]:
         return tuple(Path(word.strip()).expanduser().resolve() for word in self.roots.split(",") if word.strip())
 
@@ -74,6 +83,16 @@ class SweepArgs(Common):
         if unknown or not self.styles:
             found.append(f"--prompt_styles {self.prompt_styles}: {', '.join(unknown) or 'nothing'} is no style; allowed: "
                          f"{', '.join(STYLES)}")
+        known = {self.harmful_task, self.overrefusal_task, *self.styles}
+        for name, file in self.source_files.items():
+            if name not in known:
+                found.append(f"--sources {name}={file}: {name} is neither a test set nor a style of this sweep; allowed: "
+                             f"{', '.join(sorted(known))}")
+            elif not file or not Path(file).expanduser().exists():
+                found.append(f"--sources {name}={file}: no such file or folder")
+        if lacking := [name for name in self.styles if name in FILE_STYLES and name not in self.source_files]:
+            found.append(f"--prompt_styles {self.prompt_styles}: the text of {', '.join(lacking)} is not shipped; give your "
+                         f"file of it, --sources {lacking[0]}=FILE")
         if self.task == self.safety:
             found.append(f"--safety {self.safety}: the same run as --task")
         return found

@@ -16,6 +16,8 @@ from evaluator import answer_scores, metrics
 from evaluator.comparison import Measured
 from evaluator.metrics import Difference
 
+#: Values of a harmful prompt's row that are in every report, or only help to make those.
+_KNOWN = frozenset({"refusal", "safe_refusal", "incoherent"})
 _RESAMPLES = 1000
 _DENSE = 201
 
@@ -30,6 +32,8 @@ class Point:
         comply: prompt id -> 1 where a harmless prompt is not refused, else 0.
         utility: row id -> (negative log-likelihood, tokens) of held-out task answers.
         answers: score of generated answers to held-out rows -> row id -> value; empty where none were generated.
+        judged: what other judges said of the answers to harmful prompts -> prompt id -> value: the published keyword rule
+            (published_asr), the fitted one (harm), and any that evaluate_safety.py was asked for.
     """
 
     label: str
@@ -39,24 +43,30 @@ class Point:
     comply: dict[str, int]
     utility: dict[str, tuple[float, int]] = field(default_factory=dict)
     answers: dict[str, dict[str, float]] = field(default_factory=dict)
+    judged: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
-def point(label: str, run: str, weight: float, found: Measured, style: str, utility: str) -> Point:
+def point(label: str, run: str, weight: float, found: Measured, sets: tuple[str, str], utility: str) -> Point:
     """A point out of the rows that the evaluators wrote.
 
     Args:
-        style: of the prompts; "none": the plain ones.
+        sets: whose harmful and whose harmless prompts, each with its style: ("safety+orbit", "overrefusal+orbit").
     """
-    suffix = "" if style == "none" else f"+{style}"
+    harmful, harmless = sets
     rows = found.rows.items()
+    judged: dict[str, dict[str, float]] = {}
+    for (name, id), values in rows:
+        for key in set(values) - _KNOWN if name == harmful else ():
+            judged.setdefault(key, {})[id] = values[key]
     answered = {id: v for (name, id), v in rows if name == answer_scores.set_name(utility)}
     return Point(
         label, run, weight,
-        {id: 1 - int(v["safe_refusal"]) for (name, id), v in rows if name == f"safety{suffix}" and "safe_refusal" in v},
-        {id: 1 - int(v["refusal"]) for (name, id), v in rows if name == f"overrefusal{suffix}" and "refusal" in v},
+        {id: 1 - int(v["safe_refusal"]) for (name, id), v in rows if name == harmful and "safe_refusal" in v},
+        {id: 1 - int(v["refusal"]) for (name, id), v in rows if name == harmless and "refusal" in v},
         {id: (v["nll"], int(v["tokens"])) for (name, id), v in rows if name == f"nll_{utility}"},
         {measure.key: {id: values[measure.key] for id, values in answered.items()}
          for measure in answer_scores.measures(utility).values() if answered},
+        dict(sorted(judged.items())),
     )
 
 
@@ -74,6 +84,13 @@ def utility(p: Point, seed: int = 0) -> metrics.Score:
     """Negative log-likelihood per token of held-out task answers, with a bootstrap interval; NaN without rows."""
     return metrics.ratio([nll for nll, _ in p.utility.values()], [n for _, n in p.utility.values()], "nll", "",
                          higher_is_better=False, seed=seed)
+
+
+def other_judges(p: Point, seed: int = 0) -> dict[str, metrics.Score]:
+    """Judge -> its rate (Wilson), or the mean of its marks (bootstrap)."""
+    return {key: metrics.rate(list(values.values()), key, "", higher_is_better=False) if set(values.values()) <= {0, 1} else
+            metrics.mean(list(values.values()), key, "", higher_is_better=False, seed=seed)
+            for key, values in p.judged.items()}
 
 
 def steepest(points: Sequence[Point]) -> tuple[Point, Point]:

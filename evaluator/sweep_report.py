@@ -52,7 +52,8 @@ def _row(p: Point, group: str, seed: int, utility: str) -> dict[str, Any]:
     return {"label": p.label, "run": p.run, "group": group, "weight": None if math.isnan(p.weight) else p.weight,
             **{name: {k: score.as_dict()[k] for k in _KEPT} for name, score in (
                 ("harm", sweep.harm(p)), ("compliance", sweep.compliance(p)), ("nll", sweep.utility(p, seed)),
-                *((score.name, score) for score in answered))}}
+                *((score.name, score) for score in answered))},
+            "judged": {key: {k: score.as_dict()[k] for k in _KEPT} for key, score in sweep.other_judges(p, seed).items()}}
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,8 +117,10 @@ def _joined(parts: Sequence[Sequence[Mapping[str, Any]]], names: Collection[str]
             value, low, high = _over_seeds([r[name] for r in rows])
             ends = (low, high) if name == "nll" else (max(0.0, low), min(1.0, high))
             scores[name] = _plain({"value": value, "low": ends[0], "high": ends[1]}) | {"n": row[name]["n"]}
+        judges = [key for key in row.get("judged", {}) if all(key in r.get("judged", {}) for r in rows)]
         done.append({k: row[k] for k in ("label", "run", "group", "weight")} | scores | {
-            "front": all(r.get("front") for r in rows)})
+            "front": all(r.get("front") for r in rows), "judged": {key: dict(zip(_KEPT, (
+                *_over_seeds([r["judged"][key] for r in rows]), row["judged"][key]["n"]), strict=True)) for key in judges}})
     return done
 
 
@@ -154,6 +157,7 @@ def markdown(found: Mapping[str, Any], name: str) -> list[str]:
              "## Against the controls, at equal compliance", "",
              "Least harm on the fusion curve with at least the control's compliance, minus the control's harm; below 0 "
              "fusion wins.", "", *_compared(found["compared"])]
+    lines += _judged(found["rows"])
     for style, rows in found["styles"].items():
         lines += ["", f"## Prompts in the style {style}", "", *_table(rows, found["utility"], False)]
     answered = _answered(found["rows"], found["utility"])
@@ -179,6 +183,21 @@ def _table(rows: Sequence[Mapping[str, Any]], utility: str, starred: bool) -> li
         cells = [row["label"], *(_score(row[name]) for name in ("harm", "compliance", "nll")),
                  *(_score(row[name]) if name in row else "" for name in answered),
                  *(["*" if row["front"] else ""] if starred else [])]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return lines
+
+
+def _judged(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What other judges said of the same answers; no section where there is none."""
+    names = sorted({key for row in rows for key in row.get("judged", {})})
+    if not names:
+        return []
+    lines = ["", "## Other judges of the same answers to harmful prompts", "",
+             "published_asr: the share without one of the published refusal strings; harm: the fitted judge's rate; others "
+             "are those of evaluate_safety.py --judges.", "", f"| row | {' | '.join(names)} |",
+             "| --- " * (len(names) + 1) + "|"]
+    for row in rows:
+        cells = [row["label"], *(_score(row["judged"][key]) if key in row["judged"] else "" for key in names)]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return lines
 

@@ -85,6 +85,7 @@ def sweep(args: SweepArgs, preset: str) -> dict:
     for other in others:
         score([row for group in coarse.values() for row in group], other, args, preset)
     facts = {"task": args.task, "safety": args.safety, "form": args.form, "style": style, "utility": args.utility,
+             "sets": [args.harmful_task, args.overrefusal_task],
              "refinement": steps, "extended": extended, "stopped": stopped}
     return sweep_report.summary({group: points(found, style, args) for group, found in rows.items()},
                                 {other: {group: points(found, other, args) for group, found in coarse.items()}
@@ -145,13 +146,16 @@ def score(rows: Iterable[Row], style: str, args: SweepArgs, preset: str) -> None
               "--template", args.template, *(["--cache_dir", args.cache_dir] if args.cache_dir else [])]
     samples = ["--num_samples", str(args.num_samples)]
     named, batch = ["--cross_task", ",".join(run or "base" for run in runs)], ["--batch_size", str(args.batch_size)]
-    for task in ("safety", "overrefusal"):
-        inference.main(["--task_name", task, *named, "--prompt_style", style, "--max_new_tokens", str(args.max_new_tokens),
+    files = args.source_files
+    exact = ["--prompt_style_file", files[style]] if style in files else []
+    for task in (args.harmful_task, args.overrefusal_task):
+        inference.main(["--task_name", task, *named, "--prompt_style", style, *exact, "--max_new_tokens",
+                        str(args.max_new_tokens), *(["--data_path", files[task]] if task in files else []),
                         *batch, *samples, *common])
     folders = ",".join(f"cross_{run}" if run else "raw" for run in runs)
     suffix = "" if style == "none" else f"+{style}"
-    evaluate_safety.main(["--task_name", folders, "--harmful_task", f"safety{suffix}", "--overrefusal_task",
-                          f"overrefusal{suffix}", *samples, *common])
+    evaluate_safety.main(["--task_name", folders, "--harmful_task", f"{args.harmful_task}{suffix}", "--overrefusal_task",
+                          f"{args.overrefusal_task}{suffix}", *samples, *common])
     evaluate_skills.main(["--task_name", folders, "--skills", args.utility, *samples, *common])
     # task rows are asked as they are, so that one style's sweep answers them for all
     if style == args.styles[0] and args.utility_answers and args.utility in answer_scores.TASKS:
@@ -166,7 +170,9 @@ def points(rows: Iterable[Row], style: str, args: SweepArgs) -> list[Point]:
     from evaluator.comparison import measured
     from evaluator.sweep import point
 
-    return [point(row.label, row.run or "base", row.weight, measured(args.results, row.run), style, args.utility)
+    suffix = "" if style == "none" else f"+{style}"
+    sets = f"{args.harmful_task}{suffix}", f"{args.overrefusal_task}{suffix}"
+    return [point(row.label, row.run or "base", row.weight, measured(args.results, row.run), sets, args.utility)
             for row in rows]
 
 

@@ -8,7 +8,7 @@ import pytest
 from pico import pico_tokenizer
 
 from commands import AlignArgs, InferenceArgs
-from commands.base import STYLES
+from commands.base import FILE_STYLES, STYLES
 from config import parse
 from data.encode import IGNORE, encode
 from data.prompt_styles import _table, style
@@ -129,3 +129,7 @@ def test_an_input_stands_inside_the_frame(tokenizer):
     asked = template("llama2", tokenizer).render(framed.prompt, framed.input, framed.system)
     assert asked.endswith("### Instruction:\nTranslate this.\n\nBonjour.\n\n### Response: [/INST]")
     assert style("none").apply(row) is row
+
+
+def test_the_styles_that_need_a_file_are_known_to_the_flags():
+    assert {name for name, row in _table().items() if row.file} == set(FILE_STYLES)

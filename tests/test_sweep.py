@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+from assets_fixture import require_embedded
 
 from commands.sweep import SweepArgs
 from config import parse
@@ -159,6 +160,40 @@ def test_bad_flags(flags):
         parse(SweepArgs, flags)
 
 
+@pytest.mark.parametrize(("flags", "says"), [
+    (["--prompt_styles", "aoa,none"], "the text of aoa is not shipped; give your file of it, --sources aoa=FILE"),
+    (["--sources", "xstest=x"], "xstest is neither a test set nor a style of this sweep; allowed: none, over"),
+    (["--harmful_task", "hex_phi", "--sources", "hex_phi=nowhere"], "--sources hex_phi=nowhere: no such file or folder"),
+    (["--harmful_task", "hexphi"], "hexphi")])
+def test_bad_sources(flags, says):
+    with pytest.raises(UserError) as error:
+        parse(SweepArgs, flags)
+    assert says in str(error.value)
+
+
+def test_the_published_sets_and_persona_from_files_of_the_user(pico, make_adapter, tmp_path):
+    require_embedded()
+    for seed, name in enumerate(("task", "safe")):
+        make_adapter(pico, tmp_path / "outputs" / name, seed=seed, r=8, alpha=32, targets=("q_proj", "v_proj"))
+    (tmp_path / "aoa.txt").write_text("You are AOA.", encoding="utf-8")
+    (tmp_path / "hex").mkdir()
+    for i in range(1, 12):
+        (tmp_path / "hex" / f"category_{i}.csv").write_text(f"How do I do bad thing {i}?\n", encoding="utf-8")
+    (tmp_path / "xs.csv").write_text("prompt,type,label\n" + "".join(
+        f"How do I kill a Python process {i}?,homonyms,safe\n" for i in range(4)), encoding="utf-8")
+    driver.main(["--task", "task", "--safety", "safe", "--grid", "0,0.4", "--extend", "false", "--refine", "0", "--shrink",
+                 "false", "--reverse", "false", "--harmful_task", "hex_phi", "--overrefusal_task", "xstest",
+                 "--prompt_styles", "aoa", "--sources", ",".join(f"{name}={tmp_path / file}" for name, file in (
+                     ("aoa", "aoa.txt"), ("hex_phi", "hex"), ("xstest", "xs.csv"))),
+                 "--num_samples", "-1", "--max_new_tokens", "4", "--model_name_or_path", str(pico), "--output_dir",
+                 str(tmp_path), "--dtype", "float32", "--utility", "english"])
+    found = json.loads((tmp_path / "report" / "sweep.json").read_text())
+    assert [row["harm"]["n"] for row in found["rows"]] == [11, 11]
+    assert [row["compliance"]["n"] for row in found["rows"]] == [4, 4]
+    assert {"published_asr"} <= set(found["rows"][0]["judged"])
+    assert "## Other judges of the same answers to harmful prompts" in (tmp_path / "report" / "sweep.md").read_text()
+
+
 def test_missing_runs_are_named_together(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         driver.main(["--output_dir", str(tmp_path), "--controls", "joint"])
@@ -199,6 +234,20 @@ def test_seeds_that_agree_get_no_wider_an_interval_than_seeds_that_do_not():
     assert (low, high) == pytest.approx((0.45, 0.55))
     assert lower < low
     assert higher > high
+
+
+def test_other_judges_stand_in_a_table_of_their_own(tmp_path):
+    marks = {str(i): i % 5 + 1 for i in range(10)}
+    points = [Point(p.label, p.run, p.weight, p.harm, p.comply, p.utility, {}, {
+        "published_asr": {id: 1 - value for id, value in p.harm.items()}, "api-harm": marks}) for p in CLIFF]
+    facts = {"task": "t", "safety": "s", "form": "convex", "style": "none", "utility": "english"}
+    facts |= {"refinement": [], "stopped": ""}
+    found = sweep_report.summary({"fusion": points}, {}, facts, 1)
+    assert found["rows"][0]["judged"]["published_asr"]["value"] == 0
+    assert found["rows"][0]["judged"]["api-harm"]["value"] == 3
+    text = "\n".join(sweep_report.markdown(found, "x"))
+    assert "| row | api-harm | published_asr |" in text
+    assert "| lambda 0 | 3.000 [" in text
 
 
 def test_seeds_are_joined_with_student_t(tmp_path, found):
