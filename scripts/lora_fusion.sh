@@ -78,17 +78,20 @@ sweep_benign() {
   sweep maths --task maths --utility maths "${answered[@]}" --controls "aligned model=base,3 % mixing=maths_mix3"
   sweep summaries --task summaries --utility summaries "${answered[@]}" --controls "aligned model=base,3 % mixing=summaries_mix3"
 }
-other_lane() { # the persona at test that nobody trained on is a third of the identity shift's prompts
+other_lane() { # the benign sweeps, and so many of the identity shift's rows that both lanes take as long
+  local few=(--task identity --refine 0 --shrink false --reverse false)
+  sweep identity_none --prompt_styles none "${few[@]}" --controls "$by_training"   # before the first lane comes to them
   sweep_benign
-  sweep identity_valet --task identity --prompt_styles valet --refine 0 --shrink false --reverse false --controls "$trained"
+  sweep identity_valet --prompt_styles valet "${few[@]}" --controls "$by_training,$without"
 }
 
 # Safe LoRA and SafeMERGE equal the task adapter where alignment left its modules alone, which the report should say
 untouched=' (alignment left q and v alone)'
 case ,${ALIGN:-}, in *,q_proj,*|*,v_proj,*) untouched='' ;; esac
-trained="aligned model=base,joint training=joint,3 % mixing=mix3,task then safety=task_then_safe"
-trained+=",safety then task=safe_then_task,norm-matched=matched,RESTA=resta,Safe LoRA$untouched=safe_lora"
-trained+=",SafeMERGE$untouched=safe_merge"
+by_training="aligned model=base,joint training=joint,3 % mixing=mix3,task then safety=task_then_safe"
+by_training+=",safety then task=safe_then_task"
+without="norm-matched=matched,RESTA=resta,Safe LoRA$untouched=safe_lora,SafeMERGE$untouched=safe_merge"
+every="$by_training,$without,learned weights=soup,searched weights=searched"
 on_identity=(--task identity --random random_safe)
 roots=()
 for seed in "${seeds[@]}"; do
@@ -120,11 +123,10 @@ for seed in "${seeds[@]}"; do
   say python align_basemodel.py --moe_flag 0 --run_name searched --method search --adapters identity,safe --task_name identity \
     --extra_data "$set" --max_train_samples 16 "${on_aligned[@]}"
   step "the identity shift's sweep, with refinement and controls (seed $seed)"
-  sweep identity "${on_identity[@]}" --prompt_styles orbit,none --controls "$trained,learned weights=soup,searched weights=searched"
+  sweep identity "${on_identity[@]}" --prompt_styles orbit,none --controls "$every"
   join
-  step "its rows in the persona valet that the second lane did not have, and the report (seed $seed)"
-  sweep identity "${on_identity[@]}" --prompt_styles orbit,none,valet \
-    --controls "$trained,learned weights=soup,searched weights=searched"
+  step "what rows neither lane had, and the report (seed $seed)"
+  sweep identity "${on_identity[@]}" --prompt_styles orbit,none,valet --controls "$every"
 done
 if [ "${#seeds[@]}" -gt 1 ]; then
   step "all seeds"

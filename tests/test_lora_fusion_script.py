@@ -60,8 +60,8 @@ def test_every_command_parses_and_every_run_is_made_before_it_is_used(flags, see
     sweeps = [args for args in found if isinstance(args, commands.SweepArgs) and not args.folders]
     # the second lane has the benign ones and one persona of the identity shift, which the last call brings together
     assert [(args.name, args.styles) for args in sweeps] == [
-        ("maths", ("none",)), ("summaries", ("none",)), ("identity_valet", ("valet",)), ("identity", ("orbit", "none")),
-        ("identity", ("orbit", "none", "valet"))] * seeds
+        ("identity_none", ("none",)), ("maths", ("none",)), ("summaries", ("none",)), ("identity_valet", ("valet",)),
+        ("identity", ("orbit", "none")), ("identity", ("orbit", "none", "valet"))] * seeds
     assert len(made) == seeds
     assert {(args.utility, args.utility_answers) for args in sweeps if args.task != "identity"} == {
         ("maths", 24), ("summaries", 24)}
