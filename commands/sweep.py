@@ -29,7 +29,7 @@ class SweepArgs(Common):
     shrink: bool = flag(True, "control: the task adapter at 1 - lambda without the safety adapter, at the grid's lambdas")
     random: str | None = flag(None, "control: a run of random directions in the safety adapter's place (fuse.py adapters "
                                     "--method random), at the grid's lambdas")
-    reverse: bool = flag(True, "control: the two adapters in the other order, at the last lambda of the grid")
+    reverse: bool = flag(True, "control: the two adapters in the other order, at the last lambda of --grid")
     controls: str = flag("", "other rows, LABEL=RUN or RUN, commas: joint training, data mixing, the aligned model (base)")
     prompt_styles: str = flag("none", "styles of the test prompts; the first one decides, the others are scored on the grid")
     harmful_task: str = flag("safety", "whose harmful prompts", choices=("safety", *PROTOCOLS))

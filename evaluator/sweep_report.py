@@ -117,10 +117,15 @@ def _joined(parts: Sequence[Sequence[Mapping[str, Any]]], names: Collection[str]
             value, low, high = _over_seeds([r[name] for r in rows])
             ends = (low, high) if name == "nll" else (max(0.0, low), min(1.0, high))
             scores[name] = _plain({"value": value, "low": ends[0], "high": ends[1]}) | {"n": row[name]["n"]}
-        judges = [key for key in row.get("judged", {}) if all(key in r.get("judged", {}) for r in rows)]
+        judged = {}
+        for key in (key for key in row.get("judged", {}) if all(key in r.get("judged", {}) for r in rows)):
+            parts_of = [r["judged"][key] for r in rows]
+            value, low, high = _over_seeds(parts_of)
+            if all(0 <= part["low"] <= part["high"] <= 1 for part in parts_of):  # a share, not a mean of marks
+                low, high = max(0.0, low), min(1.0, high)
+            judged[key] = {"value": value, "low": low, "high": high, "n": row["judged"][key]["n"]}
         done.append({k: row[k] for k in ("label", "run", "group", "weight")} | scores | {
-            "front": all(r.get("front") for r in rows), "judged": {key: dict(zip(_KEPT, (
-                *_over_seeds([r["judged"][key] for r in rows]), row["judged"][key]["n"]), strict=True)) for key in judges}})
+            "front": all(r.get("front") for r in rows), "judged": judged})
     return done
 
 

@@ -123,11 +123,12 @@ def controls(args: SweepArgs, grid: Sequence[float]) -> dict[str, list[Row]]:
         found["shrink"] = [Row(f"shrink only, {1 - w:g}", mixture_run(((args.task, 1 - w),)), w) for w in inner]
     if args.random:
         found["random"] = [fused(args, w, args.random, "random direction,") for w in inner]
-    if args.reverse and inner:
-        parts = fused(args, inner[-1])
-        task = 1 - inner[-1] if args.form == "convex" else 1.0
-        found["reverse"] = [Row("order reversed", mixture_run(((args.safety, inner[-1]), (args.task, task))),
-                                parts.weight)]
+    asked = [weight for weight in args.lambdas if 0 < weight < 1]
+    if args.reverse and asked:
+        # of the grid as it was asked for: an extended one ends elsewhere in every seed
+        task = 1 - asked[-1] if args.form == "convex" else 1.0
+        found["reverse"] = [Row(f"order reversed, {asked[-1]:g}", mixture_run(((args.safety, asked[-1]), (args.task, task))),
+                                asked[-1])]
     if args.named_controls:
         found["control"] = [Row(label, "" if run == "base" else run) for label, run in args.named_controls.items()]
     return found
