@@ -56,7 +56,6 @@ def test_random_states_round_trip(tmp_path):
 def test_nothing_is_pickled(pico, tmp_path, flags, monkeypatch):
     from data.records import Pair
 
-    monkeypatch.setattr("data.sources.load_pairs", lambda *a, **k: [Pair(f"q {i}", "good", "bad", 1) for i in range(8)])
     if "dpo" in flags:
         monkeypatch.setattr("training.dpo.load_pairs",
                             lambda *a, **k: [Pair(f"q {i}", "good answer", "bad", 1) for i in range(8)])
