@@ -303,17 +303,23 @@ def test_a_wrong_base_is_refused_by_hash(pico, place, make_adapter, tmp_path, ca
         open_mask(folder, flags(pico, place), stack, aligned="two")
 
 
-def test_a_moved_aligned_checkpoint_is_found_by_the_flag(pico, place, tmp_path, monkeypatch):
-    from commands.realign import RealignArgs
-    from models.fusion.realign_masks import _given_base
+def test_a_moved_aligned_checkpoint_is_found_by_the_flag(pico, place, monkeypatch):
+    """By the flag only where it was a checkpoint by path that is gone; a run that is gone is not replaced."""
+    mask, opened = read_mask(place / "outputs" / "several_weights"), []
 
-    args = config.parse(RealignArgs, ["--method", "mask", "--mask", "m", "--model_name_or_path", "elsewhere/aligned"]).args
-    mask = read_mask(place / "outputs" / "several_weights")
-    path, given = "results/outputs/aligned", "elsewhere/aligned"
-    for name, folder, found in ((path, str(pico), None), (path, "/gone", given), ("aligned", "/gone", None)):
+    def stop(name, *_):
+        opened.append(str(name))
+        raise UserError("enough")
+
+    monkeypatch.setattr("models.mask.export.open_model", stop)
+    path = "results/outputs/aligned"
+    for name, folder in ((path, str(pico)), (path, "/gone"), ("nowhere", "/gone")):
         moved = dataclasses.replace(mask, aligned=mask.aligned | {"name": name, "folder": folder})
-        monkeypatch.setattr("models.fusion.realign_masks.read_mask", lambda _, moved=moved: moved)
-        assert _given_base(tmp_path, args) == found
+        monkeypatch.setattr("models.mask.export.read_mask", lambda _, moved=moved: moved)
+        args = SimpleNamespace(results=place, cache_dir=None, model_name_or_path="elsewhere/aligned")
+        with ExitStack() as stack, pytest.raises(UserError, match="enough"):
+            open_mask(place / "m", args, stack)
+    assert opened == [str(pico), "elsewhere/aligned", "/gone"]
 
 
 def test_pairs_are_drawn_and_not_cut(monkeypatch):

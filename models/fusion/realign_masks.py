@@ -17,7 +17,7 @@ from models.adapter_files import Pair
 from models.fusion.realign_walk import Change, Inputs
 from models.fusion.task_vectors import vector
 from models.mask.export import masked_adapter, masked_deltas, open_mask
-from models.mask.files import LOGITS, Mask, read_mask
+from models.mask.files import LOGITS, Mask
 from models.mask.settings import Readout, parse_readout
 
 
@@ -56,16 +56,10 @@ def open_masked(args: RealignArgs, stack: ExitStack) -> Masked:
     readout = parse_readout(args.readout or "expected")
     run = args.results / "outputs" / args.mask
     folder = run if "/" not in args.mask else Path(args.mask).expanduser()
-    mask, aligned, tasks = open_mask(folder, args, stack, args.aligned or _given_base(folder, args), args.task_names or None)
+    mask, aligned, tasks = open_mask(folder, args, stack, args.aligned or None, args.task_names or None)
     if args.method == "random_mask":
         mask = shuffled(mask, args.seed)
     return Masked(folder, mask, readout, args.seed, Inputs(aligned, tuple(tasks)))
-
-
-def _given_base(folder: Path, args: RealignArgs) -> str | None:
-    """--model_name_or_path for an aligned checkpoint that is no longer where the mask says; None: it is, or is a run."""
-    fact = read_mask(folder).aligned
-    return args.model_name_or_path if "/" in fact["name"] and not Path(fact["folder"]).is_dir() else None
 
 
 def shuffled(mask: Mask, seed: int) -> Mask:

@@ -56,6 +56,8 @@ def _open(fact: dict[str, Any], given: str | None, args: Any, stack: ExitStack, 
         # by name first: a results folder may have been moved
         run = args.results / "outputs" / fact["name"]
         name = fact["name"] if "/" not in fact["name"] and run.is_dir() else fact["folder"]
+        if aligned is None and "/" in fact["name"] and not Path(name).is_dir():
+            name = args.model_name_or_path  # an aligned checkpoint that was moved; its hash tells whether this is it
     flag = "--tasks" if aligned else "--aligned"
     return open_model(name, args, flag, stack, aligned.checkpoint if aligned else None)
 
