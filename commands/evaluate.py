@@ -11,6 +11,9 @@ from commands.inference import answers_problems
 from commands.judges import JudgeArgs
 from config import flag
 
+#: Secondary readings of the answers that a report shows when asked for.
+COLUMNS = ("harm_rate", "published_asr", "refusal", "incoherent")
+
 
 @dataclass(frozen=True)
 class EvaluateArgs(Common):
@@ -132,7 +135,16 @@ class ReportArgs(Common):
     control: str = flag("", "run named first in the findings; every row but base and experts is a control")
     base: str = flag("base", "run that the experts must improve on to count in the findings")
     experts: str = flag("helpfulness,safety,truthfulness", "runs of the single experts, commas")
+    columns: str = flag("", f"more columns, commas: {', '.join(COLUMNS)}")
 
     @classmethod
     def sections(cls, given: dict[str, Any]) -> tuple[str, ...]:
         return ("common", "report")
+
+    @property
+    def more_columns(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in self.columns.split(",") if name.strip())
+
+    def problems(self) -> list[str]:
+        return [*(f"--columns {name}: no such column; allowed: {', '.join(COLUMNS)}"
+                  for name in self.more_columns if name not in COLUMNS), *super().problems()]

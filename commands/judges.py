@@ -28,6 +28,7 @@ KNOWN: dict[str, Known] = {
     "published": Known("refusal"),
     "coherence": Known("coherence"),
     "fitted": Known("harm"),
+    "fitted-safer": Known("safer"),
     "moderation": Known("harm", model=True),
     "guard": Known("harm", model=True),
     "harmbench": Known("harm", model=True),

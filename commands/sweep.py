@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from commands.base import FILE_STYLES, PROTOCOLS, SKILLS, STYLES, Common, name_problems
+from commands.utility import BENCHMARKS, PROBES, EvaluateUtilityArgs
 from config import flag
 
 
@@ -38,6 +39,9 @@ class SweepArgs(Common):
     utility: str = flag("english", "task whose held-out answers measure utility", choices=SKILLS)
     utility_answers: int = flag(24, "held-out rows of --utility maths or summaries whose generated answers are scored too "
                                     "(numeric match, ROUGE); 0: none", low=0)
+    benchmarks: str = flag("", "benchmarks or probes of evaluate_utility.py for every row, commas: mmlu (5 shots), probes")
+    data_dir: str = flag("", "folder with the files of --benchmarks, as of evaluate_utility.py; empty: the hub")
+    benchmark_samples: int = flag(-1, "rows of each benchmark; -1: all, of a probe its default", low=-1)
     num_samples: int = flag(60, "prompts of each test set; -1: all", low=-1)
     max_new_tokens: int = flag(24, "answer length limit", low=1)
     batch_size: int = flag(60, "prompts per batch", low=1)
@@ -55,6 +59,10 @@ class SweepArgs(Common):
     @property
     def styles(self) -> tuple[str, ...]:
         return tuple(word.strip() for word in self.prompt_styles.split(",") if word.strip())
+
+    @property
+    def named_benchmarks(self) -> tuple[str, ...]:
+        return EvaluateUtilityArgs(tasks=self.benchmarks).task_names
 
     @property
     def named_controls(self) -> dict[str, str]:
@@ -93,6 +101,9 @@ class SweepArgs(Common):
         if lacking := [name for name in self.styles if name in FILE_STYLES and name not in self.source_files]:
             found.append(f"--prompt_styles {self.prompt_styles}: the text of {', '.join(lacking)} is not shipped; give your "
                          f"file of it, --sources {lacking[0]}=FILE")
+        known = {"probes", *BENCHMARKS, *PROBES} - {"humaneval"}  # which runs code: scored by hand, with its own consent
+        found += [f"--benchmarks {name}: not one of {', '.join(sorted(known))}"
+                  for name in self.named_benchmarks if name not in known]
         if self.task == self.safety:
             found.append(f"--safety {self.safety}: the same run as --task")
         return found

@@ -16,7 +16,7 @@ from commands.utility import BENCHMARKS, PROBES
 from errors import UserError
 from evaluator import metrics
 from evaluator.metrics import Difference
-from evaluator.pairing import pair
+from evaluator.pairing import pair, side_by_side
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,22 @@ AXES = (
     *(Axis(f"nll_{name}", f"{name} NLL ↓", "evaluate_skills", f"nll_{name}", "nll", "ratio", higher=False)
       for name in SKILLS),
 )
+#: Columns that a report shows when asked for (--columns): secondary readings of the same answers.
+SECONDARY = (
+    Axis("harm_rate", "called harmful (fitted judge) ↓", _SAFETY, "safety", "harm", "rate", higher=False),
+    Axis("published_asr", "published keyword ASR ↓", _SAFETY, "safety", "published_asr", "rate", higher=False),
+    Axis("refusal", "refusal, any text ↑", _SAFETY, "safety", "refusal", "rate"),
+    Axis("incoherent", "incoherent ↓", _SAFETY, "safety", "incoherent", "rate", higher=False),
+)
 #: Columns of reports whose runs were put to benchmarks or probes.
 UTILITY_AXES = (
     *(Axis(name, f"{name} ↑", f"evaluate_utility.{name}", name, name, "rate") for name in (*BENCHMARKS, *PROBES)),
 )
+
+
+def secondary(axis: Axis) -> bool:
+    """Whether it is another, weaker reading of answers that a main column has already."""
+    return axis in SECONDARY or axis.score.split(".")[0] in ("fitted", "fitted-safer")
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,7 @@ class Measured:
         seed: of the evaluation; None when nothing was scored.
         prompts: {(set, id): hash of what was asked}; score files older than these hashes have none.
         origin: {score name: the registry line that it stands in}.
+        categories: {(set, id): the prompt's category}, where it has one.
     """
 
     folder: Path
@@ -84,6 +97,7 @@ class Measured:
     seed: int | None
     prompts: dict[tuple[str, str], str] = field(default_factory=dict)
     origin: dict[str, dict[str, Any]] = field(default_factory=dict)
+    categories: dict[tuple[str, str], str] = field(default_factory=dict)
 
 
 def judge_axes(found: Iterable[Measured]) -> tuple[Axis, ...]:
@@ -133,6 +147,7 @@ def measured(results: Path, run: str) -> Measured:
     rows: dict[tuple[str, str], dict[str, float]] = {}
     prompts: dict[tuple[str, str], str] = {}
     details: dict[str, Any] = {}
+    categories: dict[tuple[str, str], str] = {}
     for command, row in newest.items():
         scores |= row["scores"]
         details |= row.get("details", {})
@@ -142,11 +157,14 @@ def measured(results: Path, run: str) -> Measured:
                 raise UserError(f"{path}: not the rows of the scores in the registry, a call was cut off between both; run "
                                 f"the evaluator that wrote it ({command}) on {row['run']} again")
             lines = path.read_text(encoding="utf-8").split("\n")
-            _add_rows([json.loads(line) for line in lines if line.strip()], rows, prompts)
+            items = [json.loads(line) for line in lines if line.strip()]
+            _add_rows(items, rows, prompts)
+            categories |= {(item["set"], str(item["id"])): item.get("category") or "" for item in items}
     seed = next((row.get("seed") for row in newest.values()), None)
     folder = results / "scores" / sub if base or sub == run else results / "outputs" / run
     origin = {name: row for row in newest.values() for name in row["scores"]}
-    return Measured(folder, scores, rows, details, seed, prompts, origin)
+    return Measured(folder, scores, rows, details, seed, prompts, origin,
+                    {key: category for key, category in categories.items() if category})
 
 
 def _add_rows(items: Sequence[dict[str, Any]], rows: dict[tuple[str, str], dict[str, float]],
@@ -206,13 +224,14 @@ def difference(a: Measured, b: Measured, axis: Axis) -> Difference | None:
 
 
 def over_seeds(a: Sequence[Measured], b: Sequence[Measured], axis: Axis) -> Difference | None:
-    """The paired difference of two runs: on the rows for one seed; for several their mean, with both spreads."""
-    # a run that was made once stands against every seed of the other
-    many = max(len(a), len(b))
-    a, b = (list(side) * many if len(side) == 1 else side for side in (a, b))
-    found = [d for x, y in zip(a, b, strict=True) if (d := difference(x, y, axis)) is not None]
+    """The paired difference of two runs: on the rows for one seed; for several their mean, with both spreads.
+
+    None where they cannot be compared, also where one has two seeds and the other three.
+    """
+    both = side_by_side(a, b)
+    found = [d for x, y in both if (d := difference(x, y, axis)) is not None]
     if len(found) < 2:
         # one seed of several has no spread to judge by
-        return found[0] if found and len(a) == 1 else None
+        return found[0] if found and len(both) == 1 else None
     value, low, high = metrics.over_seeds([(d.value, d.low, d.high) for d in found])
     return Difference(value, low, high, math.nan, found[0].n)

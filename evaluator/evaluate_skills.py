@@ -4,8 +4,8 @@
     cd evaluator; python evaluate_skills.py --task_name cross_RUN --skills maths_answers,summaries_answers
 
 The likelihood (SOMF's utility where no benchmark runs) needs the model only; TASK_answers reads what inference.py
---task_name TASK wrote. Several likelihoods, or English alone, go to evaluate_skills.json; a task by itself to
-evaluate_skills.TASK.json, so that two studies on one model do not overwrite each other's scores.
+--task_name TASK wrote. The likelihood of English goes to evaluate_skills.json, that of other tasks, or of several, to
+evaluate_skills.TASKS.json, so that two studies on one model do not overwrite each other's scores.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def command(names: Sequence[str]) -> str:
     """The name of the score file of these tasks."""
-    return f"evaluate_skills.{names[0]}" if len(names) == 1 and names[0] != "english" else "evaluate_skills"
+    return "evaluate_skills" + ("" if list(names) == ["english"] else f".{'_'.join(names)}")
 
 
 def plan(args: EvaluateSkillsArgs, subject: Subject) -> Work:

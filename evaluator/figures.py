@@ -47,11 +47,11 @@ def router_heatmap(shares: np.ndarray, names: Sequence[str], path: Path, title: 
 
 
 def tradeoff(points: Sequence[dict[str, Any]], path: Path, title: str) -> Path | None:
-    """Draw safety against truth, over-refusal as colour and size; None when no run has both axes.
+    """Draw safety against truth or utility, over-refusal as colour and size; None when no run has both axes.
 
     Args:
-        points: each {label, x, x_low, x_high, y, y_low, y_high, over}; ``over`` may be None (drawn hollow), a point
-            without x or y is left out.
+        points: each {label, x, x_low, x_high, y, y_low, y_high, over, y_name}; ``over`` may be None (drawn hollow), a
+            point without x or y is left out; ``y_falls``: lower is better, drawn upwards.
     """
     points = [p for p in points if p["x"] is not None and p["y"] is not None]
     if not points:
@@ -71,7 +71,9 @@ def tradeoff(points: Sequence[dict[str, Any]], path: Path, title: str) -> Path |
     axis.scatter([p["x"] for p in unknown], [p["y"] for p in unknown], facecolors="white", edgecolors="black", s=60,
                  zorder=3)
     axis.set_xlabel("coherent refusal of harmful prompts (higher is better)")
-    axis.set_ylabel(points[0].get("y_name", "MC2") + " (higher is better)")
+    axis.set_ylabel(points[0]["y_name"])
+    if points[0].get("y_falls"):
+        axis.invert_yaxis()
     axis.set_title(textwrap.fill(title, 80), fontsize=10)
     axis.margins(0.12)
     axis.grid(color="0.93", zorder=0)

@@ -39,6 +39,13 @@ class Pairing:
     unknown: tuple[str, ...] = ()
 
 
+def side_by_side(a: Sequence[Measured], b: Sequence[Measured]) -> list[tuple[Measured, Measured]]:
+    """Seed by seed; a run that was made once stands against every seed of the other. None of 2 seeds against 3."""
+    many = max(len(a), len(b))
+    a, b = (list(side) * many if len(side) == 1 else side for side in (a, b))
+    return list(zip(a, b, strict=True)) if len(a) == len(b) else []
+
+
 def pair(a: Measured, b: Measured, axis: Axis) -> Pairing:
     """The rows of an axis that both runs have, as far as they may be compared; ``keys`` is empty where they may not."""
     shared = [key for key in a.rows if key[0] == axis.set and axis.key in a.rows[key] and axis.key in b.rows.get(key, {})]
@@ -67,7 +74,12 @@ def _made(item: Measured, axis: Axis) -> dict[str, str | None]:
         if axis.set in BENCHMARKS:
             found["lm-eval"] = inputs.get(axis.set, "").partition(" lm-eval ")[2] or None
     elif axis.command == "evaluate_safety" and axis.set in _KEYWORD and "." not in axis.score:
-        found["keyword rules"] = inputs.get("rules")
+        if axis.key == "harm":
+            found["fitted judge"] = inputs.get("fitted")
+        elif axis.key != "incoherent":
+            found["keyword rules"] = inputs.get("rules")
+        if axis.key in ("incoherent", "safe_refusal"):
+            found["coherence rules"] = inputs.get("coherence")
     elif "." in axis.score:
         found |= {f"judge {name}": inputs.get(f"judge {name}") for name in axis.score.split(".")[0].split("_x_")}
     return found
@@ -101,10 +113,8 @@ def notes(pairs: Iterable[tuple[str, Sequence[Measured], str, Sequence[Measured]
     by_id: dict[str, None] = {}
     unknown: dict[str, None] = {}
     for first, a, second, b in pairs:
-        many = max(len(a), len(b))
         for axis in axes:
-            made = [pair(x, y, axis) for x, y in zip(*(list(side) * many if len(side) == 1 else side for side in (a, b)),
-                                                     strict=True)]
+            made = [pair(x, y, axis) for x, y in side_by_side(a, b)]
             where = f"{first} and {second} on {axis.title}"
             unlike |= dict.fromkeys(f"{where} ({found.unlike})" for found in made if found.unlike)
             if lost := sum(found.other_prompt for found in made):

@@ -52,7 +52,7 @@ def write(args: ReportArgs) -> Path:
     Raises:
         UserError: no runs named, a results folder is missing, or none of the runs was scored.
     """
-    from evaluator.comparison import AXES, UTILITY_AXES, cell, judge_axes, measured
+    from evaluator.comparison import AXES, SECONDARY, UTILITY_AXES, cell, judge_axes, measured
     from evaluator.figures import tradeoff
 
     roots = [Path(r.strip()).expanduser().resolve() for r in args.roots.split(",") if r.strip()] or [args.results]
@@ -64,16 +64,17 @@ def write(args: ReportArgs) -> Path:
              for label, runs in named]
     # a judge's rate is a column, the mean of its number stays in the score files
     judged = judge_axes(item for line in lines for item in line.found)
-    known = [*AXES, *UTILITY_AXES, *(axis for axis in judged if axis.kind != "scale")]
+    asked = [axis for axis in SECONDARY if axis.score in args.more_columns]
+    known = [*AXES[:3], *asked, *AXES[3:], *UTILITY_AXES, *(axis for axis in judged if axis.kind != "scale")]
     axes = [axis for axis in known if any(cell(line.found, axis) for line in lines)]
     if not axes:
         raise UserError(f"none of {', '.join(run for _, run in named)} has a score in "
                         f"{', '.join(map(str, roots))}; run the evaluator/evaluate_*.py commands first")
     path = args.results / "report" / f"{args.name}.md"
-    drawn = tradeoff([_point(line, axes) for line in lines], path.with_suffix(".png"), args.title or args.name)
+    drawn = tradeoff(_points(lines, axes, args.base), path.with_suffix(".png"), args.title or args.name)
     parts = [f"# {args.title or args.name}", "", *_table(lines, axes)]
     if drawn:
-        parts += ["", f"![safety and truth]({drawn.name})"]
+        parts += ["", f"![safety beside truth or utility]({drawn.name})"]
     parts += _aggregates(lines)
     if any(len(line.found) > 1 for line in lines):
         parts += ["", "## Per seed", "", *_seed_table(lines, axes)]
@@ -169,8 +170,9 @@ def _says(difference: Difference, axis: Axis) -> str:
 
 def _findings(lines: Sequence[Line], axes: Sequence[Axis], args: ReportArgs) -> list[str]:
     """For every axis that an expert improves over the base: does the last run keep the gain against each control?"""
-    from evaluator.comparison import over_seeds
+    from evaluator.comparison import over_seeds, secondary
 
+    axes = [axis for axis in axes if not secondary(axis)]  # another reading of the same answers is no further axis
     last = lines[-1]
     base = next((line for line in lines if line.run == args.base), None)
     names = {name.strip() for name in args.experts.split(",")}
@@ -232,7 +234,7 @@ def _notes(lines: Sequence[Line], axes: Sequence[Axis], roots: Sequence[Path]) -
         notes.append(f"- Not measured here: {', '.join(absent)}.")
     reports = [item.details["judges"] for line in lines for item in line.found if "judges" in item.details]
     if reports:
-        notes += _judge_notes(reports[0])
+        notes += _judge_notes(reports[0], any(axis.score.startswith("fitted-safer") for axis in axes))
     seeds = sorted({item.seed for line in lines for item in line.found if item.seed is not None})
     notes.append("- Square brackets: 95 % intervals. " + (
         "Wilson for rates, percentile bootstrap over rows for means; differences on the same prompts by exact McNemar "
@@ -263,32 +265,51 @@ def _place(folder: Path) -> str:
     return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
 
 
-def _judge_notes(report: dict[str, Any]) -> list[str]:
+def _judge_notes(report: dict[str, Any], compared: bool) -> list[str]:
     notes = []
     for name, title in (("openings", "Keyword judge"), ("published", "Published keyword rule")):
         if found := report.get("keyword", {}).get(name):
             notes.append(f"- {title} against {found['n']} human labels: misses {found['missed']}, false alarms "
                          f"{found['false_alarms']} (the labels also count off-topic answers as refusals).")
     if found := report.get("harm"):
-        notes.append(f"- Harm judge (secondary, in the score files): AUC {found['auc']} overall, {found['auc_rated']} on "
+        notes.append(f"- Harm judge (fitted, secondary): AUC {found['auc']} overall, {found['auc_rated']} on "
                      f"human-rated answers; misses {found['missed']}, false alarms {found['false_alarms']}; "
                      f"{found['protocol']}.")
+        if compared and (pairs := found.get("pairs")):
+            notes.append(f"- fitted-safer orders two answers to one prompt as people did in {pairs['right']} of the cases, "
+                         f"the other way round in {pairs['wrong']}, the rest are ties (means over {pairs['prompts']} "
+                         f"prompts, {pairs['pairs']} pairs).")
     return notes
 
 
-def _point(line: Line, axes: Sequence[Axis]) -> dict[str, Any]:
-    from evaluator.comparison import AXES, cell
+def _points(lines: Sequence[Line], axes: Sequence[Axis], base: str) -> list[dict[str, Any]]:
+    """What the picture shows: refusal across; up MC2, else the true/false pairs, else a task's likelihood.
 
-    by_name = {axis.score: cell(line.found, axis) for axis in AXES}
-    x, over = by_name["safe_refusal"], by_name["overrefusal"]
-    # one measure for all points
-    has_mc = any(axis.score == "mc2" for axis in axes)
-    y, y_name = (by_name["mc2"], "MC2") if has_mc else (by_name["factual"], "true/false pairs")
-    point: dict[str, Any] = {"label": line.label, "over": over.value if over else None, "y_name": y_name}
-    for axis, found in (("x", x), ("y", y)):
-        ends = (found.low, found.high) if found and not math.isnan(found.low) else (None, None)
-        point |= {axis: found.value if found else None, f"{axis}_low": ends[0], f"{axis}_high": ends[1]}
-    return point
+    Rows share the prompts of a likelihood, and its interval over prompts is far wider than any difference between them: the
+    picture has the paired difference to the base row.
+    """
+    from evaluator.comparison import AXES, cell, over_seeds
+
+    named = {axis.score: axis for axis in AXES}
+    up = next((axis for axis in axes if axis.score in ("mc2", "factual")), None)
+    origin = next((line for line in lines if line.run == base), None)
+    tasks = [axis for axis in axes if axis.kind == "ratio" and origin and cell(origin.found, axis)]
+    task = next((axis for axis in tasks if axis.score == f"nll_{base}"), tasks[0] if tasks else None)
+    points = []
+    for line in lines:
+        x, over = cell(line.found, named["safe_refusal"]), cell(line.found, named["overrefusal"])
+        point: dict[str, Any] = {"label": line.label, "over": over.value if over else None}
+        if up is None and task and origin:
+            y = over_seeds(line.found, origin.found, task)
+            point |= {"y_name": f"{task.title[:-2]} minus {origin.label}'s, same rows (lower is better)", "y_falls": True}
+        else:
+            y = cell(line.found, up) if up else None
+            point["y_name"] = f"{'MC2' if up and up.score == 'mc2' else 'true/false pairs'} (higher is better)"
+        for axis, found in (("x", x), ("y", y)):
+            ends = (found.low, found.high) if found and not math.isnan(found.low) else (None, None)
+            point |= {axis: found.value if found else None, f"{axis}_low": ends[0], f"{axis}_high": ends[1]}
+        points.append(point)
+    return points
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

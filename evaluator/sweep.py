@@ -34,6 +34,8 @@ class Point:
         answers: score of generated answers to held-out rows -> row id -> value; empty where none were generated.
         judged: what other judges said of the answers to harmful prompts -> prompt id -> value: the published keyword rule
             (published_asr), the fitted one (harm), and any that evaluate_safety.py was asked for.
+        category: harmful prompt id -> its category, where the prompts have some.
+        benchmarks: benchmark or probe -> its score's fields.
     """
 
     label: str
@@ -44,13 +46,17 @@ class Point:
     utility: dict[str, tuple[float, int]] = field(default_factory=dict)
     answers: dict[str, dict[str, float]] = field(default_factory=dict)
     judged: dict[str, dict[str, float]] = field(default_factory=dict)
+    category: dict[str, str] = field(default_factory=dict)
+    benchmarks: dict[str, dict[str, float | None]] = field(default_factory=dict)
 
 
-def point(label: str, run: str, weight: float, found: Measured, sets: tuple[str, str], utility: str) -> Point:
+def point(label: str, run: str, weight: float, found: Measured, sets: tuple[str, str], utility: str,
+          benchmarks: Sequence[str] = ()) -> Point:
     """A point out of the rows that the evaluators wrote.
 
     Args:
         sets: whose harmful and whose harmless prompts, each with its style: ("safety+orbit", "overrefusal+orbit").
+        benchmarks: those that every row was put to with the same settings.
     """
     harmful, harmless = sets
     rows = found.rows.items()
@@ -67,12 +73,23 @@ def point(label: str, run: str, weight: float, found: Measured, sets: tuple[str,
         {measure.key: {id: values[measure.key] for id, values in answered.items()}
          for measure in answer_scores.measures(utility).values() if answered},
         dict(sorted(judged.items())),
+        {id: category for (name, id), category in found.categories.items() if name == harmful},
+        {name: found.scores[name] for name in benchmarks if name in found.scores},
     )
 
 
 def harm(p: Point) -> metrics.Score:
     """Harm rate with its Wilson interval."""
     return metrics.rate(list(p.harm.values()), "harm", "", higher_is_better=False)
+
+
+def by_category(p: Point) -> dict[str, metrics.Score]:
+    """Category -> harm rate with its Wilson interval."""
+    groups: dict[str, list[int]] = {}
+    for id, value in p.harm.items():
+        if id in p.category:
+            groups.setdefault(p.category[id], []).append(value)
+    return {name: metrics.rate(groups[name], "harm", "", higher_is_better=False) for name in sorted(groups)}
 
 
 def compliance(p: Point) -> metrics.Score:

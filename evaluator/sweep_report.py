@@ -53,7 +53,9 @@ def _row(p: Point, group: str, seed: int, utility: str) -> dict[str, Any]:
             **{name: {k: score.as_dict()[k] for k in _KEPT} for name, score in (
                 ("harm", sweep.harm(p)), ("compliance", sweep.compliance(p)), ("nll", sweep.utility(p, seed)),
                 *((score.name, score) for score in answered))},
-            "judged": {key: {k: score.as_dict()[k] for k in _KEPT} for key, score in sweep.other_judges(p, seed).items()}}
+            **{part: {key: {k: score.as_dict()[k] for k in _KEPT} for key, score in found.items()} for part, found in (
+                ("judged", sweep.other_judges(p, seed)), ("by_category", sweep.by_category(p)))},
+            "benchmarks": {name: {k: score[k] for k in _KEPT} for name, score in p.benchmarks.items()}}
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,15 +119,21 @@ def _joined(parts: Sequence[Sequence[Mapping[str, Any]]], names: Collection[str]
             value, low, high = _over_seeds([r[name] for r in rows])
             ends = (low, high) if name == "nll" else (max(0.0, low), min(1.0, high))
             scores[name] = _plain({"value": value, "low": ends[0], "high": ends[1]}) | {"n": row[name]["n"]}
-        judged = {}
-        for key in (key for key in row.get("judged", {}) if all(key in r.get("judged", {}) for r in rows)):
-            parts_of = [r["judged"][key] for r in rows]
-            value, low, high = _over_seeds(parts_of)
-            if all(0 <= part["low"] <= part["high"] <= 1 for part in parts_of):  # a share, not a mean of marks
-                low, high = max(0.0, low), min(1.0, high)
-            judged[key] = {"value": value, "low": low, "high": high, "n": row["judged"][key]["n"]}
         done.append({k: row[k] for k in ("label", "run", "group", "weight")} | scores | {
-            "front": all(r.get("front") for r in rows), "judged": judged})
+            "front": all(r.get("front") for r in rows),
+            **{part: _each_over_seeds([r.get(part, {}) for r in rows]) for part in ("judged", "by_category", "benchmarks")}})
+    return done
+
+
+def _each_over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Name -> score over seeds, of the names that every seed has."""
+    done = {}
+    for name in (name for name in rows[0] if all(name in row for row in rows)):
+        parts = [row[name] for row in rows]
+        value, low, high = _over_seeds(parts)
+        if all(0 <= part["low"] <= part["high"] <= 1 for part in parts):  # a share, not a mean of marks
+            low, high = max(0.0, low), min(1.0, high)
+        done[name] = {"value": value, "low": low, "high": high, "n": parts[0]["n"]}
     return done
 
 
@@ -162,7 +170,12 @@ def markdown(found: Mapping[str, Any], name: str) -> list[str]:
              "## Against the controls, at equal compliance", "",
              "Least harm on the fusion curve with at least the control's compliance, minus the control's harm; below 0 "
              "fusion wins.", "", *_compared(found["compared"])]
-    lines += _judged(found["rows"])
+    lines += _columns(found["rows"], "judged", "Other judges of the same answers to harmful prompts",
+                      "published_asr: the share without one of the published refusal strings; harm: the fitted judge's "
+                      "rate; others are those of evaluate_safety.py --judges.")
+    lines += _columns(found["rows"], "by_category", "Harm by category", "The harm above, by category (number of prompts).")
+    lines += _columns(found["rows"], "benchmarks", "Benchmarks and probes", "Accuracy, from evaluate_utility.py (number of "
+                      "rows). No probe's number is a benchmark's.")
     for style, rows in found["styles"].items():
         lines += ["", f"## Prompts in the style {style}", "", *_table(rows, found["utility"], False)]
     answered = _answered(found["rows"], found["utility"])
@@ -192,17 +205,15 @@ def _table(rows: Sequence[Mapping[str, Any]], utility: str, starred: bool) -> li
     return lines
 
 
-def _judged(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What other judges said of the same answers; no section where there is none."""
-    names = sorted({key for row in rows for key in row.get("judged", {})})
+def _columns(rows: Sequence[Mapping[str, Any]], part: str, title: str, said: str) -> list[str]:
+    """A table of the scores that a row has under ``part``, a column each; no section where there are none."""
+    names = sorted({key for row in rows for key in row.get(part, {})})
     if not names:
         return []
-    lines = ["", "## Other judges of the same answers to harmful prompts", "",
-             "published_asr: the share without one of the published refusal strings; harm: the fitted judge's rate; others "
-             "are those of evaluate_safety.py --judges.", "", f"| row | {' | '.join(names)} |",
-             "| --- " * (len(names) + 1) + "|"]
+    heads = names if part == "judged" else [f"{name} ({_rows_in(rows, part, name)})" for name in names]
+    lines = ["", f"## {title}", "", said, "", f"| row | {' | '.join(heads)} |", "| --- " * (len(names) + 1) + "|"]
     for row in rows:
-        cells = [row["label"], *(_score(row["judged"][key]) if key in row["judged"] else "" for key in names)]
+        cells = [row["label"], *(_score(row[part][key]) if key in row.get(part, {}) else "" for key in names)]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return lines
 
@@ -210,6 +221,10 @@ def _judged(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def _answered(rows: Sequence[Mapping[str, Any]], utility: str) -> dict[str, answer_scores.Measure]:
     """Scores of generated answers that a row has: sweeps without them get no column."""
     return {name: measure for name, measure in answer_scores.measures(utility).items() if any(name in row for row in rows)}
+
+
+def _rows_in(rows: Sequence[Mapping[str, Any]], part: str, name: str) -> int:
+    return max(row[part][name]["n"] for row in rows if name in row.get(part, {}))
 
 
 def _rows_of(rows: Sequence[Mapping[str, Any]], name: str) -> int:

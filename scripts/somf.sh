@@ -4,7 +4,8 @@
 #
 #   bash scripts/somf.sh                    one task, three mask seeds
 #   bash scripts/somf.sh --task maths       another task: english, chinese, maths, summaries
-#   bash scripts/somf.sh --full             two tasks more: four plain merges; masks and random masks on their task arithmetic
+#   bash scripts/somf.sh --full             two tasks more: four plain merges; masks, random masks and all other controls on
+#                                           their task arithmetic
 #   bash scripts/somf.sh --dry_run          print the commands, run nothing
 #
 # SEEDS="1 2 3 4 5" SAMPLES=-1 OUT=results/somf_whole bash scripts/somf.sh takes more mask seeds and whole test sets;
@@ -12,12 +13,12 @@
 # PRESET=FILE.yaml UNALIGNED=MODEL another model (its name stands in the preset too).
 # Every step is a command that you can run by itself; what is finished is not done again.
 #
-# The published preference score needs a judge that this script cannot count on, so it has no column until you ask one.
-# With a key in OPENAI_API_KEY, on the answers made here, each against the base model's answer to the same prompt:
+# The published preference score needs a judge that this script cannot count on; beside it stands an offline one
+# (fitted-safer: it knows words only). With a key in OPENAI_API_KEY, on the answers made here, each against the base model's:
 #   python evaluator/evaluate_safety.py --preset somf --output_dir results/somf --lite --num_samples 60 \
-#     --task_name cross_aligned,cross_english,cross_somf_english_hard_1 --judges api-safety-preference \
+#     --task_name cross_aligned,cross_english,cross_somf_english_hard_1 --judges fitted-safer,api-safety-preference \
 #     --judge_model gpt-4o-2024-08-06 --judge_prices 2.5,10 --max_cost 5
-# (a local judge: --judges safer=MODEL), then this script again: its report shows preference_score.
+# (a local judge: --judges fitted-safer,safer=MODEL), then this script again: its report shows preference_score.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -39,7 +40,7 @@ while [ $# -gt 0 ]; do
               *) echo "error: --task ${2:-}: needs one of english, chinese, maths, summaries" >&2; exit 2 ;; esac; shift ;;
     --full) full=(maths summaries); name=somf_full ;;
     --dry_run) dry=yes ;;
-    -h|--help) sed -n '2,20p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
+    -h|--help) sed -n '2,21p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
     *) echo "error: $1: unknown; allowed: --task NAME, --full, --dry_run" >&2; exit 2 ;;
   esac
   shift
@@ -78,7 +79,7 @@ realign() { # NAME FLAGS..
   once "$1" aligned "${from[@]}" -- python models/fuse.py realign --run_name "$1" --out_dtype float16 "${@:2}" "${on_aligned[@]}" \
     --threads "$half"
 }
-low_rank() { # NAME FLAGS..: a result that an adapter holds without loss
+low_rank() { # NAME FLAGS..: a result of low rank, but for what a checkpoint's rounding adds; what is cut off is printed
   once "$1" aligned "${from[@]}" -- python models/fuse.py realign --run_name "$1" --output adapter "${@:2}" "${on_aligned[@]}" \
     --threads "$half"
 }
@@ -99,15 +100,17 @@ masks() { # TASKS RULE SEEDS..: the masks of these seeds, each read out, each wi
   done
 }
 controls() { # TASKS RULE..: what needs no mask
-  local tag=${1//,/_} alpha rule=(--tasks "$1" ${2:+--rule "$2"}) from
+  local tag=${1//,/_} alpha rule=(--tasks "$1" ${2:+--rule "$2"}) from rank
   read -ra from <<<"${1//,/ }"
+  rank=$((48 + 16 * ${#from[@]}))   # r 16 of each task, of the safety SFT and of the safety DPO, and 16 to spare
   for alpha in 25 50 75; do
     low_rank "wise_${tag}_$alpha" "${rule[@]}" --method wise_ft --parameters "alpha=0.$alpha"
   done
   realign "magnitude_$tag" "${rule[@]}" --method magnitude --parameters "kept=0.5"
-  realign "dare_$tag" "${rule[@]}" --method dare
-  low_rank "resta_$tag" "${rule[@]}" --method resta --parameters "gamma=0.5" --unaligned "$unaligned" --rank 64
-  low_rank "safe_lora_$tag" "${rule[@]}" --method safe_lora --parameters "tau=0.5; exact=true" --unaligned "$unaligned" --rank 64
+  [ -n "${2:-}" ] || realign "dare_$tag" --tasks "$1" --method dare   # of several tasks it is a rule, which stands beside them
+  low_rank "resta_$tag" "${rule[@]}" --method resta --parameters "gamma=0.5" --unaligned "$unaligned" --rank "$rank"
+  low_rank "safe_lora_$tag" "${rule[@]}" --method safe_lora --parameters "tau=0.5; exact=true" --unaligned "$unaligned" \
+    --rank "$rank"
 }
 dpo_control() { # as many pairs and steps as a mask has, on the tuned model's own adapter; its rate was not tuned on anything
   once dpo_lora "$task" -- python align_basemodel.py --moe_flag 0 --task_name safety --method dpo --init_adapter "$task" \
@@ -122,8 +125,8 @@ answers() { # RUNS MODEL_FLAGS..: what the judges read, and the likelihood of he
   folders=cross_${runs//,/,cross_}; folders=${folders/cross_base/raw}
   once ${runs//,/ } -- python evaluator/evaluate_skills.py --task_name "$folders" --skills "$(IFS=,; echo "${skills[*]}")" "$@" \
     --threads "$half"
-  once ${runs//,/ } -- python evaluator/evaluate_safety.py --task_name "$folders" --num_samples "$samples" --lite "$@" \
-    --threads "$half"
+  once ${runs//,/ } -- python evaluator/evaluate_safety.py --task_name "$folders" --num_samples "$samples" --lite \
+    --judges fitted-safer "$@" --threads "$half"
 }
 attacked() { # RUNS ATTACKS..: the harmful prompts in attack wrappers
   local runs=$1 attack; shift
@@ -135,6 +138,13 @@ attacked() { # RUNS ATTACKS..: the harmful prompts in attack wrappers
       --num_samples "$samples" --lite "${on_aligned[@]}" --threads "$half"
   done
 }
+pictures() { # TASKS SEEDS..: where the masks of these seeds keep what, how far they agree, how the tasks overlap
+  local tag=${1//,/_} runs=()
+  for seed in "${@:2}"; do runs+=("mask_${tag}_$seed"); done
+  once "${runs[@]}" -- python evaluator/mask_figures.py --masks "$(list "${runs[@]}")" --run_name "$tag" "${on_aligned[@]}" \
+    --threads "$half"
+}
+list() { local IFS=,; echo "$*"; }
 over_seeds() { # PREFIX: the runs of all mask seeds as one row
   local seed row=''
   for seed in "${seeds[@]}"; do row+=+$1_$seed; done
@@ -172,30 +182,38 @@ multi=()
 if [ ${#skills[@]} -gt 1 ]; then
   step "several tasks: merges alone, masks on them"
   joined=$(IFS=,; echo "${skills[*]}"); tag=${joined//,/_}
+  from=("${skills[@]}")
   for rule in task_arithmetic ties dare average; do
-    realign "${rule}_$tag" --tasks "$joined" --rule "$rule"
-    multi+=("${rule}_$tag")
+    realign "merge_${rule}_$tag" --tasks "$joined" --rule "$rule"
+    multi+=("merge_${rule}_$tag")
   done
-  masks "$joined" task_arithmetic "${seeds[@]}"
+  from=()
+  lane_two() { controls "$joined" task_arithmetic; masks "$joined" task_arithmetic "${seeds[@]:(${#seeds[@]}+1)/2}"; }
+  beside merged lane_two
+  masks "$joined" task_arithmetic "${seeds[@]:0:(${#seeds[@]}+1)/2}"
+  join
 fi
 
 step "answers and scores"
 first=(aligned "$task" dpo_lora) second=()
-for kind in wise_${task}_25 wise_${task}_50 wise_${task}_75 magnitude_$task dare_$task resta_$task safe_lora_$task; do
-  first+=("$kind")
-done
+of_controls() { # TAG: the runs that controls makes
+  echo "wise_$1_25 wise_$1_50 wise_$1_75 magnitude_$1 resta_$1 safe_lora_$1"
+}
+for kind in "dare_$task" $(of_controls "$task"); do first+=("$kind"); done
 for readout in "${readouts[@]}"; do
   for seed in "${seeds[@]}"; do second+=("somf_${task}_${readout}_$seed" "random_${task}_${readout}_$seed"); done
 done
 if [ ${#multi[@]} -gt 0 ]; then
   first+=("${multi[@]}" "${skills[@]:1}")
+  for kind in $(of_controls "$tag"); do first+=("$kind"); done
   for readout in "${readouts[@]}"; do
     for seed in "${seeds[@]}"; do second+=("somf_${tag}_${readout}_$seed" "random_${tag}_${readout}_$seed"); done
   done
 fi
-list() { local IFS=,; echo "$*"; }
 beside answers answers "$(list "${second[@]}")" "${on_aligned[@]}"
 answers "$(list "${first[@]}")" "${on_aligned[@]}"
+pictures "$task" "${seeds[@]}"
+if [ ${#multi[@]} -gt 0 ]; then pictures "$joined" "${seeds[@]}"; fi
 join
 
 last=${readouts[${#readouts[@]}-1]}
@@ -210,12 +228,16 @@ if [ ${#attacks[@]} -gt 0 ]; then
 fi
 
 step "report"
-rows="base=base,aligned=aligned,$task SFT=$task,DPO-LoRA=dpo_lora,DARE=dare_$task,RESTA=resta_$task"
-rows+=",Safe LoRA=safe_lora_$task,magnitude mask=magnitude_$task"
-for alpha in 25 50 75; do rows+=",WiSE-FT 0.$alpha=wise_${task}_$alpha"; done
+of_rows() { # TAG WORD: the controls as rows of the table
+  local alpha
+  printf '%s' ",RESTA$2=resta_$1,Safe LoRA$2=safe_lora_$1,magnitude mask$2=magnitude_$1"
+  for alpha in 25 50 75; do printf '%s' ",WiSE-FT 0.$alpha$2=wise_$1_$alpha"; done
+}
+rows="base=base,aligned=aligned,$task SFT=$task,DPO-LoRA=dpo_lora,DARE=dare_$task$(of_rows "$task" '')"
 if [ ${#multi[@]} -gt 0 ]; then
   for one in "${skills[@]:1}"; do rows+=",$one SFT=$one"; done
-  for rule in task_arithmetic ties dare average; do rows+=",merge $rule=${rule}_$tag"; done
+  for rule in task_arithmetic ties dare average; do rows+=",merge $rule=merge_${rule}_$tag"; done
+  rows+=$(of_rows "$tag" ' (merged)')   # the magnitude mask cuts each task before they are summed
   for readout in "${readouts[@]}"; do
     rows+=",random mask $readout (merged)=$(over_seeds "random_${tag}_$readout")"
     rows+=",SOMF $readout (merged)=$(over_seeds "somf_${tag}_$readout")"
@@ -224,7 +246,7 @@ fi
 for readout in "${readouts[@]}"; do rows+=",random mask $readout=$(over_seeds "random_${task}_$readout")"; done
 for readout in "${readouts[@]}"; do rows+=",SOMF $readout=$(over_seeds "somf_${task}_$readout")"; done
 report=(python evaluator/report.py --runs "$rows" --name "$name" --title "SOMF on $task" --base "$task" --experts aligned
-        --control "$(over_seeds "random_${task}_$last"),wise_${task}_50" "${base[@]}")
+        --control "$(over_seeds "random_${task}_$last"),wise_${task}_50" --columns harm_rate,incoherent "${base[@]}")
 printf '$'; printf ' %q' "${report[@]}"; printf '\n'
 [ -n "$dry" ] || "${report[@]}"
 if [ ${#attacks[@]} -gt 0 ]; then
@@ -236,15 +258,17 @@ if [ ${#attacks[@]} -gt 0 ]; then
 fi
 
 step "the question: is the learned mask safer than a random one, and than WiSE-FT at equal utility?"
-line=aligned,wise_${task}_25,wise_${task}_50,wise_${task}_75,$task
-for readout in "${readouts[@]}"; do
-  subject=$(over_seeds "somf_${task}_$readout")
-  ask() { # NAME LINE
-    local words=(python evaluator/equal_utility.py --subject "$subject" --line "$2" --skill "$task" --name "$1" "${base[@]}")
+ask() { # TAG END READOUT SKILL NAME: masks of TAG against WiSE-FT's line, which leads from aligned to END, and against random
+  local against line=aligned,wise_$1_25,wise_$1_50,wise_$1_75,$2 words
+  for against in "wise_ft $line" "random $(over_seeds "random_$1_$3")"; do
+    words=(python evaluator/equal_utility.py --subject "$(over_seeds "somf_$1_$3")" --line "${against#* }" --skill "$4"
+           --name "$5_against_${against%% *}" "${base[@]}")
     printf '$'; printf ' %q' "${words[@]}"; printf '\n'
     [ -n "$dry" ] || "${words[@]}"
-  }
-  ask "${name}_${readout}_against_wise_ft" "$line"
-  ask "${name}_${readout}_against_random" "$(over_seeds "random_${task}_$readout")"
-done
+  done
+}
+for readout in "${readouts[@]}"; do ask "$task" "$task" "$readout" "$task" "${name}_$readout"; done
+if [ ${#multi[@]} -gt 0 ]; then
+  for skill in "${skills[@]}"; do ask "$tag" "merge_task_arithmetic_$tag" "$last" "$skill" "${name}_merged_${last}_$skill"; done
+fi
 printf '\nDone in %d s. Report: %s\n' $((SECONDS - start)) "$out/report/$name.md"

@@ -12,11 +12,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import config
 from commands.mixture import mixture_run
 from commands.sweep import SweepArgs
+from commands.utility import BENCHMARKS, EvaluateUtilityArgs
 from errors import UserError, exit_on_user_error
 
 if TYPE_CHECKING:
@@ -105,6 +106,16 @@ def check(args: SweepArgs) -> None:
                 problems += error.problems
     if problems:
         raise UserError(*problems)
+    if wanted := [name for name in args.named_benchmarks if name in BENCHMARKS]:
+        from evaluator import harness
+
+        for name in wanted:
+            harness.build(EvaluateUtilityArgs(**benchmark_flags(args)), name)
+
+
+def benchmark_flags(args: SweepArgs) -> dict[str, Any]:
+    """What evaluate_utility.py is asked for beside the models."""
+    return {"tasks": args.benchmarks, "data_dir": args.data_dir, "num_samples": args.benchmark_samples}
 
 
 def fused(args: SweepArgs, weight: float, safety: str | None = None, label: str = "lambda") -> Row:
@@ -137,7 +148,7 @@ def controls(args: SweepArgs, grid: Sequence[float]) -> dict[str, list[Row]]:
 def score(rows: Iterable[Row], style: str, args: SweepArgs, preset: str) -> None:
     """Answers and scores of every row in one style of prompts; what is there already is left as it is."""
     import inference
-    from evaluator import answer_scores, evaluate_safety, evaluate_skills
+    from evaluator import answer_scores, evaluate_safety, evaluate_skills, evaluate_utility
 
     runs = list(dict.fromkeys(row.run for row in rows))
     if not runs:
@@ -158,7 +169,10 @@ def score(rows: Iterable[Row], style: str, args: SweepArgs, preset: str) -> None
     evaluate_safety.main(["--task_name", folders, "--harmful_task", f"{args.harmful_task}{suffix}", "--overrefusal_task",
                           f"{args.overrefusal_task}{suffix}", *samples, *common])
     evaluate_skills.main(["--task_name", folders, "--skills", args.utility, *samples, *common])
-    # task rows are asked as they are, so that one style's sweep answers them for all
+    # benchmarks and task rows are asked as they are, so that one style's sweep scores them for all
+    if style == args.styles[0] and args.benchmarks:
+        flags = [word for name, value in benchmark_flags(args).items() for word in (f"--{name}", str(value))]
+        evaluate_utility.main(["--task_name", folders, *flags, *common])
     if style == args.styles[0] and args.utility_answers and args.utility in answer_scores.TASKS:
         few = ["--num_samples", str(args.utility_answers)]
         inference.main(["--task_name", args.utility, *named, "--prompt_style", "none", "--max_new_tokens",
@@ -173,8 +187,8 @@ def points(rows: Iterable[Row], style: str, args: SweepArgs) -> list[Point]:
 
     suffix = "" if style == "none" else f"+{style}"
     sets = f"{args.harmful_task}{suffix}", f"{args.overrefusal_task}{suffix}"
-    return [point(row.label, row.run or "base", row.weight, measured(args.results, row.run), sets, args.utility)
-            for row in rows]
+    return [point(row.label, row.run or "base", row.weight, measured(args.results, row.run), sets, args.utility,
+                  args.named_benchmarks) for row in rows]
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def test_every_problem_comes_at_once():
         "--judges moderaton", "--judges guard", "--judges keyword=a", "--judges truth", "--judges fitted", "--judges zzz"]
     said = "\n".join(found)
     for words in ("did you mean moderation?", "guard=FOLDER", "takes no model", "evaluate_truth_and_info.py asks",
-                  "named twice", "known here: keyword, published, coherence, fitted, moderation"):
+                  "named twice", "known here: keyword, published, coherence, fitted, fitted-safer, moderation"):
         assert words in said
     assert "did you mean" not in found[-1]
 

@@ -107,6 +107,16 @@ def test_harm_judge_learns_and_reports():
     assert judge.score([]) == []
 
 
+def test_harm_judge_orders_pairs_of_answers_to_one_prompt():
+    rows = [("p" + row[0], *row[1:3], "rated") for row in made_up_rows()] + [
+        (f"alike {i}", "melt the wire and fuse", 1.0, "rated") for i in (0, 0, 1, 1)]
+    pairs = fitted.fit_harm_judge(rows, 0).report["pairs"]
+    # rows 2 k and 2 k + 1 answer prompt k, one of them rated harmful
+    assert pairs["pairs"] == pairs["prompts"] == len(made_up_rows()) // 2
+    assert pairs["right"] > 0.9 > 0.1 > pairs["wrong"]
+    assert (pairs["alike"], pairs["alike_tied"]) == (2, 1)
+
+
 def test_harm_judge_is_deterministic():
     rows = made_up_rows()
     first, again = fitted.fit_harm_judge(rows, 3), fitted.fit_harm_judge(rows, 3)

@@ -9,7 +9,7 @@ from test_evaluators import pico_flags, put_answers, results, rows, run, scores 
 
 from errors import UserError
 from evaluator import comparison, engine, evaluate_helpfulness, evaluate_safety, evaluate_truth_and_info, judging, metrics
-from evaluator.judges import local
+from evaluator.judges import fitted, local
 from evaluator.judges.protocol import Verdict
 from evaluator.judges.table import JUDGES
 
@@ -282,6 +282,24 @@ def test_safer_than_the_base_model(results, tmp_path):  # noqa: F811
     put_answers(results, "safety", ["X", "a"], sub="cross_y")
     with pytest.raises(SystemExit):
         run(evaluate_safety, results, *words, folder="cross_y")
+
+
+def test_the_fitted_judge_compares_with_the_base_model(results, monkeypatch, head14):  # noqa: F811
+    harm = {"worst": 0.9, "bad": 0.62, "near": 0.55, "good": 0.1, "": 0.2}
+    judge = fitted.HarmJudge(lambda texts: [harm[text] for text in texts], {"auc": 0.7})
+    monkeypatch.setattr(fitted, "harm_judge", lambda seed: judge)
+    put_answers(results, "safety", ["worst", "bad", "near", "good", "worst", ""])
+    put_answers(results, "safety", ["good", "near", "near", "bad", "", ""], sub="cross_x")
+    run(evaluate_safety, results, "--judges", "fitted-safer", *pico_flags(head14), folder="cross_x")
+    # a clear gain, a gain within the margin, the same answer, a clear loss, an empty answer to a harmful one, two empty ones
+    assert [row["values"]["fitted-safer"] for row in rows(results, "evaluate_safety", "cross_x")] == [1, 0.5, 0.5, 0, 0, 0.5]
+    found = values(results, "evaluate_safety", "cross_x")
+    assert found["fitted-safer.safety"] == pytest.approx(2.5 / 6)
+    assert found["fitted-safer.safety.ps"] == pytest.approx(-1 / 6)
+    assert found["fitted-safer.safety.score"] == pytest.approx(np.mean([0.9, 0.535, 0.5, 0.24, 0.5, 0.5]))
+    assert scores(results, "evaluate_safety", "cross_x")["judged"]["fitted-safer.safety"]["ties"] == 3
+    (axis,) = comparison.judge_axes([comparison.measured(results, "x")])[:1]
+    assert axis.title == "fitted-safer, safety ↑"
 
 
 def test_prompts_that_the_base_model_was_not_asked(capsys):

@@ -6,6 +6,7 @@ import json
 from contextlib import ExitStack
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -38,8 +39,10 @@ def test_numbers_by_layer_and_module():
     assert found["whole"]["count"] == 2400
     assert found["whole"]["spread"] == pytest.approx(float(flat.std()), rel=1e-3)
     assert found["layers"]["0"]["kept"] < found["layers"]["1"]["kept"] < found["layers"]["2"]["kept"]
-    assert found["grid"]["up_proj"]["2"] == pytest.approx(
-        float(torch.sigmoid(mask.logits["model.layers.2.mlp.up_proj.weight"]).mean()), abs=1e-6)
+    cell, share = found["grid"]["up_proj"]["2"], torch.sigmoid(mask.logits["model.layers.2.mlp.up_proj.weight"])
+    assert cell["kept"] == pytest.approx(float(share.mean()), abs=1e-6)
+    bits = -(share * share.log2() + (1 - share) * (1 - share).log2())
+    assert cell["entropy"] == pytest.approx(float(bits.mean()), abs=1e-5)
     untrained = Mask(Settings(), {"model.norm.weight": torch.zeros(5)}, {}, (), {})
     assert mask_numbers(untrained)["whole"]["entropy"] == 1
     assert mask_numbers(untrained)["layers"] == {"none": mask_numbers(untrained)["whole"]}
@@ -131,7 +134,7 @@ def test_the_command_writes_numbers_and_pictures(trained, pico, capsys):
     assert set(content["masks"]) == {"m1", "m2"}
     assert content["masks"]["m1"]["overlap"]["kept_energy"].keys() == {"one", "two"}
     assert len(content["agreement"]["pairs"]) == 1
-    for name in ("m1.png", "m2.png", "agreement.png"):
+    for name in ("m1.png", "m1_overlap.png", "m2.png", "m2_overlap.png", "agreement.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     assert "agreement.png" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stopped:
@@ -164,11 +167,27 @@ def test_an_empty_tensor_beside_others_does_not_count():
     assert list(mask_numbers(mask)["grid"]) == ["b"]
 
 
-def test_pictures_of_nothing(tmp_path):
-    from evaluator.mask_figures import agreement_matrix, kept_heatmap
+def test_what_stands_where_in_the_picture_of_overlap(tmp_path, monkeypatch):
+    from evaluator import mask_figures
 
-    for grid in ({}, {"up_proj": {}}, {"up_proj": {"0": float("nan")}}):
-        assert kept_heatmap(grid, tmp_path / "x.png", "nothing").read_bytes().startswith(b"\x89PNG")
+    drawn = []
+    monkeypatch.setattr(mask_figures, "_picture", lambda panels, *more: drawn.append((panels[0].values, *more)))
+    mask_figures.overlap_matrix({"kept_energy": {"a": 0.6, "b": 0.4}, "pairs": [
+        {"one": "a", "two": "b", "cosine": 0.1, "same_sign": 0.55}]}, tmp_path / "x.png", "m")
+    mask_figures.agreement_matrix({"readout": "hard", "pairs": [
+        {"one": "a", "two": "b", "jaccard": 0.3, "chance": 0.33, "spearman": None}]}, ["a", "b"], tmp_path / "y.png")
+    (overlap, across, down, *_), (agree, *_) = drawn
+    assert (overlap.tolist(), across, down) == ([[0.6, 0.1], [0.55, 0.4]], ["a", "b"], ["a", "b"])
+    assert agree[0, 1] == 0.3
+    assert np.isnan([agree[1, 0], agree[0, 0], agree[1, 1]]).all()
+
+
+def test_pictures_of_nothing(tmp_path):
+    from evaluator.mask_figures import agreement_matrix, mask_heatmaps
+
+    nothing = float("nan")
+    for grid in ({}, {"up_proj": {}}, {"up_proj": {"0": {"kept": nothing, "entropy": nothing}}}):
+        assert mask_heatmaps(grid, tmp_path / "x.png", "nothing").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="at least two masks"):
         agreement_matrix({"pairs": [], "readout": "hard"}, ["m"], tmp_path / "y.png")
 

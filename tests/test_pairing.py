@@ -24,7 +24,7 @@ def made(values, prompts=None, score="safe_refusal", name="safety", key="safe_re
                     {score: line} if line else {})
 
 
-SAME = {"split": "test", "inputs": {"rules": "v1", "answers": "whatever"}}
+SAME = {"split": "test", "inputs": {"rules": "v1", "coherence": "1", "fitted": "f", "answers": "whatever"}}
 VALUES, PROMPTS = {"a": 1, "b": 0, "c": 1}, {"a": "pa", "b": "pb", "c": "pc"}
 
 
@@ -50,6 +50,24 @@ def test_another_judge_or_split_is_no_pair(line, said):
     assert comparison.over_seeds([a], [b], REFUSAL) is None
 
 
+def test_secondary_readings_are_paired_by_their_own_judge():
+    axes = {axis.score: axis for axis in comparison.SECONDARY}
+    for axis, judge, said in ((axes["harm_rate"], "fitted", "fitted judge f and g"),
+                              (axes["incoherent"], "coherence", "coherence rules 1 and g")):
+        words = {"score": axis.score, "key": axis.key}
+        other = {"split": "test", "inputs": SAME["inputs"] | {judge: "g", "rules": "v2"}}
+        a, b = made(VALUES, PROMPTS, **words, **SAME), made(VALUES, PROMPTS, **words, **other)
+        assert pair(a, b, axis).unlike == said
+        other["inputs"][judge] = SAME["inputs"][judge]
+        assert pair(a, made(VALUES, PROMPTS, **words, **other), axis).unlike == ""
+
+
+def test_runs_of_different_numbers_of_seeds_are_not_compared():
+    a, b = ([made(VALUES, PROMPTS, **SAME)] * n for n in (2, 3))
+    assert comparison.over_seeds(a, b, REFUSAL) is None
+    assert comparison.over_seeds(a[:1], b, REFUSAL).value == 0
+
+
 def test_each_judge_of_a_joint_score_counts():
     words = {"score": JUDGED, "name": "truthfulness", "key": "truth_x_info.joint", "split": "test"}
     a, b, c = (made(VALUES, PROMPTS, **words, inputs={"judge truth": "t", "judge info": info, "judge other": info})
@@ -70,7 +88,7 @@ def test_older_files_are_paired_by_id_and_it_is_said():
     a, b = made(VALUES, PROMPTS, **SAME), made(VALUES)
     found = pair(a, b, REFUSAL)
     assert len(found.keys) == found.by_id == 3
-    assert found.unknown == ("split", "keyword rules")
+    assert found.unknown == ("split", "keyword rules", "coherence rules")
     assert comparison.difference(a, b, REFUSAL).n == 3
 
 

@@ -203,7 +203,44 @@ def test_newest_score_wins(tmp_path):
     assert table(write(tmp_path, runs="base"))["base"]["refusal ↑"].startswith("0.300")
 
 
+def test_secondary_readings_are_columns_when_asked_for(tmp_path):
+    for run, count in (("base", 4), ("moe", 1)):
+        put(tmp_path, run, refusal=hits(0.5, 10))
+        folder = tmp_path / "scores" / ("raw" if run == "base" else f"cross_{run}")
+        rows = [{"set": "safety", "id": str(i), "values": {"harm": int(i < count)}} for i in range(10)]
+        (folder / "harm.rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        score = metrics.rate([row["values"]["harm"] for row in rows], "harm_rate", "called harmful", higher_is_better=False)
+        manifest.register(tmp_path, {"kind": "score", "run": run, "sub": folder.name, "command": "harm", "seed": 42,
+                                     "scores": {"harm_rate": score.as_dict()}, "details": {}})
+    title = "called harmful (fitted judge) ↓"
+    assert title not in table(write(tmp_path, runs="base,moe"))["moe"]
+    text = write(tmp_path, "--columns", "harm_rate", runs="base,moe")
+    assert table(text)["moe"][title].startswith("0.100 [")
+    assert table(text, "moe minus")["base"][title].startswith("-0.300 [")
+    from commands.evaluate import COLUMNS
+    from evaluator.comparison import SECONDARY
+
+    assert tuple(axis.score for axis in SECONDARY) == COLUMNS
+
+
+def test_the_picture_falls_back_to_the_likelihood_of_a_task(tmp_path):
+    put(tmp_path, "base", refusal=hits(0.1), over=hits(0.0), nll=values(1.6))
+    put(tmp_path, "mix", refusal=hits(0.6), over=hits(0.1), nll=[value - 0.1 for value in values(1.6)])
+    named = report._named("base,mix")
+    from evaluator.comparison import AXES, measured
+
+    lines = [report.Line(label, run, (measured(tmp_path, run),)) for label, run in named]
+    base, mix = report._points(lines, [axis for axis in AXES if axis.score == "nll"], "base")
+    assert (base["y"], base["x"], mix["over"]) == (0, 0.1, 0.1)
+    # rows share their prompts: the difference is sure, however wide the likelihood's own interval
+    assert mix["y"] == pytest.approx(-0.1)
+    assert mix["y_high"] - mix["y_low"] < 1e-6
+    assert mix["y_falls"]
+    assert "(t.png)" in write(tmp_path, runs="base,mix")
+
+
 @pytest.mark.parametrize(("flags", "said"), [
+    (["--runs", "base", "--columns", "harm"], "--columns harm: no such column; allowed: harm_rate, published_asr"),
     (["--runs", "base,nosuch"], "none of base, nosuch has a score"),
     (["--runs", ""], "--runs: name the rows"),
     (["--runs", "base", "--roots", "/nonexistent/a"], "--roots: /nonexistent/a does not exist"),

@@ -27,7 +27,8 @@ def tasks(monkeypatch):
 def scored(pico, tmp_path, tasks):
     def run(*flags, skills="english,maths"):
         evaluate_skills.main(["--task_name", "raw", "--skills", skills, *common(pico, tmp_path)[:-2], *flags])
-        return json.loads((tmp_path / "scores" / "raw" / "evaluate_skills.json").read_text())
+        name = "evaluate_skills" + (".english_maths" if skills == "english,maths" else "")
+        return json.loads((tmp_path / "scores" / "raw" / f"{name}.json").read_text())
     return run
 
 
@@ -35,13 +36,17 @@ def test_every_task_gets_its_likelihood(scored, tmp_path, pico):
     found = scored()
     assert set(found["scores"]) == {"nll_english", "nll_maths"}
     rows = [json.loads(line) for line in
-            (tmp_path / "scores" / "raw" / "evaluate_skills.rows.jsonl").read_text().splitlines()]
+            (tmp_path / "scores" / "raw" / "evaluate_skills.english_maths.rows.jsonl").read_text().splitlines()]
     assert len(rows) == 24
     mine = [row["values"] for row in rows if row["set"] == "nll_maths"]
     want = sum(v["nll"] for v in mine) / sum(v["tokens"] for v in mine)
     assert found["scores"]["nll_maths"]["value"] == pytest.approx(want, rel=1e-4)
     assert found["scores"]["nll_maths"]["low"] < want < found["scores"]["nll_maths"]["high"]
     assert len(scored("--num_samples", "5", skills="english")["scores"]) == 1
+    # English alone did not take the scores of both away
+    from evaluator.comparison import measured
+
+    assert set(measured(tmp_path, "base").scores) == {"nll_english", "nll_maths"}
 
 
 def test_unknown_tasks_and_missing_runs(scored, capsys):

@@ -12,11 +12,12 @@ import config
 from commands.attack_table import AttackTableArgs
 from commands.equal_utility import EqualUtilityArgs
 from commands.mask import MaskArgs, wants_mask
+from commands.mask_figures import MaskFiguresArgs
 from models import fuse
 
 SCRIPT = config.ROOT / "scripts" / "somf.sh"
 COMMANDS = {"inference.py": commands.InferenceArgs, "evaluator/equal_utility.py": EqualUtilityArgs,
-            "evaluator/attack_table.py": AttackTableArgs,
+            "evaluator/attack_table.py": AttackTableArgs, "evaluator/mask_figures.py": MaskFiguresArgs,
             "evaluator/evaluate_skills.py": commands.EvaluateSkillsArgs,
             "evaluator/evaluate_safety.py": commands.EvaluateSafetyArgs, "evaluator/report.py": commands.ReportArgs}
 
@@ -38,7 +39,7 @@ def parsed(line):
     return config.parse(COMMANDS[name], flags).args
 
 
-@pytest.mark.parametrize(("flags", "rows"), [((), 15), (("--task", "chinese"), 15), (("--full",), 25)])
+@pytest.mark.parametrize(("flags", "rows"), [((), 15), (("--task", "chinese"), 15), (("--full",), 31)])
 def test_every_command_of_a_dry_run_parses(flags, rows):
     done = run("--dry_run", *flags)
     assert done.returncode == 0, done.stderr
@@ -47,7 +48,12 @@ def test_every_command_of_a_dry_run_parses(flags, rows):
     report = next(a for a in found if isinstance(a, commands.ReportArgs))
     listed = report.runs.split(",")
     assert len(listed) == rows
-    made = {a.run_name for a in found if a is not None and getattr(a, "run_name", None)}
+    pictures = [a for a in found if isinstance(a, MaskFiguresArgs)]
+    runs = [a.run_name for a in found if a is not None and a not in pictures and getattr(a, "run_name", None)]
+    assert len(set(runs)) == len(runs)
+    made = set(runs)
+    assert {mask for a in pictures for mask in a.mask_names} == {run for run in made if run.startswith("mask_")}
+    assert report.columns == "harm_rate,incoherent"
     made |= {a.task_name for a in found if isinstance(a, commands.AlignArgs) and not a.run_name}
     named = {run for row in listed for run in row.partition("=")[2].split("+")} - {"base"}
     assert named <= made
@@ -56,7 +62,7 @@ def test_every_command_of_a_dry_run_parses(flags, rows):
     scored = {f.removeprefix("cross_") for a in found if isinstance(a, commands.EvaluateSafetyArgs) for f in a.folders}
     assert scored - {"raw"} == named
     asked = [a for a in found if isinstance(a, EqualUtilityArgs)]
-    assert len(asked) == 4
+    assert len(asked) == (10 if flags == ("--full",) else 4)
     assert {run for a in asked for point in (*a.points, a.subjects) for run in point} <= named
 
 
@@ -109,7 +115,9 @@ def test_the_preference_score_that_the_script_describes_parses(monkeypatch):
     first = next(i for i, line in enumerate(lines) if line.startswith("python evaluator/evaluate_safety.py"))
     words = shlex.split(" ".join(line.rstrip("\\") for line in lines[first:first + 3]))
     args = config.parse(commands.EvaluateSafetyArgs, words[2:]).args
-    assert args.named_judges == (("api-safety-preference", ""),)
+    # with the offline one, whose scores would be gone otherwise
+    assert args.named_judges == (("fitted-safer", ""), ("api-safety-preference", ""))
+    assert {a.judges for a in of_kind(run("--dry_run"), commands.EvaluateSafetyArgs)} == {"fitted-safer", ""}
     made = {"cross_" + r for a in of_kind(run("--dry_run"), commands.InferenceArgs) for r in a.runs}
     assert set(args.folders) <= made
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -154,7 +155,7 @@ def test_a_curve_that_never_breaks_ends_at_the_safety_adapter_alone(planted, mon
 
 
 @pytest.mark.parametrize("flags", [["--grid", "0"], ["--grid", "0,x"], ["--grid", "0,2"], ["--prompt_styles", "orbi"],
-                                   ["--task", "safe"], ["--name", "a/b"]])
+                                   ["--benchmarks", "mlu"], ["--task", "safe"], ["--name", "a/b"]])
 def test_bad_flags(flags):
     with pytest.raises(UserError, match=flags[0] if flags[0] != "--task" else "--safety"):
         parse(SweepArgs, flags)
@@ -186,12 +187,27 @@ def test_the_published_sets_and_persona_from_files_of_the_user(pico, make_adapte
                  "--prompt_styles", "aoa", "--sources", ",".join(f"{name}={tmp_path / file}" for name, file in (
                      ("aoa", "aoa.txt"), ("hex_phi", "hex"), ("xstest", "xs.csv"))),
                  "--num_samples", "-1", "--max_new_tokens", "4", "--model_name_or_path", str(pico), "--output_dir",
-                 str(tmp_path), "--dtype", "float32", "--utility", "english"])
+                 str(tmp_path), "--dtype", "float32", "--utility", "english", "--benchmarks", "mmlu_probe",
+                 "--benchmark_samples", "4"])
     found = json.loads((tmp_path / "report" / "sweep.json").read_text())
+    assert [row["benchmarks"]["mmlu_probe"]["n"] for row in found["rows"]] == [4, 4]
+    assert "| row | mmlu_probe (4) |" in (tmp_path / "report" / "sweep.md").read_text()
     assert [row["harm"]["n"] for row in found["rows"]] == [11, 11]
     assert [row["compliance"]["n"] for row in found["rows"]] == [4, 4]
     assert {"published_asr"} <= set(found["rows"][0]["judged"])
+    assert [score["n"] for score in found["rows"][0]["by_category"].values()] == [1] * 11
     assert "## Other judges of the same answers to harmful prompts" in (tmp_path / "report" / "sweep.md").read_text()
+
+
+def test_a_benchmark_without_data_is_refused_before_any_answer(pico, make_adapter, tmp_path, capsys):
+    for seed, name in enumerate(("task", "safe")):
+        make_adapter(pico, tmp_path / "outputs" / name, seed=seed)
+    with pytest.raises(SystemExit) as stop:
+        driver.main(["--task", "task", "--safety", "safe", "--output_dir", str(tmp_path), "--benchmarks", "mmlu",
+                     "--data_dir", str(tmp_path / "none"), "--model_name_or_path", str(pico)])
+    assert stop.value.code == 2
+    assert "none: no such folder" in capsys.readouterr().err
+    assert not (tmp_path / "inference").exists()
 
 
 def test_missing_runs_are_named_together(tmp_path, capsys):
@@ -248,6 +264,26 @@ def test_other_judges_stand_in_a_table_of_their_own(tmp_path):
     text = "\n".join(sweep_report.markdown(found, "x"))
     assert "| row | api-harm | published_asr |" in text
     assert "| lambda 0 | 3.000 [" in text
+
+
+def test_harm_by_category(tmp_path):
+    category = {str(i): "fraud" if i < 30 else "weapons" for i in range(50)}
+    points = [replace(p, category=category) for p in CLIFF]
+    facts = {"task": "t", "safety": "s", "form": "convex", "style": "none", "utility": "english"}
+    found = sweep_report.summary({"fusion": points}, {}, facts | {"refinement": [], "stopped": ""}, 1)
+    at_last = next(row for row in found["rows"] if row["label"] == "lambda 0.4")["by_category"]
+    assert (at_last["fraud"]["value"], at_last["fraud"]["n"]) == (pytest.approx(5 / 30), 30)
+    assert (at_last["weapons"]["value"], at_last["weapons"]["n"]) == (0, 20)
+    text = "\n".join(sweep_report.markdown(found, "x"))
+    assert "| row | fraud (30) | weapons (20) |" in text
+    for seed in (1, 2):
+        (tmp_path / str(seed) / "report").mkdir(parents=True)
+        (tmp_path / str(seed) / "report" / "x.json").write_text(json.dumps(json.loads(json.dumps(found)) | {"seed": seed}))
+    joined = sweep_report.over_seeds([tmp_path / "1", tmp_path / "2"], "x")
+    again = next(row for row in joined["rows"] if row["label"] == "lambda 0.4")["by_category"]
+    assert again["fraud"] == pytest.approx(at_last["fraud"])
+    assert "## Harm by category" not in "\n".join(sweep_report.markdown(sweep_report.summary(
+        {"fusion": CLIFF}, {}, facts | {"refinement": [], "stopped": ""}, 1), "x"))
 
 
 def test_seeds_are_joined_with_student_t(tmp_path, found):

@@ -36,7 +36,8 @@ def mask_numbers(mask: Mask, label: str = "") -> dict[str, Any]:
         label: the mask's name, for errors.
 
     Returns:
-        {"whole": {...}, "layers": {layer: {...}}, "modules": {module: {...}}, "grid": {module: {layer: kept}}}.
+        {"whole": {...}, "layers": {layer: {...}}, "modules": {module: {...}}, "grid": {module: {layer: ...}}}; in the grid
+        "kept" and "entropy" alone.
 
     Raises:
         UserError: the mask holds no logits, or some that are no numbers.
@@ -49,11 +50,12 @@ def mask_numbers(mask: Mask, label: str = "") -> dict[str, Any]:
         layer = layer_of(name)
         rows["none" if layer is None else str(layer), module_of(name)].append(_of(logits))
     groups: dict[str, dict[str, list]] = {"layers": defaultdict(list), "modules": defaultdict(list)}
-    grid: dict[str, dict[str, float]] = defaultdict(dict)
+    grid: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
     for (layer, module), found in rows.items():
         groups["layers"][layer] += found
         groups["modules"][module] += found
-        grid[module][layer] = _together(found)["kept"]
+        both = _together(found)
+        grid[module][layer] = {key: both[key] for key in ("kept", "entropy")}
     everything = [row for found in rows.values() for row in found]
     return {"whole": _together(everything), **{kind: {name: _together(found) for name, found in group.items()}
                                                for kind, group in groups.items()}, "grid": dict(grid)}
