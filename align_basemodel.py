@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args: AlignArgs = parsed.args
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         config.short_waits()
+        config.keep_freed_memory()
         settings = {**_settings(args), "training_arguments": parsed.training}
         target = args.results / "outputs" / args.name
         if not args.overwrite and manifest.finished(target, settings):

@@ -10,6 +10,7 @@ task vectors between policy and reference, which is kinder to it than the origin
 alternating A B A B, and its peak memory is that process's.
 
 Both processes let waiting threads spin briefly, as our commands do, and use the fused AdamW that transformers 5 defaults to.
+Ours keeps freed memory, as align_basemodel.py does; ``--keep both`` gives that to the published side too.
 
 Before a race, one step of both sides with the same noise, logits and reference must give the same loss and logit gradients,
 or nothing is timed. A pair's first epoch also pays for its reference; ``with reference`` adds that pass to our steps.
@@ -232,11 +233,13 @@ def gemm(seconds: float = 1.0, size: int = 1024) -> float:
     return 2 * size**3 / best
 
 
-def child(side: str, mode: str, layers: int, steps: int, pairs: int, tokens: int, threads: int) -> None:
+def child(side: str, mode: str, layers: int, steps: int, pairs: int, tokens: int, threads: int, keep: str) -> None:
     """One run in this process; prints its figures as JSON."""
-    from config import short_waits
+    from config import keep_freed_memory, short_waits
 
     short_waits()  # as the commands do
+    if keep == "both" or (keep == "ours" and side == "ours"):
+        keep_freed_memory()  # as align_basemodel.py does
     import torch
 
     torch.set_num_threads(threads)
@@ -264,7 +267,7 @@ def child(side: str, mode: str, layers: int, steps: int, pairs: int, tokens: int
 def run(side: str, mode: str, args: argparse.Namespace) -> dict[str, Any]:
     words = [sys.executable, str(Path(__file__).resolve()), "--child", side, "--mode", mode, "--layers", str(args.layers),
              "--steps", str(args.steps), "--batch", str(args.batch), "--tokens", str(args.tokens), "--threads",
-             str(args.threads)]
+             str(args.threads), "--keep", args.keep]
     done = subprocess.run(words, capture_output=True, text=True, check=False,
                           env=os.environ | {"PYTHONPATH": str(ROOT)})
     if done.returncode:
@@ -293,7 +296,7 @@ def race(mode: str, args: argparse.Namespace) -> dict[str, Any]:
     # 2 per weight and token forwards, 2 backwards to the activations, 2 more to the weights under a mask
     work_done = (4 * known["products"] + 2 * known["masked_products"]) * 2 * args.batch * args.tokens
     return {"mode": mode, "pairs": args.pairs, "layers": args.layers, "batch": args.batch, "tokens": args.tokens,
-            "threads": args.threads, "dtype": "float32", "difference": equal,
+            "threads": args.threads, "keep": args.keep, "dtype": "float32", "difference": equal,
             "seconds": mine, "published_seconds": theirs, "ratio": theirs / mine, "cpu_seconds": cpu,
             "published_cpu_seconds": more, "cpu_ratio": more / cpu, "reference_seconds": reference,
             "ratio_with_reference": theirs / (mine + reference), "gemm_gflops": speed / 1e9,
@@ -328,12 +331,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2, help="preference pairs per step")
     parser.add_argument("--tokens", type=int, default=64, help="per row")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--keep", choices=("ours", "both", "none"), default="ours",
+                        help="who keeps freed memory: ours, as align_basemodel.py does; both sides; none")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--child", choices=("ours", "published", "compare"), help=argparse.SUPPRESS)
     parser.add_argument("--mode", choices=("full", "lora"), default="full", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        child(args.child, args.mode, args.layers, args.steps, args.batch, args.tokens, args.threads)
+        child(args.child, args.mode, args.layers, args.steps, args.batch, args.tokens, args.threads, args.keep)
         return
     if min(args.pairs, args.steps, args.layers) < 1 or set(args.modes.split(",")) - {"full", "lora"}:
         parser.error("--pairs, --steps and --layers must be at least 1, --modes full, lora or full,lora")

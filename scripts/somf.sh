@@ -259,12 +259,14 @@ fi
 
 step "the question: is the learned mask safer than a random one, and than WiSE-FT at equal utility?"
 ask() { # TAG END READOUT SKILL NAME: masks of TAG against WiSE-FT's line, which leads from aligned to END, and against random
-  local against line=aligned,wise_$1_25,wise_$1_50,wise_$1_75,$2 words
+  local against line=aligned,wise_$1_25,wise_$1_50,wise_$1_75,$2 words safety
   for against in "wise_ft $line" "random $(over_seeds "random_$1_$3")"; do
-    words=(python evaluator/equal_utility.py --subject "$(over_seeds "somf_$1_$3")" --line "${against#* }" --skill "$4"
-           --name "$5_against_${against%% *}" "${base[@]}")
-    printf '$'; printf ' %q' "${words[@]}"; printf '\n'
-    [ -n "$dry" ] || "${words[@]}"
+    for safety in balance refusal; do   # refusals of harmful prompts minus those of harmless ones; the former alone
+      words=(python evaluator/equal_utility.py --subject "$(over_seeds "somf_$1_$3")" --line "${against#* }" --skill "$4"
+             --safety "$safety" --name "$5_against_${against%% *}_$safety" "${base[@]}")
+      printf '$'; printf ' %q' "${words[@]}"; printf '\n'
+      [ -n "$dry" ] || "${words[@]}"
+    done
   done
 }
 for readout in "${readouts[@]}"; do ask "$task" "$task" "$readout" "$task" "${name}_$readout"; done

@@ -39,7 +39,7 @@ def test_another_temperature_shows_as_another_gradient(monkeypatch):
 @pytest.mark.parametrize("side", ["ours", "published"])
 def test_a_run_prints_its_figures(side, capsys, monkeypatch):
     monkeypatch.setattr(race, "gemm", lambda: 1e9)
-    race.child(side, "lora", 1, 2, 1, 16, 1)
+    race.child(side, "lora", 1, 2, 1, 16, 1, "none")
     found = json.loads(capsys.readouterr().out)
     assert len(found["all"]) == 3
     assert found["peak"] >= found["floor"] > 0
@@ -77,7 +77,7 @@ def test_the_figures_of_a_race(monkeypatch):
                 "products": 1000, "masked_products": 500}
 
     monkeypatch.setattr(race, "run", run)
-    found = race.race("full", argparse.Namespace(pairs=2, layers=1, batch=2, tokens=16, threads=1))
+    found = race.race("full", argparse.Namespace(pairs=2, layers=1, batch=2, tokens=16, threads=1, keep="ours"))
     assert order == ["compare", "ours", "published", "ours", "published"]
     assert (found["ratio"], found["memory_ratio"]) == (4.0, 0.4)
     assert found["ratio_with_reference"] == pytest.approx(3.2)

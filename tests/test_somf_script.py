@@ -62,7 +62,8 @@ def test_every_command_of_a_dry_run_parses(flags, rows):
     scored = {f.removeprefix("cross_") for a in found if isinstance(a, commands.EvaluateSafetyArgs) for f in a.folders}
     assert scored - {"raw"} == named
     asked = [a for a in found if isinstance(a, EqualUtilityArgs)]
-    assert len(asked) == (10 if flags == ("--full",) else 4)
+    assert len(asked) == (20 if flags == ("--full",) else 8)
+    assert len({a.name for a in asked}) == len(asked)
     assert {run for a in asked for point in (*a.points, a.subjects) for run in point} <= named
 
 
