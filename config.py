@@ -51,8 +51,8 @@ def keep_freed_memory() -> bool:
     """Let glibc keep what is freed for the next step instead of giving it back to the kernel; False without glibc.
 
     A training step takes and frees the same large blocks again and again, and the kernel clears every page of them each
-    time: half of a step of DPO or of a mask. Settings of the user (MALLOC_...) stay. Not for commands that promise a limit of
-    memory.
+    time: half of a step of DPO or of a mask. Settings of the user (MALLOC_...) stay. Not for commands that promise a limit
+    of memory.
     """
     import ctypes
 
