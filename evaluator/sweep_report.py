@@ -210,7 +210,8 @@ def _columns(rows: Sequence[Mapping[str, Any]], part: str, title: str, said: str
     names = sorted({key for row in rows for key in row.get(part, {})})
     if not names:
         return []
-    heads = names if part == "judged" else [f"{name} ({_rows_in(rows, part, name)})" for name in names]
+    scored = [row.get(part, {}) for row in rows]
+    heads = names if part == "judged" else [f"{name} ({_rows_of(scored, name)})" for name in names]
     lines = ["", f"## {title}", "", said, "", f"| row | {' | '.join(heads)} |", "| --- " * (len(names) + 1) + "|"]
     for row in rows:
         cells = [row["label"], *(_score(row[part][key]) if key in row.get(part, {}) else "" for key in names)]
@@ -221,10 +222,6 @@ def _columns(rows: Sequence[Mapping[str, Any]], part: str, title: str, said: str
 def _answered(rows: Sequence[Mapping[str, Any]], utility: str) -> dict[str, answer_scores.Measure]:
     """Scores of generated answers that a row has: sweeps without them get no column."""
     return {name: measure for name, measure in answer_scores.measures(utility).items() if any(name in row for row in rows)}
-
-
-def _rows_in(rows: Sequence[Mapping[str, Any]], part: str, name: str) -> int:
-    return max(row[part][name]["n"] for row in rows if name in row.get(part, {}))
 
 
 def _rows_of(rows: Sequence[Mapping[str, Any]], name: str) -> int:

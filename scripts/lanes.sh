@@ -1,8 +1,10 @@
 # Sourced by the scripts: steps with their time, and two lanes. One small model leaves half of two cores idle, so independent
 # work runs in two lanes of half the cores each: `beside NAME COMMAND...` starts the second one, its output in $logs/NAME.log;
-# `join` waits for it. With $dry set, commands are printed and nothing runs beside.
+# `join` waits for it. `say COMMAND...` prints a command and runs it. With $dry set, commands are printed, not run, and nothing
+# runs beside.
 cores=$(nproc); half=$((cores > 1 ? cores / 2 : 1))
 start=$SECONDS
+say() { printf '$'; printf ' %q' "$@"; printf '\n'; [ -n "${dry:-}" ] || "$@"; }
 step() { printf '\n== [%4d s] %s\n' $((SECONDS - start)) "$*"; }
 beside() {
   lane=$logs/$1.log; shift

@@ -32,7 +32,6 @@ done
 export HF_HUB_OFFLINE=1
 
 . scripts/lanes.sh
-say() { printf '$'; printf ' %q' "$@"; printf '\n'; [ -n "$dry" ] || "$@"; }
 
 short=(${STEPS:+--max_steps "$STEPS"})
 # the paper's adapter, smaller: q and v, r 8, alpha 32, dropout 0.05, learning rate 1e-3 times 0.85 an epoch, batch 4

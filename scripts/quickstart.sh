@@ -29,7 +29,6 @@ done
 
 logs=$root/logs
 . scripts/lanes.sh
-say() { printf '$ %s\n' "$*"; "$@"; }
 
 tuned=mix_moe_reg_00010_00010_00010_gate_01000
 others=base,helpfulness,safety,truthfulness,mix,average,raw_moe

@@ -247,25 +247,21 @@ for readout in "${readouts[@]}"; do rows+=",random mask $readout=$(over_seeds "r
 for readout in "${readouts[@]}"; do rows+=",SOMF $readout=$(over_seeds "somf_${task}_$readout")"; done
 report=(python evaluator/report.py --runs "$rows" --name "$name" --title "SOMF on $task" --base "$task" --experts aligned
         --control "$(over_seeds "random_${task}_$last"),wise_${task}_50" --columns harm_rate,incoherent "${base[@]}")
-printf '$'; printf ' %q' "${report[@]}"; printf '\n'
-[ -n "$dry" ] || "${report[@]}"
+say "${report[@]}"
 if [ ${#attacks[@]} -gt 0 ]; then
   rows="aligned=aligned,$task SFT=$task,WiSE-FT 0.50=wise_${task}_50,DPO-LoRA=dpo_lora,RESTA=resta_$task"
   rows+=",random mask $last=$(over_seeds "random_${task}_$last"),SOMF $last=$(over_seeds "somf_${task}_$last")"
   report=(python evaluator/attack_table.py --runs "$rows" --attacks "$(list "${attacks[@]}")" --name "${name}_attacks" "${base[@]}")
-  printf '$'; printf ' %q' "${report[@]}"; printf '\n'
-  [ -n "$dry" ] || "${report[@]}"
+  say "${report[@]}"
 fi
 
 step "the question: is the learned mask safer than a random one, and than WiSE-FT at equal utility?"
 ask() { # TAG END READOUT SKILL NAME: masks of TAG against WiSE-FT's line, which leads from aligned to END, and against random
-  local against line=aligned,wise_$1_25,wise_$1_50,wise_$1_75,$2 words safety
+  local against line=aligned,wise_$1_25,wise_$1_50,wise_$1_75,$2 safety
   for against in "wise_ft $line" "random $(over_seeds "random_$1_$3")"; do
     for safety in balance refusal; do   # refusals of harmful prompts minus those of harmless ones; the former alone
-      words=(python evaluator/equal_utility.py --subject "$(over_seeds "somf_$1_$3")" --line "${against#* }" --skill "$4"
-             --safety "$safety" --name "$5_against_${against%% *}_$safety" "${base[@]}")
-      printf '$'; printf ' %q' "${words[@]}"; printf '\n'
-      [ -n "$dry" ] || "${words[@]}"
+      say python evaluator/equal_utility.py --subject "$(over_seeds "somf_$1_$3")" --line "${against#* }" --skill "$4" \
+        --safety "$safety" --name "$5_against_${against%% *}_$safety" "${base[@]}"
     done
   done
 }
