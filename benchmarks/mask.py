@@ -2,12 +2,14 @@
 
     python benchmarks/mask.py --json race.json                 # full task vectors and LoRA factors, five pairs each
     python benchmarks/mask.py --layers 4 --pairs 1 --steps 2   # a short look
+    python benchmarks/mask.py --tokens 64                      # every row 64 tokens: nothing is padded on either side
 
 Published: RelaxedBernoulli draws and the merge inside autograd (functional_call), and a live second mask model as reference,
-also drawn at every step. Ours: ``models/mask/bank.py``, reference log-probabilities computed once per pair. Both sides hold
-the same random fp32 weights, task vectors, batches, log-probability function and AdamW; the published side shares base and
-task vectors between policy and reference, which is kinder to it than the original. Each run is a process of its own,
-alternating A B A B, and its peak memory is that process's.
+also drawn at every step; rows padded to the longest, logits of all positions. Ours is what align_basemodel.py runs:
+``models/mask/bank.py``, batches without padding (``training/packing.py``), the reference computed once per pair. Both sides
+hold the same random fp32 weights, task vectors, preference pairs and AdamW; the published side shares base and task vectors
+between policy and reference, which is kinder to it than the original. The pairs' tokens are random, their lengths those of
+the embedded data. Each run is a process of its own, alternating A B A B, and its peak memory is that process's.
 
 Both processes let waiting threads spin briefly, as our commands do, and use the fused AdamW that transformers 5 defaults to.
 Ours keeps freed memory, as align_basemodel.py does; ``--keep both`` gives that to the published side too.
@@ -63,18 +65,11 @@ def build(mode: str, layers: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     return model, parameters, deltas
 
 
-def batches(steps: int, pairs: int, tokens: int) -> list[Any]:
-    """Token ids, chosen rows first; the second half of each row is the answer."""
-    import torch
-
-    generator = torch.Generator().manual_seed(2)
-    return [torch.randint(0, SHAPE[4], (2 * pairs, tokens), generator=generator) for _ in range(steps)]
-
-
-def answer_logps(logits: Any, ids: Any) -> Any:
-    """Summed log-probability of each row's second half, from logits of all positions."""
-    logps = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
-    return logps[:, ids.shape[1] // 2 - 1:].sum(1)
+def answer_logps(logits: Any, labels: Any) -> Any:
+    """Summed log-probability of each row's answer, from logits of all positions."""
+    wanted = labels[:, 1:]
+    logps = logits[:, :-1].log_softmax(-1).gather(2, wanted.clamp(min=0)[..., None])[..., 0]
+    return (logps * (wanted >= 0)).sum(1)
 
 
 def dpo(logps: Any, reference: Any) -> Any:
@@ -101,15 +96,27 @@ def draw_and_merge(scores: dict[str, Any], bases: dict[str, Any], deltas: dict[s
     return merged
 
 
-def called(model: Any, merged: dict[str, Any], ids: Any) -> Any:
+def called(model: Any, merged: dict[str, Any], rows: dict[str, Any]) -> Any:
     """A model's answer log-probabilities under other weights."""
     import torch
 
-    inputs = {"input_ids": ids, "use_cache": False}
-    return answer_logps(torch.func.functional_call(model, merged, (), inputs).logits, ids)
+    inputs = {"input_ids": rows["input_ids"], "attention_mask": rows["attention_mask"], "use_cache": False}
+    return answer_logps(torch.func.functional_call(model, merged, (), inputs).logits, rows["labels"])
 
 
-def published(mode: str, layers: int, data: list[Any]) -> list[list[float]]:
+def pack(model: Any) -> Any:
+    """The function (batch) -> answer log-probabilities that our trainers call."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    from training.packing import OUTPUTS, pack_forward
+
+    add_fused_lm_head(model, outputs=OUTPUTS)
+    if not pack_forward(model):
+        raise SystemExit("this model's batches cannot be packed")
+    return lambda rows: model(**rows, fused_lm_head=True).log_probs.sum(1)
+
+
+def published(mode: str, layers: int, data: list[dict[str, Any]]) -> list[list[float]]:
     import copy
 
     import torch
@@ -121,11 +128,11 @@ def published(mode: str, layers: int, data: list[Any]) -> list[list[float]]:
     others = {n: torch.zeros_like(p) for n, p in parameters.items()}
     optimizer = torch.optim.AdamW(list(logits.values()), lr=5e-3, fused=True)
     seconds: list[list[float]] = []
-    for ids in data:
+    for rows in data:
         start = clock()
         with torch.no_grad():
-            reference = called(second, draw_and_merge(others, bases, deltas), ids)
-        dpo(called(model, draw_and_merge(logits, bases, deltas), ids), reference).backward()
+            reference = called(second, draw_and_merge(others, bases, deltas), rows)
+        dpo(called(model, draw_and_merge(logits, bases, deltas), rows), reference).backward()
         optimizer.step()
         optimizer.zero_grad()
         seconds.append([now - then for now, then in zip(clock(), start, strict=True)])
@@ -147,7 +154,7 @@ def make_bank(mode: str, parameters: dict[str, Any], deltas: dict[str, Any]) -> 
     return MaskBank(slots, settings)
 
 
-def ours(mode: str, layers: int, data: list[Any]) -> tuple[list[list[float]], dict[str, Any]]:
+def ours(mode: str, layers: int, data: list[dict[str, Any]]) -> tuple[list[list[float]], dict[str, Any]]:
     import torch
 
     from models.mask.bank import Draw
@@ -157,34 +164,48 @@ def ours(mode: str, layers: int, data: list[Any]) -> tuple[list[list[float]], di
     model, parameters, deltas = build(mode, layers)
     bank = make_bank(mode, parameters, deltas)
     optimizer = torch.optim.AdamW(list(bank.parameters()), lr=5e-3, fused=True)
-
-    def call(ids: Any) -> Any:
-        return answer_logps(model(input_ids=ids, use_cache=False).logits, ids)
-
+    call = pack(model)
     references, waited = [], []
     with torch.no_grad():  # the aligned model, once; later epochs and runs read these from disk
-        for ids in data:
+        for rows in data:
             start = clock()
-            references.append(call(ids))
+            references.append(call(rows))
             waited.append([now - then for now, then in zip(clock(), start, strict=True)])
     bank.attach()
     seconds: list[list[float]] = []
-    for i, (ids, reference) in enumerate(zip(data, references, strict=True)):
+    for i, (rows, reference) in enumerate(zip(data, references, strict=True)):
         start = clock()
         bank.write(Draw(f"race|{i}", TEMPERATURE))
-        dpo(call(ids), reference).backward()
+        dpo(call(rows), reference).backward()
         optimizer.step()
         optimizer.zero_grad()
         seconds.append([now - then for now, then in zip(clock(), start, strict=True)])
     total = sum(p.numel() for p in model.parameters())
     plans = {name: memory_plan([slot.spec for slot in bank.slots], Rule(), 1, storage, logit, total, storage).per_scalar
              for name, storage, logit in (("float32", 4, 4), ("bfloat16", 2, 2))}
-    products = sum(p.numel() for p in model.parameters() if p.dim() == 2)
-    masked = sum(p.numel() for p in parameters.values() if p.dim() == 2)
-    return seconds, {"plans": plans, "reference": waited, "products": products, "masked_products": masked}
+    return seconds, {"plans": plans, "reference": waited, "work": statistics.mean(map(work(model, parameters), data[1:]))}
 
 
-def compare(mode: str, layers: int, ids: Any) -> dict[str, float]:
+def work(model: Any, parameters: dict[str, Any]) -> Any:
+    """The function (batch) -> operations of a step's matrix products, packed.
+
+    2 per weight and token forwards, 2 backwards to the activations, 2 more to the weights under a mask; the output head
+    counts for answer tokens only.
+    """
+    head = model.get_output_embeddings().weight
+    masked = {id(p) for p in parameters.values()}
+    body = sum(p.numel() * (6 if id(p) in masked else 4) for p in model.parameters() if p.dim() == 2 and p is not head)
+    ends = head.numel() * (6 if id(head) in masked else 4)
+
+    def of(rows: dict[str, Any]) -> int:
+        answers = int((rows["labels"] >= 0).sum())
+        prompts = int(rows["attention_mask"].sum()) - answers
+        return body * (prompts // 2 + answers) + ends * answers
+
+    return of
+
+
+def compare(mode: str, layers: int, rows: dict[str, Any]) -> dict[str, float]:
     """One step of both sides on the same noise, logits and reference: relative difference of losses and logit gradients."""
     from unittest.mock import patch
 
@@ -195,7 +216,7 @@ def compare(mode: str, layers: int, ids: Any) -> dict[str, float]:
 
     model, parameters, deltas = build(mode, layers)
     with torch.no_grad():
-        reference = answer_logps(model(input_ids=ids, use_cache=False).logits, ids)
+        reference = called(model, {}, rows)
     generator = torch.Generator().manual_seed(3)
     logits = {n: torch.randn(p.shape, generator=generator).requires_grad_(True) for n, p in parameters.items()}
     bases = {n: p.detach().clone() for n, p in parameters.items()}
@@ -203,13 +224,13 @@ def compare(mode: str, layers: int, ids: Any) -> dict[str, float]:
     counted = (uniform(noise(f"race|0|{n}", 0, p.numel())).view(p.shape) for n, p in parameters.items())
     with patch.object(torch, "rand", lambda *_, **__: next(counted)):
         merged = draw_and_merge(logits, bases, deltas)
-    theirs = dpo(called(model, merged, ids), reference)
+    theirs = dpo(called(model, merged, rows), reference)
     theirs.backward()
     bank = make_bank(mode, parameters, deltas)
     bank.load_logits({n: v.detach().reshape(-1) for n, v in logits.items()})
     bank.attach()
     bank.write(Draw("race|0", TEMPERATURE))
-    mine = dpo(answer_logps(model(input_ids=ids, use_cache=False).logits, ids), reference)
+    mine = dpo(pack(model)(rows), reference)
     mine.backward()
     gap = size = 0.0
     for name, parameter in zip(bank.names, bank.logits, strict=True):
@@ -233,7 +254,8 @@ def gemm(seconds: float = 1.0, size: int = 1024) -> float:
     return 2 * size**3 / best
 
 
-def child(side: str, mode: str, layers: int, steps: int, pairs: int, tokens: int, threads: int, keep: str) -> None:
+def child(side: str, mode: str, layers: int, steps: int, pairs: int, tokens: int | None, threads: int,
+          keep: str) -> None:
     """One run in this process; prints its figures as JSON."""
     from config import keep_freed_memory, short_waits
 
@@ -246,8 +268,10 @@ def child(side: str, mode: str, layers: int, steps: int, pairs: int, tokens: int
     from peft import LoraConfig  # noqa: F401 - imported before the floor is read
     from transformers import LlamaForCausalLM  # noqa: F401
 
+    from benchmarks.preference_pairs import batches
+
     floor = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    data = batches(steps + 1, pairs, tokens)
+    data = batches(steps + 1, pairs, tokens, SHAPE[4])
     if side == "compare":
         print(json.dumps(compare(mode, layers, data[0])))
         return
@@ -257,17 +281,17 @@ def child(side: str, mode: str, layers: int, steps: int, pairs: int, tokens: int
     else:
         seconds = published(mode, layers, data)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    # the first step allocates
-    wall, own = (statistics.median(step[i] for step in seconds[1:]) for i in (0, 1))
+    # the first step allocates; the others hold pairs of different lengths, so their mean counts
+    wall, own = (statistics.mean(step[i] for step in seconds[1:]) for i in (0, 1))
     if side == "ours":
-        facts["reference"] = statistics.median(step[0] for step in facts["reference"][1:])
+        facts["reference"] = statistics.mean(step[0] for step in facts["reference"][1:])
     print(json.dumps({"seconds": wall, "cpu": own, "all": seconds, "peak": peak, "floor": floor, "gemm": gemm(), **facts}))
 
 
 def run(side: str, mode: str, args: argparse.Namespace) -> dict[str, Any]:
     words = [sys.executable, str(Path(__file__).resolve()), "--child", side, "--mode", mode, "--layers", str(args.layers),
-             "--steps", str(args.steps), "--batch", str(args.batch), "--tokens", str(args.tokens), "--threads",
-             str(args.threads), "--keep", args.keep]
+             "--steps", str(args.steps), "--batch", str(args.batch), "--threads", str(args.threads), "--keep", args.keep,
+             *(["--tokens", str(args.tokens)] if args.tokens else [])]
     done = subprocess.run(words, capture_output=True, text=True, check=False,
                           env=os.environ | {"PYTHONPATH": str(ROOT)})
     if done.returncode:
@@ -293,14 +317,13 @@ def race(mode: str, args: argparse.Namespace) -> dict[str, Any]:
     floors = [statistics.median(row["floor"] for row in rows[side]) for side in rows]
     reference = statistics.median(row["reference"] for row in rows["ours"])
     speed, known = statistics.median(row["gemm"] for row in rows["ours"]), rows["ours"][0]
-    # 2 per weight and token forwards, 2 backwards to the activations, 2 more to the weights under a mask
-    work_done = (4 * known["products"] + 2 * known["masked_products"]) * 2 * args.batch * args.tokens
+    limit = known["work"] / speed
     return {"mode": mode, "pairs": args.pairs, "layers": args.layers, "batch": args.batch, "tokens": args.tokens,
             "threads": args.threads, "keep": args.keep, "dtype": "float32", "difference": equal,
             "seconds": mine, "published_seconds": theirs, "ratio": theirs / mine, "cpu_seconds": cpu,
             "published_cpu_seconds": more, "cpu_ratio": more / cpu, "reference_seconds": reference,
             "ratio_with_reference": theirs / (mine + reference), "gemm_gflops": speed / 1e9,
-            "limit_seconds": work_done / speed, "of_limit": work_done / speed / mine, "peak_gib": peak / GIB,
+            "limit_seconds": limit, "of_limit": limit / mine, "peak_gib": peak / GIB,
             "published_peak_gib": other / GIB, "memory_ratio": peak / other,
             "beyond_imports_ratio": (peak - floors[0]) / (other - floors[1]), "bars": BARS,
             "bytes_per_masked": known["plans"], "all": rows}
@@ -327,9 +350,10 @@ def main() -> None:
     parser.add_argument("--modes", default="full,lora")
     parser.add_argument("--layers", type=int, default=SHAPE[5], help="shorten the model")
     parser.add_argument("--pairs", type=int, default=5, help="runs of each side")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps of a run, after one that is not")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps of a run, after one untimed; 4 see every length")
     parser.add_argument("--batch", type=int, default=2, help="preference pairs per step")
-    parser.add_argument("--tokens", type=int, default=64, help="per row")
+    parser.add_argument("--tokens", type=int, default=None,
+                        help="of every row, half of them the prompt (default: the lengths of the embedded pairs)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--keep", choices=("ours", "both", "none"), default="ours",
                         help="who keeps freed memory: ours, as align_basemodel.py does; both sides; none")

@@ -1,4 +1,4 @@
-"""Short-sequence attention for CPUs, registered with transformers as ``cpu_grouped``.
+"""Attention registered with transformers: ``cpu_grouped`` for short sequences on CPUs, ``packed`` for rows of many answers.
 
 At a few hundred tokens torch's fused CPU kernel spends most of its time in its backward pass; two batched products and
 a softmax take a quarter of that (docs/lab-log.md). Query heads that share a key head are stacked along time, so keys and
@@ -7,32 +7,44 @@ values are never repeated.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-NAME = "cpu_grouped"
+NAME, PACKED = "cpu_grouped", "packed"
 
 
 def grouped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-                      scaling: float, dropout: float = 0.0, **kwargs: Any) -> tuple[Tensor, None]:
+                      scaling: float, dropout: float = 0.0, softcap: float | None = None, **kwargs: Any
+                      ) -> tuple[Tensor, None]:
     """Softmax attention in transformers' interface.
 
     Args:
         query: (batch, heads, time, dim).
         key, value: (batch, key heads, keys, dim).
         attention_mask: additive, (batch or 1, 1, time, keys); None for no mask.
+        softcap: scores s become softcap * tanh(s / softcap) before the mask (Gemma 2).
 
     Returns:
         (batch, time, heads, dim).
+
+    Raises:
+        ValueError: the model wants attention sinks or a position bias, which would change its scores.
     """
+    if wanted := [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]:
+        raise ValueError(f"{NAME} attention knows no {wanted[0]}, which {type(module).__name__} asks for")
     batch, heads, time, dim = query.shape
     groups, keys = heads // key.shape[1], key.shape[2]
     stacked = (query * scaling).reshape(batch, key.shape[1], groups * time, dim)
     scores = stacked @ key.mT
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if attention_mask is not None:
         scores = scores.view(batch, key.shape[1], groups, time, keys) + attention_mask[:, :, None, :, :keys]
     weights = scores.softmax(-1).view(batch, key.shape[1], groups * time, keys)
@@ -41,8 +53,57 @@ def grouped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tens
     return mixed.transpose(1, 2).contiguous(), None
 
 
+@dataclass
+class Spans:
+    """Stretches of one packed row that see nothing of each other.
+
+    Args:
+        places: of each stretch, in the row.
+        seen: of each stretch, (its tokens, its tokens) bool: which key a query may look at.
+    """
+
+    places: list[slice]
+    seen: list[Tensor]
+    #: Set by the attention: a model that does not hand its arguments on would mix all stretches without a word.
+    reached: bool = False
+
+    @cached_property
+    def _masks(self) -> dict[torch.dtype, list[Tensor]]:
+        return {}
+
+    def masks(self, dtype: torch.dtype) -> list[Tensor]:
+        """Additive masks (1, 1, tokens, tokens), made once for all layers."""
+        if dtype not in self._masks:
+            self._masks[dtype] = [torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
+                ~seen, torch.finfo(dtype).min)[None, None] for seen in self.seen]
+        return self._masks[dtype]
+
+
+def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+                     spans: Spans | None = None, **kwargs: Any) -> tuple[Tensor, None]:
+    """Attention within each of ``spans``, for one packed row; without them that of ``implementation`` for this device.
+
+    Shapes as in ``grouped_attention``, batch 1.
+    """
+    whole = ALL_ATTENTION_FUNCTIONS[implementation(query.device)]
+    if spans is None:
+        return whole(module, query, key, value, attention_mask, **kwargs)
+    spans.reached = True
+    parts = [whole(module, query[:, :, place], key[:, :, place], value[:, :, place], mask, **kwargs)[0]
+             for place, mask in zip(spans.places, spans.masks(query.dtype), strict=True)]
+    return torch.cat(parts, 1), None
+
+
+def packed_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """The mask that ``implementation`` wants for this device, for calls without spans."""
+    device = torch.device(kwargs.get("device", "cpu"))
+    return ALL_MASK_ATTENTION_FUNCTIONS[implementation(device)](*args, **kwargs)
+
+
 AttentionInterface.register(NAME, grouped_attention)
 AttentionMaskInterface.register(NAME, eager_mask)
+AttentionInterface.register(PACKED, packed_attention)
+AttentionMaskInterface.register(PACKED, packed_mask)
 
 
 def implementation(device: torch.device) -> str:

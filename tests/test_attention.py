@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from models.attention import NAME, grouped_attention
 
@@ -40,3 +40,27 @@ def test_a_left_padded_model_answers_as_with_torch_attention(pico):
         answers.append((logits, text))
     torch.testing.assert_close(answers[0][0], answers[1][0], atol=1e-4, rtol=1e-4)
     assert torch.equal(answers[0][1], answers[1][1])
+
+
+def test_gemma_2_caps_its_scores():
+    torch.manual_seed(0)
+    config = Gemma2Config(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+                          num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=1, attn_logit_softcapping=0.5,
+                          initializer_range=0.5, sliding_window=3)
+    model = Gemma2ForCausalLM(config).eval()
+    ids = torch.randint(0, 64, (2, 9))
+    logits = []
+    for name in ("eager", NAME):
+        model.set_attn_implementation(name)
+        with torch.no_grad():
+            logits.append(model(input_ids=ids).logits)
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
+    model.config.attn_logit_softcapping = model.model.layers[0].self_attn.attn_logit_softcapping = None
+    with torch.no_grad():
+        assert not torch.allclose(model(input_ids=ids).logits, logits[0], atol=1e-2)
+
+
+def test_scores_that_it_does_not_know_are_refused():
+    q = torch.zeros(1, 1, 2, 4)
+    with pytest.raises(ValueError, match="s_aux"):
+        grouped_attention(torch.nn.Identity(), q, q, q, None, scaling=1.0, s_aux=torch.zeros(1))

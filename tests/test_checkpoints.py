@@ -92,3 +92,28 @@ def test_dpo_learns_the_preference_and_keeps_the_reference(pico, tmp_path, monke
     assert history[-1]["rewards/accuracies"] == 1
     cached = list((tmp_path / "cache" / "dpo").rglob("cache-*.arrow"))
     assert cached
+
+
+def test_dpo_on_packed_batches_is_dpo_on_padded_ones(pico, tmp_path, monkeypatch):
+    from safetensors.torch import load_file
+
+    from data.records import Pair
+
+    pairs = [Pair(f"question {i}" * (1 + i % 3), "No.", "Sure, here it is: " + "bread " * i, 1) for i in range(8)]
+    monkeypatch.setattr("training.dpo.load_pairs", lambda *a, **k: pairs)
+    found = []
+    for name in ("packed", "padded"):
+        if name == "padded":
+            monkeypatch.setattr("training.dpo.pack_forward", lambda model: False)
+        made = align(pico, tmp_path / name, write_data(tmp_path / "data"), "safety", "--moe_flag", "0", "--method", "dpo",
+                     "--learning_rate", "0.01", "--num_train_epochs", "2", "--warmup_steps", "0", "--logging_steps", "1")
+        adapter = load_file(tmp_path / name / "outputs" / "safety" / "adapter_model.safetensors")
+        found.append((made["metrics"]["history"], adapter))
+    (packed, mine), (padded, theirs) = found
+    assert len(packed) >= 2
+    for ours, other in zip(packed, padded, strict=True):
+        for field in ("loss", "rewards/margins", "logps/chosen", "logps/rejected", "entropy", "mean_token_accuracy",
+                      "logits/chosen"):
+            assert ours[field] == pytest.approx(other[field], rel=1e-3, abs=1e-4), field
+    for key in mine:
+        torch.testing.assert_close(mine[key], theirs[key], atol=2e-3, rtol=1e-2)

@@ -6,8 +6,10 @@ import argparse
 import json
 
 import pytest
+import torch
 
 from benchmarks import mask as race
+from benchmarks.preference_pairs import LENGTHS, batches
 
 
 @pytest.fixture(autouse=True)
@@ -17,10 +19,23 @@ def small(monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
-def test_one_step_is_the_same_on_both_sides(mode):
-    found = race.compare(mode, 2, race.batches(1, 2, 16)[0])
+@pytest.mark.parametrize("tokens", [16, None])
+def test_one_step_is_the_same_on_both_sides(mode, tokens):
+    found = race.compare(mode, 2, batches(1, 2, tokens, 96)[0])
     assert found["loss"] < 1e-5
     assert found["gradient"] < race.TOLERANCE
+
+
+def test_the_pairs_have_the_lengths_they_should():
+    first, second = batches(2, 2, None, 96)
+    prompts, chosen, rejected = zip(*LENGTHS[2:4], strict=True)
+    assert (second["labels"] >= 0).sum(1).tolist() == [*chosen, *rejected]
+    assert second["attention_mask"].sum(1).tolist() == [p + a for p, a in zip(prompts * 2, chosen + rejected, strict=True)]
+    assert second["input_ids"].shape == (4, max(p + r for p, r in zip(prompts, rejected, strict=True)))
+    for i, prompt in enumerate(prompts):
+        assert torch.equal(second["input_ids"][i, :prompt], second["input_ids"][2 + i, :prompt])
+    assert not torch.equal(first["input_ids"][0, :40], second["input_ids"][0, :40])
+    assert batches(1, 3, 10, 96)[0]["attention_mask"].sum(1).tolist() == [10] * 6
 
 
 def test_another_temperature_shows_as_another_gradient(monkeypatch):
@@ -33,7 +48,7 @@ def test_another_temperature_shows_as_another_gradient(monkeypatch):
         return found
 
     monkeypatch.setattr(race, "draw_and_merge", hotter)
-    assert race.compare("full", 1, race.batches(1, 2, 16)[0])["gradient"] > 0.05
+    assert race.compare("full", 1, batches(1, 2, 16, 96)[0])["gradient"] > 0.05
 
 
 @pytest.mark.parametrize("side", ["ours", "published"])
@@ -46,8 +61,9 @@ def test_a_run_prints_its_figures(side, capsys, monkeypatch):
     # q, k, v, o of 32 x 32 and 16 x 32, three of 64 x 32, the head; A and B of q and v
     masked = 4 * (32 + 32) + 4 * (32 + 16)
     if side == "ours":
-        assert found["masked_products"] == masked
-        assert found["products"] == masked + 2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32 + 96 * 32
+        body = 4 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32) + 6 * masked
+        # one pair: a prompt of 8, two answers of 8
+        assert found["work"] == body * 24 + 4 * 96 * 32 * 16
         assert found["reference"] > 0
 
 
@@ -74,7 +90,7 @@ def test_the_figures_of_a_race(monkeypatch):
         mine = side == "ours"
         return {"seconds": 1.0 if mine else 4.0, "cpu": 1.0 if mine else 3.0, "peak": (2 if mine else 5) * race.GIB,
                 "floor": race.GIB, "gemm": 1e9, "reference": 0.25, "plans": {"float32": 28, "bfloat16": 14},
-                "products": 1000, "masked_products": 500}
+                "work": 160_000}
 
     monkeypatch.setattr(race, "run", run)
     found = race.race("full", argparse.Namespace(pairs=2, layers=1, batch=2, tokens=16, threads=1, keep="ours"))
@@ -82,5 +98,5 @@ def test_the_figures_of_a_race(monkeypatch):
     assert (found["ratio"], found["memory_ratio"]) == (4.0, 0.4)
     assert found["ratio_with_reference"] == pytest.approx(3.2)
     assert found["beyond_imports_ratio"] == pytest.approx(0.25)
-    assert found["limit_seconds"] == pytest.approx((4 * 1000 + 2 * 500) * 64 / 1e9)
+    assert found["limit_seconds"] == pytest.approx(160_000 / 1e9)
     assert "| full | 2 | 1.00 | 4.00 | 4.0 | 3.2 | 3.0 | 3 |" in race.table([found])

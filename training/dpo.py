@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
 import manifest
@@ -26,6 +28,7 @@ from data.sources import load_pairs
 from errors import UserError
 from models.loading import base_path, fingerprint, load_tokenizer, set_up_torch
 from training.checkpoints import SafeCheckpoints
+from training.packing import pack_forward
 from training.samples import source_of
 from training.sft import save_adapter, started_from, to_train
 from training.trainer import fit, settings_of, training_arguments
@@ -34,7 +37,13 @@ log = logging.getLogger(__name__)
 
 
 class SafeDPOTrainer(SafeCheckpoints, DPOTrainer):
-    """TRL's trainer with checkpoints that hold no pickle."""
+    """TRL's trainer with checkpoints that hold no pickle and batches that hold no padding."""
+
+    def __init__(self, model: PreTrainedModel | PeftModel, **kwargs: Any) -> None:
+        super().__init__(model=model, **kwargs)
+        inner = model.get_base_model() if isinstance(model, PeftModel) else model
+        if not pack_forward(inner):
+            log.info("preference data: %s batches stay padded (sliding windows or scaled logits)", inner.config.model_type)
 
 
 def train(args: AlignArgs, extra: dict[str, Any], run: manifest.Run) -> None:
@@ -97,7 +106,7 @@ def on_disk(rows: list[dict[str, str]], args: AlignArgs) -> Dataset:
     import hashlib
 
     content = "\n".join(json.dumps(row, sort_keys=True) for row in rows)
-    key = hashlib.sha256(f"{content}{asdict(args)['model_name_or_path']}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{content}{asdict(args)['model_name_or_path']}|packed".encode()).hexdigest()[:16]
     folder = args.results / "cache" / "dpo" / key
     if not (folder / "pairs.jsonl").is_file():
         folder.mkdir(parents=True, exist_ok=True)

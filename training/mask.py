@@ -19,7 +19,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig
 
 import manifest
 from commands.mask import MaskArgs
@@ -32,8 +32,7 @@ from models.mask.diagnostics import mask_numbers
 from models.mask.files import identity, open_models, read_mask, save_mask
 from models.mask.memory import Plan, memory_plan
 from models.mask.settings import Settings
-from training.checkpoints import SafeCheckpoints
-from training.dpo import drawn_pairs, encode_pairs
+from training.dpo import SafeDPOTrainer, drawn_pairs, encode_pairs
 from training.mask_anchor import Anchor, anchor_rows, make_anchor
 from training.mask_model import live_model, reference_values, settings_for
 from training.trainer import fit, settings_of, training_arguments
@@ -41,8 +40,8 @@ from training.trainer import fit, settings_of, training_arguments
 log = logging.getLogger(__name__)
 
 
-class MaskTrainer(SafeCheckpoints, DPOTrainer):
-    """TRL's DPO trainer for a model that a bank rewrites before every forward pass."""
+class MaskTrainer(SafeDPOTrainer):
+    """The DPO trainer for a model that a bank rewrites before every forward pass."""
 
     def __init__(self, *args: Any, flags: MaskArgs, reference: dict[str, Any], **kwargs: Any) -> None:
         self.flags, self.reference = flags, reference
@@ -224,4 +223,5 @@ def _reference_facts(args: MaskArgs, settings: Settings, facts: list[dict[str, A
     used = facts[:1] if args.reference == "aligned" else facts
     rule = settings.to_json()["rule"] if args.reference == "merge" else None
     return {"kind": args.reference, "models": [[fact["base"], fact["adapter"]] for fact in used], "rule": rule,
-            "space": settings.space, "rank": settings.granularity == "rank", "storage": str(storage), "dtype": str(dtype)}
+            "space": settings.space, "rank": settings.granularity == "rank", "storage": str(storage), "dtype": str(dtype),
+            "batches": "packed"}
