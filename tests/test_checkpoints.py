@@ -111,6 +111,7 @@ def test_dpo_on_packed_batches_is_dpo_on_padded_ones(pico, tmp_path, monkeypatch
         found.append((made["metrics"]["history"], adapter))
     (packed, mine), (padded, theirs) = found
     assert len(packed) >= 2
+    assert packed[0]["rewards/margins"] == 0, "the reference was not read as the policy is"
     for ours, other in zip(packed, padded, strict=True):
         for field in ("loss", "rewards/margins", "logps/chosen", "logps/rejected", "entropy", "mean_token_accuracy",
                       "logits/chosen"):

@@ -15,7 +15,6 @@ from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
 import manifest
@@ -39,11 +38,16 @@ log = logging.getLogger(__name__)
 class SafeDPOTrainer(SafeCheckpoints, DPOTrainer):
     """TRL's trainer with checkpoints that hold no pickle and batches that hold no padding."""
 
-    def __init__(self, model: PreTrainedModel | PeftModel, **kwargs: Any) -> None:
-        super().__init__(model=model, **kwargs)
-        inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    def pack(self) -> None:
+        """Read batches packed from now on, where the model allows it."""
+        inner = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         if not pack_forward(inner):
             log.info("preference data: %s batches stay padded (sliding windows or scaled logits)", inner.config.model_type)
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        # by now TRL's own scoring forward is in place; a reference read in another way would round in another way
+        self.pack()
+        return super()._precompute_ref_logps(dataset, name, batch_size)
 
 
 def train(args: AlignArgs, extra: dict[str, Any], run: manifest.Run) -> None:

@@ -60,6 +60,7 @@ class MaskTrainer(SafeDPOTrainer):
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """The reference's log-probabilities from disk, keyed by the reference, the compute type and the encoded pairs."""
+        self.pack()
         if self.flags.reference == "random_mask":
             return dataset
         columns = ("prompt_ids", "chosen_ids", "rejected_ids")

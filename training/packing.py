@@ -112,6 +112,8 @@ def pack_forward(model: PreTrainedModel) -> bool:
 
     The forward pass with ``fused_lm_head=True`` then takes one row; every other one stays as it is.
     """
+    if model.config._attn_implementation == PACKED:
+        return True
     if not packable(model):
         return False
     padded = model.forward
