@@ -38,7 +38,8 @@ def scored(model, rows, weights):
 
 @pytest.mark.parametrize("attention", [NAME, "sdpa"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_packed_equals_padded(pico, attention, checkpointing):
+def test_packed_equals_padded(pico, attention, checkpointing, monkeypatch):
+    monkeypatch.setattr("models.attention.implementation", lambda device: attention)  # "sdpa" is what a GPU takes
     rows = batch()
     weights = torch.randn(rows["labels"][:, 1:].shape, generator=torch.Generator().manual_seed(0))
     model = AutoModelForCausalLM.from_pretrained(pico, attn_implementation=attention).train()
@@ -61,11 +62,13 @@ def test_packed_equals_padded(pico, attention, checkpointing):
         torch.testing.assert_close(others[name], gradient, atol=2e-5, rtol=1e-3)
 
 
-def test_other_calls_stay_as_they_are(pico):
+@pytest.mark.parametrize("attention", [NAME, "sdpa"])
+def test_other_calls_stay_as_they_are(pico, attention, monkeypatch):
+    monkeypatch.setattr("models.attention.implementation", lambda device: attention)
     rows = batch()
     logits = []
     for packs in (False, True):
-        model = AutoModelForCausalLM.from_pretrained(pico, attn_implementation=NAME).eval()
+        model = AutoModelForCausalLM.from_pretrained(pico, attn_implementation=attention).eval()
         add_fused_lm_head(model)
         assert not packs or pack_forward(model)
         with torch.no_grad():
