@@ -2,6 +2,7 @@
 
     python benchmarks/mask.py --json race.json                 # full task vectors and LoRA factors, five pairs each
     python benchmarks/mask.py --layers 4 --pairs 1 --steps 2   # a short look
+    python benchmarks/mask.py --cut 128                        # rows as short as the somf preset makes them
     python benchmarks/mask.py --tokens 64                      # every row 64 tokens: nothing is padded on either side
 
 Published: RelaxedBernoulli draws and the merge inside autograd (functional_call), and a live second mask model as reference,
@@ -16,7 +17,8 @@ Ours keeps freed memory, as align_basemodel.py does; ``--keep both`` gives that 
 
 Before a race, one step of both sides with the same noise, logits and reference must give the same loss and logit gradients,
 or nothing is timed. A pair's first epoch also pays for its reference; ``with reference`` adds that pass to our steps.
-The limit is what the step's matrix products take at the speed of a GEMM measured beside it.
+The limit is what the products with the step's weights take at the speed of a GEMM measured beside it; attention's own
+products and the head's second pass are not in it.
 """
 
 from __future__ import annotations
@@ -254,8 +256,8 @@ def gemm(seconds: float = 1.0, size: int = 1024) -> float:
     return 2 * size**3 / best
 
 
-def child(side: str, mode: str, layers: int, steps: int, pairs: int, tokens: int | None, threads: int,
-          keep: str) -> None:
+def child(side: str, mode: str, layers: int, steps: int, pairs: int, tokens: int | None, cut: int,
+          threads: int, keep: str) -> None:
     """One run in this process; prints its figures as JSON."""
     from config import keep_freed_memory, short_waits
 
@@ -271,7 +273,7 @@ def child(side: str, mode: str, layers: int, steps: int, pairs: int, tokens: int
     from benchmarks.preference_pairs import batches
 
     floor = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    data = batches(steps + 1, pairs, tokens, SHAPE[4])
+    data = batches(steps + 1, pairs, tokens, SHAPE[4], cut)
     if side == "compare":
         print(json.dumps(compare(mode, layers, data[0])))
         return
@@ -291,7 +293,7 @@ def child(side: str, mode: str, layers: int, steps: int, pairs: int, tokens: int
 def run(side: str, mode: str, args: argparse.Namespace) -> dict[str, Any]:
     words = [sys.executable, str(Path(__file__).resolve()), "--child", side, "--mode", mode, "--layers", str(args.layers),
              "--steps", str(args.steps), "--batch", str(args.batch), "--threads", str(args.threads), "--keep", args.keep,
-             *(["--tokens", str(args.tokens)] if args.tokens else [])]
+             "--cut", str(args.cut), *(["--tokens", str(args.tokens)] if args.tokens else [])]
     done = subprocess.run(words, capture_output=True, text=True, check=False,
                           env=os.environ | {"PYTHONPATH": str(ROOT)})
     if done.returncode:
@@ -319,7 +321,7 @@ def race(mode: str, args: argparse.Namespace) -> dict[str, Any]:
     speed, known = statistics.median(row["gemm"] for row in rows["ours"]), rows["ours"][0]
     limit = known["work"] / speed
     return {"mode": mode, "pairs": args.pairs, "layers": args.layers, "batch": args.batch, "tokens": args.tokens,
-            "threads": args.threads, "keep": args.keep, "dtype": "float32", "difference": equal,
+            "cut": args.cut, "threads": args.threads, "keep": args.keep, "dtype": "float32", "difference": equal,
             "seconds": mine, "published_seconds": theirs, "ratio": theirs / mine, "cpu_seconds": cpu,
             "published_cpu_seconds": more, "cpu_ratio": more / cpu, "reference_seconds": reference,
             "ratio_with_reference": theirs / (mine + reference), "gemm_gflops": speed / 1e9,
@@ -354,6 +356,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2, help="preference pairs per step")
     parser.add_argument("--tokens", type=int, default=None,
                         help="of every row, half of them the prompt (default: the lengths of the embedded pairs)")
+    parser.add_argument("--cut", type=int, default=512, help="tokens that a row keeps (64 or more); the somf preset: 128")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--keep", choices=("ours", "both", "none"), default="ours",
                         help="who keeps freed memory: ours, as align_basemodel.py does; both sides; none")
@@ -362,10 +365,11 @@ def main() -> None:
     parser.add_argument("--mode", choices=("full", "lora"), default="full", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        child(args.child, args.mode, args.layers, args.steps, args.batch, args.tokens, args.threads, args.keep)
+        child(args.child, args.mode, args.layers, args.steps, args.batch, args.tokens, args.cut, args.threads,
+              args.keep)
         return
-    if min(args.pairs, args.steps, args.layers) < 1 or set(args.modes.split(",")) - {"full", "lora"}:
-        parser.error("--pairs, --steps and --layers must be at least 1, --modes full, lora or full,lora")
+    if min(args.pairs, args.steps, args.layers) < 1 or args.cut < 64 or set(args.modes.split(",")) - {"full", "lora"}:
+        parser.error("--pairs, --steps and --layers must be at least 1, --cut at least 64, --modes full, lora or full,lora")
     results = []
     for mode in args.modes.split(","):
         results.append(race(mode, args))

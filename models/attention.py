@@ -7,8 +7,6 @@ values are never repeated.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -53,23 +51,21 @@ def grouped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tens
     return mixed.transpose(1, 2).contiguous(), None
 
 
-@dataclass
 class Spans:
     """Stretches of one packed row that see nothing of each other.
+
+    No dataclass: FSDP copies those on their way into a layer, and ``reached`` would be set on the copy.
 
     Args:
         places: of each stretch, in the row.
         seen: of each stretch, (its tokens, its tokens) bool: which key a query may look at.
     """
 
-    places: list[slice]
-    seen: list[Tensor]
-    #: Set by the attention: a model that does not hand its arguments on would mix all stretches without a word.
-    reached: bool = False
-
-    @cached_property
-    def _masks(self) -> dict[torch.dtype, list[Tensor]]:
-        return {}
+    def __init__(self, places: list[slice], seen: list[Tensor]) -> None:
+        self.places, self.seen = places, seen
+        #: Set by the attention: a model that does not hand its arguments on would mix all stretches without a word.
+        self.reached = False
+        self._masks: dict[torch.dtype, list[Tensor]] = {}
 
     def masks(self, dtype: torch.dtype) -> list[Tensor]:
         """Additive masks (1, 1, tokens, tokens), made once for all layers."""

@@ -35,6 +35,9 @@ def test_the_pairs_have_the_lengths_they_should():
     for i, prompt in enumerate(prompts):
         assert torch.equal(second["input_ids"][i, :prompt], second["input_ids"][2 + i, :prompt])
     assert not torch.equal(first["input_ids"][0, :40], second["input_ids"][0, :40])
+    short = batches(2, 2, None, 96, cut=128)[1]
+    assert short["attention_mask"].sum(1).tolist() == [min(p + a, 128) for p, a in zip(prompts * 2, chosen + rejected,
+                                                                                       strict=True)]
     assert batches(1, 3, 10, 96)[0]["attention_mask"].sum(1).tolist() == [10] * 6
 
 
@@ -54,7 +57,7 @@ def test_another_temperature_shows_as_another_gradient(monkeypatch):
 @pytest.mark.parametrize("side", ["ours", "published"])
 def test_a_run_prints_its_figures(side, capsys, monkeypatch):
     monkeypatch.setattr(race, "gemm", lambda: 1e9)
-    race.child(side, "lora", 1, 2, 1, 16, 1, "none")
+    race.child(side, "lora", 1, 2, 1, 16, 512, 1, "none")
     found = json.loads(capsys.readouterr().out)
     assert len(found["all"]) == 3
     assert found["peak"] >= found["floor"] > 0
@@ -93,7 +96,7 @@ def test_the_figures_of_a_race(monkeypatch):
                 "work": 160_000}
 
     monkeypatch.setattr(race, "run", run)
-    found = race.race("full", argparse.Namespace(pairs=2, layers=1, batch=2, tokens=16, threads=1, keep="ours"))
+    found = race.race("full", argparse.Namespace(pairs=2, layers=1, batch=2, tokens=16, cut=512, threads=1, keep="ours"))
     assert order == ["compare", "ours", "published", "ours", "published"]
     assert (found["ratio"], found["memory_ratio"]) == (4.0, 0.4)
     assert found["ratio_with_reference"] == pytest.approx(3.2)

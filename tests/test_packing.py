@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from data.encode import IGNORE
 from models.attention import NAME, PACKED
+from training.dpo import SafeDPOTrainer
 from training.packing import OUTPUTS, pack, pack_forward
 
 #: prompt, answers: prompts that two rows share, one that is a prefix of another, and one of its own
@@ -119,9 +124,55 @@ SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidd
          "num_key_value_heads": 1}
 
 
-def test_windows_and_scaled_logits_stay_padded():
-    for model in (MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4)), LlamaForCausalLM(LlamaConfig(
-            **SIZES, logits_scaling=2.0))):
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma"])
+def test_every_known_family_packed_equals_padded(family):
+    rows = batch()
+    weights = torch.randn(rows["labels"][:, 1:].shape, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    sizes = SIZES | {"head_dim": 12, "initializer_range": 0.2, "pad_token_id": 0}
+    sizes |= {"sliding_window": None} if family == "mistral" else {}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).train()
+    add_fused_lm_head(model, outputs=OUTPUTS)
+    wanted, gradients = scored(model, rows, weights)
+    assert pack_forward(model)
+    assert "input_ids" in inspect.signature(model.forward).parameters
+    found, others = scored(model, rows, weights)
+    torch.testing.assert_close(found.log_probs, wanted.log_probs, atol=2e-5, rtol=1e-4)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, atol=2e-5, rtol=1e-3)
+
+
+def test_spans_reach_the_layers_that_fsdp_wraps():
+    """FSDP casts the inputs of each layer: what it copies, the attention's mark does not come back from."""
+    code = """
+import torch, torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import LlamaConfig, LlamaForCausalLM
+from trl.trainer.utils import add_fused_lm_head
+from tests.test_packing import SIZES, batch
+from training.packing import OUTPUTS, pack_forward
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+model = LlamaForCausalLM(LlamaConfig(**SIZES))
+add_fused_lm_head(model, outputs=OUTPUTS)
+assert pack_forward(model)
+policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+for layer in model.model.layers:
+    fully_shard(layer, mp_policy=policy)
+fully_shard(model, mp_policy=policy)
+model(**batch(), fused_lm_head=True).log_probs.sum().backward()
+print("reached", sum(p.grad is not None for p in model.parameters()))
+dist.destroy_process_group()
+"""
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert "reached" in done.stdout, done.stderr[-2000:]
+
+
+def test_windows_scaled_logits_and_other_families_stay_padded():
+    for model in (MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4)),
+                  LlamaForCausalLM(LlamaConfig(**SIZES, logits_scaling=2.0)),
+                  AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma", **SIZES, use_bidirectional_attention=True)),
+                  AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma2", **SIZES))):
         before = model.config._attn_implementation
         assert not pack_forward(model)
         assert model.config._attn_implementation == before
@@ -136,3 +187,13 @@ def test_a_model_that_swallows_arguments_is_refused():
     model.model.forward = types.MethodType(lambda self, spans=None, **kwargs: real(**kwargs), model.model)
     with pytest.raises(RuntimeError, match="cannot be packed"):
         model(**batch(), fused_lm_head=True)
+
+
+def test_a_reference_model_of_its_own_is_packed_too(pico):
+    """As TRL keeps one under FSDP: read padded, it would round in another way than the policy."""
+    models = [AutoModelForCausalLM.from_pretrained(pico) for _ in range(2)]
+    SafeDPOTrainer.pack(types.SimpleNamespace(model=models[0], ref_model=models[1], use_weighting=False))
+    assert [model.config._attn_implementation for model in models] == [PACKED] * 2
+    weighted = AutoModelForCausalLM.from_pretrained(pico)
+    SafeDPOTrainer.pack(types.SimpleNamespace(model=weighted, ref_model=None, use_weighting=True))
+    assert weighted.config._attn_implementation != PACKED

@@ -40,9 +40,12 @@ class SafeDPOTrainer(SafeCheckpoints, DPOTrainer):
 
     def pack(self) -> None:
         """Read batches packed from now on, where the model allows it."""
-        inner = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        if not pack_forward(inner):
-            log.info("preference data: %s batches stay padded (sliding windows or scaled logits)", inner.config.model_type)
+        # under FSDP the reference may be a model of its own, for as long as it is asked
+        for model in (self.model, self.ref_model):
+            inner = model.get_base_model() if isinstance(model, PeftModel) else model
+            # WPO's weights need a number that packing does not compute
+            if inner is not None and (self.use_weighting or not pack_forward(inner)):
+                log.info("preference data: batches of %s stay padded", inner.config.model_type)
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         # by now TRL's own scoring forward is in place; a reference read in another way would round in another way

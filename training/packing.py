@@ -96,15 +96,16 @@ def pack(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Packed:
 
 
 def packable(model: PreTrainedModel) -> bool:
-    """Whether nothing of the model depends on where a token lies in its row but its position and its span.
+    """Whether this is a family that tests compare packed, without sliding windows, attention to later tokens, scaled logits.
 
-    Sliding windows and soft caps of logits are left to TRL's own forward pass.
+    All others are left to TRL's own forward pass.
     """
     config = model.config.get_text_config()
     windowed = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
     scaled = any(getattr(config, name, None) is not None for name in (
         "final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier"))
-    return config.model_type in ("llama", "mistral", "qwen2", "qwen3", "gemma") and not windowed and not scaled
+    known = config.model_type in ("llama", "mistral", "qwen2", "qwen3", "gemma")
+    return known and not windowed and not scaled and not getattr(config, "use_bidirectional_attention", None)
 
 
 def pack_forward(model: PreTrainedModel) -> bool:
@@ -119,7 +120,8 @@ def pack_forward(model: PreTrainedModel) -> bool:
     padded = model.forward
     model.set_attn_implementation(PACKED)
 
-    @functools.wraps(padded)
+    # of the function, not of the bound method, whose signature lacks one argument more
+    @functools.wraps(padded.__func__)
     def forward(self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if not fused_lm_head:
             return padded(*args, **kwargs)
