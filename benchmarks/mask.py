@@ -185,11 +185,12 @@ def ours(mode: str, layers: int, data: list[dict[str, Any]]) -> tuple[list[list[
     total = sum(p.numel() for p in model.parameters())
     plans = {name: memory_plan([slot.spec for slot in bank.slots], Rule(), 1, storage, logit, total, storage).per_scalar
              for name, storage, logit in (("float32", 4, 4), ("bfloat16", 2, 2))}
-    return seconds, {"plans": plans, "reference": waited, "work": statistics.mean(map(work(model, parameters), data[1:]))}
+    return seconds, {"plans": plans, "reference": waited, "work": statistics.mean(
+        work(model, parameters, rows) for rows in data[1:])}
 
 
-def work(model: Any, parameters: dict[str, Any]) -> Any:
-    """The function (batch) -> operations of a step's matrix products, packed.
+def work(model: Any, parameters: dict[str, Any], rows: dict[str, Any]) -> int:
+    """Operations of a step's products with weights, packed.
 
     2 per weight and token forwards, 2 backwards to the activations, 2 more to the weights under a mask; the output head
     counts for answer tokens only.
@@ -198,13 +199,9 @@ def work(model: Any, parameters: dict[str, Any]) -> Any:
     masked = {id(p) for p in parameters.values()}
     body = sum(p.numel() * (6 if id(p) in masked else 4) for p in model.parameters() if p.dim() == 2 and p is not head)
     ends = head.numel() * (6 if id(head) in masked else 4)
-
-    def of(rows: dict[str, Any]) -> int:
-        answers = int((rows["labels"] >= 0).sum())
-        prompts = int(rows["attention_mask"].sum()) - answers
-        return body * (prompts // 2 + answers) + ends * answers
-
-    return of
+    answers = int((rows["labels"] >= 0).sum())
+    prompts = int(rows["attention_mask"].sum()) - answers
+    return body * (prompts // 2 + answers) + ends * answers
 
 
 def compare(mode: str, layers: int, rows: dict[str, Any]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from data.encode import IGNORE
 from models.attention import NAME, PACKED
+from models.families import FAMILIES
 from training.dpo import SafeDPOTrainer
 from training.packing import OUTPUTS, pack, pack_forward
 
@@ -124,7 +125,7 @@ SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidd
          "num_key_value_heads": 1}
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma"])
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"gemma2"}))  # its caps keep it padded
 def test_every_known_family_packed_equals_padded(family):
     rows = batch()
     weights = torch.randn(rows["labels"][:, 1:].shape, generator=torch.Generator().manual_seed(0))

@@ -22,6 +22,7 @@ from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
 from data.encode import IGNORE
 from models.attention import PACKED, Spans
+from models.families import FAMILIES
 
 #: Per-token numbers that TRL's DPO trainer logs.
 OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
@@ -96,16 +97,15 @@ def pack(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Packed:
 
 
 def packable(model: PreTrainedModel) -> bool:
-    """Whether this is a family that tests compare packed, without sliding windows, attention to later tokens, scaled logits.
+    """Whether the family has a row in ``models/families.py`` and the model neither windows, looks ahead nor scales logits.
 
     All others are left to TRL's own forward pass.
     """
     config = model.config.get_text_config()
-    windowed = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
-    scaled = any(getattr(config, name, None) is not None for name in (
-        "final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier"))
-    known = config.model_type in ("llama", "mistral", "qwen2", "qwen3", "gemma")
-    return known and not windowed and not scaled and not getattr(config, "use_bidirectional_attention", None)
+    special = ("sliding_window", "use_bidirectional_attention", "final_logit_softcapping", "logit_scale", "logits_scaling",
+               "output_multiplier", "lm_head_multiplier")
+    values = [getattr(config, name, None) for name in special]
+    return config.model_type in FAMILIES and all(value is None or value is False for value in values)
 
 
 def pack_forward(model: PreTrainedModel) -> bool:
@@ -120,7 +120,7 @@ def pack_forward(model: PreTrainedModel) -> bool:
     padded = model.forward
     model.set_attn_implementation(PACKED)
 
-    # of the function, not of the bound method, whose signature lacks one argument more
+    # the function beneath the bound method keeps its whole signature, which Trainer and generate read
     @functools.wraps(padded.__func__)
     def forward(self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if not fused_lm_head:
@@ -144,9 +144,7 @@ def _scored(model: PreTrainedModel, packed: Packed, labels: Tensor) -> FusedCaus
         found = ChunkedLogProbFunction.apply(
             hidden[packed.sources], weight, head.bias, packed.targets, 1.0, CHUNK, None, 1.0, OUTPUTS)
     mask = labels[:, 1:] != IGNORE
-    tables = [None if values is None else values.new_zeros(mask.numel()).scatter(0, packed.cells, values).view(mask.shape)
-              for values in found]
-    names = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-    log_probs = tables[0]
-    return FusedCausalLMOutput(loss=-log_probs.sum() / mask.sum().clamp(min=1), label_mask=mask,
-                               **dict(zip(names, tables, strict=True)))
+    fields = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    tables = {name: values.new_zeros(mask.numel()).scatter(0, packed.cells, values).view(mask.shape)
+              for name, values in zip(fields, found, strict=True) if values is not None}
+    return FusedCausalLMOutput(loss=-tables["log_probs"].sum() / mask.sum().clamp(min=1), label_mask=mask, **tables)
