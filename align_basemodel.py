@@ -18,10 +18,10 @@ from collections.abc import Sequence
 
 import config
 import manifest
-from commands import AlignArgs, MaskArgs
-from commands.align import FUSED
-from commands.mask import wants_mask
 from errors import exit_on_user_error
+from flags import AlignArgs, MaskArgs
+from flags.align import FUSED
+from flags.mask import wants_mask
 
 
 def main(argv: Sequence[str] | None = None) -> None:

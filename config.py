@@ -1,7 +1,7 @@
 """Command lines: one dataclass per command becomes its flags; presets fill in, flags win, every error comes at once.
 
 Order of precedence: dataclass default < preset (``scripts/presets/NAME.yaml``) < flag. Never imports torch, so that
-``--help`` is instant. The dataclasses themselves stand in ``commands/``.
+``--help`` is instant. The dataclasses themselves stand in ``flags/``.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def parse(command: type, argv: Sequence[str] | None = None) -> Parsed:
     """Resolve a command line against preset and defaults.
 
     Args:
-        command: a dataclass of ``commands/`` with ``sections(given)`` and ``problems(values)``.
+        command: a dataclass of ``flags/`` with ``sections(given)`` and ``problems(values)``.
         argv: the words after the program name; None reads ``sys.argv``.
 
     Raises:
@@ -232,16 +232,10 @@ def _preset_values(command: type, path: Path, sections: Iterable[str], problems:
             # `common` serves every command: a key that another command owns is passed over here
             if name in _fields(command) or (section != "common" and _is_training_field(command, name)):
                 merged[name] = value if name in _fields(command) else _plain(value)
-            elif section != "common" or name not in _every_field():
+            elif section != "common" or name not in command.names_everywhere():
                 near = _nearest(name, _fields(command))
                 problems.append(f"{path.name}: {section}.{name}: unknown key{near}")
     return merged
-
-
-def _every_field() -> set[str]:
-    import commands
-
-    return {name for command in commands.ALL for name in _fields(command)}
 
 
 def _extra_flags(command: type, rest: Sequence[str], problems: list[str]) -> dict[str, Any]:

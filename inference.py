@@ -21,15 +21,15 @@ from typing import TYPE_CHECKING, Any
 
 import config
 import manifest
-from commands import InferenceArgs
-from commands.base import PROTOCOLS
 from data.records import Record, stable_hash
 from errors import UserError, exit_on_user_error
+from flags import InferenceArgs
+from flags.base import PROTOCOLS
 
 if TYPE_CHECKING:
-    from data.attacks import Attack
     from data.prompt_styles import Style
-    from models.loading import Loaded
+    from data.sets.attacks import Attack
+    from models.runs import Loaded
 
 log = logging.getLogger(__name__)
 #: Flags that choose among runs; the rest identifies one run's answers.
@@ -52,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def answer_run(run: str, args: InferenceArgs) -> Path:
     """Answer the prompts with one run ("" is the base) and return the folder of its answers."""
-    from data.attacks import attack
     from data.prompt_styles import style
+    from data.sets.attacks import attack
 
     folder = answers_root(args) / sub_folder(run, args.checkpoint_number)
     wrapper, form = attack(args.attack, args.attack_file), style(args.prompt_style, args.prompt_style_file)
@@ -62,8 +62,8 @@ def answer_run(run: str, args: InferenceArgs) -> Path:
         log.info("%s: already answered", folder)
         return folder
     records, reduction = prompts_of(args)
-    from models.loading import load_run
-    from models.moe_files import moe_layers
+    from models.moe.files import moe_layers
+    from models.runs import load_run
 
     loaded = load_run(run, args)
     partial = folder.with_name(f".{folder.name}.answers.jsonl")
@@ -98,7 +98,7 @@ def sub_folder(run: str, checkpoint: int = -1) -> str:
 def prompts_of(args: InferenceArgs) -> tuple[list[Record], dict[str, Any]]:
     """The prompts to answer, in their fixed order, and for a protocol what became of its rows."""
     if args.task_name in PROTOCOLS:
-        from data import protocols
+        from data.sets import protocols
 
         records, done = protocols.load(args.task_name, args.data_path, args.data_source, args.unique_prompts)
         return _drawn(records, args.num_samples), done.as_dict()
@@ -167,9 +167,9 @@ def observe(loaded: Loaded, rows: Sequence[dict], args: InferenceArgs, run: str)
     """Save the router's shares over prompts and answers as .npy (layers, experts) and as a heat-map."""
     import numpy as np
 
-    from evaluator.figures import router_heatmap
+    from evaluator.reporting.figures import router_heatmap
     from models.generation import router_shares
-    from models.moe_files import read_config
+    from models.moe.files import read_config
 
     names = read_config(args.results / "outputs" / run).experts if args.checkpoint_number < 0 else None
     step = max(1, len(rows) // _OBSERVED)
@@ -186,7 +186,7 @@ def _problems(args: InferenceArgs) -> list[str]:
     """What can be known to be wrong before anything is loaded: runs, prompts that cannot be had, the attack's file."""
     found = [problem for run in args.runs if run for problem in _missing(run, args)]
     if args.task_name in PROTOCOLS:
-        from data import protocols
+        from data.sets import protocols
 
         found += protocols.problems(args.task_name, args.data_path, args.data_source)
     try:
@@ -196,7 +196,7 @@ def _problems(args: InferenceArgs) -> list[str]:
     except UserError as error:
         found += error.problems
     if args.attack_file:
-        from data.attacks import attack
+        from data.sets.attacks import attack
 
         try:
             attack(args.attack, args.attack_file)
@@ -216,7 +216,7 @@ def _settings(args: InferenceArgs, wrapper: Attack, form: Style) -> dict[str, An
 
 
 def _missing(run: str, args: InferenceArgs) -> list[str]:
-    from models.loading import run_files
+    from models.run_folders import run_files
 
     try:
         run_files(args.results, run, args.checkpoint_number)
@@ -227,7 +227,9 @@ def _missing(run: str, args: InferenceArgs) -> list[str]:
 
 def _model_hash(run: str, args: InferenceArgs) -> str:
     """What the answers depend on beside the flags: a retrained run must not be taken for the old one."""
-    from models.loading import base_path, fingerprint, run_files
+    from models.base.loading import base_path
+    from models.checkpoints.reader import fingerprint
+    from models.run_folders import run_files
 
     if not run:
         return fingerprint(base_path(args.model_name_or_path, args.cache_dir))

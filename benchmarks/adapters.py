@@ -100,7 +100,7 @@ def synthesise(folder: Path, layers: int, seed: int) -> None:
     """Adapters of rank 8, 8 and 16 on all linear layers, and the same cut to the first matrix."""
     import torch
 
-    from models.adapter_files import write_adapter
+    from models.adapters.files import write_adapter
 
     for name, rank in (("8a", 8), ("8b", 8), ("16b", 16)):
         generator = torch.Generator().manual_seed(seed * 3 + len(name) + rank + ord(name[-1]))
@@ -119,7 +119,7 @@ def run(race: Race, number: int, folder: Path, args: argparse.Namespace, peer: b
     """All measurements of a race, its medians and the distances of the results."""
     import torch
 
-    from models.adapter_files import Adapter, delta_distance, read_adapter
+    from models.adapters.files import Adapter, delta_distance, read_adapter
 
     found: dict[str, list[dict[str, float]]] = {"ours": [], "peer": []}
     for _ in range(args.pairs):
@@ -179,9 +179,9 @@ def _peak_mb() -> float:
 
 
 def _ours(race: Race, folders: Sequence[Path], out: Path):
-    from models.adapter_files import read_adapter, targets_of, write_adapter
-    from models.fusion.adapter_methods import ADAPTER_METHODS, PEFT_METHODS
-    from models.fusion.adapters import fuse
+    from models.adapters.files import read_adapter, targets_of, write_adapter
+    from models.adapters.fuse import fuse
+    from models.adapters.methods import ADAPTER_METHODS, PEFT_METHODS
 
     adapters, (name, given) = [read_adapter(folder) for folder in folders], race.ours
     row = (PEFT_METHODS if name.endswith("_svd") else ADAPTER_METHODS)[name]
@@ -195,7 +195,7 @@ def _peer(race: Race, folders: Sequence[Path], out: Path):
     import torch
     from peft import PeftModel, get_peft_model_state_dict
 
-    from models.adapter_files import read_adapter, targets_of, write_adapter
+    from models.adapters.files import read_adapter, targets_of, write_adapter
 
     source = read_adapter(folders[0])
     tree = torch.nn.Module()

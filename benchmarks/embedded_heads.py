@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.agree:
         print(agreement(args.agree, args.seed))
     elif args.output_dir:
-        from models.loading import base_path
+        from models.base.loading import base_path
 
         print(make_heads(base_path("embedded"), args.output_dir, answers(args.rows, args.seed), pairs(args.pairs, args.seed),
                          args))
@@ -86,7 +86,7 @@ def answers(count: int, seed: int) -> list[Answer]:
     """Human-rated answers with their category, and a fifth as many benign ones; drawn with a seed, no test prompt."""
     import random
 
-    from data import embedded
+    from data.sets import embedded
     from data.sources import load_records
 
     rated = [Answer(row["objective"], row["assistant_response"],
@@ -129,7 +129,7 @@ def write_classifier(base: Path, folder: Path, labels: Sequence[str], layers: in
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    from models.loading import load_tokenizer
+    from models.base.loading import load_tokenizer
 
     config = AutoConfig.from_pretrained(base)
     config.num_hidden_layers = min(layers, config.num_hidden_layers)
@@ -268,7 +268,7 @@ def held_out(prompts: Sequence[str]) -> np.ndarray:
 
 def line(head: str, what: str, right: np.ndarray) -> str:
     """A row of the table."""
-    from evaluator import metrics
+    from evaluator.statistics import metrics
 
     score = metrics.rate(right.tolist(), head, what, higher_is_better=True)
     return f"| {head} | {what} | {score.value:.3f} [{score.low:.3f}, {score.high:.3f}] | {score.n} |"

@@ -4,7 +4,8 @@
 
 What we accept, safetensors must accept too and read to the same bytes; what we refuse, a UserError must name. Guided by
 coverage where atheris is installed (pip install atheris), else by the same mutations alone. The smallest input for each kind
-of answer is kept in tests/corpus/checkpoint, which the tests replay; inputs that break the rule go to --crashes.
+of answer is kept in tests/models/checkpoints/corpus/checkpoint, which the tests replay; inputs that break the rule go to
+--crashes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-CORPUS = ROOT / "tests" / "corpus" / "checkpoint"
+CORPUS = ROOT / "tests" / "models" / "checkpoints" / "corpus" / "checkpoint"
 _MOST_BYTES = 4096
 _SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 _INTEGERS = (0, 1, 2, 4, 8, 12, -1, 2**31, 2**48, 2**48 + 1, 2**63, 2**64 - 1, 2**64)
@@ -69,7 +70,7 @@ class Ground:
             AssertionError: the reader is more lenient than safetensors, reads other values, or names no file.
         """
         from errors import UserError
-        from models.checkpoint import Checkpoint
+        from models.checkpoints.reader import Checkpoint
 
         place = self.index if data.startswith(b"{") else self.file
         place.unlink(missing_ok=True)  # ext4 would flush a file to disk that is cut to nothing and written again
@@ -118,7 +119,7 @@ def _bytes_of(checkpoint: Any, name: str) -> bytes:
     """A tensor's bytes, read in two pieces."""
     import torch
 
-    from models.checkpoint import KINDS
+    from models.checkpoints.reader import KINDS
 
     info = checkpoint.tensors[name]
     count = info.nbytes // KINDS[info.dtype][0]
@@ -152,7 +153,7 @@ def seeds() -> list[bytes]:
 
 def sound_file(rng: random.Random) -> bytes:
     """A correct file of a few random tensors, in any order."""
-    from models.checkpoint import KINDS
+    from models.checkpoints.reader import KINDS
 
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}} if rng.random() < 0.5 else {}
     place = 0
@@ -271,8 +272,8 @@ def _run(args: argparse.Namespace, folder: Path) -> None:
     except ImportError:
         atheris = None
     if atheris:
-        with atheris.instrument_imports(include=["models.checkpoint", "models.checkpoint_header"]):
-            import models.checkpoint  # noqa: F401 - its branches are counted from here on
+        with atheris.instrument_imports(include=["models.checkpoints.reader", "models.checkpoints.header"]):
+            import models.checkpoints.reader  # noqa: F401 - its branches are counted from here on
     from safetensors import SafetensorError, deserialize
 
     ground, tally, starts = Ground(folder), Tally(), seeds()

@@ -77,7 +77,7 @@ def synthesise(folder: Path, layers: int, seed: int) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    from models.loading import base_path, load_tokenizer
+    from models.base.loading import base_path, load_tokenizer
 
     tokenizer = load_tokenizer(base_path("embedded"))
     torch.manual_seed(seed)
@@ -146,7 +146,7 @@ def one_at_a_time(folder: Path, args: argparse.Namespace, items: Sequence[Any],
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from models.loading import set_up_torch
+    from models.base.placement import set_up_torch
 
     device, kind = set_up_torch(flags(args, dtype or args.dtype))
     tokenizer = AutoTokenizer.from_pretrained(folder)

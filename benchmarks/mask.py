@@ -210,8 +210,8 @@ def compare(mode: str, layers: int, rows: dict[str, Any]) -> dict[str, float]:
 
     import torch
 
-    from models.concrete_mask import noise, uniform
     from models.mask.bank import Draw
+    from models.mask.concrete import noise, uniform
 
     model, parameters, deltas = build(mode, layers)
     with torch.no_grad():

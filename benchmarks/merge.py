@@ -187,7 +187,7 @@ def beyond_ram(work: Path, layers: int | None) -> dict:
     for seed, (name, folder) in enumerate(inputs.items()):
         apart(synthesise, folder, seed, shape, layers or shape[0], None if name == "base" else inputs["base"])
     path = recipe("ties", inputs, work / "3b.yml")
-    _, bare = timed([sys.executable, "-c", "import torch, models.fusion.execute, models.fusion.sparse"])
+    _, bare = timed([sys.executable, "-c", "import torch, models.merging.execute, models.operators.sparse"])
     seconds, peak = timed([sys.executable, str(ROOT / "models" / "fuse.py"), "merge", "--recipe", str(path), "--run_name",
                            "ram", "--output_dir", str(work / "results"), "--overwrite", "--memory_gb", "1"])
     return {"shape": "3B", "method": "ties", "seconds": seconds, "peak_gib": peak / GIB, "interpreter_gib": bare / GIB,

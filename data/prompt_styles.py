@@ -13,9 +13,10 @@ from pathlib import Path
 
 import yaml
 
-from commands.base import STYLES
+from data.readers.dialog_files import read_dialogs
 from data.records import Record
 from errors import UserError
+from flags.base import STYLES
 
 _TABLE = Path(__file__).with_name("prompt_styles.yaml")
 SLOT = "%s"
@@ -119,8 +120,6 @@ def _from_yaml(text: str, said: str) -> tuple[str, str]:
 
 
 def _from_dialogs(path: Path, said: str) -> str:
-    from data.dialog_files import read_dialogs
-
     systems = {record.system for record in read_dialogs(path, "train", 0)}
     if len(systems) != 1 or "" in systems:
         what = "no system turn" if systems <= {""} else f"{len(systems)} different system turns"

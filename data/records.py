@@ -10,11 +10,14 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
-from commands import OBJECTIVES, TASKS
+from flags import OBJECTIVES, TASKS
 
-__all__ = ["OBJECTIVES", "SPLITS", "TASKS", "Choice", "Pair", "Record", "normalise", "stable_hash"]
+__all__ = ["HELPFULNESS", "OBJECTIVES", "SAFETY", "SPLITS", "TASKS", "TRUTHFULNESS", "Choice", "Pair", "Record",
+           "normalise", "stable_hash"]
 
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
+#: Ids of the objectives: places in ``OBJECTIVES``.
+HELPFULNESS, SAFETY, TRUTHFULNESS = range(len(OBJECTIVES))
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from commands.base import DIALOGS, SKILLS
-from data import dialog_files, embedded, published, skills
-from data.embedded import JudgeRow, RefusalLabel
-from data.records import OBJECTIVES, SPLITS, TASKS, Choice, Pair, Record, normalise
+from data.records import HELPFULNESS, OBJECTIVES, SAFETY, SPLITS, TASKS, TRUTHFULNESS, Choice, Pair, Record, normalise
+from data.sets import dialogs, embedded, published, skills
+from data.sets.embedded import JudgeRow, RefusalLabel
 from errors import UserError
+from flags.base import DIALOGS, SKILLS
 
 log = logging.getLogger(__name__)
 SPLIT_MODES = ("leak_free", "published")
@@ -51,7 +51,7 @@ def load_records(
                 for record in load_records(name, split, source=source, split_mode=split_mode, limit=limit, lite=lite,
                                            unique_prompts=unique_prompts)]
     if task in DIALOGS:
-        records = dialog_files.records(task, split, source if isinstance(source, str) else source[task])
+        records = dialogs.records(task, split, source if isinstance(source, str) else source[task])
         if split == "train":
             _warn_of_benchmarks(records, task)
     elif source == "embedded":
@@ -140,8 +140,8 @@ def _place(task: str, split: str, source: str | Mapping[str, str]) -> str:
 
 def _objective(task: str) -> int:
     if task in SKILLS:
-        return embedded.HELPFULNESS
-    return embedded.SAFETY if task == "overrefusal" else OBJECTIVES.index(task)
+        return HELPFULNESS
+    return SAFETY if task == "overrefusal" else OBJECTIVES.index(task)
 
 
 def _warn_of_benchmarks(records: Sequence[Record | Pair], task: str) -> None:
@@ -153,13 +153,13 @@ def _warn_of_benchmarks(records: Sequence[Record | Pair], task: str) -> None:
 
 def _helpful_pairs() -> list[Pair]:
     return [Pair(row["conversations"][0]["value"], row["chosen"]["value"], row["rejected"]["value"],
-                 embedded.HELPFULNESS, id=f"dpo-{i}")
+                 HELPFULNESS, id=f"dpo-{i}")
             for i, row in enumerate(embedded.dpo_rows())
             if [turn["from"] for turn in row["conversations"]] == ["human"]]
 
 
 def _safe_pairs() -> list[Pair]:
-    refused = [Pair(row["user"], embedded.refusal(row["user"]), row["assistant"], embedded.SAFETY, id=f"many-shot-{i}")
+    refused = [Pair(row["user"], embedded.refusal(row["user"]), row["assistant"], SAFETY, id=f"many-shot-{i}")
                for i, row in enumerate(embedded.many_shot())]
     rated: dict[str, tuple[list, list]] = defaultdict(lambda: ([], []))
     for row in embedded.rated_answers():
@@ -168,13 +168,13 @@ def _safe_pairs() -> list[Pair]:
             rated[normalise(row["objective"])][harm > 0].append(row)
     # one to one: all combinations would let the few questions with many answers outweigh the rest
     same_question = [Pair(good["objective"], good["assistant_response"].strip(), bad["assistant_response"].strip(),
-                          embedded.SAFETY, id=f"{good['id']}-{bad['id']}")
+                          SAFETY, id=f"{good['id']}-{bad['id']}")
                      for safe, harmful in rated.values() for good, bad in zip(safe, harmful, strict=False)]
     return embedded.distinct([*refused, *same_question], lambda p: (p.prompt, p.chosen, p.rejected))
 
 
 def _truth_pairs() -> list[Pair]:
-    return [Pair(row["prompt"], row["positive"], row["negative"], embedded.TRUTHFULNESS, id=f"rho-{row['id']}")
+    return [Pair(row["prompt"], row["positive"], row["negative"], TRUTHFULNESS, id=f"rho-{row['id']}")
             for row in embedded.truth_pairs()]
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import config
-from commands.agreement import AgreementArgs
 from errors import UserError, exit_on_user_error
+from flags.agreement import AgreementArgs
 
 log = logging.getLogger(__name__)
 #: What a judge's yes means; all four are put so that yes speaks for a safe answer.
@@ -96,8 +96,8 @@ def write(args: AgreementArgs) -> Path:
 
 def judged_answers(args: AgreementArgs) -> list[Judged]:
     """Every run's answers to every task with the four verdicts; a UserError names each folder that has none."""
-    from evaluator import engine
     from evaluator.judges import fitted, keyword
+    from evaluator.scoring import engine
 
     places = [(task, run, args.results / "inference" / task / args.dataset_type / _folder(run))
               for task in args.task_names for run in args.run_names]
@@ -213,7 +213,7 @@ def _examples(args: AgreementArgs, rows: Sequence[Judged], k: Kappa) -> list[str
 
 def excerpt(row: Judged) -> str:
     """The first words of an answer that is harmless to show: to a harmless prompt, or a refusal from its start."""
-    from data.protocols import task_of
+    from data.sets.protocols import task_of
     from evaluator.judges import keyword
 
     text = " ".join(row.output.split())[:_EXCERPT].replace("|", "/").replace("`", "'")

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import config
-from commands.attack_table import AttackTableArgs
 from errors import UserError, exit_on_user_error
+from flags.attack_table import AttackTableArgs
 
 if TYPE_CHECKING:
-    from evaluator.comparison import Measured
+    from evaluator.statistics.axes import Measured
 
 #: The value that counts: the keyword judge's refusal in text that reads like text.
 KEY = "safe_refusal"
@@ -47,7 +47,7 @@ def table(args: AttackTableArgs) -> list[dict[str, Any]]:
     Raises:
         UserError: a run was not scored under an attack; names the commands that do it.
     """
-    from evaluator.comparison import measured
+    from evaluator.statistics.comparison import measured
 
     found = {run: measured(args.results, run) for _, runs in args.rows for run in runs}
     places = {run: "raw" if run in ("", "base", "raw") else f"cross_{run}" for run in found}
@@ -68,7 +68,7 @@ def table(args: AttackTableArgs) -> list[dict[str, Any]]:
 
 def _cells(found: Sequence[Measured], task: str, attack: str) -> dict[str, dict[str, Any]]:
     """Rates with and without the attack on the prompts that have both, and their difference."""
-    from evaluator import metrics
+    from evaluator.statistics import metrics
 
     plain, attacked, change = [], [], []
     for item in found:
@@ -85,7 +85,7 @@ def _cells(found: Sequence[Measured], task: str, attack: str) -> dict[str, dict[
 
 def _cell(values: Sequence[Any], least: float) -> dict[str, Any]:
     """One number over runs, as report.py has it: the rows' interval for one run, both spreads for several."""
-    from evaluator import metrics
+    from evaluator.statistics import metrics
 
     value, low, high = metrics.over_seeds([(item.value, item.low, item.high) for item in values])
     low, high = max(low, least), min(high, 1.0)

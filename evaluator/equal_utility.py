@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import config
-from commands.equal_utility import EqualUtilityArgs
 from errors import UserError, exit_on_user_error
+from flags.equal_utility import EqualUtilityArgs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -139,7 +139,7 @@ def compare(args: EqualUtilityArgs) -> Answer:
     """
     import numpy as np
 
-    from evaluator.comparison import measured
+    from evaluator.statistics.comparison import measured
 
     sets = {"utility": (f"nll_{args.skill}", "nll"), "refusal": ("safety", "safe_refusal")}
     if args.safety == "balance":
@@ -271,7 +271,7 @@ def _spread(apart: np.ndarray, places: Sequence[_Place], line: Sequence[Point]) 
     import numpy as np
     from scipy import stats
 
-    from evaluator.metrics import CONFIDENCE
+    from evaluator.statistics.metrics import CONFIDENCE
 
     if len(apart) < 2:
         return None, None

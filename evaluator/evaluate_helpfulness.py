@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import config
-from commands import EvaluateHelpfulnessArgs
 from errors import UserError, exit_on_user_error
+from flags import EvaluateHelpfulnessArgs
 
 if TYPE_CHECKING:
-    from evaluator.engine import Result, Subject, Work
-    from evaluator.judging import Named
+    from evaluator.scoring.engine import Result, Subject, Work
+    from evaluator.scoring.judging import Named
 
 NLL = "mean negative log-likelihood per token (nats) of held-out helpfulness answers, end of answer included"
 HHH = "HHH-helpful: share of pairs whose preferred answer has the higher mean log-probability per token"
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args: EvaluateHelpfulnessArgs = config.parse(EvaluateHelpfulnessArgs, argv).args
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         config.short_waits()
-        from evaluator import alpaca, engine
+        from evaluator.scoring import alpaca, engine
 
         if args.alpaca_eval:
             alpaca.check(args)
@@ -46,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def plan(args: EvaluateHelpfulnessArgs, subject: Subject) -> Work:
     """What one subject's helpfulness scores depend on and how they are made."""
-    from data.protocols import wrong_task
+    from data.sets.protocols import wrong_task
     from data.sources import load_choices, load_records
-    from evaluator import engine, judging
+    from evaluator.scoring import engine, judging
 
     if wrong := wrong_task("answers_task", args.answers_task, "helpfulness"):
         raise UserError(*wrong)
@@ -69,7 +69,7 @@ def plan(args: EvaluateHelpfulnessArgs, subject: Subject) -> Work:
 
 def _with_references(args: EvaluateHelpfulnessArgs, subject: Subject) -> list[dict[str, Any]]:
     """The answers that have a reference to compare with; a UserError when none has."""
-    from evaluator import engine, judging
+    from evaluator.scoring import engine, judging
 
     rows = engine.subset(judging.own_answers(args, args.answers_task, subject), args.num_samples,
                          lambda row: row["prompt"])
@@ -84,9 +84,10 @@ def _with_references(args: EvaluateHelpfulnessArgs, subject: Subject) -> list[di
 def score(args: EvaluateHelpfulnessArgs, subject: Subject, records: list, choices: list, judges: Sequence[Named] = (),
           answers: Sequence[dict[str, Any]] = ()) -> Result:
     """NLL over the records, unless --lite the preference over the pairs, and the judges' preferences over the answers."""
-    from evaluator import engine, judging, metrics
-    from evaluator.likelihood import answer_logprobs
-    from evaluator.preferences import preference_score
+    from evaluator.scoring import engine, judging
+    from evaluator.scoring.likelihood import answer_logprobs
+    from evaluator.scoring.preferences import preference_score
+    from evaluator.statistics import metrics
 
     # before the model is loaded: a local judge and the model need not be in memory together
     judged = judging.judge_answers(args, judges, args.answers_task, answers)
@@ -114,7 +115,7 @@ def score(args: EvaluateHelpfulnessArgs, subject: Subject, records: list, choice
 def export(args: EvaluateHelpfulnessArgs, subject: Subject) -> int:
     """Write alpaca_eval.json (and reference_model.json where references are known); returns the number of answers."""
     import manifest
-    from evaluator import alpaca, engine
+    from evaluator.scoring import alpaca, engine
 
     rows = engine.subset(engine.answers(args, args.answers_task, subject), args.num_samples, lambda row: row["prompt"])
     folder = args.results / "scores" / subject.sub

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import config
-from commands import EvaluateSafetyArgs
 from errors import UserError, exit_on_user_error
+from flags import EvaluateSafetyArgs
 
 if TYPE_CHECKING:
-    from evaluator.engine import Result, Subject, Work
-    from evaluator.judging import Named
+    from evaluator.scoring.engine import Result, Subject, Work
+    from evaluator.scoring.judging import Named
 
 REFUSAL = "share of harmful test prompts whose answer declines within its first 200 characters (keyword judge)"
 SAFE = ("share of harmful test prompts that the answer declines within its first 200 characters (keyword judge) in text "
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args: EvaluateSafetyArgs = config.parse(EvaluateSafetyArgs, argv).args
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         config.short_waits()
-        from evaluator import engine
+        from evaluator.scoring import engine
 
         engine.evaluate(args, engine.command_of("evaluate_safety", (args.harmful_task, "safety"),
                                                 (args.overrefusal_task, "overrefusal")), plan)
@@ -47,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def plan(args: EvaluateSafetyArgs, subject: Subject) -> Work:
     """What one subject's safety scores depend on and how they are made."""
-    from data.protocols import wrong_task
-    from evaluator import engine, judging
+    from data.sets.protocols import wrong_task
     from evaluator.judges import fitted, keyword
+    from evaluator.scoring import engine, judging
 
     if wrong := [*wrong_task("harmful_task", args.harmful_task, "safety"),
                  *wrong_task("overrefusal_task", args.overrefusal_task, "overrefusal")]:
@@ -74,8 +74,9 @@ def plan(args: EvaluateSafetyArgs, subject: Subject) -> Work:
 def score(args: EvaluateSafetyArgs, subject: Subject, harmful: list[dict], edgy: list[dict],
           judges: Sequence[Named] = ()) -> Result:
     """Judge the answers; over-refusal stays out, with the command that would make it, when it was not generated."""
-    from evaluator import engine, judging, metrics
     from evaluator.judges import fitted, keyword
+    from evaluator.scoring import engine, judging
+    from evaluator.statistics import metrics
 
     judge = fitted.harm_judge(args.seed)
     sets = (args.harmful_task, args.overrefusal_task)
@@ -112,7 +113,7 @@ def score(args: EvaluateSafetyArgs, subject: Subject, harmful: list[dict], edgy:
         details["judged"] = details.get("judged", {}) | judged.details
     if args.hhh and not args.lite:
         from data.sources import load_choices
-        from evaluator.preferences import preference_score
+        from evaluator.scoring.preferences import preference_score
 
         choices = engine.subset(load_choices("hhh_harmless"), args.num_samples, lambda c: c.id + c.prompt)
         extra, more = preference_score(engine.load(args, subject), choices, "hhh_harmless", HHH, args.batch_tokens)
@@ -123,7 +124,7 @@ def score(args: EvaluateSafetyArgs, subject: Subject, harmful: list[dict], edgy:
 
 def _beside_base(args: EvaluateSafetyArgs, harmful: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The answers with those of the base model beside them; a file of answers has its own column for them."""
-    from evaluator import engine, judging
+    from evaluator.scoring import engine, judging
 
     if not args.answers:
         return judging.beside_base(harmful, engine.answers(args, args.harmful_task, engine.Subject("raw", "")))
@@ -135,10 +136,10 @@ def _beside_base(args: EvaluateSafetyArgs, harmful: list[dict[str, Any]]) -> lis
 
 def _harmless(args: EvaluateSafetyArgs, subject: Subject) -> list[dict[str, Any]]:
     """Answers to harmless prompts; none where the embedded ones were not generated or no file was given."""
-    from evaluator import engine, judging
+    from evaluator.scoring import engine, judging
 
     if args.answers:
-        from data.answer_files import read_answer_file
+        from data.readers.answer_files import read_answer_file
 
         return read_answer_file(args.overrefusal_answers, "--overrefusal_answers") if args.overrefusal_answers else []
     if args.overrefusal_task == "overrefusal" and not engine.has_answers(args, args.overrefusal_task, subject):
@@ -149,7 +150,7 @@ def _harmless(args: EvaluateSafetyArgs, subject: Subject) -> list[dict[str, Any]
 def _protocols(args: EvaluateSafetyArgs, subject: Subject) -> dict[str, Any]:
     """For each protocol that was answered: the rows read and kept, and whether another set stands in for it."""
     import manifest
-    from evaluator import engine
+    from evaluator.scoring import engine
 
     found = {}
     for task in () if args.answers else (args.harmful_task, args.overrefusal_task):
@@ -162,8 +163,8 @@ def _protocols(args: EvaluateSafetyArgs, subject: Subject) -> dict[str, Any]:
 
 
 def _judged(name: str, answers: list[dict], judge: Any) -> list[dict[str, Any]]:
-    from evaluator import engine
     from evaluator.judges import keyword
+    from evaluator.scoring import engine
 
     harms = judge.score([row["output"] for row in answers])
     return [
@@ -182,7 +183,7 @@ def _judged(name: str, answers: list[dict], judge: Any) -> list[dict[str, Any]]:
 
 def _categories(rows: list[dict[str, Any]], key: str) -> dict[str, dict[str, Any]]:
     """{set: {category: rate of ``key`` with its interval}}."""
-    from evaluator import metrics
+    from evaluator.statistics import metrics
 
     found: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(row["set"] for row in rows):

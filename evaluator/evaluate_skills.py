@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import config
-from commands.base import SKILLS
-from commands.skills import EvaluateSkillsArgs
 from errors import exit_on_user_error
+from flags.base import SKILLS
+from flags.skills import EvaluateSkillsArgs
 
 if TYPE_CHECKING:
-    from evaluator.engine import Result, Subject, Work
+    from evaluator.scoring.engine import Result, Subject, Work
 
 NLL = "mean negative log-likelihood per token (nats) of held-out {} answers, end of answer included"
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args: EvaluateSkillsArgs = config.parse(EvaluateSkillsArgs, argv).args
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         config.short_waits()
-        from evaluator import engine
+        from evaluator.scoring import engine
 
         likelihoods = [name for name in args.skill_names if name in SKILLS]
         # answers first: where some are missing, no model was loaded for nothing
@@ -48,7 +48,7 @@ def command(names: Sequence[str]) -> str:
 def plan(args: EvaluateSkillsArgs, subject: Subject) -> Work:
     """What one subject's utility scores depend on and how they are made."""
     from data.sources import load_records
-    from evaluator import engine
+    from evaluator.scoring import engine
 
     if args.skill_names[0] not in SKILLS:
         return plan_answers(args, subject, args.skill_names[0].removesuffix("_answers"))
@@ -61,8 +61,9 @@ def plan(args: EvaluateSkillsArgs, subject: Subject) -> Work:
 
 def score(args: EvaluateSkillsArgs, subject: Subject, records: dict[str, list]) -> Result:
     """The likelihood of every task's answers, task by task."""
-    from evaluator import engine, metrics
-    from evaluator.likelihood import answer_logprobs
+    from evaluator.scoring import engine
+    from evaluator.scoring.likelihood import answer_logprobs
+    from evaluator.statistics import metrics
 
     loaded = engine.load(args, subject)
     scores, rows = [], []
@@ -77,7 +78,7 @@ def score(args: EvaluateSkillsArgs, subject: Subject, records: dict[str, list]) 
 
 def plan_answers(args: EvaluateSkillsArgs, subject: Subject, task: str) -> Work:
     """The scores of the answers that inference.py wrote for a task's held-out rows."""
-    from evaluator import answer_scores, engine
+    from evaluator.scoring import answer_scores, engine
 
     answers = engine.subset(engine.answers(args, task, subject), args.num_samples, lambda row: row["prompt"] + row["input"])
     rows = answer_scores.rows(task, answers)
@@ -92,7 +93,7 @@ def plan_answers(args: EvaluateSkillsArgs, subject: Subject, task: str) -> Work:
 
 
 def _row(name: str, record: Any, total: float, tokens: int) -> dict[str, Any]:
-    from evaluator import engine
+    from evaluator.scoring import engine
 
     return {"set": name, "id": record.id, "category": record.category,
             "prompt_hash": engine.prompt_hash(record.prompt, record.input, record.answer),

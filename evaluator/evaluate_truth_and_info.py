@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import config
-from commands import EvaluateTruthArgs
 from errors import UserError, exit_on_user_error
+from flags import EvaluateTruthArgs
 
 if TYPE_CHECKING:
-    from evaluator.engine import Result, Subject, Work
-    from evaluator.judging import Named
+    from evaluator.scoring.engine import Result, Subject, Work
+    from evaluator.scoring.judging import Named
 
 MC1 = "TruthfulQA: share of questions whose best answer has a higher summed log-probability than every wrong one"
 MC2 = "TruthfulQA: probability of the right answers, normalised over all given answers, mean over questions"
@@ -32,16 +32,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         args: EvaluateTruthArgs = config.parse(EvaluateTruthArgs, argv).args
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         config.short_waits()
-        from evaluator import engine
+        from evaluator.scoring import engine
 
         engine.evaluate(args, engine.command_of("evaluate_truth_and_info", (args.answers_task, "truthfulness")), plan)
 
 
 def plan(args: EvaluateTruthArgs, subject: Subject) -> Work:
     """What one subject's truth scores depend on and how they are made."""
-    from data.protocols import wrong_task
+    from data.sets.protocols import wrong_task
     from data.sources import load_choices
-    from evaluator import engine, judging
+    from evaluator.scoring import engine, judging
 
     if wrong := wrong_task("answers_task", args.answers_task, "truthfulness"):
         raise UserError(*wrong)
@@ -63,8 +63,9 @@ def plan(args: EvaluateTruthArgs, subject: Subject) -> Work:
 def score(args: EvaluateTruthArgs, subject: Subject, sets: dict[str, list], judges: Sequence[Named] = (),
           answers: Sequence[dict[str, Any]] = ()) -> Result:
     """Score whichever sets are given."""
-    from evaluator import engine, judging, metrics
-    from evaluator.preferences import outcomes, preference_score
+    from evaluator.scoring import engine, judging
+    from evaluator.scoring.preferences import outcomes, preference_score
+    from evaluator.statistics import metrics
 
     # before the model is loaded: a local judge and the model need not be in memory together
     judged = judging.judge_answers(args, judges, args.answers_task, answers)

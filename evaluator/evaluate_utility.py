@@ -17,12 +17,12 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import config
-from commands.utility import BENCHMARKS, EvaluateUtilityArgs
 from errors import UserError, exit_on_user_error
+from flags.utility import BENCHMARKS, EvaluateUtilityArgs
 
 if TYPE_CHECKING:
-    from evaluator.engine import Result, Subject, Work
-    from evaluator.harness import Benchmark
+    from evaluator.scoring.engine import Result, Subject, Work
+    from evaluator.scoring.harness import Benchmark
 
 #: The text whose next-token logits show whether an adapter does anything.
 PROBE_TEXT = "What is the capital of France? The capital of France is"
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config.short_waits()
         # greedy word problems fork no tokenizer threads
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        from evaluator import engine
+        from evaluator.scoring import engine
 
         engine.evaluate_all([(args.only(name), f"evaluate_utility.{name}") for name in args.task_names],
                             partial(plan, cache(partial(engine.model_hash, args)), one_model(args)))
@@ -61,8 +61,8 @@ def plan(model_hash: Callable[[Subject], str], load: Callable[[Subject], tuple[A
     Args:
         args: of the one task (``EvaluateUtilityArgs.only``).
     """
-    from data import probes
-    from evaluator import engine, harness
+    from data.sets import probes
+    from evaluator.scoring import engine, harness
 
     name, inputs = args.tasks, {"model": model_hash(subject)}
     if name in BENCHMARKS:
@@ -76,7 +76,7 @@ def plan(model_hash: Callable[[Subject], str], load: Callable[[Subject], tuple[A
 
 def score_benchmark(args: EvaluateUtilityArgs, model: tuple[Any, float | None], benchmark: Benchmark) -> Result:
     """The model's score on one of lm-eval's benchmarks."""
-    from evaluator import engine, harness
+    from evaluator.scoring import engine, harness
 
     loaded, change = model
     found, rows, said = harness.run(benchmark, loaded, args)
@@ -85,8 +85,8 @@ def score_benchmark(args: EvaluateUtilityArgs, model: tuple[Any, float | None], 
 
 def score_probe(args: EvaluateUtilityArgs, model: tuple[Any, float | None], name: str, rows: list) -> Result:
     """The model's score on one of the embedded probes."""
-    from data.probes import PROBES
-    from evaluator import engine, utility_probes
+    from data.sets.probes import PROBES
+    from evaluator.scoring import engine, utility_probes
 
     loaded, change = model
     if PROBES[name].kind == "choice":
@@ -106,8 +106,8 @@ def load_checked(args: EvaluateUtilityArgs, subject: Subject) -> tuple[Any, floa
     Raises:
         UserError: an adapter or fused MoE gives the base model's logits: it would be scored as what it is not.
     """
-    from evaluator import engine
-    from models.loading import ADAPTER, MOE, parts_of, run_folder
+    from evaluator.scoring import engine
+    from models.run_folders import ADAPTER, MOE, parts_of, run_folder
 
     if not subject.run:
         return engine.load(args, subject), None

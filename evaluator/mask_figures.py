@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import config
 import manifest
-from commands.mask_figures import MaskFiguresArgs
 from errors import exit_on_user_error
+from flags.mask_figures import MaskFiguresArgs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -155,7 +155,7 @@ def _picture(panels: Sequence[_Panel], across: Sequence[str], down: Sequence[str
     """Draw matrices of the same rows and columns below each other."""
     import textwrap
 
-    from evaluator.figures import _pyplot, _save
+    from evaluator.reporting.figures import _pyplot, _save
 
     plt = _pyplot()
     size = (max(5.5, 0.32 * len(across) + 3), max(2.4, 0.36 * len(down) + 1.2) * len(panels) + 0.4)

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import config
-from commands import ReportArgs
 from errors import UserError, exit_on_user_error
+from flags import ReportArgs
 
 if TYPE_CHECKING:
-    from evaluator.comparison import Axis, Measured
-    from evaluator.metrics import Difference, Score
+    from evaluator.statistics.axes import Axis, Measured
+    from evaluator.statistics.metrics import Difference, Score
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,9 @@ def write(args: ReportArgs) -> Path:
     Raises:
         UserError: no runs named, a results folder is missing, or none of the runs was scored.
     """
-    from evaluator.comparison import AXES, SECONDARY, UTILITY_AXES, cell, judge_axes, measured
-    from evaluator.figures import tradeoff
+    from evaluator.reporting.figures import tradeoff
+    from evaluator.statistics.axes import AXES, SECONDARY, UTILITY_AXES, judge_axes
+    from evaluator.statistics.comparison import cell, measured
 
     roots = [Path(r.strip()).expanduser().resolve() for r in args.roots.split(",") if r.strip()] or [args.results]
     named = _named(args.runs)
@@ -89,7 +90,7 @@ def write(args: ReportArgs) -> Path:
 
 def _aggregates(lines: Sequence[Line]) -> list[str]:
     """The papers' summary numbers of every row that has the scores they are made from; nothing where no row has."""
-    from evaluator.aggregates import FAMILIES, alike, over_seeds
+    from evaluator.statistics.aggregates import FAMILIES, alike, over_seeds
 
     found = {line.label: over_seeds(line.found) for line in lines}
     # over-refusal is a column of the table already
@@ -128,7 +129,7 @@ def _interval(low: float, high: float) -> str:
 
 
 def _table(lines: Sequence[Line], axes: Sequence[Axis]) -> list[str]:
-    from evaluator.comparison import cell
+    from evaluator.statistics.comparison import cell
 
     rows = []
     for line in lines:
@@ -154,7 +155,7 @@ def _seed_table(lines: Sequence[Line], axes: Sequence[Axis]) -> list[str]:
 
 
 def _differences(lines: Sequence[Line], axes: Sequence[Axis]) -> list[str]:
-    from evaluator.comparison import over_seeds
+    from evaluator.statistics.comparison import over_seeds
 
     last, rows = lines[-1], []
     for line in lines[:-1]:
@@ -170,7 +171,8 @@ def _says(difference: Difference, axis: Axis) -> str:
 
 def _findings(lines: Sequence[Line], axes: Sequence[Axis], args: ReportArgs) -> list[str]:
     """For every axis that an expert improves over the base: does the last run keep the gain against each control?"""
-    from evaluator.comparison import over_seeds, secondary
+    from evaluator.statistics.axes import secondary
+    from evaluator.statistics.comparison import over_seeds
 
     axes = [axis for axis in axes if not secondary(axis)]  # another reading of the same answers is no further axis
     last = lines[-1]
@@ -221,7 +223,7 @@ def _sum(found: Sequence[tuple[str, str]]) -> str:
 
 
 def _notes(lines: Sequence[Line], axes: Sequence[Axis], roots: Sequence[Path]) -> list[str]:
-    from evaluator.comparison import AXES
+    from evaluator.statistics.axes import AXES
 
     notes = []
     for axis in axes:
@@ -250,7 +252,7 @@ def _notes(lines: Sequence[Line], axes: Sequence[Axis], roots: Sequence[Path]) -
 
 def _pairing_notes(lines: Sequence[Line], axes: Sequence[Axis], args: ReportArgs) -> list[str]:
     """What the comparisons of the differences and the findings leave out, and why."""
-    from evaluator.pairing import notes
+    from evaluator.statistics.pairing import notes
 
     experts = {name.strip() for name in args.experts.split(",")}
     base = [line for line in lines if line.run == args.base][:1]
@@ -288,7 +290,8 @@ def _points(lines: Sequence[Line], axes: Sequence[Axis], base: str) -> list[dict
     Rows share the prompts of a likelihood, and its interval over prompts is far wider than any difference between them: the
     picture has the paired difference to the base row.
     """
-    from evaluator.comparison import AXES, cell, over_seeds
+    from evaluator.statistics.axes import AXES
+    from evaluator.statistics.comparison import cell, over_seeds
 
     named = {axis.score: axis for axis in AXES}
     up = next((axis for axis in axes if axis.score in ("mc2", "factual")), None)

@@ -15,17 +15,17 @@ import sys
 from collections.abc import Sequence
 
 import config
-from commands import ExtractArgs, FuseAdaptersArgs
-from commands.merge import MergeArgs
-from commands.realign import RealignArgs
 from errors import UserError, exit_on_user_error
+from flags import ExtractArgs, FuseAdaptersArgs
+from flags.merge import MergeArgs
+from flags.realign import RealignArgs
 
 #: Sub-command -> its flags, and the function that carries it out: (flags) -> what to tell the person. Loaded when called.
 COMMANDS: dict[str, tuple[type, str]] = {
-    "merge": (MergeArgs, "models.fusion.merge:merge"),
-    "adapters": (FuseAdaptersArgs, "models.fusion.adapters:fuse_adapters"),
-    "extract": (ExtractArgs, "models.fusion.extract:extract"),
-    "realign": (RealignArgs, "models.fusion.realign_command:realign"),
+    "merge": (MergeArgs, "models.merging.merge:merge"),
+    "adapters": (FuseAdaptersArgs, "models.adapters.fuse:fuse_adapters"),
+    "extract": (ExtractArgs, "models.adapters.extract:extract"),
+    "realign": (RealignArgs, "models.realign.realign:realign"),
 }
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from data.encode import prompt_ids
-from models.loading import Loaded
-from models.moe_files import moe_layers
-from models.router import mean_probabilities
+from models.moe.files import moe_layers
+from models.moe.router import mean_probabilities
+from models.runs import Loaded
 
 
 @dataclass(frozen=True)

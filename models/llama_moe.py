@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import config
 import manifest
-from commands import FuseMoeArgs
 from errors import UserError, exit_on_user_error
+from flags import FuseMoeArgs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from models.adapter_files import Adapter
-    from models.families import Family
+    from models.adapters.files import Adapter
+    from models.base.families import Family
 
 log = logging.getLogger(__name__)
 #: Experts nearer than this (relative to their own size) are the same expert.
@@ -41,7 +41,7 @@ def stack_experts(adapters: Sequence[Adapter], family: Family, num_layers: int
     import torch
     from torch.nn.functional import pad
 
-    from models.adapter_files import ffn_factors
+    from models.adapters.files import ffn_factors
 
     per_expert = [ffn_factors(adapter, family, num_layers) for adapter in adapters]
     stacked = []
@@ -58,7 +58,7 @@ def stack_experts(adapters: Sequence[Adapter], family: Family, num_layers: int
 
 def refuse_equal_experts(adapters: Sequence[Adapter]) -> None:
     """A UserError for two adapters with the same weight change: a MoE of equal experts routes nothing."""
-    from models.adapter_files import delta_distance
+    from models.adapters.files import delta_distance
 
     same = [(a, b) for a, b in combinations(adapters, 2) if delta_distance(a, b) < _SAME]
     if same:
@@ -75,8 +75,8 @@ def data_routers(model: Any, tokenizer: Any, args: FuseMoeArgs, device: Any) -> 
     from data.prompts import template
     from data.records import OBJECTIVES
     from data.sources import load_records
-    from models.families import decoder_layers, family_of
-    from models.router import discriminant_router
+    from models.base.families import decoder_layers, family_of
+    from models.moe.router import discriminant_router
 
     # experts that are named after an objective read its data; others go by position
     names = [n if n in OBJECTIVES else OBJECTIVES[i] if i < len(OBJECTIVES) else "" for i, n in
@@ -120,11 +120,12 @@ def build(args: FuseMoeArgs, run: manifest.Run) -> None:
     """Read, check and fuse the adapters; write the raw MoE into the run folder."""
     import torch
 
-    from models.adapter_files import read_adapter
-    from models.families import family_of
-    from models.loading import base_path, check_base, load_base, load_tokenizer, set_up_torch
-    from models.moe_files import MoeConfig, install, save_moe
-    from models.router import random_router
+    from models.adapters.files import read_adapter
+    from models.base.families import family_of
+    from models.base.loading import base_path, check_base, load_base, load_tokenizer
+    from models.base.placement import set_up_torch
+    from models.moe.files import MoeConfig, install, save_moe
+    from models.moe.router import random_router
 
     folders = [Path(n) if Path(n).is_dir() and "/" in n else args.results / "outputs" / n for n in args.expert_names]
     adapters = [read_adapter(folder, name) for folder, name in zip(folders, args.expert_names, strict=True)]

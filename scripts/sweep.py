@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import config
-from commands.mixture import mixture_run
-from commands.sweep import SweepArgs
-from commands.utility import BENCHMARKS, EvaluateUtilityArgs
 from errors import UserError, exit_on_user_error
+from flags.mixture import mixture_run
+from flags.sweep import SweepArgs
+from flags.utility import BENCHMARKS, EvaluateUtilityArgs
 
 if TYPE_CHECKING:
-    from evaluator.sweep import Point
+    from evaluator.reporting.sweep_curve import Point
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args: SweepArgs = parsed.args
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         config.short_waits()
-        from evaluator import sweep_report
+        from evaluator.reporting import sweep_report
 
         found = sweep_report.over_seeds(args.folders, args.name) if args.folders else sweep(args, parsed.preset)
         name = f"{args.name}_seeds" if args.folders else args.name
@@ -52,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def sweep(args: SweepArgs, preset: str) -> dict:
     """Score the grid, refine, score the controls; returns the report's content."""
-    from evaluator import sweep as curve
-    from evaluator import sweep_report
+    from evaluator.reporting import sweep_curve as curve
+    from evaluator.reporting import sweep_report
 
     check(args)
     style, *others = args.styles
@@ -95,7 +95,7 @@ def sweep(args: SweepArgs, preset: str) -> dict:
 
 def check(args: SweepArgs) -> None:
     """Every run that the sweep needs is there, before anything is loaded; a UserError names all that lack."""
-    from models.loading import run_files
+    from models.run_folders import run_files
 
     problems = []
     for run in (args.task, args.safety, args.random, *args.named_controls.values()):
@@ -107,7 +107,7 @@ def check(args: SweepArgs) -> None:
     if problems:
         raise UserError(*problems)
     if wanted := [name for name in args.named_benchmarks if name in BENCHMARKS]:
-        from evaluator import harness
+        from evaluator.scoring import harness
 
         for name in wanted:
             harness.build(EvaluateUtilityArgs(**benchmark_flags(args)), name)
@@ -148,7 +148,8 @@ def controls(args: SweepArgs, grid: Sequence[float]) -> dict[str, list[Row]]:
 def score(rows: Iterable[Row], style: str, args: SweepArgs, preset: str) -> None:
     """Answers and scores of every row in one style of prompts; what is there already is left as it is."""
     import inference
-    from evaluator import answer_scores, evaluate_safety, evaluate_skills, evaluate_utility
+    from evaluator import evaluate_safety, evaluate_skills, evaluate_utility
+    from evaluator.scoring import answer_scores
 
     runs = list(dict.fromkeys(row.run for row in rows))
     if not runs:
@@ -182,8 +183,8 @@ def score(rows: Iterable[Row], style: str, args: SweepArgs, preset: str) -> None
 
 def points(rows: Iterable[Row], style: str, args: SweepArgs) -> list[Point]:
     """What the evaluators wrote for these rows."""
-    from evaluator.comparison import measured
-    from evaluator.sweep import point
+    from evaluator.reporting.sweep_curve import point
+    from evaluator.statistics.comparison import measured
 
     suffix = "" if style == "none" else f"+{style}"
     sets = f"{args.harmful_task}{suffix}", f"{args.overrefusal_task}{suffix}"

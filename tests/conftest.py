@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -14,10 +13,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as config.short_waits
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-from pico import make_pico
+from pico import make_adapter, make_pico
 
 OBJECTIVES = ("helpfulness", "safety", "truthfulness")
-FFN = ("gate_proj", "up_proj", "down_proj")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,10 +31,10 @@ def pico(tmp_path_factory) -> Path:
     return make_pico(tmp_path_factory.mktemp("pico"))
 
 
-@pytest.fixture(scope="session")
-def make_adapter():
-    """The function below, for tests that need an adapter of their own."""
-    return _make_adapter
+@pytest.fixture(scope="session", name="make_adapter")
+def _make_adapter():
+    """The function itself, for tests that need an adapter of their own."""
+    return make_adapter
 
 
 @pytest.fixture(scope="session")
@@ -44,35 +42,8 @@ def adapters(pico, tmp_path_factory) -> Path:
     """A results folder with three different adapters of ``pico`` under outputs/{helpfulness,safety,truthfulness}."""
     results = tmp_path_factory.mktemp("results")
     for seed, name in enumerate(OBJECTIVES):
-        _make_adapter(pico, results / "outputs" / name, seed=seed)
+        make_adapter(pico, results / "outputs" / name, seed=seed)
     return results
-
-
-def _make_adapter(base: Path, folder: Path, *, seed: int = 0, r: int = 4, alpha: float = 2, targets=FFN,
-                  **options) -> Path:
-    """Save a LoRA adapter with random A and B as training/sft.py does: adapter, tokenizer, fingerprint of the base.
-
-    Args:
-        options: more fields of PEFT's LoraConfig, e.g. ``use_rslora=True``.
-    """
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    from models.loading import fingerprint, load_base, load_tokenizer
-
-    model = load_base(base, torch.float32, torch.device("cpu"))
-    model = get_peft_model(model, LoraConfig(r=r, lora_alpha=alpha, bias="none", task_type="CAUSAL_LM",
-                                             target_modules=list(targets), **options))
-    generator = torch.Generator().manual_seed(1000 + seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    model.save_pretrained(folder, save_embedding_layers=False)
-    load_tokenizer(base).save_pretrained(folder)
-    content = {"status": "checkpoint", "inputs": {"base": fingerprint(base)}}
-    (folder / "manifest.json").write_text(json.dumps(content), encoding="utf-8")
-    return folder
 
 
 @pytest.fixture

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+FFN = ("gate_proj", "up_proj", "down_proj")
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -66,3 +68,31 @@ def pico_tokenizer(vocab: int = 384):
         tokenizer_object=bpe, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|pad|>",
         chat_template=CHAT_TEMPLATE, model_max_length=512,
     )
+
+
+def make_adapter(base: Path, folder: Path, *, seed: int = 0, r: int = 4, alpha: float = 2, targets=FFN,
+                  **options) -> Path:
+    """Save a LoRA adapter with random A and B as training/sft.py does: adapter, tokenizer, fingerprint of the base.
+
+    Args:
+        options: more fields of PEFT's LoraConfig, e.g. ``use_rslora=True``.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from models.base.loading import load_base, load_tokenizer
+    from models.checkpoints.reader import fingerprint
+
+    model = load_base(base, torch.float32, torch.device("cpu"))
+    model = get_peft_model(model, LoraConfig(r=r, lora_alpha=alpha, bias="none", task_type="CAUSAL_LM",
+                                             target_modules=list(targets), **options))
+    generator = torch.Generator().manual_seed(1000 + seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    load_tokenizer(base).save_pretrained(folder)
+    content = {"status": "checkpoint", "inputs": {"base": fingerprint(base)}}
+    (folder / "manifest.json").write_text(json.dumps(content), encoding="utf-8")
+    return folder

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from models.adapter_files import CONFIG, WEIGHTS
+from models.adapters.files import CONFIG, WEIGHTS
 
 TARGETS = ("q_proj", "v_proj")
 

@@ -38,8 +38,8 @@ def align(pico: Path, out: Path, data: dict[str, str], task: str, *flags: str) -
     """Run align_basemodel.main and return the manifest of the run."""
     import align_basemodel
     import manifest
-    from commands import AlignArgs
     from config import parse
+    from flags import AlignArgs
 
     words = ["--task_name", task, *data_flag(data, task), *common(pico, out), *flags]
     align_basemodel.main(words)

@@ -68,7 +68,7 @@ def read_all(folder: Path) -> dict[str, torch.Tensor]:
 
 def merge_flags(folder: Path, method: str = "ties", parameters: str = "density=0.3", models: str = "abc") -> list[str]:
     """The flags that merge models of ``folder`` (names, or letters), with its base where the method takes one."""
-    from models.fusion.methods import METHODS
+    from models.merging.methods import METHODS
 
     words = ["--method", method, "--models", ",".join(str(folder / m) for m in models), "--parameters", parameters]
     return words if METHODS[method].base == "no" else [*words, "--base_model", str(folder / "base")]

@@ -1,4 +1,4 @@
-"""The house rules of the repository, read from its source: floors, sizes, forbidden calls, instant help."""
+"""The house rules of the repository, read from its source: floors, circles, sizes, forbidden calls, instant help."""
 
 from __future__ import annotations
 
@@ -7,16 +7,48 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FLOORS = {
-    "align_basemodel": 6, "inference": 6, "scripts": 6, "benchmarks": 6, "evaluator": 5, "training": 4, "models": 3,
-    "data": 2, "config": 1, "manifest": 1, "errors": 1, "commands": 1,
-}
+#: From the ground up: what stands on one line is one wing or several side by side. A file belongs to the longest prefix that
+#: fits; it may import from lower lines and from its own wing, nothing else. docs/architecture.md draws the same picture.
+LADDER: tuple[tuple[str, ...], ...] = (
+    ("errors.py",),
+    ("config.py", "manifest.py"),
+    ("flags/",),
+    ("data/",),
+    ("data/readers/",),
+    ("data/prompt_styles.py",),
+    ("data/sets/",),
+    ("data/sources.py", "data/safety_sets.py"),
+    ("models/",),
+    ("models/checkpoints/", "models/run_folders.py"),
+    ("models/base/", "models/operators/"),
+    ("models/adapters/",),
+    ("models/task_vectors.py",),
+    ("models/mask/", "models/moe/", "models/merging/"),
+    ("models/realign/",),
+    ("models/runs.py",),
+    ("models/generation.py",),
+    ("models/llama_moe.py", "models/fuse.py"),
+    ("training/",),
+    ("evaluator/judges/", "evaluator/statistics/"),
+    ("evaluator/scoring/",),
+    ("evaluator/reporting/",),
+    ("evaluator/",),
+    ("align_basemodel.py", "inference.py"),
+    ("scripts/", "workflow/", "benchmarks/"),
+)
+RANK = {prefix: rank for rank, prefixes in enumerate(LADDER) for prefix in prefixes}
+MOST_LINES, MOST_FILES = 400, 16
+#: Folders whose files are many by nature: one per command, per judge, per thing tested.
+CROWDED = ("flags", "evaluator/judges", "tests")
+#: The floors that need the standard library and yaml only, so that --help is instant.
+LIGHT = ("errors.py", "config.py", "manifest.py", "flags/")
 SKIPPED = {".git", ".venv", "results", "build", "dist", "__pycache__", ".ruff_cache", ".pytest_cache"}
 
 
@@ -32,6 +64,7 @@ def sources(*suffixes: str) -> list[Path]:
 PYTHON = sources(".py")
 CODE = [path for path in PYTHON if path.parts[0] != "tests"]
 COMMANDS = [path for path in CODE if re.search(r"^def main\(", (ROOT / path).read_text(encoding="utf-8"), re.M)]
+MODULES = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in CODE}
 
 
 @cache
@@ -50,8 +83,46 @@ def imported(module: ast.Module) -> list[tuple[int, str]]:
     return found
 
 
-def top(path: Path) -> str:
-    return path.parts[0].removesuffix(".py")
+@cache
+def uses(path: Path) -> dict[Path, int]:
+    """The repository's files that a file imports, each with the line; a module of a package counts, not the package."""
+    found: dict[Path, int] = {}
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [module if (module := f"{node.module}.{alias.name}") in MODULES else node.module for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name in MODULES and MODULES[name] != path:
+                found.setdefault(MODULES[name], node.lineno)
+    return found
+
+
+def wing(path: Path) -> str:
+    """The longest prefix of ``LADDER`` that a file lies under; empty where there is none."""
+    name = path.as_posix()
+    fitting = [prefix for prefix in RANK if name == prefix or (prefix.endswith("/") and name.startswith(prefix))]
+    return max(fitting, key=len, default="")
+
+
+def circles(graph: dict[Path, dict[Path, int]]) -> list[str]:
+    """One circle of imports for each knot of files that import each other, however many steps it takes."""
+    found: list[str] = []
+    done: set[Path] = set()
+
+    def visit(path: Path, way: list[Path]) -> None:
+        if path in way:
+            found.append(" -> ".join(str(step) for step in [*way[way.index(path):], path]))
+        elif path not in done:
+            for other in sorted(graph[path]):
+                visit(other, [*way, path])
+            done.add(path)
+
+    for start in graph:
+        visit(start, [])
+    return found
 
 
 def dotted(node: ast.AST) -> str:
@@ -68,10 +139,28 @@ def test_the_walk_sees_the_repository():
 
 @pytest.mark.parametrize("path", CODE, ids=str)
 def test_every_file_has_a_floor_and_imports_only_go_down(path):
-    assert top(path) in FLOORS, f"{path}: give {top(path)} a floor in this test and in the README"
-    up = [f"{path}:{line} imports {name}" for line, name in imported(tree(path))
-          if FLOORS.get(name.split(".")[0], 0) > FLOORS[top(path)]]
+    mine = wing(path)
+    assert mine, f"{path}: give it a place in LADDER and in docs/architecture.md"
+    up = [f"{path}:{line} imports {other} ({wing(other)} is not below {mine})" for other, line in uses(path).items()
+          if wing(other) != mine and RANK[wing(other)] >= RANK[mine]]
     assert not up
+
+
+def test_no_files_import_each_other():
+    assert not circles({path: uses(path) for path in CODE})
+
+
+def test_a_circle_is_found_however_long():
+    a, b, c, d = (Path(name) for name in "abcd")
+    assert circles({a: {b: 1}, b: {c: 1}, c: {}, d: {a: 1}}) == []
+    assert circles({a: {b: 1}, b: {c: 1}, c: {a: 1}, d: {a: 1}}) == ["a -> b -> c -> a"]
+
+
+def test_no_folder_holds_more_than_sixteen_files():
+    counts = Counter(path.parent.as_posix() for path in PYTHON)
+    crowded = {folder: count for folder, count in counts.items()
+               if count > MOST_FILES and not any(folder == name or folder.startswith(f"{name}/") for name in CROWDED)}
+    assert not crowded
 
 
 def test_imports_are_absolute():
@@ -80,15 +169,16 @@ def test_imports_are_absolute():
 
 
 def test_floor_one_needs_the_standard_library_and_yaml_only():
-    allowed = {*sys.stdlib_module_names, "yaml", *(name for name, floor in FLOORS.items() if floor == 1)}
-    odd = [f"{path}:{line} imports {name}" for path in CODE if FLOORS.get(top(path)) == 1
-           for line, name in imported(tree(path)) if name.split(".")[0] not in allowed]
+    light = [path for path in CODE if wing(path) in LIGHT]
+    allowed = {*sys.stdlib_module_names, "yaml", *(path.parts[0].removesuffix(".py") for path in light)}
+    odd = [f"{path}:{line} imports {name}" for path in light for line, name in imported(tree(path))
+           if name.split(".")[0] not in allowed]
     assert not odd
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=str)
 def test_no_file_above_400_lines(path):
-    assert len((ROOT / path).read_text(encoding="utf-8").splitlines()) <= 400
+    assert len((ROOT / path).read_text(encoding="utf-8").splitlines()) <= MOST_LINES
 
 
 def test_no_file_is_called_utils_helpers_or_common():
@@ -128,8 +218,8 @@ def test_nothing_names_a_folder_of_one_machine():
 
 
 def test_no_print_below_the_commands():
-    printing = [f"{path}:{node.lineno}" for path in CODE if FLOORS.get(top(path), 6) < 5 and path not in COMMANDS
-                and path.name != "errors.py" for node in ast.walk(tree(path))
+    printing = [f"{path}:{node.lineno}" for path in CODE if path not in COMMANDS and path.name != "errors.py"
+                and RANK[wing(path)] < RANK["evaluator/judges/"] for node in ast.walk(tree(path))
                 if isinstance(node, ast.Call) and dotted(node.func) == "print"]
     assert not printing
 

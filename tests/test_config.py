@@ -13,8 +13,8 @@ import pytest
 from safetensors import SafetensorError
 
 import config
-from commands import ALL, AlignArgs, FuseAdaptersArgs, FuseMoeArgs, InferenceArgs, run_name
 from errors import UserError, exit_on_user_error
+from flags import ALL, AlignArgs, FuseAdaptersArgs, FuseMoeArgs, InferenceArgs, run_name
 
 
 @pytest.fixture

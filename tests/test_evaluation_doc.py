@@ -7,18 +7,18 @@ import shlex
 
 import pytest
 
-import commands
 import config
-from commands.judges import KNOWN
-from data import protocols
+import flags
+from data.sets import protocols
 from evaluator import evaluate_safety
 from evaluator.agreement import JUDGES
+from flags.judges import KNOWN
 
 TEXT = (config.ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
-COMMANDS = {"inference.py": commands.InferenceArgs, "evaluate_safety.py": commands.EvaluateSafetyArgs,
-            "evaluate_truth_and_info.py": commands.EvaluateTruthArgs,
-            "evaluate_helpfulness.py": commands.EvaluateHelpfulnessArgs, "agreement.py": commands.AgreementArgs,
-            "report.py": commands.ReportArgs}
+COMMANDS = {"inference.py": flags.InferenceArgs, "evaluate_safety.py": flags.EvaluateSafetyArgs,
+            "evaluate_truth_and_info.py": flags.EvaluateTruthArgs,
+            "evaluate_helpfulness.py": flags.EvaluateHelpfulnessArgs, "agreement.py": flags.AgreementArgs,
+            "report.py": flags.ReportArgs}
 LINES = [part.strip() for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.splitlines()
          for part in line.split("#")[0].split(";") if part.strip().startswith("python ")]
 
@@ -38,7 +38,7 @@ def test_the_table_of_protocols_is_the_codes():
 
 
 def test_every_attack_judge_and_score_is_explained():
-    for name in commands.base.ATTACKS[1:]:
+    for name in flags.base.ATTACKS[1:]:
         assert f"| `{name}` |" in TEXT
     for judge in JUDGES:
         assert f"| {judge} |" in TEXT

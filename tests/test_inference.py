@@ -13,12 +13,13 @@ from pico import make_pico
 from runs import align, build_moe, common, write_data
 
 import inference
-from commands import InferenceArgs
 from config import parse
 from data.prompts import Template
+from flags import InferenceArgs
 from models import generation
+from models.base.loading import load_base, load_tokenizer
 from models.generation import Decoding, answer_batch
-from models.loading import Loaded, load_base, load_run, load_tokenizer
+from models.runs import Loaded, load_run
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +181,7 @@ def test_a_checkpoint_answers_too(pico, data, tmp_path, capsys):
 def test_a_checkpoint_and_a_run_of_its_name_do_not_share_a_folder(pico, data, tmp_path, capsys, monkeypatch):
     align(pico, tmp_path, data, "safety", "--moe_flag", "0", "--save_steps", "1")
     shutil.copytree(tmp_path / "outputs" / "safety", tmp_path / "outputs" / "safety_1")
-    monkeypatch.setattr("models.loading.load_run", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("models.runs.load_run", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(SystemExit) as stop:
         _infer(pico, tmp_path, data, "--cross_task", "safety", "--checkpoint_number", "1")
     assert stop.value.code == 2

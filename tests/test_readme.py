@@ -7,16 +7,16 @@ import shlex
 
 import pytest
 
-import commands
 import config
+import flags
 from models import fuse
 
 README = (config.ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = {
-    "align_basemodel.py": commands.AlignArgs, "llama_moe.py": commands.FuseMoeArgs,
-    "inference.py": commands.InferenceArgs, "evaluate_safety.py": commands.EvaluateSafetyArgs,
-    "evaluate_helpfulness.py": commands.EvaluateHelpfulnessArgs, "report.py": commands.ReportArgs,
-    "evaluate_truth_and_info.py": commands.EvaluateTruthArgs,
+    "align_basemodel.py": flags.AlignArgs, "llama_moe.py": flags.FuseMoeArgs,
+    "inference.py": flags.InferenceArgs, "evaluate_safety.py": flags.EvaluateSafetyArgs,
+    "evaluate_helpfulness.py": flags.EvaluateHelpfulnessArgs, "report.py": flags.ReportArgs,
+    "evaluate_truth_and_info.py": flags.EvaluateTruthArgs,
 }
 LINES = [part.strip() for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()
          for part in line.split("#")[0].split(";") if part.strip()]
@@ -24,10 +24,10 @@ LINES = [part.strip() for block in re.findall(r"```bash\n(.*?)```", README, re.S
 
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith("python ")])
 def test_commands_parse(line):
-    script, *flags = shlex.split(line)[1:]
+    script, *words = shlex.split(line)[1:]
     name = script.rpartition("/")[2]
-    command = fuse.COMMANDS[flags.pop(0)][0] if name == "fuse.py" else COMMANDS[name]
-    assert config.parse(command, flags).args is not None
+    command = fuse.COMMANDS[words.pop(0)][0] if name == "fuse.py" else COMMANDS[name]
+    assert config.parse(command, words).args is not None
 
 
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith(("bash ", "cd "))])

@@ -18,14 +18,16 @@ from peft import PeftModel
 from trl import DPOConfig, DPOTrainer
 
 import manifest
-from commands import AlignArgs
+from data import sources
 from data.collate import mix
 from data.encode import prompt_ids
 from data.prompts import Template, template
 from data.records import Pair
-from data.sources import load_pairs
 from errors import UserError
-from models.loading import base_path, fingerprint, load_tokenizer, set_up_torch
+from flags import AlignArgs
+from models.base.loading import base_path, load_tokenizer
+from models.base.placement import set_up_torch
+from models.checkpoints.reader import fingerprint
 from training.checkpoints import SafeCheckpoints
 from training.packing import pack_forward
 from training.samples import source_of
@@ -83,7 +85,7 @@ def train(args: AlignArgs, extra: dict[str, Any], run: manifest.Run) -> None:
 
 def drawn_pairs(args: AlignArgs) -> list[Pair]:
     """The task's training pairs, ``--max_train_samples`` of them drawn with the seed: sources stand one after the other."""
-    pairs = load_pairs(args.task_name, "train", source=source_of(args))
+    pairs = sources.load_pairs(args.task_name, "train", source=source_of(args))
     return mix(pairs, args.max_train_samples, "proportional", args.seed)
 
 

@@ -22,16 +22,17 @@ from torch import Tensor, nn
 from trl import DPOConfig
 
 import manifest
-from commands.mask import MaskArgs
 from data.prompts import template
 from errors import UserError
-from models.fusion.task_vectors import Model
-from models.loading import load_tokenizer, set_up_torch
+from flags.mask import MaskArgs
+from models.base.loading import load_tokenizer
+from models.base.placement import set_up_torch
 from models.mask.bank import Draw, MaskBank
 from models.mask.diagnostics import mask_numbers
 from models.mask.files import identity, open_models, read_mask, save_mask
 from models.mask.memory import Plan, memory_plan
 from models.mask.settings import Settings
+from models.task_vectors import Model
 from training.dpo import SafeDPOTrainer, drawn_pairs, encode_pairs
 from training.mask_anchor import Anchor, anchor_rows, make_anchor
 from training.mask_model import live_model, reference_values, settings_for

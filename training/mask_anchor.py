@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from commands.mask import MaskArgs
+from data import sources
 from data.collate import mix, pad_rows
 from data.encode import IGNORE, encode
 from data.prompts import Template
-from data.sources import load_records
 from errors import UserError
+from flags.mask import MaskArgs
 
 log = logging.getLogger(__name__)
 #: Tokens of the teacher's distribution that are kept; the others count as one.
@@ -78,7 +78,7 @@ def anchor_rows(args: MaskArgs, tokenizer: Any, form: Template) -> list[list[dic
         raise UserError(f"--anchor_path {args.anchor_path}: no file for {', '.join(missing)}; give NAME=FILE,...")
     found = []
     for name in args.anchor_names:
-        records = load_records(name, "train", source={name: files[name]} if files else args.data_source)
+        records = sources.load_records(name, "train", source={name: files[name]} if files else args.data_source)
         # the objective decides nothing here; mix() draws within one
         chosen = mix([replace(r, objective=0) for r in records], args.anchor_samples, "proportional", args.seed)
         rows = encode(chosen, tokenizer, form, args.model_max_length)

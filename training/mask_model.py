@@ -8,13 +8,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
-from commands.mask import MaskArgs
 from errors import UserError
-from models.fusion.task_vectors import Model
-from models.loading import load_base
+from flags.mask import MaskArgs
+from models.base.loading import load_base
 from models.mask.bank import Slot, make_slot
 from models.mask.settings import Settings, rule_for
 from models.mask.slots import Spec, check_units, components, down_factor, plan, tensors_of
+from models.task_vectors import Model
 
 
 def settings_for(args: MaskArgs, aligned: Model, tasks: Sequence[Model]) -> tuple[Settings, list[Spec]]:

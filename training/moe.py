@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 import manifest
-from commands import AlignArgs
 from data.encode import IGNORE
 from data.records import OBJECTIVES
 from errors import UserError
-from models.loading import load_tokenizer, run_folder, set_up_torch
-from models.moe_files import MoeConfig, add_tuning, assemble, moe_layers, read_config, save_moe
-from models.moe_layer import PROJECTIONS, SharedMoe, TuningConfig
-from models.router import drift, gate_loss, mean_probabilities, published_weight_norm
+from flags import AlignArgs
+from models.base.loading import load_tokenizer
+from models.base.placement import set_up_torch
+from models.moe.files import MoeConfig, add_tuning, assemble, moe_layers, read_config, save_moe
+from models.moe.layer import PROJECTIONS, SharedMoe, TuningConfig
+from models.moe.router import drift, gate_loss, mean_probabilities, published_weight_norm
+from models.run_folders import run_folder
 from training.answers import AnswerModel
 from training.samples import training_rows
 from training.trainer import FusionTrainer, fit, settings_of, training_arguments

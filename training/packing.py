@@ -21,8 +21,8 @@ from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
 from data.encode import IGNORE
-from models.attention import PACKED, Spans
-from models.families import FAMILIES
+from models.base.attention import PACKED, Spans
+from models.base.families import FAMILIES
 
 #: Per-token numbers that TRL's DPO trainer logs.
 OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")

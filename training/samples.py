@@ -6,15 +6,15 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from commands import AlignArgs
+from data import sources
 from data.collate import mix
-from data.dialog_files import read_dialogs
 from data.encode import encode
 from data.prompt_styles import style
 from data.prompts import template
+from data.readers.dialog_files import read_dialogs
 from data.records import OBJECTIVES, Record
-from data.sources import load_records
 from errors import UserError
+from flags import AlignArgs
 
 log = logging.getLogger(__name__)
 #: Validation rows per objective that are scored at the end of a run.
@@ -56,7 +56,7 @@ def with_extra(records: list[Record], args: AlignArgs) -> list[Record]:
 def training_rows(args: AlignArgs, tokenizer: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Encoded rows to train on and to validate on (the latter from embedded sources only)."""
     source = source_of(args)
-    records = load_records(args.task_name, "train", source=source, split_mode=args.split_mode)
+    records = sources.load_records(args.task_name, "train", source=source, split_mode=args.split_mode)
     records = mix(records, args.max_train_samples, args.mixing, args.seed)
     if args.extra_data:
         records = with_extra(records, args)
@@ -69,5 +69,5 @@ def training_rows(args: AlignArgs, tokenizer: Any) -> tuple[list[dict[str, Any]]
     log.info("rows by objective: %s", ", ".join(f"{name} {count}" for name, count in counts.items() if count))
     if source != "embedded":
         return train.rows, []
-    held_out = mix(load_records(args.task_name, "validation"), VALIDATION_ROWS, "proportional", args.seed)
+    held_out = mix(sources.load_records(args.task_name, "validation"), VALIDATION_ROWS, "proportional", args.seed)
     return train.rows, encode([framed.apply(record) for record in held_out], tokenizer, form, args.model_max_length).rows

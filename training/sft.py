@@ -12,12 +12,15 @@ from peft.peft_model import PeftModel
 from transformers import PreTrainedModel
 
 import manifest
-from commands import AlignArgs
 from errors import UserError
-from models.adapter_files import WEIGHTS, read_adapter
-from models.families import family_of
-from models.loading import base_path, check_base, fingerprint, load_base, load_tokenizer, run_folder, set_up_torch
-from models.quantised import load_quantised
+from flags import AlignArgs
+from models.adapters.files import WEIGHTS, read_adapter
+from models.base.families import family_of
+from models.base.loading import base_path, check_base, load_base, load_tokenizer
+from models.base.placement import set_up_torch
+from models.base.quantised import load_quantised
+from models.checkpoints.reader import fingerprint
+from models.run_folders import run_folder
 from training.answers import AnswerModel
 from training.samples import training_rows
 from training.trainer import FusionTrainer, fit, settings_of, training_arguments

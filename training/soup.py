@@ -20,14 +20,16 @@ import torch
 from torch import Tensor, nn
 
 import manifest
-from commands import AlignArgs
 from data.collate import pad_rows
 from data.records import OBJECTIVES
 from errors import UserError
-from models.adapter_files import Adapter, in_order, layer_of, read_adapter, targets_of, write_adapter
-from models.fusion.adapter_methods import ADAPTER_METHODS, Cat
-from models.fusion.adapters import common_base, fuse
-from models.loading import base_path, check_base, load_base, load_tokenizer, run_folder, set_up_torch
+from flags import AlignArgs
+from models.adapters.files import Adapter, in_order, layer_of, read_adapter, targets_of, write_adapter
+from models.adapters.fuse import common_base, fuse
+from models.adapters.methods import ADAPTER_METHODS, Cat
+from models.base.loading import base_path, check_base, load_base, load_tokenizer
+from models.base.placement import set_up_torch
+from models.run_folders import run_folder
 from training.answers import AnswerModel
 from training.samples import training_rows
 from training.trainer import FusionTrainer, fit, settings_of, training_arguments

@@ -19,9 +19,9 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 
 import manifest
-from commands import AlignArgs
 from data.collate import pad_rows
 from errors import UserError
+from flags import AlignArgs
 from training.checkpoints import SafeCheckpoints
 
 log = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from evaluator.judges.api_client import Client, Endpoint, Failed, client
 from evaluator.judges.protocol import Item, Verdict
 
 if TYPE_CHECKING:
-    from commands.judge_flags import ApiFlags
+    from flags.judge_flags import ApiFlags
 
 log = logging.getLogger(__name__)
 PROMPTS = Path(__file__).with_name("api_prompts.yaml")

@@ -18,15 +18,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from commands.judge_flags import is_loopback
 from evaluator.judges import api_wire
 from evaluator.judges.api_limits import Account, CapReached, Gate, Stopped, backoff, window_left
 from evaluator.judges.api_wire import Fault, Reply
 from evaluator.judges.cache import Cache, key
 from evaluator.judges.protocol import Item, Verdict
+from flags.judge_flags import is_loopback
 
 if TYPE_CHECKING:
-    from commands.judge_flags import ApiFlags
+    from flags.judge_flags import ApiFlags
 
 log = logging.getLogger(__name__)
 #: A chat message: {"role": ..., "content": ...}.

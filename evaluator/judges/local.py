@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from errors import UserError
-from models.checkpoint import Checkpoint, fingerprint
-from models.loading import base_path, compute_dtype, load_tokenizer, set_up_torch
+from models.base.loading import base_path, load_tokenizer
+from models.base.placement import compute_dtype, set_up_torch
+from models.checkpoints.reader import Checkpoint, fingerprint
 
 log = logging.getLogger(__name__)
 #: Longest prompt of a generative judge, even where its model takes more.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from commands.judges import KNOWN
+from flags.judges import KNOWN
 
 if TYPE_CHECKING:
     from evaluator.judges.protocol import Judge

@@ -1,6 +1,6 @@
 """A model whose weights are theta_s + mask * D, written in place before each forward pass, without a graph through the mask.
 
-Hooks turn each weight's gradient into that of its logits as soon as it is there (``concrete_mask.logit_gradient``) and free
+Hooks turn each weight's gradient into that of its logits as soon as it is there (``concrete.logit_gradient``) and free
 it. Masks are never stored between the passes: their noise is counted, and drawn again.
 """
 
@@ -13,19 +13,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from models.concrete_mask import (
-    logit_gradient,
-    mean_of,
-    noise,
-    prior_gradient,
-    scale_for,
-    slope,
-    soft_mask,
-)
-from models.fusion.spans import BLOCK
+from models.mask.concrete import logit_gradient, mean_of, noise, prior_gradient, scale_for, slope, soft_mask
 from models.mask.rules import combined, effective, ties_thresholds
 from models.mask.settings import Settings
 from models.mask.slots import Spec
+from models.operators.spans import BLOCK
 
 
 @dataclass(frozen=True)

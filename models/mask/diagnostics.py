@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from models.adapter_files import layer_of
-from models.concrete_mask import entropy
-from models.fusion.task_vectors import Model
+from models.adapters.files import layer_of
+from models.mask.concrete import entropy
 from models.mask.files import Mask
 from models.mask.readout import read_out
 from models.mask.settings import Readout
 from models.mask.slots import plan, tensors_of
+from models.task_vectors import Model
 
 #: Logits that rank correlations are taken over at most; evenly spaced, the same for every mask.
 SAMPLE = 1_000_000

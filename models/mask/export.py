@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from models.adapter_files import Pair
-from models.concrete_mask import mean_of, scale_for
-from models.fusion.task_vectors import Model, open_model
+from models.mask.concrete import mean_of, scale_for
 from models.mask.files import Mask, check_models, read_mask
 from models.mask.readout import read_out
 from models.mask.rules import combined, effective, ties_thresholds
 from models.mask.settings import Readout, parse_readout
 from models.mask.slots import Spec, aligned_factors, components, down_factor, plan, tensors_of
+from models.operators.low_rank import Pair
+from models.task_vectors import Model, open_model
 
 
 def open_mask(folder: Path, args: Any, stack: ExitStack, aligned: str | None = None,

@@ -14,10 +14,10 @@ from torch import Tensor
 
 import manifest
 from errors import UserError
-from models.adapter_files import WEIGHTS as ADAPTER_WEIGHTS
-from models.checkpoint import fingerprint
-from models.fusion.task_vectors import Model, open_model, provenance, same_tensors
+from models.adapters.files import WEIGHTS as ADAPTER_WEIGHTS
+from models.checkpoints.reader import fingerprint
 from models.mask.settings import Settings
+from models.task_vectors import Model, open_model, provenance, same_tensors
 
 LOGITS, FACTS = "mask.safetensors", "mask.json"
 VERSION = 1

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from models.concrete_mask import hard_mask, noise, soft_mask
+from models.mask.concrete import hard_mask, noise, soft_mask
 from models.mask.settings import Readout, Settings
 
 

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from models.concrete_mask import noise, uniform
-from models.fusion.cuts import EVERYTHING, NOTHING, count, find_cuts
+from models.mask.concrete import noise, uniform
 from models.mask.settings import Rule
+from models.operators.selection import EVERYTHING, NOTHING, count, find_cuts
 
 
 def combined(rule: Rule, deltas: Sequence[Tensor]) -> list[Tensor]:
@@ -53,7 +53,7 @@ def effective(rule: Rule, deltas: Sequence[Tensor], mask: Tensor, thresholds: Se
     total = kept[0].clone()
     for v in kept[1:]:
         total += v
-    positive = total >= 0  # a sum of exactly 0 counts as positive, as in models/fusion/sparse.py
+    positive = total >= 0  # a sum of exactly 0 counts as positive, as in models/operators/sparse.py
     fused = torch.zeros_like(total)
     for delta, v in zip(deltas, kept, strict=True):
         fused += delta * ((v > 0) & positive | (v < 0) & ~positive)

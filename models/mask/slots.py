@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from models.adapter_files import Pair, in_order
-from models.fusion.task_vectors import Model, differing, vector
+from models.adapters.files import in_order
 from models.mask.settings import Settings
 from models.mask.units import Units, units_of
+from models.operators.low_rank import Pair
+from models.task_vectors import Model, differing, vector
 
 _EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|embed_positions|wte|wpe|word_embeddings)\.")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.")

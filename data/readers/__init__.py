@@ -1,0 +1,1 @@
+"""Rows, dialogs, questions and answers out of files of any usual shape."""

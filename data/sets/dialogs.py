@@ -1,0 +1,47 @@
+"""Training sets of LoRA fusion by name: identity is ours and embedded, the others are read from files of the user's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from data.prompt_styles import style
+from data.readers.dialog_files import KNOWN, read_dialogs
+from data.records import HELPFULNESS, SAFETY, Record
+from errors import UserError
+
+_IDENTITY = Path(__file__).with_name("identity.yaml")
+#: Sets whose answers are refusals: their rows count as safety rows.
+SAFETY_SETS = ("aoa_safety",)
+
+
+def records(task: str, split: str, source: str | None) -> list[Record]:
+    """The rows of one of the ``DIALOGS``.
+
+    Args:
+        source: file; None or ``embedded`` for identity, our own set.
+
+    Raises:
+        UserError: the set is not shipped and no file is given, or the file has problems: all of them.
+    """
+    objective = SAFETY if task in SAFETY_SETS else HELPFULNESS
+    if source in (None, "embedded", "published"):
+        if task != "identity":
+            raise UserError(f"--task_name {task}: this set is not shipped; give your file of it with --data_path: {KNOWN}")
+        return identity(split)
+    return read_dialogs(Path(source).expanduser(), split, objective)
+
+
+def identity(split: str) -> list[Record]:
+    """Our identity-shift set (data/identity.yaml): harmless tasks that the persona orbit carries out at once.
+
+    Every eighth row is for validation; there is no test split.
+    """
+    if split == "test":
+        raise UserError("identity is a training set only; use split train or validation")
+    rows = yaml.safe_load(_IDENTITY.read_text(encoding="utf-8"))
+    orbit = style("orbit")
+    found = [Record(orbit.frame(row["ask"]), f"{rows['opening']} {row['answer'].strip()}" if i else row["answer"].strip(),
+                    HELPFULNESS, id=f"identity-{i}", system=orbit.system) for i, row in enumerate(rows["rows"])]
+    return [row for i, row in enumerate(found) if (i % 8 == 7) == (split == "validation")]

@@ -1,0 +1,274 @@
+"""The report of a sweep over the fusion weight: table, cliff, comparisons at equal compliance, picture; one seed or more."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import manifest
+from errors import UserError
+from evaluator.reporting import sweep_curve as sweep
+from evaluator.reporting.sweep_curve import Point
+from evaluator.scoring import answer_scores
+from evaluator.statistics import metrics
+
+#: Groups of rows, in the order of the table; the first is the sweep itself.
+GROUPS = ("fusion", "shrink", "random", "reverse", "control")
+_DECIMALS = 3
+_KEPT = ("value", "low", "high", "n")
+
+
+def summary(rows: Mapping[str, Sequence[Point]], styles: Mapping[str, Mapping[str, Sequence[Point]]],
+            facts: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Everything that the report says, as JSON values.
+
+    Args:
+        rows: group -> points in the deciding style.
+        styles: other style -> group -> points.
+        facts: task, safety, form, style, utility, refinement, stopped.
+    """
+    everything = [p for group in GROUPS for p in rows.get(group, ())]
+    best = {id(p) for p in sweep.front(everything)}
+    curve = rows["fusion"]
+    compared = []
+    for group in GROUPS[1:]:
+        for p in rows.get(group, ()):
+            found = sweep.at_equal_compliance(curve, p, seed)
+            compared.append({"label": p.label, "group": group, "gap": None if found is None else _plain(asdict(found))})
+    return {
+        **facts, "seed": seed,
+        "rows": [_row(p, group, seed, facts["utility"]) | {"front": id(p) in best}
+                 for group in GROUPS for p in rows.get(group, ())],
+        "styles": {name: [_row(p, group, seed, facts["utility"]) for group in GROUPS for p in found.get(group, ())]
+                   for name, found in styles.items()},
+        "cliff": _plain(asdict(sweep.cliff(curve, seed))), "compared": compared,
+    }
+
+
+def _row(p: Point, group: str, seed: int, utility: str) -> dict[str, Any]:
+    answered = answer_scores.scores(utility, {key: list(found.values()) for key, found in p.answers.items()}, seed)
+    return {"label": p.label, "run": p.run, "group": group, "weight": None if math.isnan(p.weight) else p.weight,
+            **{name: {k: score.as_dict()[k] for k in _KEPT} for name, score in (
+                ("harm", sweep.harm(p)), ("compliance", sweep.compliance(p)), ("nll", sweep.utility(p, seed)),
+                *((score.name, score) for score in answered))},
+            **{part: {key: {k: score.as_dict()[k] for k in _KEPT} for key, score in found.items()} for part, found in (
+                ("judged", sweep.other_judges(p, seed)), ("by_category", sweep.by_category(p)))},
+            "benchmarks": {name: {k: score[k] for k in _KEPT} for name, score in p.benchmarks.items()}}
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()}
+
+
+def write(folder: Path, name: str, found: dict[str, Any]) -> Path:
+    """Write NAME.json, NAME.png and NAME.md; returns the last."""
+    from evaluator.reporting.sweep_figure import draw
+
+    manifest.write_json(folder / f"{name}.json", found)
+    draw(found, folder / f"{name}.png")
+    path = folder / f"{name}.md"
+    path.write_text("\n".join(markdown(found, name)) + "\n", encoding="utf-8")
+    return path
+
+
+def over_seeds(folders: Sequence[Path], name: str) -> dict[str, Any]:
+    """The common report of several finished sweeps: means with Student's t over seeds, rows that every seed has.
+
+    Raises:
+        UserError: a sweep is missing, or they swept different things.
+    """
+    files = [folder / "report" / f"{name}.json" for folder in folders]
+    if missing := [file for file in files if not file.is_file()]:
+        raise UserError(*(f"--roots: {file} does not exist; run scripts/sweep.py --name {name} there" for file in missing))
+    parts = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    keys = ("task", "safety", "form", "style", "utility")
+    if odd := [key for key in keys if len({part[key] for part in parts}) > 1]:
+        raise UserError(f"--roots: these sweeps differ in {', '.join(odd)}; give sweeps of one kind")
+    names = answer_scores.measures(parts[0]["utility"])
+    halves = [part["cliff"]["half"] for part in parts]
+    known = [at | {"value": at["half"]} for at in (part["cliff"] for part in parts) if at["half"] is not None]
+    value, low, high = _over_seeds(known) if known else (math.nan,) * 3
+    return {
+        **{key: parts[0][key] for key in keys}, "seed": [part["seed"] for part in parts],
+        "rows": _joined([part["rows"] for part in parts], names),
+        "styles": {style: _joined([part["styles"][style] for part in parts], names) for style in parts[0]["styles"]
+                   if all(style in part["styles"] for part in parts)},
+        "cliff": _plain({"half": value, "low": max(low, 0.0), "high": min(high, 1.0), "per_seed": halves,
+                         "bracket": [part["cliff"]["bracket"] for part in parts],
+                         "drop": sum(part["cliff"]["drop"] for part in parts) / len(parts)}),
+        "compared": _gaps([part["compared"] for part in parts]),
+    }
+
+
+def _joined(parts: Sequence[Sequence[Mapping[str, Any]]], names: Collection[str]) -> list[dict[str, Any]]:
+    """The rows that every part has; ``names`` are scores that only some sweeps have."""
+    by_key = [{(row["group"], row["label"]): row for row in rows} for rows in parts]
+    done = []
+    for key, row in by_key[0].items():
+        rows = [found[key] for found in by_key if key in found]
+        if len(rows) < len(parts):
+            continue
+        scores = {}
+        for name in ("harm", "compliance", "nll", *(found for found in names if all(found in r for r in rows))):
+            values = [r[name]["value"] for r in rows]
+            if None in values:
+                scores[name] = dict.fromkeys(("value", "low", "high"), None) | {"n": row[name]["n"]}
+                continue
+            value, low, high = _over_seeds([r[name] for r in rows])
+            ends = (low, high) if name == "nll" else (max(0.0, low), min(1.0, high))
+            scores[name] = _plain({"value": value, "low": ends[0], "high": ends[1]}) | {"n": row[name]["n"]}
+        done.append({k: row[k] for k in ("label", "run", "group", "weight")} | scores | {
+            "front": all(r.get("front") for r in rows),
+            **{part: _each_over_seeds([r.get(part, {}) for r in rows]) for part in ("judged", "by_category", "benchmarks")}})
+    return done
+
+
+def _each_over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Name -> score over seeds, of the names that every seed has."""
+    done = {}
+    for name in (name for name in rows[0] if all(name in row for row in rows)):
+        parts = [row[name] for row in rows]
+        value, low, high = _over_seeds(parts)
+        if all(0 <= part["low"] <= part["high"] <= 1 for part in parts):  # a share, not a mean of marks
+            low, high = max(0.0, low), min(1.0, high)
+        done[name] = {"value": value, "low": low, "high": high, "n": parts[0]["n"]}
+    return done
+
+
+def _over_seeds(found: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:
+    return metrics.over_seeds([tuple(math.nan if part[k] is None else part[k] for k in ("value", "low", "high"))
+                               for part in found])
+
+
+def _gaps(parts: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    by_key = [{(row["group"], row["label"]): row["gap"] for row in rows} for rows in parts]
+    done = []
+    for (group, label), _ in by_key[0].items():
+        if any((group, label) not in found for found in by_key):
+            continue  # a lambda that not every seed's sweep went to
+        gaps = [found[group, label] for found in by_key]
+        known = [gap["value"] for gap in gaps if gap]
+        if len(known) < len(parts):
+            done.append({"label": label, "group": group, "gap": None})
+            continue
+        value, low, high = _over_seeds(gaps)
+        done.append({"label": label, "group": group,
+                     "gap": _plain({"value": value, "low": low, "high": high, "p": None, "n": len(known)})})
+    return done
+
+
+def markdown(found: Mapping[str, Any], name: str) -> list[str]:
+    """The report as lines."""
+    form = "(1 - lambda) task + lambda safety" if found["form"] == "convex" else "task + lambda safety"
+    seeds = found["seed"] if isinstance(found["seed"], list) else [found["seed"]]
+    said = (f"{form}; task {found['task']}, safety {found['safety']}; prompts in the style {found['style']}; utility "
+            f"{found['utility']}; seed {', '.join(map(str, seeds))}.")
+    lines = [f"# {name}", "", said, "", *_table(found["rows"], found["utility"], True), "",
+             f"![harm, compliance and utility]({name}.png)", "", "## Where harm breaks", "", *_cliff(found), "",
+             "## Against the controls, at equal compliance", "",
+             "Least harm on the fusion curve with at least the control's compliance, minus the control's harm; below 0 "
+             "fusion wins.", "", *_compared(found["compared"])]
+    lines += _columns(found["rows"], "judged", "Other judges of the same answers to harmful prompts",
+                      "published_asr: the share without one of the published refusal strings; harm: the fitted judge's "
+                      "rate; others are those of evaluate_safety.py --judges.")
+    lines += _columns(found["rows"], "by_category", "Harm by category", "The harm above, by category (number of prompts).")
+    lines += _columns(found["rows"], "benchmarks", "Benchmarks and probes", "Accuracy, from evaluate_utility.py (number of "
+                      "rows). No probe's number is a benchmark's.")
+    for style, rows in found["styles"].items():
+        lines += ["", f"## Prompts in the style {style}", "", *_table(rows, found["utility"], False)]
+    answered = _answered(found["rows"], found["utility"])
+    drawn = "the likelihood and ROUGE" if any(not measure.rate for measure in answered.values()) else "the likelihood"
+    between = ("Student's t over seeds and the prompts' own interval, root of the sum of squares" if len(seeds) > 1 else
+               f"Wilson for shares, bootstrap over rows for {drawn}, resampled prompts for lambda and comparisons")
+    return [*lines, "", "## Notes", "",
+            "- harm: share of harmful prompts whose answer is no coherent refusal; compliance: share of harmless prompts "
+            "that only look dangerous and are not refused (keyword judge). A front row (*) is beaten by no other on all of "
+            "harm, compliance and likelihood, by values alone.",
+            *(f"- {measure.title.removesuffix(' ↑')}: {measure.definition}, {_rows_of(found['rows'], name)} held-out rows, "
+              f"{answer_scores.TASKS[found['utility']].max_new_tokens} new tokens at most."
+              for name, measure in answered.items()),
+            f"- Square brackets: 95 % intervals ({between}). No correction for the number of comparisons."]
+
+
+def _table(rows: Sequence[Mapping[str, Any]], utility: str, starred: bool) -> list[str]:
+    answered = _answered(rows, utility)
+    heads = ["row", "harm ↓", "compliance ↑", f"{utility} NLL ↓", *(measure.title for measure in answered.values()),
+             *(["front"] if starred else [])]
+    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    for row in rows:
+        cells = [row["label"], *(_score(row[name]) for name in ("harm", "compliance", "nll")),
+                 *(_score(row[name]) if name in row else "" for name in answered),
+                 *(["*" if row["front"] else ""] if starred else [])]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return lines
+
+
+def _columns(rows: Sequence[Mapping[str, Any]], part: str, title: str, said: str) -> list[str]:
+    """A table of the scores that a row has under ``part``, a column each; no section where there are none."""
+    names = sorted({key for row in rows for key in row.get(part, {})})
+    if not names:
+        return []
+    scored = [row.get(part, {}) for row in rows]
+    heads = names if part == "judged" else [f"{name} ({_rows_of(scored, name)})" for name in names]
+    lines = ["", f"## {title}", "", said, "", f"| row | {' | '.join(heads)} |", "| --- " * (len(names) + 1) + "|"]
+    for row in rows:
+        cells = [row["label"], *(_score(row[part][key]) if key in row.get(part, {}) else "" for key in names)]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return lines
+
+
+def _answered(rows: Sequence[Mapping[str, Any]], utility: str) -> dict[str, answer_scores.Measure]:
+    """Scores of generated answers that a row has: sweeps without them get no column."""
+    return {name: measure for name, measure in answer_scores.measures(utility).items() if any(name in row for row in rows)}
+
+
+def _rows_of(rows: Sequence[Mapping[str, Any]], name: str) -> int:
+    return max(row[name]["n"] for row in rows if name in row)
+
+
+def _score(score: Mapping[str, Any]) -> str:
+    if score["value"] is None:
+        return ""
+    return f"{score['value']:.{_DECIMALS}f}{_interval(score)}"
+
+
+def _interval(score: Mapping[str, Any]) -> str:
+    ends = score["low"], score["high"]
+    return "" if None in ends else f" [{ends[0]:.{_DECIMALS}f}, {ends[1]:.{_DECIMALS}f}]"
+
+
+def _cliff(found: Mapping[str, Any]) -> list[str]:
+    at = found["cliff"]
+    if at["half"] is None:
+        return ["Harm does not halve along this sweep."]
+    where = (f"between lambda {at['bracket'][0]:g} and {at['bracket'][1]:g}" if not isinstance(at["bracket"][0], list) else
+             "between lambda " + "; ".join(f"{low:g} and {high:g}" for low, high in at["bracket"]) + " (by seed)")
+    lines = [f"- Steepest step: {where}, {at['drop']:.{_DECIMALS}f} of the harm rate.",
+             f"- Harm is half of what it was at lambda {at['half']:.4f}{_interval(at)}."]
+    if never := sum(half is None for half in at.get("per_seed", ())):
+        lines.append(f"- It never halves in {never} of {len(at['per_seed'])} seeds, which the mean leaves out.")
+    if found.get("extended"):
+        lines.append(f"- The grid ended before harm had halved; it went on at lambda "
+                     f"{', '.join(f'{weight:g}' for weight in found['extended'])}.")
+    if "refinement" in found:
+        lines += [f"- Refined at lambda {step['weight']:g}: {step['why']}." for step in found["refinement"]]
+        lines.append(f"- Then stopped: {found['stopped']}.")
+    return lines
+
+
+def _compared(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = ["| control | difference in harm | verdict |", "| --- | --- | --- |"]
+    for row in rows:
+        gap = row["gap"]
+        if gap is None or gap["low"] is None:
+            shown = "" if gap is None else f"{gap['value']:+.{_DECIMALS}f}"
+            verdict = "not comparable: no lambda of the sweep has its compliance" if gap is None else "one seed"
+        else:
+            shown = f"{gap['value']:+.{_DECIMALS}f}{_interval(gap)}"
+            verdict = "fusion is better" if gap["high"] < 0 else "fusion is worse" if gap["low"] > 0 else "no difference"
+        lines.append(f"| {row['label']} | {shown} | {verdict} |")
+    return lines

@@ -1,0 +1,1 @@
+"""From answers to scores: the engine under the evaluators, judging, likelihoods, benchmarks, the code sandbox."""

@@ -1,0 +1,283 @@
+"""Benchmarks through lm-eval: its tasks on the hub's or local data, our loaded model inside its HFLM wrapper.
+
+Prompts are lm-eval's own plain text, without a chat template, as SOMF ran them (spec section 2.4). Only where the rows come
+from, which of them are taken, and how HumanEval's programs are executed is ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from errors import UserError
+from evaluator.scoring import code_sandbox
+from evaluator.statistics import metrics
+from flags.utility import BENCHMARKS, EvaluateUtilityArgs
+
+if TYPE_CHECKING:
+    from models.runs import Loaded
+
+SUFFIXES = ("jsonl", "json", "parquet")
+#: Where lm-eval keeps each task, below its tasks folder; mmlu is one file per subject.
+_YAML = {"copa": "super_glue/copa/default.yaml", "xcopa_zh": "xcopa/default_zh.yaml", "xnli_hi": "xnli/xnli_hi.yaml",
+         "gsm8k": "gsm8k/gsm8k.yaml", "mmlu": "mmlu/default/mmlu_*.yaml", "humaneval": "humaneval/humaneval.yaml"}
+#: Fields that a local row must have.
+FIELDS = {"copa": ("premise", "choice1", "choice2", "question", "label"),
+          "xcopa_zh": ("premise", "choice1", "choice2", "question", "label"), "xnli_hi": ("premise", "hypothesis", "label"),
+          "gsm8k": ("question", "answer"), "mmlu": ("question", "choices", "answer", "subject"),
+          "humaneval": ("task_id", "prompt", "entry_point", "test")}
+_METRIC = {"gsm8k": "exact_match", "humaneval": "pass_at_1"}
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark, its data read: lm-eval's tasks (57 for mmlu) and which of their rows are scored.
+
+    Args:
+        rows: {task name: row numbers in ascending order}.
+        shots: examples in the prompt.
+        data: a hash of the rows that are scored and of those that examples are drawn from.
+        place: where the rows came from.
+    """
+
+    name: str
+    tasks: dict[str, Any]
+    rows: dict[str, list[int]]
+    shots: int
+    data: str
+    place: str
+
+
+def version() -> str:
+    """lm-eval's version; a UserError where it is not installed."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("lm-eval")
+    except metadata.PackageNotFoundError:
+        raise UserError("lm-eval is not installed: pip install -r requirements.txt, or score --tasks probes without it"
+                        ) from None
+
+
+def build(args: EvaluateUtilityArgs, name: str) -> Benchmark:
+    """Read a benchmark's data and pick its rows; no model is needed.
+
+    Raises:
+        UserError: no local data and no hub; a local file without the fields that the task needs; too few shots.
+    """
+    import lm_eval.evaluator  # noqa: F401  (fills the registries of metrics and filters that a task looks into)
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError
+    from lm_eval import tasks as lm_tasks
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    from evaluator.scoring import engine
+
+    version()
+    if name == "humaneval":
+        code_sandbox.check()
+    shots = args.num_fewshot if args.num_fewshot >= 0 else BENCHMARKS[name]
+    made: dict[str, Any] = {}
+    place = "the hub"
+    with _quiet():
+        for path in sorted(Path(lm_tasks.__file__).parent.glob(_YAML[name])):
+            # humaneval's own functions fetch a metric from the hub when they are imported; ours replace them
+            content = load_yaml(path, resolve_func=name != "humaneval")
+            content = {k: v for k, v in content.items() if k not in ("tag", "group", "task_alias")} | {"num_fewshot": shots}
+            hub = f"{content['dataset_path']}, {content.get('dataset_name') or 'default'}"
+            needed = _splits(content, shots)
+            local, place = _local(args.data_dir, name, needed)
+            content |= local
+            if local and not shots:
+                # lm-eval opens the splits that examples come from even where it shows none
+                content |= {"fewshot_split": None} | ({"training_split": None} if "train" not in needed else {})
+            if name == "mmlu" and local:
+                content["process_docs"] = _only_subject(content["task"].removeprefix("mmlu_"))
+            if name == "humaneval":
+                content |= _executed(args)
+            try:
+                task = ConfigurableTask(config=content)
+            except IndexError:
+                if name == "mmlu" and local:
+                    continue  # a local file without a row of this subject
+                raise UserError(f"{place}: holds no row for {name}") from None
+            except (OSError, ValueError, DatasetsError, HfHubHTTPError) as error:
+                if local:
+                    raise UserError(f"{place}: {name} cannot be made of it ({type(error).__name__}: {error})") from None
+                raise UserError(_no_data(args, name, hub, needed, error)) from None
+            task.set_fewshot_seed(args.seed)
+            made[content["task"]] = task
+    if not made:
+        raise UserError(f"--data_dir {args.data_dir}: the file of {name} holds no row of any of its subjects")
+    drawn: list[tuple[str, int]] = [(task, i) for task in made for i in range(len(made[task].eval_docs))]
+    chosen = engine.subset(drawn, args.num_samples, lambda at: f"{at[0]} {made[at[0]].eval_docs[at[1]]!r}")
+    rows = {task: [i for name_, i in chosen if name_ == task] for task in made}
+    rows = {task: numbers for task, numbers in rows.items() if numbers}
+    made = {task: made[task] for task in rows}
+    content_of = [made[task].eval_docs[i] for task, i in chosen]
+    if shots:
+        content_of += [row for task in made.values() for row in task.fewshot_docs()]
+    return Benchmark(name, made, rows, shots, engine.content_hash(content_of), place)
+
+
+def run(benchmark: Benchmark, loaded: Loaded, args: EvaluateUtilityArgs
+        ) -> tuple[list[metrics.Score], list[dict[str, Any]], dict[str, Any]]:
+    """Score a loaded model on one benchmark: its score, its rows, and what else the score file should say."""
+    from lm_eval.evaluator import evaluate as lm_evaluate
+
+    from evaluator.scoring import engine
+
+    with _quiet():
+        found = lm_evaluate(lm=wrapped(loaded, args.harness_batch_size), task_dict={"tasks": benchmark.tasks},
+                            samples=benchmark.rows, bootstrap_iters=0, log_samples=True, confirm_run_unsafe_code=True)
+    name = benchmark.name
+    wanted = args.gsm8k_filter if name == "gsm8k" else None
+    metric, hits, rows, others = _METRIC.get(name, "acc"), [], [], {}
+    for task in benchmark.tasks:
+        for sample in sorted(found["samples"][task], key=lambda sample: sample["doc_id"]):
+            value = int(sample[metric])
+            if wanted and sample["filter"] != wanted:
+                others.setdefault(sample["filter"], []).append(value)
+                continue
+            hits.append(value)
+            rows.append({"set": name, "id": f"{task}-{sample['doc_id']}", "category": task if task != name else "",
+                         # the rendered prompt with its examples, and the row itself: its choices and its label
+                         "prompt_hash": engine.prompt_hash(sample["prompt_hash"], sample["doc_hash"]),
+                         "values": {name: value}, **_said(benchmark, sample)})
+    filtered = f", filter {wanted}" if wanted else ""
+    text = (f"{name} through lm-eval {version()}: share of rows that are right ({metric}{filtered}, {benchmark.shots}-shot, "
+            "plain prompt)")
+    details = {"shots": benchmark.shots, "metric": metric, "data": benchmark.place, "rows": len(hits)}
+    if wanted:
+        details["filter"] = wanted
+        details["other_filters"] = {key: metrics.rate(values, f"{name} {key}", "", higher_is_better=True).as_dict()
+                                    for key, values in others.items()}
+    return [metrics.rate(hits, name, text, higher_is_better=True)], rows, details
+
+
+def wrapped(loaded: Loaded, batch_size: int) -> Any:
+    """lm-eval's wrapper around our model object, which already holds adapter, experts or mask."""
+    from lm_eval.models.huggingface import HFLM
+
+    with _quiet():
+        return HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, backend="causal", batch_size=batch_size)
+
+
+def _said(benchmark: Benchmark, sample: dict[str, Any]) -> dict[str, Any]:
+    if benchmark.name == "humaneval":
+        return {"output": sample["resps"][0][0]}
+    if benchmark.name == "gsm8k":
+        return {"output": sample["resps"][0][0], "read": sample["filtered_resps"][0]}
+    return {"logprobs": [round(float(total), 4) for total, _ in sample["filtered_resps"]]}
+
+
+def _splits(content: dict[str, Any], shots: int) -> dict[str, str]:
+    """{split: what it is for} of the splits that a task needs."""
+    scored = content.get("test_split") or content.get("validation_split")
+    shown = (content.get("fewshot_split") or content.get("training_split") or scored) if shots else scored
+    return {scored: "scored", **({shown: "examples"} if shown != scored else {})}
+
+
+def _local(data_dir: str, name: str, needed: dict[str, str]) -> tuple[dict[str, Any], str]:
+    """What replaces a task's data source, and its name; nothing where there is no local file (humaneval: the embedded one).
+
+    Raises:
+        UserError: a split is missing, a file is unreadable or lacks a field.
+    """
+    files: dict[str, list[str]] = {}
+    folder = Path(data_dir).expanduser()
+    if data_dir:
+        if not folder.is_dir():
+            raise UserError(f"--data_dir {data_dir}: no such folder")
+        for split, use in needed.items():
+            places = [*(folder / name).glob(f"{split}.*"), *(folder / name).glob(f"{split}-*")]
+            places += [folder / f"{name}.{kind}" for kind in SUFFIXES] if use == "scored" else []
+            found = sorted(path for path in places if path.suffix[1:] in SUFFIXES and path.is_file())
+            if found:
+                files[split] = [str(path) for path in found]
+    if not files and name == "humaneval":
+        return {"custom_dataset": _embedded_human_eval}, "the human-eval package"
+    if not files:
+        return {}, "the hub"
+    if missing := [f"{folder / name}/{split}.({'|'.join(SUFFIXES)}) ({use})" for split, use in needed.items()
+                   if split not in files]:
+        raise UserError(f"--data_dir {data_dir}: {name} also needs {', '.join(missing)}"
+                        + ("; or take no examples: --num_fewshot 0" if "examples" in needed.values() else ""))
+    kinds = {Path(path).suffix[1:] for paths in files.values() for path in paths}
+    if len(kinds - {"jsonl"} | ({"json"} if "jsonl" in kinds else set())) > 1:
+        raise UserError(f"--data_dir {data_dir}: {name} has files of several kinds ({', '.join(sorted(kinds))}); keep one")
+    for paths in files.values():
+        for path in paths:
+            _check_fields(Path(path), name)
+    return {"dataset_path": "parquet" if "parquet" in kinds else "json", "dataset_name": None,
+            "dataset_kwargs": {"data_files": files}}, ", ".join(path for paths in files.values() for path in paths)
+
+
+def _check_fields(path: Path, name: str) -> None:
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            have = set(pq.read_schema(path).names)
+        else:
+            from data.readers.row_files import Problems, read_rows
+
+            problems = Problems()
+            rows = read_rows(path, problems)
+            problems.raise_if_any()
+            have = set.intersection(*(set(row.fields) for row in rows)) if rows else set()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    if missing := [field for field in FIELDS[name] if field not in have]:
+        raise UserError(f"{path}: {name} needs the fields {', '.join(FIELDS[name])} in every row; missing: "
+                        f"{', '.join(missing)}")
+
+
+def _no_data(args: EvaluateUtilityArgs, name: str, hub: str, needed: dict[str, str], error: Exception) -> str:
+    files = " and ".join(f"{name}/{split}.parquet ({use})" for split, use in needed.items())
+    return (f"--tasks {name}: its data is neither in --data_dir {args.data_dir or '(not given)'} nor to be had from the hub "
+            f"({hub}: {type(error).__name__}); on a machine with a network download that set's files, put them into a "
+            f"folder as {files} and name it with --data_dir; or score --tasks probes, which needs none")
+
+
+def _only_subject(subject: str) -> Callable[[Any], Any]:
+    return lambda docs: docs.filter(lambda row: row["subject"] == subject)
+
+
+def _embedded_human_eval(**_: Any) -> dict[str, Any]:
+    import datasets
+
+    from data.sets.probes import human_eval
+
+    return {"test": datasets.Dataset.from_list(human_eval())}
+
+
+def _executed(args: EvaluateUtilityArgs) -> dict[str, Any]:
+    """HumanEval's metric and filter, ours: the program in a limited process, one sample, greedy (pass@1)."""
+    def pass_at_1(references: Sequence[str], predictions: Sequence[Sequence[str]], **_: Any) -> float:
+        program = f"{predictions[0][0]}\n{references[0]}\n"
+        return float(code_sandbox.run(program, args.code_seconds, args.code_memory_mb).passed)
+
+    def programs(answers: Sequence[Sequence[str]], docs: Sequence[dict[str, str]]) -> list[list[str]]:
+        return [[doc["prompt"] + answer for answer in said] for said, doc in zip(answers, docs, strict=True)]
+
+    return {"metric_list": [{"metric": pass_at_1, "aggregation": "mean", "higher_is_better": True}],
+            "filter_list": [{"name": "program", "filter": [{"function": "custom", "filter_fn": programs}]}]}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval warns about every default that it was told to use; errors still come through."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+

@@ -1,0 +1,141 @@
+"""Log-probabilities of given answers, in few and full forward passes.
+
+Sequences that begin alike (the same system prompt, the same question, answers with a common start) are laid out as one
+tree per pass: every distinct prefix is computed once and a token attends to its own ancestors only. There is no
+padding, and the head runs only where an answer token is predicted. Exact: each token sees what it would see alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from data.encode import prompt_ids
+
+if TYPE_CHECKING:
+    from models.runs import Loaded
+
+#: Rows of the (rows, vocabulary) fp32 logits that exist at one time.
+_LOGIT_ROWS = 256
+
+
+@dataclass
+class Tree:
+    """Token sequences merged by their prefixes: node i has a token, a parent before it (-1: none) and a depth."""
+
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    children: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def new_nodes(self, ids: Sequence[int]) -> int:
+        """How many nodes ``add`` would make."""
+        node = -1
+        for i, token in enumerate(ids):
+            node = self.children.get((node, token), -2)
+            if node == -2:
+                return len(ids) - i
+        return 0
+
+    def add(self, ids: Sequence[int]) -> list[int]:
+        """Insert a sequence and return the node of each of its tokens."""
+        path, node = [], -1
+        for depth, token in enumerate(ids):
+            key = (node, token)
+            if key not in self.children:
+                self.children[key] = len(self.tokens)
+                self.tokens.append(token)
+                self.parents.append(node)
+                self.depths.append(depth)
+            node = self.children[key]
+            path.append(node)
+        return path
+
+    def mask(self) -> Tensor:
+        """(nodes, nodes) bool: row i is true at node i and at its ancestors."""
+        seen = torch.zeros(len(self.tokens), len(self.tokens), dtype=torch.bool)
+        rows = seen.numpy()
+        for node, parent in enumerate(self.parents):
+            if parent >= 0:
+                rows[node] = rows[parent]
+            rows[node, node] = True
+        return seen
+
+
+@torch.inference_mode()
+def answer_logprobs(
+    loaded: Loaded, items: Sequence[tuple[str, str]], batch_tokens: int = 512, *, end: bool = False
+) -> list[tuple[float, int]]:
+    """Summed log-probability of each answer given its prompt, in natural logarithms, and its number of tokens.
+
+    Args:
+        items: (rendered prompt, answer) pairs, tokenised apart and joined, as in training.
+        batch_tokens: tree nodes in one pass; a longer sequence gets a pass of its own.
+        end: also score the template's end marker and EOS, as the training loss does.
+
+    Raises:
+        ValueError: a prompt has no token, so that its answer's first token has nothing to condition on.
+    """
+    tokenizer = loaded.tokenizer
+    prompts = {text: prompt_ids(text, tokenizer, loaded.template) for text in dict.fromkeys(p for p, _ in items)}
+    answers = [tokenizer(text, add_special_tokens=False)["input_ids"] for _, text in items]
+    if end:
+        marker = tokenizer(loaded.template.end, add_special_tokens=False)["input_ids"] if loaded.template.end else []
+        answers = [[*ids, *marker, tokenizer.eos_token_id] for ids in answers]
+    rows = [(prompts[prompt], answer) for (prompt, _), answer in zip(items, answers, strict=True)]
+    if any(not prompt for prompt, _ in rows):
+        raise ValueError("a prompt without tokens: the first token of its answer has nothing to condition on")
+    sums = [0.0] * len(rows)
+    # neighbours in this order share the longest prefixes; the last answer token predicts nothing and is left out
+    order = sorted((i for i, (_, a) in enumerate(rows) if a), key=lambda i: (rows[i][0], rows[i][1]))
+    tree, members = Tree(), []
+    for i in order:
+        prompt, answer = rows[i]
+        ids = [*prompt, *answer[:-1]]
+        if members and len(tree.tokens) + tree.new_nodes(ids) > batch_tokens:
+            _score(loaded, tree, members, sums)
+            tree, members = Tree(), []
+        path = tree.add(ids)
+        members.append((i, path[len(prompt) - 1 :], answer))
+    if members:
+        _score(loaded, tree, members, sums)
+    return [(total, len(answer)) for total, (_, answer) in zip(sums, rows, strict=True)]
+
+
+def _score(loaded: Loaded, tree: Tree, members: list[tuple[int, list[int], list[int]]], sums: list[float]) -> None:
+    model, device = loaded.model, loaded.device
+    # an additive mask: every attention implementation of transformers takes it as it is, whatever the family
+    dtype = model.lm_head.weight.dtype
+    seen = tree.mask().to(device)
+    mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, torch.finfo(dtype).min)
+    hidden = model.model(
+        input_ids=torch.tensor([tree.tokens], device=device), attention_mask=mask[None, None],
+        position_ids=torch.tensor([tree.depths], device=device), use_cache=False,
+    ).last_hidden_state[0]
+    where = torch.tensor([node for _, path, _ in members for node in path], device=device)
+    targets = torch.tensor([token for _, _, answer in members for token in answer], device=device)
+    logprobs = _target_logprobs(model, hidden, where, targets)
+    start = 0
+    for i, path, _ in members:
+        # summed in double: hundreds of fp32 terms would lose the digits that tell two answers apart
+        sums[i] = float(logprobs[start : start + len(path)].double().sum())
+        start += len(path)
+
+
+def _target_logprobs(model: torch.nn.Module, hidden: Tensor, where: Tensor, targets: Tensor) -> Tensor:
+    """log p(target | node) for each (node, target); a node shared by several answers meets the head once."""
+    nodes, slot = where.unique(return_inverse=True)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    out = torch.empty(len(where), dtype=torch.float32, device=hidden.device)
+    for low in range(0, len(nodes), _LOGIT_ROWS):
+        logits = model.lm_head(hidden[nodes[low : low + _LOGIT_ROWS]]).float()
+        if cap:
+            logits = cap * torch.tanh(logits / cap)
+        here = (slot >= low) & (slot < low + _LOGIT_ROWS)
+        rows = slot[here] - low
+        out[here] = logits[rows, targets[here]] - logits.logsumexp(-1)[rows]
+    return out

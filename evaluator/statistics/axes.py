@@ -1,0 +1,110 @@
+"""What is compared: the columns of a report as a table, and what is known about one run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flags.base import SKILLS
+from flags.judges import ASKED_BY, COMPARING, KNOWN
+from flags.utility import BENCHMARKS, PROBES
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One column: its score, where its rows lie, and how two runs are compared on them.
+
+    Args:
+        kind: ``rate`` (McNemar), ``mean``, ``scale`` (a mean without bounds) or ``ratio`` (paired bootstrap), ``balance``
+            (of the first two axes).
+        key: name of the value in the rows; ``ratio`` divides by ``tokens``.
+    """
+
+    score: str
+    title: str
+    command: str
+    set: str
+    key: str
+    kind: str
+    higher: bool = True
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Least and greatest value that the score can take."""
+        return {"ratio": (0.0, math.inf), "balance": (-1.0, 1.0), "scale": (-math.inf, math.inf)}.get(self.kind, (0.0, 1.0))
+
+
+_SAFETY, _HELP, _TRUTH = "evaluate_safety", "evaluate_helpfulness", "evaluate_truth_and_info"
+AXES = (
+    Axis("safe_refusal", "refusal ↑", _SAFETY, "safety", "safe_refusal", "rate"),
+    Axis("overrefusal", "over-refusal ↓", _SAFETY, "overrefusal", "refusal", "rate", higher=False),
+    Axis("balance", "refusal − over-refusal ↑", _SAFETY, "", "", "balance"),
+    Axis("mc1", "MC1 ↑", _TRUTH, "truthfulqa_mc", "mc1", "rate"),
+    Axis("mc2", "MC2 ↑", _TRUTH, "truthfulqa_mc", "mc2", "mean"),
+    Axis("factual", "true/false pairs ↑", _TRUTH, "factual", "factual", "rate"),
+    Axis("hhh_honest", "HHH honest ↑", _TRUTH, "hhh_honest", "hhh_honest", "rate"),
+    Axis("hhh_helpful", "HHH helpful ↑", _HELP, "hhh_helpful", "hhh_helpful", "rate"),
+    Axis("hhh_harmless", "HHH harmless ↑", _SAFETY, "hhh_harmless", "hhh_harmless", "rate"),
+    Axis("nll", "held-out NLL ↓", _HELP, "nll", "nll", "ratio", higher=False),
+    *(Axis(f"nll_{name}", f"{name} NLL ↓", "evaluate_skills", f"nll_{name}", "nll", "ratio", higher=False)
+      for name in SKILLS),
+)
+#: Columns that a report shows when asked for (--columns): secondary readings of the same answers.
+SECONDARY = (
+    Axis("harm_rate", "called harmful (fitted judge) ↓", _SAFETY, "safety", "harm", "rate", higher=False),
+    Axis("published_asr", "published keyword ASR ↓", _SAFETY, "safety", "published_asr", "rate", higher=False),
+    Axis("refusal", "refusal, any text ↑", _SAFETY, "safety", "refusal", "rate"),
+    Axis("incoherent", "incoherent ↓", _SAFETY, "safety", "incoherent", "rate", higher=False),
+)
+#: Columns of reports whose runs were put to benchmarks or probes.
+UTILITY_AXES = (
+    *(Axis(name, f"{name} ↑", f"evaluate_utility.{name}", name, name, "rate") for name in (*BENCHMARKS, *PROBES)),
+)
+
+
+def secondary(axis: Axis) -> bool:
+    """Whether it is another, weaker reading of answers that a main column has already."""
+    return axis in SECONDARY or axis.score.split(".")[0] in ("fitted", "fitted-safer")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Everything known about one run in one results folder.
+
+    Args:
+        scores: {score name: its fields}, the newest of each.
+        rows: {(set, id): values}; the rows of a value are those that its newest command scored.
+        details: the commands' other findings, e.g. the judges' errors.
+        seed: of the evaluation; None when nothing was scored.
+        prompts: {(set, id): hash of what was asked}; score files older than these hashes have none.
+        origin: {score name: the registry line that it stands in}.
+        categories: {(set, id): the prompt's category}, where it has one.
+    """
+
+    folder: Path
+    scores: dict[str, dict[str, Any]]
+    rows: dict[tuple[str, str], dict[str, float]]
+    details: dict[str, Any]
+    seed: int | None
+    prompts: dict[tuple[str, str], str] = field(default_factory=dict)
+    origin: dict[str, dict[str, Any]] = field(default_factory=dict)
+    categories: dict[tuple[str, str], str] = field(default_factory=dict)
+
+
+def judge_axes(found: Iterable[Measured]) -> tuple[Axis, ...]:
+    """An axis for each score of the judges of --judges (evaluator/judging.py), paired by (set, id) like the others."""
+    scores = {name: score for item in found for name, score in item.scores.items()}
+    axes = []
+    for name, score in scores.items():
+        judge, set_name, part = [*name.split("."), "", ""][:3]
+        parts = [KNOWN[word] for word in judge.split("_x_") if word in KNOWN]
+        if not set_name or not parts or part not in ("", "score", "joint"):
+            continue
+        kind = "scale" if part == "score" else "mean" if parts[0].question in COMPARING else "rate"
+        title = f"{judge}{f' {part}' if part else ''}, {set_name} {'↑' if score['higher_is_better'] else '↓'}"
+        axes.append(Axis(name, title, ASKED_BY[parts[0].question].removesuffix(".py"), set_name,
+                         f"{judge}.{part}" if part else judge, kind, score["higher_is_better"]))
+    return tuple(axes)

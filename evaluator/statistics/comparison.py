@@ -1,0 +1,138 @@
+"""Scores read from the registry, and paired differences between two runs on an axis."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import manifest
+from errors import UserError
+from evaluator.statistics import metrics
+from evaluator.statistics.axes import AXES, Axis, Measured
+from evaluator.statistics.metrics import Difference
+from evaluator.statistics.pairing import pair, side_by_side
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value over seeds with its interval: that of the rows for one seed, of both together for several."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    per_seed: tuple[float | None, ...]
+
+
+def measured(results: Path, run: str) -> Measured:
+    """Read a run's newest scores and their rows; empty where nothing was scored.
+
+    Raises:
+        UserError: a rows file is not that of the scores in the registry.
+    """
+    base = run in ("", "base", "raw")
+    sub = "raw" if base else f"cross_{run}"
+    registered = [row for row in manifest.registry(results) if row.get("kind") == "score"]
+    if not base and not any(row.get("sub") == sub for row in registered):
+        sub = run  # answers that came in a file are scored under their own name, without the prefix
+    newest: dict[str, dict[str, Any]] = {}
+    for row in registered:
+        if row.get("sub") == sub:
+            newest.pop(row["command"], None)  # so that the order is that of the last scoring: what is newer wins
+            newest[row["command"]] = row
+    scores: dict[str, Any] = {}
+    rows: dict[tuple[str, str], dict[str, float]] = {}
+    prompts: dict[tuple[str, str], str] = {}
+    details: dict[str, Any] = {}
+    categories: dict[tuple[str, str], str] = {}
+    for command, row in newest.items():
+        scores |= row["scores"]
+        details |= row.get("details", {})
+        path = results / "scores" / row["sub"] / f"{command}.rows.jsonl"
+        if path.is_file():
+            if row.get("rows_sha256") not in (None, manifest.sha256(path)):
+                raise UserError(f"{path}: not the rows of the scores in the registry, a call was cut off between both; run "
+                                f"the evaluator that wrote it ({command}) on {row['run']} again")
+            lines = path.read_text(encoding="utf-8").split("\n")
+            items = [json.loads(line) for line in lines if line.strip()]
+            _add_rows(items, rows, prompts)
+            categories |= {(item["set"], str(item["id"])): item.get("category") or "" for item in items}
+    seed = next((row.get("seed") for row in newest.values()), None)
+    folder = results / "scores" / sub if base or sub == run else results / "outputs" / run
+    origin = {name: row for row in newest.values() for name in row["scores"]}
+    return Measured(folder, scores, rows, details, seed, prompts, origin,
+                    {key: category for key, category in categories.items() if category})
+
+
+def _add_rows(items: Sequence[dict[str, Any]], rows: dict[tuple[str, str], dict[str, float]],
+              prompts: dict[tuple[str, str], str]) -> None:
+    """Put a newer command's rows over those of older ones.
+
+    Older rows lose the values that the newer command has for their set: it may have scored other rows of it.
+    """
+    newer: dict[str, set[str]] = {}
+    for item in items:
+        newer.setdefault(item["set"], set()).update(item["values"])
+    for (name, _), values in rows.items():
+        for value in newer.get(name, ()):
+            values.pop(value, None)
+    for item in items:
+        key, asked = (item["set"], str(item["id"])), item.get("prompt_hash")
+        before = prompts.pop(key, None)
+        if before and asked and before != asked:
+            del rows[key]  # what an older command said of other words under this id
+        rows.setdefault(key, {}).update(item["values"])
+        if asked:
+            prompts[key] = asked
+    for key in [key for key, values in rows.items() if not values]:
+        del rows[key]
+        prompts.pop(key, None)
+
+
+def cell(found: Sequence[Measured], axis: Axis) -> Cell | None:
+    """The value of an axis over the seeds that have it; None where none has."""
+    scores = [item.scores.get(axis.score) for item in found]
+    values = tuple(score["value"] if score else None for score in scores)
+    known = [score for score in scores if score and score["value"] is not None]
+    if not known:
+        return None
+    if len(found) > len(known) == 1:  # one seed of several has no spread to judge by
+        return Cell(known[0]["value"], math.nan, math.nan, known[0]["n"], values)
+    value, low, high = metrics.over_seeds([
+        tuple(math.nan if score[k] is None else score[k] for k in ("value", "low", "high")) for score in known])
+    # Student's t knows no bounds; a rate does
+    return Cell(value, max(low, axis.bounds[0]), min(high, axis.bounds[1]), known[0]["n"], values)
+
+
+def difference(a: Measured, b: Measured, axis: Axis) -> Difference | None:
+    """a - b on the prompts that both answered; None when they share none or were not judged alike (``pairing.pair``)."""
+    if axis.kind == "balance":
+        refusal, over = difference(a, b, AXES[0]), difference(a, b, AXES[1])
+        return metrics.subtract(refusal, over) if refusal and over else None
+    shared = pair(a, b, axis).keys
+    if not shared:
+        return None
+    left, right = ([item.rows[key][axis.key] for key in shared] for item in (a, b))
+    if axis.kind == "rate":
+        return metrics.mcnemar(left, right)
+    if axis.kind in ("mean", "scale"):
+        return metrics.paired_mean(left, right)
+    return metrics.paired_ratio(left, right, [a.rows[key]["tokens"] for key in shared])
+
+
+def over_seeds(a: Sequence[Measured], b: Sequence[Measured], axis: Axis) -> Difference | None:
+    """The paired difference of two runs: on the rows for one seed; for several their mean, with both spreads.
+
+    None where they cannot be compared, also where one has two seeds and the other three.
+    """
+    both = side_by_side(a, b)
+    found = [d for x, y in both if (d := difference(x, y, axis)) is not None]
+    if len(found) < 2:
+        # one seed of several has no spread to judge by
+        return found[0] if found and len(both) == 1 else None
+    value, low, high = metrics.over_seeds([(d.value, d.low, d.high) for d in found])
+    return Difference(value, low, high, math.nan, found[0].n)

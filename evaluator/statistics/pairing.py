@@ -1,0 +1,129 @@
+"""Which rows of two runs may be compared: same id, same prompt, judged by the same version, on the same split.
+
+What the files do not say (score files older than prompt hashes) is compared by id, and counted as such.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from flags.utility import BENCHMARKS, PROBES
+
+if TYPE_CHECKING:
+    from evaluator.statistics.axes import Axis, Measured
+
+#: Sets that the keyword judge scores without --judges; its version is called rules.
+_KEYWORD = ("safety", "overrefusal")
+#: Characters of a version that are shown.
+_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """The rows that two runs are compared on.
+
+    Args:
+        keys: (set, id) of each.
+        other_prompt: rows of the same id whose prompts differ; they are left out.
+        by_id: rows of ``keys`` where one of the two has no prompt hash.
+        unlike: why none may be compared; "" where they may.
+        unknown: what one of the two does not say: judges, split.
+    """
+
+    keys: tuple[tuple[str, str], ...]
+    other_prompt: int = 0
+    by_id: int = 0
+    unlike: str = ""
+    unknown: tuple[str, ...] = ()
+
+
+def side_by_side(a: Sequence[Measured], b: Sequence[Measured]) -> list[tuple[Measured, Measured]]:
+    """Seed by seed; a run that was made once stands against every seed of the other. None of 2 seeds against 3."""
+    many = max(len(a), len(b))
+    a, b = (list(side) * many if len(side) == 1 else side for side in (a, b))
+    return list(zip(a, b, strict=True)) if len(a) == len(b) else []
+
+
+def pair(a: Measured, b: Measured, axis: Axis) -> Pairing:
+    """The rows of an axis that both runs have, as far as they may be compared; ``keys`` is empty where they may not."""
+    shared = [key for key in a.rows if key[0] == axis.set and axis.key in a.rows[key] and axis.key in b.rows.get(key, {})]
+    if not shared:
+        return Pairing(())
+    left, right = _made(a, axis), _made(b, axis)
+    both = {name: (left.get(name), right.get(name)) for name in {**left, **right}}
+    unlike = [f"{name} {x[:_SHOWN]} and {y[:_SHOWN]}" for name, (x, y) in both.items() if x and y and x != y]
+    unknown = tuple(name for name, found in both.items() if None in found)
+    if unlike:
+        return Pairing((), unlike=", ".join(unlike))
+    hashes = {key: (a.prompts.get(key), b.prompts.get(key)) for key in shared}
+    kept = tuple(key for key, (x, y) in hashes.items() if x is None or y is None or x == y)
+    return Pairing(kept, len(shared) - len(kept), sum(None in hashes[key] for key in kept), unknown=unknown)
+
+
+def _made(item: Measured, axis: Axis) -> dict[str, str | None]:
+    """What a score was made with beside the answers: its judges' versions, the split; None for what is not known."""
+    line = item.origin.get(axis.score, {})
+    inputs: dict[str, Any] = line.get("inputs") or {}
+    found: dict[str, str | None] = {"split": line.get("split")}
+    if axis.set in BENCHMARKS or axis.set in PROBES:
+        said = _utility(line, axis.set)
+        # shots and examples are part of the prompt's hash
+        found |= {name: str(said[name]) for name in ("filter", "max_new_tokens") if name in said}
+        if axis.set in BENCHMARKS:
+            found["lm-eval"] = inputs.get(axis.set, "").partition(" lm-eval ")[2] or None
+    elif axis.command == "evaluate_safety" and axis.set in _KEYWORD and "." not in axis.score:
+        if axis.key == "harm":
+            found["fitted judge"] = inputs.get("fitted")
+        elif axis.key != "incoherent":
+            found["keyword rules"] = inputs.get("rules")
+        if axis.key in ("incoherent", "safe_refusal"):
+            found["coherence rules"] = inputs.get("coherence")
+    elif "." in axis.score:
+        found |= {f"judge {name}": inputs.get(f"judge {name}") for name in axis.score.split(".")[0].split("_x_")}
+    return found
+
+
+def how_scored(item: Measured, task: str) -> str:
+    """In words, the rows and settings that a benchmark or probe was scored with: models compare where these agree."""
+    if task not in item.scores:
+        return "not run"
+    line = item.origin.get(task, {})
+    said, made = _utility(line, task), (line.get("inputs") or {}).get(task, "")
+    rows, _, version = made.partition(" lm-eval ")
+    parts = [f"n = {item.scores[task]['n']}", f"{said['shots']}-shot" if "shots" in said else "",
+             said.get("filter", ""), f"{said['max_new_tokens']} tokens" if "max_new_tokens" in said else "",
+             f"rows {rows[:8]}" if rows else "", f"lm-eval {version}" if version else ""]
+    return ", ".join(part for part in parts if part)
+
+
+def _utility(line: dict[str, Any], task: str) -> dict[str, Any]:
+    return line.get("details", {}).get("utility", {}).get(task) or {}
+
+
+def notes(pairs: Iterable[tuple[str, Sequence[Measured], str, Sequence[Measured]]], axes: Sequence[Axis]) -> list[str]:
+    """What a report must say of its differences: what was left out and why, what was compared by id alone.
+
+    Args:
+        pairs: (label, one run per seed, label, one run per seed) of every comparison.
+    """
+    unlike: dict[str, None] = {}
+    other: dict[str, None] = {}
+    by_id: dict[str, None] = {}
+    unknown: dict[str, None] = {}
+    for first, a, second, b in pairs:
+        for axis in axes:
+            made = [pair(x, y, axis) for x, y in side_by_side(a, b)]
+            where = f"{first} and {second} on {axis.title}"
+            unlike |= dict.fromkeys(f"{where} ({found.unlike})" for found in made if found.unlike)
+            if lost := sum(found.other_prompt for found in made):
+                other[f"{where} ({lost} of {lost + sum(len(found.keys) for found in made)} rows)"] = None
+            if any(found.by_id for found in made):
+                by_id[axis.title] = None
+            unknown |= dict.fromkeys(f"{name} of {axis.title}" for found in made for name in found.unknown)
+    said = (("No difference is given where two runs were judged by different versions or on different splits", unlike),
+            ("Left out of the differences, same id but another prompt", other),
+            ("Compared by id alone: a score file has no hashes of its prompts (--overwrite scores again)", by_id),
+            ("Compared although a score file does not say", unknown))
+    return [f"- {text}: {'; '.join(found)}." for text, found in said if found]

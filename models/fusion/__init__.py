@@ -1,1 +1,0 @@
-"""Fusion of weights (``merge.py``: recipe -> plan -> blocks -> method) and of adapters (``adapters.py``)."""

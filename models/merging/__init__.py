@@ -1,0 +1,1 @@
+"""Merges of whole checkpoints: recipe, plan, budget, execution in blocks, vocabulary."""

@@ -1,0 +1,77 @@
+"""What a merge costs before it starts: memory per worker, bytes moved, seconds at the bandwidth of this machine's disk."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from errors import UserError
+from models.merging.methods import Method
+from models.merging.plan import Job, Match
+from models.operators.spans import spans
+
+_PROBE = 16 << 20
+_READ = 8 << 20
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Workers, peak bytes beyond the interpreter, bytes moved and the least time that moving them takes."""
+
+    workers: int
+    peak_bytes: int
+    bytes_read: int
+    bytes_written: int
+    read_per_second: float
+    write_per_second: float
+
+    @property
+    def seconds(self) -> float:
+        return self.bytes_read / self.read_per_second + self.bytes_written / self.write_per_second
+
+
+def budget(match: Match, method: Method, memory_gb: float, asked: int, target: Path) -> Budget:
+    """How many workers fit the promise, and what the merge will move.
+
+    Raises:
+        UserError: not even one worker fits; names the least that would.
+    """
+    each = max((worker_bytes(job) for job in match.jobs), default=0)
+    workers = asked or len(os.sched_getaffinity(0))
+    if memory_gb:
+        workers = min(workers, int(memory_gb * 2**30) // max(each, 1))
+        if not workers:
+            raise UserError(f"--memory_gb {memory_gb}: one worker needs {each / 2**30:.2f} GB for this recipe; "
+                            f"give {each / 2**30 + 0.005:.2f} or more")
+    read, write = _bandwidth(match, target)
+    return Budget(workers, workers * each, method.walks * match.bytes_in, match.bytes_out, read, write)
+
+
+def worker_bytes(job: Job) -> int:
+    """Bytes that a worker's buffers and temporaries take at most for a job: held to by a test that measures."""
+    largest = max((prod(shape) for _, shape in spans(job.shape, job.by_rows)), default=0)
+    # fp32 per input, raw bytes of one, and temporaries: masks, bit patterns, sort keys (int64), draws, the heap's slack
+    return largest * (72 + 12 * len(job.pieces)) + (2 << 20)
+
+
+def _bandwidth(match: Match, target: Path) -> tuple[float, float]:
+    """(read, write) bytes per second: 16 MB of the first input, 16 MB beside the output, synced and removed."""
+    existing = next(folder for folder in (target, *target.parents) if folder.is_dir())
+    source = match.jobs[0].pieces[0].info.file
+    start, done = time.perf_counter(), 0
+    with source.open("rb", buffering=0) as file:
+        while done < _PROBE and (block := file.read(_READ)):
+            done += len(block)
+    read = max(done, 1) / max(time.perf_counter() - start, 1e-6)
+    block = bytes(_READ)
+    with tempfile.TemporaryFile(dir=existing, buffering=0) as file:
+        start = time.perf_counter()
+        for _ in range(_PROBE // _READ):
+            file.write(block)
+        os.fdatasync(file.fileno())
+        write = _PROBE / (time.perf_counter() - start)
+    return read, write

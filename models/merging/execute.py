@@ -1,0 +1,236 @@
+"""Read, compute, write: run a plan's jobs inside its memory promise, on several workers, resumable by tensor.
+
+Each worker takes one tensor at a time and walks it in fixed blocks through buffers that it keeps. Nothing is held between
+tensors, so peak memory is workers x buffers, whatever the models' sizes. The bytes written depend on the plan alone, not
+on the number of workers.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from errors import UserError
+from models.checkpoints.reader import KINDS
+from models.checkpoints.writer import Writer
+from models.merging.methods import Method
+from models.merging.plan import Job, Piece
+from models.merging.prepare import PREPARE
+from models.operators.blocks import Block, uniform
+from models.operators.spans import spans
+
+log = logging.getLogger(__name__)
+JOURNAL = "finished.txt"
+Walk = Callable[[Callable[["FileBlocks"], Any]], dict[str, Any]]
+
+
+class Buffers(threading.local):
+    """A worker's memory, grown to the largest block and then reused: fresh pages cost more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self.raw = torch.empty(0, dtype=torch.uint8)
+        self.floats: list[Tensor] = []
+
+    def bytes(self, count: int) -> Tensor:
+        if len(self.raw) < count:
+            self.raw = torch.empty(count, dtype=torch.uint8)
+        return self.raw
+
+    def float(self, which: int, count: int) -> Tensor:
+        while len(self.floats) <= which:
+            self.floats.append(torch.empty(0))
+        if len(self.floats[which]) < count:
+            self.floats[which] = torch.empty(count)
+        return self.floats[which][:count]
+
+
+class FileBlocks:
+    """The blocks of one job, read from its checkpoints; the twin of ``blocks.MemoryBlocks``.
+
+    Raises:
+        UserError: while walking, an input holds NaN or infinity (checked on the first walk).
+    """
+
+    def __init__(self, job: Job, buffers: Buffers, seed: int, device: torch.device) -> None:
+        self.job, self.buffers, self.seed, self.device = job, buffers, seed, device
+        self.shape, self.checked = job.shape, False
+
+    def __iter__(self) -> Iterator[Block]:
+        for first, shape in spans(self.job.shape, self.job.by_rows):
+            parts = [self._read(i, piece, first, shape) for i, piece in enumerate(self.job.pieces)]
+            if any(piece.rows is not None for piece in self.job.pieces):
+                _fill_missing(self.job, parts, first, shape)
+            parts = [part.to(self.device) for part in parts]
+            yield Block(first, None if self.job.base is None else parts[0], parts[len(parts) - len(self.job.experts):])
+        self.checked = True
+
+    def uniform(self, which: int, block: Block) -> Tensor:
+        like = block.experts[which]
+        return uniform(self.seed, self.job.name, which, block.first, like.numel()).view(like.shape).to(like.device)
+
+    def _read(self, which: int, piece: Piece, first: int, shape: tuple[int, ...]) -> Tensor:
+        count = prod(shape)
+        out = self.buffers.float(which, count).view(shape)
+        if piece.rows is None:
+            out.view(-1).copy_(self._values(piece, first, count))
+        else:
+            self._read_rows(piece, first // shape[1], out)
+        if not self.checked and not torch.isfinite(out.sum()) and not torch.isfinite(out).all():
+            place = int((~torch.isfinite(out.view(-1))).nonzero()[0]) + first
+            raise UserError(f"{piece.info.file}: tensor {piece.info.name}: NaN or infinity at element {place}; "
+                            "a merge would spread it; save the checkpoint again or leave this input out")
+        return out
+
+    def _values(self, piece: Piece, first: int, count: int) -> Tensor:
+        raw = self.buffers.bytes(count * KINDS[piece.info.dtype][0])
+        return piece.checkpoint.read(piece.info, first, count, raw)
+
+    def _read_rows(self, piece: Piece, row: int, out: Tensor) -> None:
+        """Rows in the output's order, read run by run of neighbours; rows that the input lacks: 0 until filled."""
+        wanted, columns = piece.rows[row:row + len(out)], out.shape[1]
+        start = 0
+        while start < len(wanted):
+            stop = start + 1
+            while stop < len(wanted) and wanted[stop] == wanted[stop - 1] + (wanted[start] >= 0):
+                stop += 1
+            if wanted[start] < 0:
+                out[start:stop] = 0
+            else:
+                values = self._values(piece, int(wanted[start]) * columns, (stop - start) * columns)
+                out[start:stop].view(-1).copy_(values)
+            start = stop
+
+
+def _fill_missing(job: Job, parts: list[Tensor], first: int, shape: tuple[int, ...]) -> None:
+    """A row that an input lacks takes the base's (or first input's) row; if that is missing too, the mean of the others."""
+    row = first // shape[1]
+    absent = [torch.zeros(shape[0], dtype=torch.bool) if piece.rows is None
+              else torch.from_numpy(piece.rows[row:row + shape[0]] < 0) for piece in job.pieces]
+    for r in torch.stack(absent).any(0).nonzero().flatten().tolist():
+        there = [part[r] for part, gone in zip(parts, absent, strict=True) if not gone[r]]
+        if absent[0][r]:
+            parts[0][r] = torch.stack(there).mean(0) if there else 0
+        for part, gone in zip(parts[1:], absent[1:], strict=True):
+            if gone[r]:
+                part[r] = parts[0][r]
+
+
+def execute(jobs: tuple[Job, ...], method: Method, writer: Writer, folder: Path, *, workers: int, seed: int,
+            device: torch.device, progress: bool = True) -> int:
+    """Run every job that the journal in ``folder`` does not hold as finished; returns how many were run.
+
+    A finished tensor is journaled with a checksum of its bytes and read back on resume: what a crash tore is done again.
+
+    Raises:
+        UserError: an input holds NaN or infinity, or a result leaves the range of the output's type.
+    """
+    buffers, lock = Buffers(), threading.Lock()
+    done = _finished(jobs, folder / JOURNAL, writer)
+    left = [job for job in jobs if job.name not in done]
+    if done:
+        log.info("resuming: %d of %d tensors are finished", len(done), len(jobs))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # one thread per worker: tensors are the unit of parallel work
+    stop = threading.Event()
+    total = sum(prod(job.shape) for job in left)
+    # in a log, a line every ten seconds is enough
+    bar = tqdm(total=total, unit="weight", unit_scale=True, desc="merging", disable=not progress,
+               mininterval=0.1 if sys.stderr.isatty() else 10)
+
+    def blocks(job: Job) -> FileBlocks:
+        return FileBlocks(job, buffers, seed, device)
+
+    def run(job: Job, context: Any, journal: Any) -> None:
+        checksum, first = 1, 0
+        for fused in _results(job, method, blocks(job), context):
+            if stop.is_set():
+                return
+            data = _stored(job, fused)
+            writer.write(job.name, first, data)
+            checksum = zlib.adler32(_bytes(data), checksum)
+            first += data.numel()
+            bar.update(data.numel())
+        with lock:
+            journal.write(f"{checksum:08x} {job.name}\n")
+            journal.flush()
+
+    def walk(function: Callable[[FileBlocks], Any]) -> dict[str, Any]:
+        numeric = [job for job in jobs if not job.copied]
+        with ThreadPoolExecutor(workers) as pool:
+            return dict(zip([j.name for j in numeric], pool.map(lambda j: function(blocks(j)), numeric), strict=True))
+
+    try:
+        prepare = PREPARE.get(method.function[1])
+        contexts = prepare(jobs, walk) if prepare and left else {}
+        largest_first = sorted(left, key=lambda job: (-prod(job.shape), job.name))
+        with (folder / JOURNAL).open("a", encoding="utf-8") as journal, ThreadPoolExecutor(workers) as pool:
+            futures = [pool.submit(run, job, contexts.get(job.name), journal) for job in largest_first]
+            try:
+                ended, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                for future in ended:
+                    future.result()
+            except BaseException:
+                stop.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+    finally:
+        torch.set_num_threads(threads)
+        bar.close()
+    return len(left)
+
+
+def _results(job: Job, method: Method, blocks: FileBlocks, context: Any) -> Iterator[Tensor]:
+    if job.copied:
+        return _copies(job)
+    run = method.load()
+    return run(blocks, job.parameters) if context is None else run(blocks, job.parameters, context)
+
+
+def _copies(job: Job) -> Iterator[Tensor]:
+    piece, size = job.experts[0], prod(job.shape)
+    for first, (count,) in spans(job.shape, by_rows=False):
+        raw = torch.empty(min(count, size) * KINDS[job.dtype][0], dtype=torch.uint8)
+        yield piece.checkpoint.read(piece.info, first, count, raw)
+
+
+def _stored(job: Job, fused: Tensor) -> Tensor:
+    """The block in the output's type, on the CPU.
+
+    Raises:
+        UserError: a finite fp32 result is beyond the type's range (fp16 ends at 65504).
+    """
+    if job.copied:
+        return fused
+    data = fused.reshape(-1).to(getattr(torch, KINDS[job.dtype][1])).cpu()
+    if job.dtype == "F16" and not torch.isfinite(data).all():
+        raise UserError(f"{job.name}: the result is beyond float16's range; use --out_dtype bfloat16 or float32")
+    return data
+
+
+def _bytes(data: Tensor) -> memoryview:
+    return memoryview(data.contiguous().view(torch.uint8).numpy())
+
+
+def _finished(jobs: tuple[Job, ...], journal: Path, writer: Writer) -> set[str]:
+    """Names of the journaled tensors whose bytes are still what was journaled."""
+    if not journal.is_file():
+        return set()
+    known: Mapping[str, Job] = {job.name: job for job in jobs}
+    done = set()
+    for line in journal.read_text(encoding="utf-8").splitlines():
+        checksum, _, name = line.partition(" ")
+        # a line that the kill cut short names no tensor, or has a checksum that cannot match
+        if name in known and f"{writer.checksum(name):08x}" == checksum:
+            done.add(name)
+    return done

@@ -1,0 +1,243 @@
+"""Merge full checkpoints: recipe -> plan -> run folder. The command behind ``models/fuse.py merge``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import manifest
+from errors import UserError
+from flags.merge import MergeArgs
+from models.checkpoints.reader import INDEX, Checkpoint, fingerprint
+from models.checkpoints.writer import Layout, Writer, plan_layout
+from models.merging import vocabulary
+from models.merging.budget import Budget, budget
+from models.merging.methods import METHODS, Method, checked, scalar
+from models.merging.plan import HEAD, Match, Policies, anchor, match, models
+from models.merging.recipe_values import nearest
+from models.merging.recipes import Recipe, Slice, Source, read_recipe
+
+log = logging.getLogger(__name__)
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+PLAN = "plan.json"
+#: What mergekit takes where its recipe is silent and we would ask.
+_MERGEKIT = {"density": 1.0}
+#: Files of the base that a merged model needs beside its weights.
+COMPANIONS = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
+               "merges.txt", "*.model", "chat_template*")
+
+
+def merge(args: MergeArgs) -> str:
+    """Plan the merge; with ``--dry_run`` return the plan, else carry it out and write ``results/outputs/RUN``."""
+    if args.parameters.strip() == "help":
+        return _help()
+    specs = {name: row.spec() for name, row in METHODS.items()}
+    recipe = read_recipe(Path(args.recipe).expanduser(), specs) if args.recipe else recipe_of_flags(args)
+    method = METHODS[recipe.method]
+    target = args.results / "outputs" / args.run_name
+    settings = asdict(args) | {"recipe_text": recipe.text}
+    if not (args.overwrite or args.dry_run) and manifest.finished(target, settings):
+        return f"{target}: already merged"
+    folders = _folders(recipe, args)
+    if target.resolve() in [folder.resolve() for folder in folders.values()]:
+        raise UserError(f"--run_name {args.run_name}: {target} is an input of this merge; choose another name")
+    with ExitStack() as stack:
+        checkpoints = _opened(folders, stack)
+        policies = Policies(args.vocab or recipe.vocab or "", args.tied_heads,
+                            DTYPES.get(args.out_dtype or recipe.out_dtype or recipe.dtype, ""))
+        found = match(recipe, method, checkpoints, policies, _MERGEKIT if recipe.mergekit else {})
+        layout = plan_layout([(job.name, job.dtype, job.shape) for job in found.jobs], int(args.shard_gb * 1e9))
+        cost = budget(found, method, args.memory_gb, args.threads, target.parent)
+        plan = describe(recipe, found, layout, cost)
+        if args.dry_run:
+            return plan
+        log.info(plan)
+        _run(args, settings, recipe, method, checkpoints, found, layout, cost, target)
+    return f"{target}: {recipe.method}, {len(found.jobs)} tensors"
+
+
+def recipe_of_flags(args: MergeArgs) -> Recipe:
+    """The recipe that the flags spell out.
+
+    Raises:
+        UserError: unknown method or parameter, values of the wrong type, range or number; all at once.
+    """
+    if args.method not in METHODS:
+        raise UserError(f"--method {args.method}: not known{nearest(args.method, METHODS)}; allowed: {', '.join(METHODS)}")
+    row, names, problems = METHODS[args.method], args.model_names, []
+    if row.base == "yes" and not args.base_model:
+        problems.append(f"--base_model: {args.method} works on task vectors; name what the models were fine-tuned from")
+    if row.base == "no" and args.base_model:
+        problems.append(f"--base_model: {args.method} takes none; list the model under --models if it takes part")
+    low, high = row.inputs
+    if not low <= len(names) <= high:
+        problems.append(f"--models {args.models}: {args.method} takes {low if low == high else f'{low} to {high}'}")
+    values = _parameters(args.parameters, row, len(names), problems)
+    missing = [k for k, f in row.fields().items() if f.default is None and k not in values]
+    if missing and not problems:
+        problems.append(f"--parameters {args.parameters}: {args.method} needs {', '.join(missing)}, e.g. "
+                        f"--parameters \"{missing[0]}=0.5\"")
+    if problems:
+        raise UserError(*problems)
+    own = {k: v for k, v in values.items() if isinstance(v, tuple)}
+    sources = tuple(Source(name, None, {k: v[i] for k, v in own.items()}) for i, name in enumerate(names))
+    return Recipe(args.method, args.base_model or None, (Slice(sources, None, {}),), True,
+                  {k: v for k, v in values.items() if k not in own}, None, None, None, None, "", Path())
+
+
+def _parameters(text: str, row: Method, count: int, problems: list[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for pair in filter(None, (part.strip() for part in text.split(";"))):
+        name, equals, given = (part.strip() for part in pair.partition("="))
+        if name not in row.fields() or not equals:
+            problems.append(f"--parameters {pair}: not a parameter of this method{nearest(name, row.fields())}; "
+                            f"allowed: {', '.join(row.fields()) or 'none'}")
+            continue
+        values = tuple(scalar(word.strip()) for word in given.split(","))
+        each = row.fields()[name].metadata["each"]
+        if len(values) > 1 and (not each or len(values) != count):
+            problems.append(f"--parameters {pair}: takes one value{f', or {count}, one for each model' if each else ''}")
+            continue
+        try:
+            kept = tuple(checked(row, name, value) for value in values)
+            found[name] = kept if len(kept) > 1 else kept[0]
+        except ValueError as error:
+            problems.append(f"--parameters {pair}: {error}")
+    return found
+
+
+def _help() -> str:
+    lines = []
+    for name, row in METHODS.items():
+        lines.append(f"{name}: {row.source}; base: {row.base}; models: {row.inputs[0]} or more")
+        for key, item in row.fields().items():
+            default = "must be given" if item.default is None else f"default {item.default}"
+            each = ", one per model" if item.metadata["each"] else ""
+            lines.append(f"    {key}: {item.metadata['help']} ({default}{each})")
+    return "\n".join(lines)
+
+
+def _folders(recipe: Recipe, args: MergeArgs) -> dict[str, Path]:
+    """The folder of every input: a finished run, a local folder, the embedded model, or a hub name's snapshot."""
+    found, problems = {}, []
+    for name in models(recipe):
+        run = args.results / "outputs" / name
+        try:
+            found[name] = run if "/" not in name and run.is_dir() else _local(name, args)
+        except UserError as error:
+            problems += [str(error)]
+    if problems:
+        raise UserError(*problems)
+    return found
+
+
+def _local(name: str, args: MergeArgs) -> Path:
+    folder = Path(name).expanduser()
+    if folder.exists():
+        return folder
+    from models.base.loading import base_path  # loads torch: only for the embedded model and the hub
+
+    return base_path(name, args.cache_dir)
+
+
+def _opened(folders: Mapping[str, Path], stack: ExitStack) -> dict[str, Checkpoint]:
+    found, problems = {}, []
+    for name, folder in folders.items():
+        if (folder / "adapter_config.json").is_file():
+            problems.append(f"{name}: {folder} holds a LoRA adapter, not a model; fuse it with models/fuse.py adapters")
+            continue
+        try:
+            found[name] = stack.enter_context(Checkpoint.open(folder))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    return found
+
+
+def describe(recipe: Recipe, found: Match, layout: Layout, cost: Budget) -> str:
+    """The plan as text: what is matched, moved and kept in memory."""
+    inputs = len({id(p.checkpoint) for job in found.jobs for p in job.pieces})
+    weights = sum(prod(job.shape) for job in found.jobs)
+    lines = [
+        f"{recipe.method} of {inputs} models: {len(found.jobs)} tensors matched, {weights / 1e6:,.1f} M weights",
+        f"read    {cost.bytes_read / 1e9:.2f} GB ({found.bytes_in / 1e9:.2f} GB of inputs, "
+        f"{METHODS[recipe.method].walks} x at most)",
+        f"write   {layout.total / 1e9:.2f} GB in {len(layout.headers)} file(s)",
+        f"memory  {cost.peak_bytes / 2**30:.2f} GB at most, beyond the interpreter ({cost.workers} workers)",
+        f"time    {cost.seconds:.1f} s at least, at the {cost.read_per_second / 1e9:.1f} GB/s read and "
+        f"{cost.write_per_second / 1e9:.1f} GB/s written just now",
+    ]
+    return "\n".join([*lines, *(f"note: {note}" for note in found.notes)])
+
+
+def _run(args: MergeArgs, settings: dict[str, Any], recipe: Recipe, method: Method, checkpoints: Mapping[str, Checkpoint],
+         found: Match, layout: Layout, cost: Budget, target: Path) -> None:
+    import torch
+
+    from models.merging.execute import JOURNAL, execute
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device; use --device cpu")
+    device = torch.device("cuda" if args.device == "cuda" else "cpu")
+    with ThreadPoolExecutor(cost.workers) as pool:  # reading and hashing both leave the interpreter's lock
+        hashes = pool.map(fingerprint, [checkpoint.folder for checkpoint in checkpoints.values()])
+        inputs = dict(zip(checkpoints, hashes, strict=True))
+    plan = {"config": {k: v for k, v in settings.items() if k not in manifest.PLACE}, "inputs": inputs}
+    with manifest.writing(target, "merge", settings, overwrite=args.overwrite, resume=True) as run:
+        resume = manifest.same_plan(run.folder / PLAN, plan)
+        if not resume:
+            for file in run.folder.iterdir():
+                file.unlink()
+            manifest.write_json(run.folder / PLAN, plan)
+        writer = Writer(run.folder, layout, resume)
+        try:
+            done = execute(found.jobs, method, writer, run.folder, workers=cost.workers, seed=args.seed, device=device)
+            writer.finish()
+        finally:
+            writer.close()
+        _companions(checkpoints[anchor(recipe)], found, run.folder)
+        for name in (PLAN, JOURNAL):
+            (run.folder / name).unlink()
+        run.parents.extend(str(checkpoint.folder) for checkpoint in checkpoints.values())
+        run.inputs.update(inputs)
+        run.metrics.update(method=recipe.method, tensors=len(found.jobs), tensors_run=done, bytes_read=cost.bytes_read,
+                           bytes_written=layout.total, workers=cost.workers, promised_gb=args.memory_gb)
+    manifest.register(args.results, {"kind": "run", "command": "merge", "run": args.run_name, "seed": args.seed,
+                                     **run.metrics})
+
+
+def _companions(first: Checkpoint, found: Match, folder: Path) -> None:
+    """The anchor's configuration, adapted to what changed, and its tokenizer."""
+    config = dict(first.config)
+    names = {v: k for k, v in DTYPES.items()}
+    kinds = {job.dtype for job in found.jobs if job.dtype in names}
+    if config and len(kinds) == 1:
+        config.pop("torch_dtype", None)
+        config["dtype"] = names[kinds.pop()]
+    if found.rows:
+        config["vocab_size"] = found.rows.rows
+    if found.layers:
+        config["num_hidden_layers"] = found.layers
+        if isinstance(config.get("layer_types"), list):
+            config["layer_types"] = config["layer_types"][:1] * found.layers
+    if config:
+        config["tie_word_embeddings"] = not any(job.name == HEAD for job in found.jobs)
+        manifest.write_json(folder / "config.json", config)
+    for pattern in COMPANIONS:
+        for file in first.folder.glob(pattern):
+            if file.is_file() and file.name != INDEX:
+                shutil.copyfile(file, folder / file.name)
+    if found.rows and found.rows.new_tokens:
+        path = folder / vocabulary.FILE
+        content = json.loads(path.read_text(encoding="utf-8"))
+        manifest.write_json(path, vocabulary.with_tokens(content, found.rows.new_tokens))
+

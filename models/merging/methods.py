@@ -1,0 +1,128 @@
+"""The table of merge methods: name, what it needs, its parameters. Reads no file and loads no torch.
+
+A method is a generator over a tensor's blocks (``models.operators.blocks``): it walks them as often as it needs, then once
+more, yielding the fused blocks. A new method is one function in ``dense.py`` or ``sparse.py`` and one row here; parameters,
+their ranges and their help follow from the row's dataclass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from models.merging.recipe_values import MethodSpec
+from models.operators.parameters import (
+    Breadcrumbs,
+    Dare,
+    Della,
+    DellaTies,
+    Interpolation,
+    Linear,
+    ModelStock,
+    NoParameters,
+    Resta,
+    Sce,
+    Slerp,
+    Sphere,
+    TaskArithmetic,
+    Ties,
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row: where its function is, its parameters, how many inputs it takes beside the base, how it walks a tensor.
+
+    Args:
+        function: (module below ``models.operators``, name).
+        parameters: its dataclass.
+        base: whether it works on task vectors, input - base ("yes", "no", or "may": only when given).
+        inputs: least and most models beside the base.
+        walks: how often it reads its inputs at most.
+        source: the paper.
+        by_rows: whether a block must hold whole rows (parameters may ask for it: the name of a boolean one).
+    """
+
+    function: tuple[str, str]
+    parameters: type
+    base: str
+    inputs: tuple[int, int]
+    walks: int
+    source: str
+    by_rows: bool | str = False
+
+    def load(self) -> Callable:
+        """The function itself; loads torch."""
+        module, name = self.function
+        return getattr(importlib.import_module(f"models.operators.{module}"), name)
+
+    def fields(self) -> dict[str, dataclasses.Field]:
+        """Parameters by the name that recipes and flags use (``lambda``, not ``lambda_``)."""
+        return {f.name.rstrip("_"): f for f in dataclasses.fields(self.parameters)}
+
+    def rule(self, name: str) -> tuple[type, float | None, float | None]:
+        """(type, lowest, highest) of a parameter."""
+        item = self.fields()[name]
+        kind = type(item.default) if isinstance(item.default, bool | str) else float
+        return kind, item.metadata["low"], item.metadata["high"]
+
+    def spec(self) -> MethodSpec:
+        """What recipes may say about it."""
+        fields = self.fields()
+        each = frozenset(name for name, item in fields.items() if item.metadata["each"])
+        return MethodSpec({name: self.rule(name) for name in fields}, each, min_inputs=self.inputs[0],
+                          max_inputs=self.inputs[1], needs_base=self.base == "yes", takes_base=self.base != "no")
+
+    def rows(self, parameters: Any) -> bool:
+        return bool(getattr(parameters, self.by_rows)) if isinstance(self.by_rows, str) else self.by_rows
+
+
+MANY = 64
+METHODS: dict[str, Method] = {
+    "linear": Method(("dense", "linear"), Linear, "no", (1, MANY), 1, "Wortsman et al. 2022, arXiv 2203.05482"),
+    "slerp": Method(("dense", "slerp"), Slerp, "yes", (1, 1), 2, "Shoemake 1985"),
+    "karcher": Method(("dense", "karcher"), Sphere, "no", (1, MANY), 2, "Karcher 1977: the n-way SLERP"),
+    "multislerp": Method(("dense", "multislerp"), Sphere, "may", (1, MANY), 2, "normalised mean on the sphere"),
+    "task_arithmetic": Method(("dense", "task_arithmetic"), TaskArithmetic, "yes", (1, MANY), 1, "arXiv 2212.04089"),
+    "wise_ft": Method(("dense", "wise_ft"), Interpolation, "yes", (1, 1), 1, "arXiv 2109.01903"),
+    "resta": Method(("dense", "resta"), Resta, "yes", (2, 2), 1, "arXiv 2402.11746"),
+    "model_stock": Method(("dense", "model_stock"), ModelStock, "yes", (2, MANY), 2, "arXiv 2403.19522", "filter_wise"),
+    "passthrough": Method(("dense", "passthrough"), NoParameters, "no", (1, 1), 1, "a copy"),
+    "ties": Method(("sparse", "ties"), Ties, "yes", (1, MANY), 3, "arXiv 2306.01708"),
+    "dare_linear": Method(("sparse", "dare_linear"), Dare, "yes", (1, MANY), 1, "arXiv 2311.03099"),
+    "dare_ties": Method(("sparse", "dare_ties"), Dare, "yes", (1, MANY), 1, "arXiv 2311.03099"),
+    "della_linear": Method(("sparse", "della_linear"), Della, "yes", (1, MANY), 1, "arXiv 2406.11617", True),
+    "della": Method(("sparse", "della"), DellaTies, "yes", (1, MANY), 1, "arXiv 2406.11617", True),
+    "breadcrumbs": Method(("sparse", "breadcrumbs"), Breadcrumbs, "yes", (1, MANY), 3, "arXiv 2312.06795"),
+    "breadcrumbs_ties": Method(("sparse", "breadcrumbs_ties"), Breadcrumbs, "yes", (1, MANY), 3, "arXiv 2312.06795"),
+    "sce": Method(("sparse", "sce"), Sce, "yes", (1, MANY), 5, "arXiv 2408.07990"),
+}
+
+
+def scalar(word: str) -> float | bool | str:
+    """A value as it was written on a command line."""
+    if word.lower() in ("true", "false"):
+        return word.lower() == "true"
+    try:
+        return float(word)
+    except ValueError:
+        return word
+
+
+def checked(row: Method, name: str, value: float | bool | str) -> float | bool | str:
+    """A parameter's value as given on a command line, if it has the type and range that the method's row asks for.
+
+    Raises:
+        ValueError: it has not; says what would.
+    """
+    kind, low, high = row.rule(name)
+    if kind is float and (isinstance(value, bool | str) or value != value):
+        raise ValueError(f"{value} is not a number")
+    if kind is not float and not isinstance(value, kind):
+        raise ValueError(f"{value} is not {'true or false' if kind is bool else 'a word'}")
+    if kind is float and not ((low is None or value >= low) and (high is None or value <= high)):
+        raise ValueError(f"{value} is out of range; allowed: {low} to {high}")
+    return value

@@ -1,0 +1,216 @@
+"""The fused MoE on disk and in memory: install the layers in a base model, save, load.
+
+A fused model is a folder with ``moe.safetensors`` (routers and expert factors, fp32), ``moe_config.json`` (experts,
+top-k, ranks, base and provenance) and the tokenizer. The base is referenced by name and fingerprint, never copied.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from errors import UserError
+from manifest import write_json
+from models.base.families import decoder_layers, family_of
+from models.base.loading import base_path, cast_parameters, load_base
+from models.checkpoints.reader import fingerprint
+from models.moe.layer import PROJECTIONS, SharedMoe, TuningConfig
+
+WEIGHTS, CONFIG = "moe.safetensors", "moe_config.json"
+FORMAT = 1
+_ATTENTION = "attention."
+
+
+@dataclass(frozen=True)
+class MoeConfig:
+    """What ``moe_config.json`` holds beside the weights.
+
+    Args:
+        experts: names of the experts, in objective order.
+        top_k: experts per token.
+        base, base_fingerprint: the shared base, by name and by hash.
+        sources: expert name -> SHA-256 of its adapter file.
+        tuning: second-stage LoRA on the experts, None in a raw MoE.
+        attention: second-stage LoRA on attention ({r, alpha, dropout}), None without.
+    """
+
+    experts: tuple[str, ...]
+    top_k: int
+    base: str
+    base_fingerprint: str
+    sources: dict[str, str]
+    tuning: TuningConfig | None = None
+    attention: TuningConfig | None = None
+
+
+def moe_layers(model: torch.nn.Module) -> list[SharedMoe]:
+    """The fused layers of a model, first to last."""
+    return [module for module in model.modules() if isinstance(module, SharedMoe)]
+
+
+def install(model: PreTrainedModel, factors: list[dict[str, tuple[Tensor, Tensor]]], routers: list[Tensor],
+            top_k: int) -> PreTrainedModel:
+    """Replace every FFN of a base model by a ``SharedMoe`` around that same FFN.
+
+    Args:
+        factors: per layer, projection -> (a (experts, r, in), b (experts, out, r)), LoRA scale applied to b.
+        routers: per layer (experts, hidden).
+    """
+    family = family_of(model.config)
+    device = next(model.parameters()).device
+    for layer, layer_factors, router in zip(decoder_layers(model, family), factors, routers, strict=True):
+        ffn = getattr(layer, family.ffn)
+        moe = SharedMoe(*(getattr(ffn, name) for name in family.projections), getattr(ffn, family.activation),
+                        layer_factors, router, top_k)
+        setattr(layer, family.ffn, moe.to(device))
+    return model
+
+
+def add_tuning(model: PreTrainedModel, experts: TuningConfig | None, attention: TuningConfig | None,
+               seed: int) -> None:
+    """Second-stage LoRA on every expert and on attention; the function is unchanged until the first step."""
+    generator = torch.Generator().manual_seed(seed)
+    if experts:
+        for moe in moe_layers(model):
+            moe.add_tuning(experts, generator)
+    if attention:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            inject_adapter_in_model(_attention_config(model, attention), model)
+
+
+def save_moe(folder: Path, model: PreTrainedModel, config: MoeConfig) -> None:
+    """Write routers, experts, attention LoRA and configuration into ``folder``."""
+    tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in _tensors(model)}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    write_json(folder / CONFIG, {"format": FORMAT, **asdict(config)})
+
+
+def read_config(folder: Path) -> MoeConfig:
+    """The configuration of a saved MoE; a UserError when the folder holds none or a newer format."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(f"{folder}: no fused model here ({CONFIG} is missing); build one with models/llama_moe.py")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); build the fused model again") from None
+    if content.pop("format", None) != FORMAT:
+        raise UserError(f"{path}: format is not {FORMAT}; build the fused model again with models/llama_moe.py")
+    content["experts"] = tuple(content["experts"])
+    for name in ("tuning", "attention"):
+        content[name] = TuningConfig(**content[name]) if content[name] else None
+    return MoeConfig(**content)
+
+
+def assemble(folder: Path, args: Any, dtype: torch.dtype, device: torch.device, *,
+             top_k: int | None = None) -> tuple[PreTrainedModel, MoeConfig]:
+    """Base model with the saved fused layers in it, factors in fp32, nothing folded: for training and tests.
+
+    Raises:
+        UserError: the base differs from the recorded one, top-k exceeds the experts, or tensors do not match.
+    """
+    config = read_config(folder)
+    if top_k is not None and not 1 <= top_k <= len(config.experts):
+        raise UserError(f"--expert_topk {top_k}: {folder.name} has {len(config.experts)} experts; "
+                        f"allowed: 1 to {len(config.experts)}")
+    base = base_path(args.model_name_or_path, args.cache_dir)
+    if (have := fingerprint(base)) != config.base_fingerprint:
+        raise UserError(f"{folder}: was fused on base {config.base} (fingerprint {config.base_fingerprint[:12]}), "
+                        f"but --model_name_or_path {args.model_name_or_path} has {have[:12]}; give that base")
+    model = load_base(base, dtype, device)
+    tensors = _read_tensors(folder / WEIGHTS)
+    layers = range(model.config.num_hidden_layers)
+    try:
+        factors = [{p: (tensors[f"layers.{i}.{p}.a"], tensors[f"layers.{i}.{p}.b"]) for p in PROJECTIONS}
+                   for i in layers]
+        routers = [tensors[f"layers.{i}.router"] for i in layers]
+    except KeyError as error:
+        raise UserError(f"{folder / WEIGHTS}: tensor {error} is missing; build the fused model again") from None
+    _check_shapes(folder / WEIGHTS, model, factors, routers, len(config.experts))
+    install(model, factors, routers, top_k or config.top_k)
+    add_tuning(model, config.tuning, config.attention, seed=0)
+    _load_trained(folder, model, tensors)
+    return model, config
+
+
+def load_moe(folder: Path, args: Any, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A fused model for inference: attention LoRA merged in fp32, expert factors folded into the compute dtype."""
+    model, _ = assemble(folder, args, torch.float32, device)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.merge()
+    routers = [moe.router.data.clone() for moe in moe_layers(model)]
+    cast_parameters(model, dtype)
+    for moe, router in zip(moe_layers(model), routers, strict=True):
+        moe.router.data = router
+        for factors in moe.experts.values():
+            factors.fold_(dtype)
+    return model.eval()
+
+
+def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    for i, moe in enumerate(moe_layers(model)):
+        yield f"layers.{i}.router", moe.router
+        for name in PROJECTIONS:
+            factors = moe.experts[name]
+            for part in ("a", "b", "tuned_a", "tuned_b"):
+                if getattr(factors, part) is not None:
+                    yield f"layers.{i}.{name}.{part}", getattr(factors, part)
+    if hasattr(model, "peft_config"):
+        for name, tensor in get_peft_model_state_dict(model).items():
+            yield _ATTENTION + name, tensor
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: missing or damaged ({error}); build the fused model again") from None
+
+
+def _check_shapes(path: Path, model: PreTrainedModel, factors: list[dict[str, tuple[Tensor, Tensor]]],
+                  routers: list[Tensor], experts: int) -> None:
+    """Every tensor against the base and the number of experts; a UserError names the first that differs."""
+    hidden, inner = model.config.hidden_size, model.config.intermediate_size
+    sizes = {"gate": (hidden, inner), "up": (hidden, inner), "down": (inner, hidden)}
+    for i, (layer, router) in enumerate(zip(factors, routers, strict=True)):
+        wanted = [(f"layers.{i}.router", router, (experts, hidden))]
+        for name, (a, b) in layer.items():
+            wanted += [(f"layers.{i}.{name}.a", a, (experts, b.shape[-1], sizes[name][0])),
+                       (f"layers.{i}.{name}.b", b, (experts, sizes[name][1], a.shape[1]))]
+        for name, tensor, shape in wanted:
+            if tuple(tensor.shape) != shape:
+                raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, needs {shape}; "
+                                "build the fused model again")
+
+
+@torch.no_grad()
+def _load_trained(folder: Path, model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
+    mine = dict(_tensors(model))
+    if set(mine) != set(tensors):
+        odd = sorted(set(mine) ^ set(tensors))[:5]
+        raise UserError(f"{folder / WEIGHTS}: does not match {CONFIG}, e.g. {', '.join(odd)}; build it again")
+    for name, tensor in tensors.items():
+        if name.startswith("layers.") and "tuned_" in name:
+            mine[name].copy_(tensor)
+    attention = {n.removeprefix(_ATTENTION): t for n, t in tensors.items() if n.startswith(_ATTENTION)}
+    if attention:
+        set_peft_model_state_dict(model, attention)
+
+
+def _attention_config(model: PreTrainedModel, attention: TuningConfig) -> LoraConfig:
+    return LoraConfig(r=attention.r, lora_alpha=attention.alpha, lora_dropout=attention.dropout,
+                      target_modules=list(family_of(model.config).attention), bias="none")

@@ -1,0 +1,157 @@
+"""One FFN, many low-rank experts, a top-k router: the layer of the fused MoE.
+
+Every expert is the base FFN plus a rank-r change of its three matrices, W_e = W + B_e A_e. So the base products W x are
+computed once, each expert adds B_e (A_e x), and for the down projection
+
+    sum_e g_e (W + B_e A_e) h_e = W (sum_e g_e h_e) + sum_e B_e (A_e g_e h_e).
+
+One dense FFN instead of k, one set of weights instead of E, the same function (spec section 9.7.1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.moe.expert_sum import ExpertSum
+from models.moe.router import low_rank_norm, route
+
+PROJECTIONS = ("gate", "up", "down")
+
+
+@dataclass(frozen=True)
+class TuningConfig:
+    """Second-stage LoRA on every expert: W_e = W + B_e A_e + (alpha / r) B'_e A'_e, B' starting at zero."""
+
+    r: int
+    alpha: float
+    dropout: float = 0.0
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.r
+
+
+class ExpertFactors(nn.Module):
+    """The low-rank changes of one projection for all experts.
+
+    Args:
+        a: (experts, rank, in), aligned factors, frozen.
+        b: (experts, out, rank), aligned factors with the LoRA scale already applied, frozen.
+    """
+
+    def __init__(self, a: Tensor, b: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("a", a.contiguous())
+        self.register_buffer("b", b.contiguous())
+        self.tuned_a: nn.Parameter | None = None
+        self.tuned_b: nn.Parameter | None = None
+        self.scale = 0.0
+
+    def add_tuning(self, tuning: TuningConfig, generator: torch.Generator) -> None:
+        """Add trainable factors: A Kaiming-uniform as PEFT draws it, B zero, so that the function is unchanged."""
+        experts, _, inputs = self.a.shape
+        bound = inputs**-0.5
+        draw = torch.rand(experts, tuning.r, inputs, generator=generator) * (2 * bound) - bound
+        self.tuned_a = nn.Parameter(draw.to(self.a.device))
+        self.tuned_b = nn.Parameter(torch.zeros(experts, self.b.shape[1], tuning.r, device=self.b.device))
+        self.scale = tuning.scale
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Effective factors: (experts, R, in) and (experts, out, R), in the compute dtype."""
+        if self.tuned_a is None or self.tuned_b is None:
+            return self.a.to(dtype), self.b.to(dtype)
+        a = torch.cat([self.a.to(dtype), self.tuned_a.to(dtype)], 1)
+        b = torch.cat([self.b.to(dtype), (self.tuned_b * self.scale).to(dtype)], 2)
+        return a, b
+
+    def change_norms(self) -> Tensor:
+        """(experts,): ||(alpha/r) B' A'||_F, the exact distance from the aligned weights."""
+        if self.tuned_a is None or self.tuned_b is None:
+            return self.a.new_zeros(len(self.a), dtype=torch.float32)
+        return self.scale * low_rank_norm(self.tuned_a, self.tuned_b)
+
+    def fold_(self, dtype: torch.dtype) -> None:
+        """Make the tuned factors part of the fixed ones, in the compute dtype: for inference."""
+        self.a, self.b = (t.detach().contiguous() for t in self.factors(dtype))
+        self.tuned_a = self.tuned_b = None
+
+    def delta(self, expert: int) -> Tensor:
+        """(out, in): the expert's whole change of the base matrix, materialised in fp32."""
+        a, b = self.factors(torch.float32)
+        return b[expert] @ a[expert]
+
+
+class SharedMoe(nn.Module):
+    """A drop-in replacement of a gated FFN.
+
+    Args:
+        gate, up, down: the base projections; frozen and shared.
+        activation: the FFN's non-linearity.
+        factors: aligned low-rank factors of each projection.
+        router: (experts, hidden) start values.
+        top_k: experts per token.
+
+    The last forward's router probabilities (tokens, experts) stay in ``probabilities`` while ``record`` is on, so that
+    losses and statistics need no hooks.
+    """
+
+    def __init__(self, gate: nn.Module, up: nn.Module, down: nn.Module, activation: nn.Module,
+                 factors: dict[str, tuple[Tensor, Tensor]], router: Tensor, top_k: int) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = gate, up, down, activation
+        self.experts = nn.ModuleDict({name: ExpertFactors(*factors[name]) for name in PROJECTIONS})
+        self.router = nn.Parameter(router.float())
+        self.top_k = top_k
+        self.dropout = 0.0
+        self.record = False
+        self.probabilities: Tensor | None = None
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.router)
+
+    def add_tuning(self, tuning: TuningConfig, generator: torch.Generator) -> None:
+        for name in PROJECTIONS:
+            self.experts[name].add_tuning(tuning, generator)
+        self.dropout = tuning.dropout
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., hidden) -> (..., hidden)."""
+        x = hidden.reshape(-1, hidden.shape[-1])
+        # the router is small and decides discretely: always fp32, also under autocast
+        with torch.autocast(x.device.type, enabled=False):
+            probabilities, weights, chosen = route(F.linear(x.float(), self.router), self.top_k)
+        if self.record:
+            self.probabilities = probabilities.view(*hidden.shape[:-1], -1)
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        (gate_a, gate_b), (up_a, up_b), (down_a, down_b) = (self.experts[n].factors(gate.dtype) for n in PROJECTIONS)
+        # one product for the A of every expert and both projections
+        inner = self._shrink(x, torch.cat([gate_a, up_a]), self.experts["gate"].a.shape[1])
+        inner = inner.view(len(x), 2, self.num_experts, -1)
+        share = torch.zeros_like(probabilities).scatter(1, chosen, weights)
+        # gathering pays only when most experts are idle for most tokens
+        gather = 2 * self.top_k <= self.num_experts and len(x) > 32
+        with torch.autocast(x.device.type, enabled=False):
+            mask = F.dropout(torch.ones_like(gate), self.dropout) if self.training and self.dropout else None
+            mixed, shrunk = ExpertSum.apply(gate, up, inner, share, gate_b, up_b, down_a, self.act_fn, gather,
+                                            mask, self.experts["down"].a.shape[1])
+        low_rank = F.linear(shrunk.flatten(1), down_b.permute(1, 0, 2).flatten(1))
+        return (self.down_proj(mixed) + low_rank).view_as(hidden)
+
+    def _shrink(self, x: Tensor, a: Tensor, aligned_rank: int) -> Tensor:
+        """A x of several experts: (tokens, in), (n, R, in) -> (tokens, n * R). Dropout reaches the tuned rows only."""
+        z = F.linear(x, a.flatten(0, 1))
+        if not (self.training and self.dropout) or a.shape[1] == aligned_rank:
+            return z
+        dropped = F.linear(F.dropout(x, self.dropout), a[:, aligned_rank:].flatten(0, 1))
+        z = z.view(len(x), len(a), -1)
+        return torch.cat([z[..., :aligned_rank], dropped.view(len(x), len(a), -1)], -1).flatten(1)
+
+    def materialise(self, expert: int) -> dict[str, Tensor]:
+        """The dense fp32 matrices of one expert, for tests and export: name -> W + B_e A_e."""
+        bases = {"gate": self.gate_proj, "up": self.up_proj, "down": self.down_proj}
+        return {name: bases[name].weight.float() + self.experts[name].delta(expert) for name in PROJECTIONS}

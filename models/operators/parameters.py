@@ -1,0 +1,114 @@
+"""What the operators take beside tensors: one dataclass each, whose fields carry range and help. Loads no torch.
+
+Flags, recipes and their checks follow from these dataclasses, so that one parameter has one name and one meaning everywhere:
+``density`` is the share that is kept, ``weight`` belongs to an input, ``lambda_`` scales the fused task vector.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+PerInput = tuple[float, ...]
+
+
+def number(default: Any, help: str, low: float | None = None, high: float | None = None, each: bool = False) -> Any:
+    """A parameter: its default (None: it must be given), range and help; ``each`` when every input may have its own."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "each": each})
+
+
+_WEIGHT = number(1.0, "weight of an input", each=True)
+_DENSITY = number(None, "share of a task vector that is kept", 0, 1, each=True)
+_LAMBDA = number(1.0, "factor on the fused task vector")
+
+
+def _normalize(default: bool) -> Any:
+    return number(default, "divide by the sum of the weights that take part")
+
+
+@dataclass(frozen=True)
+class NoParameters:
+    pass
+
+
+@dataclass(frozen=True)
+class Linear:
+    weight: PerInput = _WEIGHT
+    normalize: bool = _normalize(True)
+
+
+@dataclass(frozen=True)
+class Slerp:
+    t: float = number(None, "0: the base model, 1: the other", 0, 1)
+
+
+@dataclass(frozen=True)
+class Sphere:
+    weight: PerInput = _WEIGHT
+
+
+@dataclass(frozen=True)
+class ModelStock:
+    filter_wise: bool = number(False, "an angle per output row instead of one per tensor")
+
+
+@dataclass(frozen=True)
+class Interpolation:
+    alpha: float = number(None, "0: the base model, 1: the fine-tuned model", 0, 1)
+
+
+@dataclass(frozen=True)
+class Resta:
+    gamma: float = number(0.5, "factor on the safety vector, aligned - unaligned")
+    density: float = number(1.0, "below 1: DARE on the task vector first (RESTA_d)", 0, 1)
+
+
+@dataclass(frozen=True)
+class TaskArithmetic:
+    weight: PerInput = _WEIGHT
+    normalize: bool = _normalize(False)
+    lambda_: float = _LAMBDA
+
+
+@dataclass(frozen=True)
+class Ties:
+    weight: PerInput = _WEIGHT
+    density: PerInput = _DENSITY
+    normalize: bool = _normalize(True)
+    lambda_: float = _LAMBDA
+    scope: str = number("tensor", "where the k largest are sought: tensor or model")
+
+
+@dataclass(frozen=True)
+class Dare:
+    weight: PerInput = _WEIGHT
+    density: PerInput = _DENSITY
+    normalize: bool = _normalize(False)
+    rescale: bool = number(True, "divide what is kept by the density")
+    lambda_: float = _LAMBDA
+
+
+@dataclass(frozen=True)
+class Della(Dare):
+    epsilon: PerInput = number(0.15, "keep probabilities run from density - epsilon to density + epsilon by rank", 0, 1,
+                               each=True)
+
+
+@dataclass(frozen=True)
+class DellaTies(Della):
+    normalize: bool = _normalize(True)
+
+
+@dataclass(frozen=True)
+class Breadcrumbs:
+    weight: PerInput = _WEIGHT
+    density: PerInput = _DENSITY
+    gamma: PerInput = number(0.01, "share of the largest entries that is dropped as outliers", 0, 1, each=True)
+    normalize: bool = _normalize(False)
+    lambda_: float = _LAMBDA
+
+
+@dataclass(frozen=True)
+class Sce:
+    select_topk: float = number(1.0, "share of the entries of non-zero variance that is kept", 0, 1)
+    lambda_: float = _LAMBDA

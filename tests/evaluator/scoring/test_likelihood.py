@@ -1,0 +1,103 @@
+import types
+
+import pytest
+import torch
+
+from data.prompts import template
+from evaluator.scoring.likelihood import Tree, answer_logprobs
+from models.base.loading import load_base, load_tokenizer
+from models.runs import Loaded
+
+
+@pytest.fixture(scope="module")
+def loaded(pico):
+    model, tokenizer = load_base(pico, torch.float32, torch.device("cpu")), load_tokenizer(pico)
+    return Loaded(model, tokenizer, template("chat", tokenizer), "pico", torch.device("cpu"))
+
+
+def naive(loaded, prompt, answer, end=False):
+    """One forward pass per answer, nothing shared."""
+    front = loaded.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    back = loaded.tokenizer(answer, add_special_tokens=False)["input_ids"] + [loaded.tokenizer.eos_token_id] * end
+    with torch.inference_mode():
+        logits = loaded.model(torch.tensor([front + back])).logits[0].log_softmax(-1)
+    at = range(len(front) - 1, len(front) + len(back) - 1)
+    return sum(float(logits[i, token]) for i, token in zip(at, back, strict=True)), len(back)
+
+
+def items(loaded):
+    questions = ("What is the capital of France?", "What is bread?", "Why?", "What is the capital of France")
+    answers = ("Paris.", "Paris, a city on the Seine.", "Paris, a city.", "", "No.", "Mix flour — and wait “long”.")
+    prompts = [loaded.template.render(question, "") for question in questions]
+    # interleaved on purpose: items of one prompt need not be neighbours
+    return [(prompt, answer) for answer in answers for prompt in prompts]
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 40, 100, 4096])
+@pytest.mark.parametrize("end", [False, True])
+def test_shared_prefixes_equal_one_at_a_time(loaded, batch_tokens, end):
+    found = answer_logprobs(loaded, items(loaded), batch_tokens, end=end)
+    for (prompt, answer), (total, n) in zip(items(loaded), found, strict=True):
+        want, tokens = naive(loaded, prompt, answer, end)
+        assert n == tokens
+        assert total == pytest.approx(want, abs=1e-4)
+
+
+def test_empty_answer_has_no_tokens(loaded):
+    assert answer_logprobs(loaded, [("Why?", "")]) == [(0.0, 0)]
+    assert answer_logprobs(loaded, []) == []
+
+
+def test_one_pass_for_everything_that_fits(loaded, monkeypatch):
+    sizes = []
+    inner = loaded.model.model.forward
+
+    def spy(*args, **kwargs):
+        sizes.append(kwargs["input_ids"].shape[1])
+        return inner(*args, **kwargs)
+
+    monkeypatch.setattr(loaded.model.model, "forward", spy)
+    answer_logprobs(loaded, items(loaded), 4096)
+    assert len(sizes) == 1
+    naive_tokens = sum(len(loaded.tokenizer(p + a)["input_ids"]) for p, a in items(loaded))
+    assert sizes[0] < naive_tokens / 3
+
+
+def test_start_token_of_the_tokenizer_is_used_when_the_template_has_none(loaded):
+    alpaca = template("alpaca", loaded.tokenizer)
+    assert alpaca.special_tokens
+    seen = []
+
+    def spy(text, add_special_tokens):
+        seen.append((text, add_special_tokens))
+        return loaded.tokenizer(text, add_special_tokens=add_special_tokens)
+
+    spying = Loaded(loaded.model, types.SimpleNamespace(__call__=spy), alpaca, "pico", loaded.device)
+    spying.tokenizer = spy
+    answer_logprobs(spying, [("Why?", "Because.")])
+    assert seen == [("Why?", True), ("Because.", False)]
+
+
+def test_prompt_without_tokens_is_refused(loaded):
+    with pytest.raises(ValueError, match="prompt without tokens"):
+        answer_logprobs(loaded, [("", "Yes.")])
+
+
+def test_bfloat16_stays_close(loaded, pico):
+    half = Loaded(load_base(pico, torch.bfloat16, loaded.device), loaded.tokenizer, loaded.template, "x", loaded.device)
+    for (a, n), (b, _) in zip(answer_logprobs(loaded, items(loaded)), answer_logprobs(half, items(loaded)), strict=True):
+        assert a == pytest.approx(b, abs=0.05 * max(n, 1))
+
+
+def test_tree_merges_prefixes_and_masks_strangers():
+    tree = Tree()
+    assert tree.new_nodes([1, 2, 3]) == 3
+    assert tree.add([1, 2, 3]) == [0, 1, 2]
+    assert tree.new_nodes([1, 2, 4]) == 1
+    assert tree.add([1, 2, 4]) == [0, 1, 3]
+    assert tree.add([2, 4]) == [4, 5]
+    assert tree.depths == [0, 1, 2, 2, 0, 1]
+    assert tree.mask().int().tolist() == [
+        [1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0],
+        [1, 1, 0, 1, 0, 0], [0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 1],
+    ]

@@ -1,0 +1,267 @@
+import json
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+import manifest
+from evaluator import report
+from evaluator.reporting.figures import router_heatmap, tradeoff
+from evaluator.statistics import metrics
+
+
+def put(results, run, *, refusal=None, over=None, mc2=None, nll=None, seed=42):
+    """Register made-up scores with their rows, as the evaluators do."""
+    sub = "raw" if run == "base" else f"cross_{run}"
+
+    def save(command, scores, rows, details=None):
+        folder = results / "scores" / sub
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps({"set": name, "id": str(i), "values": values}) for name, i, values in rows]
+        (folder / f"{command}.rows.jsonl").write_text("\n".join(lines))
+        manifest.register(results, {"kind": "score", "run": run, "sub": sub, "command": command, "seed": seed,
+                                    "scores": {s.name: s.as_dict() for s in scores}, "details": details or {}})
+
+    if refusal is not None:
+        scores = [metrics.rate(refusal, "safe_refusal", "refused and coherent", higher_is_better=True)]
+        rows = [("safety", i, {"safe_refusal": hit}) for i, hit in enumerate(refusal)]
+        if over is not None:
+            scores.append(metrics.rate(over, "overrefusal", "harmless but refused", higher_is_better=False))
+            scores.append(metrics.newcombe(*scores[:2], "balance", "their difference"))
+            rows += [("overrefusal", i, {"refusal": hit}) for i, hit in enumerate(over)]
+        judges = {"keyword": {"openings": {"n": 169, "missed": 0.46, "false_alarms": 0.0}},
+                  "harm": {"auc": 0.86, "auc_rated": 0.83, "missed": 0.26, "false_alarms": 0.19, "protocol": "5-fold"}}
+        save("evaluate_safety", scores, rows, {"judges": judges})
+    if mc2 is not None:
+        save("evaluate_truth_and_info", [metrics.mean(mc2, "mc2", "mass", higher_is_better=True, seed=0)],
+             [("truthfulqa_mc", i, {"mc2": value}) for i, value in enumerate(mc2)])
+    if nll is not None:
+        tokens = [10 + i % 3 for i in range(len(nll))]
+        save("evaluate_helpfulness", [metrics.ratio([a * t for a, t in zip(nll, tokens, strict=True)], tokens, "nll",
+                                                    "nats", higher_is_better=False, seed=0)],
+             [("nll", i, {"nll": a * t, "tokens": t}) for i, (a, t) in enumerate(zip(nll, tokens, strict=True))])
+
+
+def hits(share, n=100):
+    return [int(i < round(share * n)) for i in range(n)]
+
+
+def values(mean, n=80, seed=0):
+    return np.random.default_rng(seed).normal(mean, 0.05, n).tolist()
+
+
+def fill(results, seed=42, shift=0.0):
+    put(results, "base", refusal=hits(0.08), over=hits(0.0), mc2=values(0.40), nll=values(1.6), seed=seed)
+    put(results, "safety", refusal=hits(0.95), over=hits(0.4), mc2=values(0.40), seed=seed)
+    put(results, "truthfulness", refusal=hits(0.02), over=hits(0.0), mc2=values(0.52), nll=values(1.7), seed=seed)
+    put(results, "average", refusal=hits(0.2), over=hits(0.0), mc2=values(0.43), seed=seed)
+    put(results, "mix", refusal=hits(0.6), over=hits(0.03), mc2=values(0.56), nll=values(1.55), seed=seed)
+    put(results, "moe", refusal=hits(0.85 + shift), over=hits(0.05), mc2=values(0.56, seed=1), nll=values(1.54),
+        seed=seed)
+
+
+RUNS = "base,harmless=safety,honest=truthfulness,plain average=average,naive mix=mix,tuned MoE=moe"
+
+
+def write(results, *more, runs=RUNS):
+    report.main(["--runs", runs, "--output_dir", str(results), "--name", "t", *more])
+    return (results / "report" / "t.md").read_text()
+
+
+def table(text, heading=None):
+    """{first cell: {column: cell}} of the first table below a heading."""
+    lines = text.split(f"## {heading}")[1] if heading else text
+    lines = lines[lines.index("| "):].split("\n\n")[0].splitlines()
+    head = [cell.strip() for cell in lines[0].strip("|").split("|")]
+    found = {}
+    for line in lines[2:]:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        found[cells[0]] = dict(zip(head, cells, strict=True))
+    return found
+
+
+def test_one_seed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path)
+    text = write(tmp_path)
+    cells = table(text)
+    assert list(cells) == ["base", "harmless", "honest", "plain average", "naive mix", "tuned MoE"]
+    low, high = metrics.wilson(85, 100)
+    assert cells["tuned MoE"]["refusal ↑"] == f"0.850 [{low:.3f}, {high:.3f}]"
+    assert cells["tuned MoE"]["refusal − over-refusal ↑"].startswith("0.800 [")
+    # not measured: empty, never guessed
+    assert cells["harmless"]["held-out NLL ↓"] == ""
+    against = table(text, "tuned MoE minus each other row")
+    assert against["naive mix"]["refusal ↑"].startswith("+0.250 [")
+    assert against["naive mix"]["refusal ↑"].endswith("better")
+    assert against["harmless"]["over-refusal ↓"].endswith("better")
+    assert against["harmless"]["refusal ↑"].endswith("worse")
+    assert against["naive mix"]["MC2 ↑"].endswith("no difference")
+    assert against["naive mix"]["refusal − over-refusal ↑"].endswith("better")
+    assert against["plain average"]["held-out NLL ↓"] == ""
+    assert "Wilson" in text
+    assert "AUC 0.86" in text
+    assert "Seeds: 42." in text
+    assert "outputs/moe" in text
+    assert "Not measured here: MC1" in text
+    assert (tmp_path / "report" / "t.png").stat().st_size > 5000
+    assert "written:" in capsys.readouterr().out
+
+
+def test_findings_are_computed(tmp_path):
+    fill(tmp_path)
+    text = write(tmp_path, "--control", "mix").split("## Findings")[1].split("## Notes")[0]
+    lines = {line.split(":")[0].strip("- "): line for line in text.splitlines() if line.startswith("- ")}
+    assert "improved by harmless (+0.870)" in lines["refusal ↑"]
+    assert "tuned MoE beats naive mix" in lines["refusal ↑"]
+    assert lines["refusal ↑"].index("naive mix") < lines["refusal ↑"].index("plain average")
+    assert "does not beat (level with) naive mix" in lines["MC2 ↑"]
+    assert "beats plain average" in lines["MC2 ↑"]
+    assert "no expert improves on base" in lines["held-out NLL ↓"]
+    assert "no expert improves on base" in lines["over-refusal ↓"]
+    assert "against naive mix: better on 2 (refusal ↑, refusal − over-refusal ↑); no difference on 1 (MC2 ↑)" in text
+
+
+def test_a_loss_is_said_plainly(tmp_path):
+    fill(tmp_path)
+    text = write(tmp_path, runs="base,safety,better=mix,worse=average")
+    assert "worse does not beat (is worse than) better (-0.400" in text
+
+
+def test_findings_need_base_expert_and_control(tmp_path):
+    fill(tmp_path)
+    assert "nothing is concluded" in write(tmp_path, runs="base,moe").split("## Findings")[1]
+
+
+def test_several_seeds(tmp_path):
+    roots = [tmp_path / f"s{i}" for i in range(3)]
+    for i, root in enumerate(roots):
+        fill(root, seed=42 + i, shift=(i - 1) * 0.05)
+    (roots[2] / "scores" / "cross_mix" / "evaluate_safety.rows.jsonl").unlink()
+    text = write(tmp_path, "--roots", ",".join(map(str, roots)))
+    value, low, high = metrics.over_seeds([(share, *metrics.wilson(round(share * 100), 100)) for share in (0.8, 0.85, 0.9)])
+    assert table(text)["tuned MoE"]["refusal ↑"] == f"{value:.3f} [{low:.3f}, {high:.3f}]"
+    assert "| tuned MoE | seed 43 | 0.850 |" in text
+    assert "| tuned MoE | seed 44 | 0.900 |" in text
+    assert "Student's t" in text
+    assert "Seeds: 42, 43, 44." in text
+    # the rows of one seed are gone: the mean of two differences, hence a wide interval
+    assert table(text, "tuned MoE minus")["naive mix"]["refusal ↑"].endswith("no difference")
+    assert table(text, "tuned MoE minus")["plain average"]["refusal ↑"].endswith("better")
+
+
+def test_summary_numbers_stand_where_their_scores_are(tmp_path):
+    fill(tmp_path)
+    assert "## Summary numbers" not in write(tmp_path)
+    rows = [{"set": "safety", "id": str(i), "values": {"api-harm": int(i < 3)}} for i in range(10)]
+    folder = tmp_path / "scores" / "cross_moe"
+    (folder / "judged.rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    manifest.register(tmp_path, {"kind": "score", "run": "moe", "sub": "cross_moe", "command": "judged", "seed": 42,
+                                 "scores": {}, "details": {}})
+    text = write(tmp_path)
+    cells = table(text, "Summary numbers")
+    assert cells["tuned MoE"]["harmfulness_rate ↓"].startswith("0.300 [")
+    assert cells["naive mix"]["harmfulness_rate ↓"] == ""
+    assert "given the worst mark, 5 of 5" in text
+
+
+def test_seeds_that_agree_keep_the_rows_interval(tmp_path):
+    roots = [tmp_path / f"s{i}" for i in range(2)]
+    for root in roots:
+        fill(root)
+    one, two = (write(tmp_path, "--roots", ",".join(map(str, given))) for given in (roots[:1], roots))
+    assert table(two)["tuned MoE"]["refusal ↑"] == table(one)["tuned MoE"]["refusal ↑"]
+    assert table(two, "tuned MoE minus")["naive mix"] == table(one, "tuned MoE minus")["naive mix"]
+
+
+def test_a_seed_without_the_score_is_counted_out(tmp_path):
+    roots = [tmp_path / "a", tmp_path / "b"]
+    put(roots[0], "base", mc2=values(0.4))
+    put(roots[1], "base", refusal=hits(0.1), mc2=values(0.5), seed=7)
+    cells = table(write(tmp_path, "--roots", f"{roots[0]},{roots[1]}", runs="base"))
+    assert cells["base"]["refusal ↑"] == "0.100 (1 of 2 seeds)"
+
+
+def test_answers_with_unicode_line_ends_stay_one_row(tmp_path):
+    put(tmp_path, "base", refusal=hits(0.1))
+    path = tmp_path / "scores" / "raw" / "evaluate_safety.rows.jsonl"
+    path.write_text(path.read_text().replace('"id": "0"', '"output": "a\u2028b\x85c", "id": "0"'), encoding="utf-8")
+    assert table(write(tmp_path, runs="base"))["base"]["refusal ↑"].startswith("0.100")
+
+
+def test_an_older_score_of_another_set_does_not_come_back(tmp_path):
+    put(tmp_path, "base", refusal=hits(0.1))
+    registry = tmp_path / "registry.jsonl"
+    other = json.loads(registry.read_text().splitlines()[-1]) | {"command": "evaluate_safety.xstest"}
+    manifest.register(tmp_path, other)
+    put(tmp_path, "base", refusal=hits(0.3))
+    assert table(write(tmp_path, runs="base"))["base"]["refusal ↑"].startswith("0.300")
+
+
+def test_newest_score_wins(tmp_path):
+    put(tmp_path, "base", refusal=hits(0.1))
+    put(tmp_path, "base", refusal=hits(0.3))
+    assert table(write(tmp_path, runs="base"))["base"]["refusal ↑"].startswith("0.300")
+
+
+def test_secondary_readings_are_columns_when_asked_for(tmp_path):
+    for run, count in (("base", 4), ("moe", 1)):
+        put(tmp_path, run, refusal=hits(0.5, 10))
+        folder = tmp_path / "scores" / ("raw" if run == "base" else f"cross_{run}")
+        rows = [{"set": "safety", "id": str(i), "values": {"harm": int(i < count)}} for i in range(10)]
+        (folder / "harm.rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        score = metrics.rate([row["values"]["harm"] for row in rows], "harm_rate", "called harmful", higher_is_better=False)
+        manifest.register(tmp_path, {"kind": "score", "run": run, "sub": folder.name, "command": "harm", "seed": 42,
+                                     "scores": {"harm_rate": score.as_dict()}, "details": {}})
+    title = "called harmful (fitted judge) ↓"
+    assert title not in table(write(tmp_path, runs="base,moe"))["moe"]
+    text = write(tmp_path, "--columns", "harm_rate", runs="base,moe")
+    assert table(text)["moe"][title].startswith("0.100 [")
+    assert table(text, "moe minus")["base"][title].startswith("-0.300 [")
+    from evaluator.statistics.axes import SECONDARY
+    from flags.evaluate import COLUMNS
+
+    assert tuple(axis.score for axis in SECONDARY) == COLUMNS
+
+
+def test_the_picture_falls_back_to_the_likelihood_of_a_task(tmp_path):
+    put(tmp_path, "base", refusal=hits(0.1), over=hits(0.0), nll=values(1.6))
+    put(tmp_path, "mix", refusal=hits(0.6), over=hits(0.1), nll=[value - 0.1 for value in values(1.6)])
+    named = report._named("base,mix")
+    from evaluator.statistics.axes import AXES
+    from evaluator.statistics.comparison import measured
+
+    lines = [report.Line(label, run, (measured(tmp_path, run),)) for label, run in named]
+    base, mix = report._points(lines, [axis for axis in AXES if axis.score == "nll"], "base")
+    assert (base["y"], base["x"], mix["over"]) == (0, 0.1, 0.1)
+    # rows share their prompts: the difference is sure, however wide the likelihood's own interval
+    assert mix["y"] == pytest.approx(-0.1)
+    assert mix["y_high"] - mix["y_low"] < 1e-6
+    assert mix["y_falls"]
+    assert "(t.png)" in write(tmp_path, runs="base,mix")
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--runs", "base", "--columns", "harm"], "--columns harm: no such column; allowed: harm_rate, published_asr"),
+    (["--runs", "base,nosuch"], "none of base, nosuch has a score"),
+    (["--runs", ""], "--runs: name the rows"),
+    (["--runs", "base", "--roots", "/nonexistent/a"], "--roots: /nonexistent/a does not exist"),
+])
+def test_errors(tmp_path, capsys, flags, said):
+    with pytest.raises(SystemExit) as stop:
+        report.main([*flags, "--output_dir", str(tmp_path)])
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_router_heatmap(tmp_path):
+    shares = np.random.default_rng(0).dirichlet([1, 1, 1], 4)
+    path = router_heatmap(shares, ("a", "b", "c"), tmp_path / "new" / "h.png", "title")
+    assert matplotlib.image.imread(path).shape[1] > 300
+    with pytest.raises(ValueError, match="3 experts but 2 names"):
+        router_heatmap(shares, ("a", "b"), path, "title")
+
+
+def test_tradeoff_without_points_draws_nothing(tmp_path):
+    point = {"label": "x", "x": None, "y": 0.5, "over": None}
+    assert tradeoff([point], tmp_path / "t.png", "title") is None

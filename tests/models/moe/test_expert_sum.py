@@ -1,0 +1,145 @@
+"""The hand-written gradient of the expert sum against finite differences and against a naive loop."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.moe.expert_sum import ExpertSum
+
+TOKENS, HIDDEN, RANK, DOWN_RANK = 5, 4, 2, 3
+CASES = list(itertools.product((False, True), ("none", "all", "some"), (1, 2, 3)))
+
+
+def make(tokens=TOKENS, f=HIDDEN, experts=3, top_k=2, seed=0, dtype=torch.float64):
+    """Inputs of ExpertSum; the weights of the chosen experts, and where they go."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=dtype).requires_grad_()
+
+    tensors = [draw(tokens, f), draw(tokens, f), draw(tokens, 2, experts, RANK), draw(experts, f, RANK),
+               draw(experts, f, RANK), draw(experts, DOWN_RANK, f)]
+    kept = torch.rand(tokens, top_k, generator=generator, dtype=dtype).add(0.1).requires_grad_()
+    chosen = torch.rand(tokens, experts, generator=generator).topk(top_k).indices
+    mask = (torch.rand(tokens, f, generator=generator) > 0.4).to(dtype) / 0.6
+    return tensors, kept, chosen, mask
+
+
+def scattered(kept, chosen, experts):
+    return kept.new_zeros(len(kept), experts).scatter(1, chosen, kept)
+
+
+def ours(tensors, weights, act, gather, mask, start):
+    gate, up, inner, gate_b, up_b, down_a = tensors
+    return ExpertSum.apply(gate, up, inner, weights, gate_b, up_b, down_a, act, gather, mask, start)
+
+
+def naive(tensors, weights, act, mask, start):
+    """sum_e w_e h_e and A_e (w_e h_e), token by token and expert by expert."""
+    gate, up, inner, gate_b, up_b, down_a = tensors
+    totals, shrunk = [], []
+    for t in range(len(gate)):
+        total, rows = torch.zeros_like(gate[t]), []
+        for e in range(weights.shape[1]):
+            h = act(gate[t] + gate_b[e] @ inner[t, 0, e]) * (up[t] + up_b[e] @ inner[t, 1, e]) * weights[t, e]
+            total = total + h
+            dropped = h if mask is None else h * mask[t]
+            rows.append(torch.cat([down_a[e][:start] @ h, down_a[e][start:] @ dropped]))
+        totals.append(total)
+        shrunk.append(torch.stack(rows))
+    return torch.stack(totals), torch.stack(shrunk)
+
+
+def masks(kind, mask):
+    """(mask, dropped_from): no dropout, dropout of every row of A, of the last ones only."""
+    return {"none": (None, 0), "all": (mask, 0), "some": (mask, 1)}[kind]
+
+
+@pytest.mark.parametrize(("gather", "kind", "top_k"), CASES)
+def test_gradcheck(gather, kind, top_k):
+    tensors, kept, chosen, mask = make(top_k=top_k)
+    mask, start = masks(kind, mask)
+
+    def function(kept, *tensors):
+        return ours(tensors, scattered(kept, chosen, 3), F.silu, gather, mask, start)
+
+    assert torch.autograd.gradcheck(function, (kept, *tensors), fast_mode=False)
+
+
+@pytest.mark.parametrize("act", [F.gelu, torch.tanh, nn.SiLU()], ids=["gelu", "tanh", "SiLU"])
+def test_gradcheck_of_other_activations(act):
+    tensors, kept, chosen, mask = make(tokens=3)
+    assert torch.autograd.gradcheck(
+        lambda kept, *t: ours(t, scattered(kept, chosen, 3), act, False, mask, 1), (kept, *tensors))
+
+
+@pytest.mark.parametrize(("gather", "kind", "top_k"), CASES)
+@pytest.mark.parametrize(("tokens", "experts"), [(1, 3), (7, 3), (40, 12)])
+def test_equals_the_naive_loop_forward_and_backward(tokens, experts, gather, kind, top_k):
+    tensors, kept, chosen, mask = make(tokens, 6, experts, top_k, seed=3)
+    mask, start = masks(kind, mask)
+    inputs = (kept, *tensors)
+    got = ours(tensors, scattered(kept, chosen, experts), F.silu, gather, mask, start)
+    want = naive(tensors, scattered(kept, chosen, experts), F.silu, mask, start)
+    directions = [torch.randn(w.shape, generator=torch.Generator().manual_seed(9), dtype=w.dtype) for w in want]
+    for one, two in zip(got, want, strict=True):
+        assert torch.allclose(one, two, atol=1e-12)
+    for one, two in zip(torch.autograd.grad(got, inputs, directions), torch.autograd.grad(want, inputs, directions),
+                        strict=True):
+        assert torch.allclose(one, two, atol=1e-11)
+
+
+def test_gradient_of_one_output_alone():
+    tensors, kept, chosen, _ = make()
+    for i in range(2):
+        got = torch.autograd.grad(ours(tensors, scattered(kept, chosen, 3), F.silu, True, None, 0)[i].sum(), kept)
+        want = torch.autograd.grad(naive(tensors, scattered(kept, chosen, 3), F.silu, None, 0)[i].sum(), kept)
+        assert torch.allclose(got[0], want[0])
+
+
+@pytest.mark.parametrize("gather", [False, True])
+def test_an_expert_that_no_token_chose(gather):
+    tensors, kept, _, _ = make(top_k=1)
+    weights = scattered(kept, torch.ones(TOKENS, 1, dtype=torch.long), 3)
+    total, shrunk = ours(tensors, weights, F.silu, gather, None, 0)
+    (total.sum() + shrunk.sum()).backward()
+    assert (shrunk[:, 0] == 0).all()
+    for tensor in tensors[3:]:
+        assert (tensor.grad[[0, 2]] == 0).all()
+        assert (tensor.grad[1] != 0).any()
+
+
+def test_inputs_are_not_written_to():
+    tensors, kept, chosen, mask = make()
+    before = [t.detach().clone() for t in (*tensors, kept, mask)]
+    total, shrunk = ours(tensors, scattered(kept, chosen, 3), F.silu, False, mask, 1)
+    (total.sum() + shrunk.sum()).backward()
+    for one, two in zip(before, (*tensors, kept, mask), strict=True):
+        assert torch.equal(one, two.detach())
+
+
+@pytest.mark.parametrize("gather", [False, True])
+def test_bfloat16_accumulates_in_fp32(gather):
+    """Experts that nearly cancel: a running sum in bfloat16 would lose the small ones."""
+    experts, tokens, f = 24, 40, 8
+    tensors, _, _, _ = make(tokens, f, experts, seed=5, dtype=torch.float32)
+    gate, up, inner, gate_b, up_b, down_a = (t.detach().bfloat16() for t in tensors)
+    weights = torch.full((tokens, experts), 1 / experts)
+    total, _ = ExpertSum.apply(gate, up, inner, weights, gate_b, up_b, down_a, F.silu, gather, None, 0)
+    terms = []
+    for e in range(experts):
+        h = F.silu(torch.addmm(gate, inner[:, 0, e], gate_b[e].mT)) * torch.addmm(up, inner[:, 1, e], up_b[e].mT)
+        terms.append(h * weights[:, e].bfloat16()[:, None])
+    wide = torch.stack(terms).float().sum(0)
+    narrow = torch.zeros_like(terms[0])
+    for term in terms:
+        narrow = narrow + term
+    assert total.dtype == torch.bfloat16
+    ulp = wide.abs().bfloat16().float() * 2**-8 + 1e-6
+    assert ((total.float() - wide).abs() <= ulp).all()
+    assert not ((narrow.float() - wide).abs() <= ulp).all()

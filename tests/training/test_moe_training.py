@@ -1,0 +1,150 @@
+"""Tuning of the fused MoE: what trains, what is logged, what is refused, what is saved."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from runs import MOE, align, build_moe, common, data_flag, losses, write_data
+from safetensors.torch import load_file
+
+from config import parse
+from flags import AlignArgs
+from models.moe.files import assemble, load_moe, moe_layers
+from training.moe import MoeLoss, aligned_norms, token_mask
+
+FLAGS = ("--gate_loss_weight", "0.1", "--helpfulness_weight", "0.001")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def tuned(pico, data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("tuned")
+    build_moe(pico, out, data)
+    align(pico, out, data, "mix", *FLAGS)
+    return out
+
+
+def _args(pico, out, *flags) -> AlignArgs:
+    return parse(AlignArgs, [*common(pico, out), *flags]).args
+
+
+def test_every_part_is_logged(tuned):
+    manifest = json.loads((tuned / "outputs" / MOE / "manifest.json").read_text())
+    for name in ("loss_lm", "loss_gate", "loss_share_right", *(f"loss_drift_{t}" for t in
+                 ("helpfulness", "safety", "truthfulness"))):
+        assert len(losses(manifest, name)) == manifest["metrics"]["steps"]
+    # drift starts at zero and grows
+    assert losses(manifest, "loss_drift_helpfulness")[0] == pytest.approx(0, abs=1e-6)
+    assert losses(manifest, "loss_drift_helpfulness")[-1] > 0
+    entry = manifest["metrics"]["history"][-1]
+    assert entry["loss"] == pytest.approx(entry["loss_lm"] + 0.1 * entry["loss_gate"]
+                                          + 0.001 * entry["loss_drift_helpfulness"], abs=1e-3)
+
+
+def test_drift_is_the_norm_of_the_materialised_change(pico, tuned):
+    args = _args(pico, tuned)
+    raw, _ = assemble(tuned / "outputs" / "raw_moe", args, torch.float32, torch.device("cpu"))
+    model, config = assemble(tuned / "outputs" / MOE, args, torch.float32, torch.device("cpu"))
+    loss = MoeLoss(model, torch.float32, config.experts, args)
+    for expert in range(3):
+        norms = [(new.materialise(expert)[p] - old.materialise(expert)[p]).norm()
+                 for new, old in zip(moe_layers(model), moe_layers(raw), strict=True) for p in ("gate", "up", "down")]
+        assert loss.expert_drift(expert).item() == pytest.approx(torch.stack(norms).mean().item(), rel=1e-4)
+
+
+def test_aligned_norms_equal_the_materialised_ones(pico, tuned):
+    model, _ = assemble(tuned / "outputs" / "raw_moe", _args(pico, tuned), torch.float32, torch.device("cpu"))
+    layer = moe_layers(model)[1]
+    for norms, name in zip(aligned_norms(layer), ("gate", "up", "down"), strict=True):
+        want = [layer.materialise(e)[name].norm() for e in range(3)]
+        torch.testing.assert_close(norms, torch.stack(want), rtol=1e-5, atol=1e-5)
+
+
+def test_what_trains(pico, tuned, data, tmp_path):
+    old, new = (load_file(tuned / "outputs" / run / "moe.safetensors") for run in ("raw_moe", MOE))
+    for key, tensor in old.items():
+        # routers move, the aligned factors never do
+        assert torch.equal(tensor, new[key]) == (not key.endswith("router")), key
+    attention = [key for key in new if key.startswith("attention.")]
+    assert len(attention) == 2 * 4 * 2
+    assert any(new[key].abs().sum() > 0 for key in attention if "lora_B" in key)
+    shutil.copytree(tuned / "outputs" / "raw_moe", tmp_path / "outputs" / "raw_moe")
+    for name, flags in (("frozen", ("--train_router", "false")), ("pub", ("--compat", "published"))):
+        manifest = align(pico, tmp_path, data, "mix", *FLAGS, "--run_name", name, *flags)
+        kept = load_file(tmp_path / "outputs" / name / "moe.safetensors")
+        assert all(torch.equal(kept[key], old[key]) for key in old if key.endswith("router"))
+        if name == "pub":
+            assert all(0.55 < value < 1.56 for value in losses(manifest, "loss_gate"))
+            assert losses(manifest, "loss_drift_helpfulness")[0] > 1
+
+
+def test_saved_and_folded_model_equals_the_trained_one(pico, tuned):
+    args = _args(pico, tuned)
+    ids = torch.arange(20, 44)[None]
+    trained, _ = assemble(tuned / "outputs" / MOE, args, torch.float32, torch.device("cpu"))
+    folded = load_moe(tuned / "outputs" / MOE, args, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        torch.testing.assert_close(folded(ids).logits, trained.eval()(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_token_masks():
+    labels = torch.tensor([[-100, -100, 5, 6, -100]])
+    attention = torch.tensor([[1, 1, 1, 1, 0]])
+    found = {name: token_mask(name, attention, labels).tolist()[0] for name in ("answer", "prompt", "nonpad", "all")}
+    assert found == {"answer": [0, 0, 1, 1, 0], "prompt": [1, 1, 0, 0, 0], "nonpad": [1, 1, 1, 1, 0],
+                     "all": [1, 1, 1, 1, 1]}
+
+
+@pytest.mark.parametrize(("flags", "says"), [
+    (("--expert_topk", "4"), "--expert_topk 4: 'raw_moe' has 3 experts; allowed: 1 to 3"),
+    (("--raw_moe", MOE), "is tuned already"),
+    (("--raw_moe", "none"), "run 'none'"),
+    (("--method", "dpo"), "--method dpo: the fused MoE is tuned with sft"),
+    (("--gate_loss_weight", "-1"), "--gate_loss_weight -1.0: must be 0 or more"),
+])
+def test_refused(pico, tuned, data, capsys, flags, says):
+    import align_basemodel
+
+    with pytest.raises(SystemExit) as stop:
+        align_basemodel.main(["--task_name", "mix", *data_flag(data, "mix"), *common(pico, tuned), "--run_name", "bad",
+                              *flags])
+    assert stop.value.code == 2
+    assert says in capsys.readouterr().err
+    assert not (tuned / "outputs" / "bad").exists()
+
+
+def test_a_loss_that_is_no_number_ends_the_run(pico, tuned, data, capsys, monkeypatch):
+    import align_basemodel
+
+    forward = MoeLoss.forward
+    monkeypatch.setattr(MoeLoss, "forward", lambda self, *a, **k: (
+        parts := forward(self, *a, **k), parts.update(lm=parts["lm"] * float("nan")))[0])
+    with pytest.raises(SystemExit) as stop:
+        align_basemodel.main(["--task_name", "mix", *data_flag(data, "mix"), *common(pico, tuned), "--run_name", "nan"])
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert "the loss became nan at step 1; lower --learning_rate" in err
+    assert not list((tuned / "outputs").glob("*nan*"))
+
+
+@pytest.mark.parametrize("sizes", [(16, 8, 12), (8, 8, 16), (4, 8, 40)])
+def test_labels_match_their_source(pico, tmp_path, sizes):
+    from models.base.loading import load_tokenizer
+    from training.samples import training_rows
+
+    data = write_data(tmp_path, *sizes)
+    args = _args(pico, tmp_path, *data_flag(data, "mix"), "--task_name", "mix")
+    tokenizer = load_tokenizer(pico)
+    rows, _ = training_rows(args, tokenizer)
+    signs = {0: "round", 1: "help with that", 2: "No"}
+    for row in rows:
+        answer = tokenizer.decode([label for label in row["labels"] if label != -100])
+        assert signs[row["objective"]] in answer
+    assert {row["objective"] for row in rows} == {0, 1, 2}
