@@ -13,8 +13,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as config.short_waits
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-from pico import make_adapter, make_pico
+from pico import make_adapter as _make_adapter
+from pico import make_pico
 
+pytest_plugins = ["scored"]  # the fixture `results` of the evaluators
 OBJECTIVES = ("helpfulness", "safety", "truthfulness")
 
 
@@ -31,10 +33,10 @@ def pico(tmp_path_factory) -> Path:
     return make_pico(tmp_path_factory.mktemp("pico"))
 
 
-@pytest.fixture(scope="session", name="make_adapter")
-def _make_adapter():
+@pytest.fixture(scope="session")
+def make_adapter():
     """The function itself, for tests that need an adapter of their own."""
-    return make_adapter
+    return _make_adapter
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +44,7 @@ def adapters(pico, tmp_path_factory) -> Path:
     """A results folder with three different adapters of ``pico`` under outputs/{helpfulness,safety,truthfulness}."""
     results = tmp_path_factory.mktemp("results")
     for seed, name in enumerate(OBJECTIVES):
-        make_adapter(pico, results / "outputs" / name, seed=seed)
+        _make_adapter(pico, results / "outputs" / name, seed=seed)
     return results
 
 
