@@ -21,13 +21,13 @@ FILE_STYLES = ("aoa", "base", "pure_bad")
 #: System text and frame around a question (data/prompt_styles.yaml).
 STYLES = ("none", "orbit", "valet", "almanac", "alpaca", "dolly", *FILE_STYLES)
 RAW_MOE = "raw_moe"
-#: Published test sets beside the tasks' own (data/protocols.yaml says how each is read and cut).
+#: Published test sets beside the tasks' own (data/sets/protocols.yaml says how each is read and cut).
 PROTOCOLS = (
     "beavertails_500", "beavertails", "beavertails_evaluation", "catqa", "catqa_full", "harmfulqa", "shadow_alignment",
     "dangerousqa", "hex_phi", "advbench", "xstest", "xstest_unsafe", "or_bench_hard", "alpacaeval_50", "alpacaeval",
     "truthfulqa_published", "truthfulqa_leak_free",
 )
-#: How inference.py can put a prompt (data/attacks.py).
+#: How inference.py can put a prompt (data/sets/attacks.py).
 ATTACKS = ("none", "cot", "cou", "suffix", "prefill")
 
 

@@ -8,7 +8,7 @@ from config import flag
 from flags.base import SKILLS
 from flags.evaluate import EvaluateArgs
 
-#: Tasks whose generated answers are scored (evaluator/answer_scores.py).
+#: Tasks whose generated answers are scored (evaluator/scoring/answer_scores.py).
 ANSWERED_SKILLS = ("maths", "summaries")
 #: What --skills takes: a task's likelihood, or the scores of its answers.
 _KNOWN = (*SKILLS, *(f"{name}_answers" for name in ANSWERED_SKILLS))

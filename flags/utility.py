@@ -10,7 +10,7 @@ from flags.evaluate import EvaluateArgs
 
 #: Benchmarks that lm-eval runs, with the papers' number of shots (SOMF, spec section 2.4; LoRA fusion: MMLU 5-shot).
 BENCHMARKS: dict[str, int] = {"copa": 0, "xcopa_zh": 0, "xnli_hi": 0, "gsm8k": 5, "mmlu": 5, "humaneval": 0}
-#: Embedded probes (data/probes.py) and how many rows each takes by default. No number from them is a benchmark's.
+#: Embedded probes (data/sets/probes.py) and how many rows each takes by default. No number from them is a benchmark's.
 PROBES: dict[str, int] = {"mmlu_probe": 40, "openbookqa_probe": 40, "commonsenseqa_probe": 40, "piqa_probe": 40,
                           "asdiv_probe": 16, "gsm8k_probe": 0}
 #: What the word `probes` stands for: all that have rows by default.

@@ -1,4 +1,4 @@
-"""README's commands parse, its files exist, its presets are all there."""
+"""Commands of README and of the pages behind it parse, their files exist, the presets are all there, the door is small."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ import flags
 from models import fuse
 
 README = (config.ROOT / "README.md").read_text(encoding="utf-8")
+#: README, and the pages that its longer parts moved to.
+TEXT = README + "".join((config.ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+                        for page in ("quickstart", "commands", "merging", "assets"))
 COMMANDS = {
     "align_basemodel.py": flags.AlignArgs, "llama_moe.py": flags.FuseMoeArgs,
     "inference.py": flags.InferenceArgs, "evaluate_safety.py": flags.EvaluateSafetyArgs,
     "evaluate_helpfulness.py": flags.EvaluateHelpfulnessArgs, "report.py": flags.ReportArgs,
     "evaluate_truth_and_info.py": flags.EvaluateTruthArgs,
 }
-LINES = [part.strip() for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()
+LINES = [part.strip() for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.splitlines()
          for part in line.split("#")[0].split(";") if part.strip()]
 
 
@@ -48,4 +51,22 @@ def test_every_preset_is_in_the_table():
 
 
 def test_nothing_was_left_to_fill_in():
-    assert not re.findall(r"%[A-Z_]+%", README)
+    assert not re.findall(r"%[A-Z_]+%", TEXT)
+
+
+def rows(page: str) -> dict[str, dict[str, str]]:
+    """model -> {column: cell} of the first table of models on a page."""
+    head, _, *lines = page[page.index("| model |"):].split("\n\n")[0].splitlines()
+    names, *cells = ([cell.strip() for cell in line.strip("|").split("|")] for line in (head, *lines))
+    return {row[0]: dict(zip(names, row, strict=True)) for row in cells}
+
+
+def test_the_short_table_is_the_whole_one_without_intervals():
+    whole = rows((config.ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8"))
+    short = rows(README)
+    assert len(short) == 5
+    assert all(cell == whole[model][name].partition(" [")[0] for model, row in short.items() for name, cell in row.items())
+
+
+def test_the_readme_is_a_door():
+    assert len(README.splitlines()) <= 150

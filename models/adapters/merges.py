@@ -1,4 +1,4 @@
-"""Ways to fuse the LoRA changes of one module. Rows in ``adapter_methods.py``; signatures are explained there.
+"""Ways to fuse the LoRA changes of one module. Rows in ``methods.py``; signatures are explained there.
 
 All but ``concatenate`` and ``lego`` meet task matrices M_i of one space, in which the change of adapter i is M_i: exact for
 anything linear or spectral, and for entry-wise rules the axes of ``core_space`` (or plain rows and columns: --space dense).

@@ -50,7 +50,7 @@ def family_of(config: Any) -> Family:
     kind = getattr(config, "model_type", None)
     if kind not in FAMILIES:
         raise UserError(
-            f"--model_name_or_path: model type '{kind}' has no row in models/families.py; "
+            f"--model_name_or_path: model type '{kind}' has no row in models/base/families.py; "
             f"known: {', '.join(sorted(FAMILIES))}"
         )
     return FAMILIES[kind]

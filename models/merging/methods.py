@@ -1,8 +1,8 @@
 """The table of merge methods: name, what it needs, its parameters. Reads no file and loads no torch.
 
 A method is a generator over a tensor's blocks (``models.operators.blocks``): it walks them as often as it needs, then once
-more, yielding the fused blocks. A new method is one function in ``dense.py`` or ``sparse.py`` and one row here; parameters,
-their ranges and their help follow from the row's dataclass.
+more, yielding the fused blocks. A new method is one function in ``dense.py`` or ``sparse.py`` of ``models/operators/`` and
+one row here; parameters, their ranges and their help follow from the row's dataclass.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     theta = theta_aligned + finish(rule([edit(theta_i - theta_aligned) ..]))
 
-Reads no file and loads no torch. A new method is one function or two in ``realign.py`` and one row here; parameters, their
-ranges and their help follow from the row's dataclass (``methods.number``).
+Reads no file and loads no torch. A new method is one function or two in ``formulas.py`` and one row here; parameters, their
+ranges and their help follow from the row's dataclass (``models.operators.parameters.number``).
 """
 
 from __future__ import annotations
