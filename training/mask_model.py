@@ -57,6 +57,7 @@ def live_model(settings: Settings, specs: Sequence[Spec], aligned: Model, tasks:
     folder = aligned.checkpoint.folder
     if specs[0].part == "weight":
         model = load_base(folder, storage, device)
+        # tied weights go by two names, and a checkpoint may store them under either
         names = dict(model.named_parameters(remove_duplicate=False))
         places = {spec.name: names.get(spec.weight) for spec in specs}
     else:
@@ -67,6 +68,7 @@ def live_model(settings: Settings, specs: Sequence[Spec], aligned: Model, tasks:
     if absent := [name for name, place in places.items() if place is None]:
         raise UserError(f"{aligned.name}: {absent[0]} and {len(absent) - 1} more tensors are no parameters of the model "
                         "that transformers makes of it; give a checkpoint of a known architecture")
+    # the bank turns the masked ones on again when it is attached; until then nothing collects gradients
     model.requires_grad_(False)
     model.config.use_cache = False
     slots, taken = [], set()
@@ -85,6 +87,7 @@ def live_model(settings: Settings, specs: Sequence[Spec], aligned: Model, tasks:
 
 def _with_factors(model: PreTrainedModel, specs: Sequence[Spec]) -> PreTrainedModel:
     """LoRA layers of scale 1 in place of the modules that the specs name; the wrapper around the model is left off."""
+    # alpha = rank is a scale of 1: a slot's factors multiply as they are
     ranks = {spec.module: spec.shape[0] if spec.part == "A" else spec.shape[1] for spec in specs}
     largest = max(ranks.values())
     other = {module: rank for module, rank in ranks.items() if rank != largest}

@@ -43,6 +43,7 @@ def with_extra(records: list[Record], args: AlignArgs) -> list[Record]:
     """
     extra = read_dialogs(Path(args.extra_data).expanduser(), "train", OBJECTIVES.index("safety"))
     if args.extra_share is not None:
+        # e / (n + e) = share, solved for e; at least one row, or the flag would do nothing
         wanted = max(1, round(len(records) * args.extra_share / (1 - args.extra_share)))
         if wanted > len(extra):
             raise UserError(f"--extra_share {args.extra_share}: {len(records)} rows need {wanted} from {args.extra_data}, "
@@ -69,5 +70,6 @@ def training_rows(args: AlignArgs, tokenizer: Any) -> tuple[list[dict[str, Any]]
     log.info("rows by objective: %s", ", ".join(f"{name} {count}" for name, count in counts.items() if count))
     if source != "embedded":
         return train.rows, []
+    # drawn like the training rows, so that every seed has its own validation rows too
     held_out = mix(sources.load_records(args.task_name, "validation"), VALIDATION_ROWS, "proportional", args.seed)
     return train.rows, encode([framed.apply(record) for record in held_out], tokenizer, form, args.model_max_length).rows
