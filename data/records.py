@@ -91,6 +91,7 @@ _NOT_WORD = re.compile(r"[^\w\s]", re.UNICODE)
 
 def normalise(text: str) -> str:
     """Case, punctuation, quotes and white space folded: two prompts that differ only there are the same prompt."""
+    # NFKC and casefold: full-width letters, and a German sharp s for ss, make no other prompt
     text = unicodedata.normalize("NFKC", text).casefold()
     return _SPACE.sub(" ", _NOT_WORD.sub(" ", text)).strip()
 

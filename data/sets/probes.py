@@ -59,6 +59,7 @@ def rows(name: str, limit: int = -1) -> list[Any]:
     found = PROBES[name].rows()
     if limit < 0 or limit >= len(found):
         return found
+    # by hash, so that a larger limit holds the rows of a smaller one
     order = sorted(range(len(found)), key=lambda i: (stable_hash(found[i].prompt + found[i].id, "probe"), i))
     return [found[i] for i in sorted(order[:limit])]
 
@@ -76,6 +77,7 @@ def choice(row: dict[str, str], id: str) -> Choice | None:
     right = options(row["answer"])
     letter = next(iter(right), "")
     texts = tuple(found.values())
+    # such rows have no right answer that a likelihood could pick
     if len(texts) < 2 or not all(texts) or len(set(texts)) < len(texts) or found.get(letter) != right.get(letter):
         return None
     labels = tuple(int(key == letter) for key in found)
@@ -115,6 +117,7 @@ def _asdiv() -> list[Problem]:
     made = []
     for i, row in enumerate(_lines("ASDiv/test.jsonl")):
         numbers = _NUMBER.findall(row["answer"])
+        # "3 : 4" or "7:30" holds numbers, but no number is the answer
         if len(numbers) == 1 and not re.search(r"\d\s*[:/;]\s*\d", row["answer"]):
             made.append(Problem(f"{row['passage'].strip()} {row['question'].strip()}", numbers[0], f"asdiv-{i}"))
     return made

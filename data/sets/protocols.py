@@ -60,6 +60,7 @@ class Protocol:
     def rule_text(self) -> str:
         """The reduction in words."""
         rule = self.rule
+        # before "first" alone, which such a rule has as well
         if "per" in rule:
             return f"first {rule['first']} of each {rule['per']}"
         if "first" in rule:
@@ -137,10 +138,11 @@ def load(name: str, data_path: str | None = None, data_source: str = "embedded",
         UserError: it cannot be had, or the file has problems; all of them.
     """
     protocol = table()[name]
-    if found := problems(name, data_path, data_source):
-        raise UserError(*found)
+    if faults := problems(name, data_path, data_source):
+        raise UserError(*faults)
     place = data_path or (protocol.hub if data_source == "published" else "")
     if place:
+        # the published rules go by file order: nothing may be sorted or dropped before them
         rows = _rows(protocol, place)
         records = _records(protocol, _RULES[next(iter(protocol.rule), "all")](rows, protocol))
     else:
@@ -148,17 +150,18 @@ def load(name: str, data_path: str | None = None, data_source: str = "embedded",
     read = len(rows) if place else len(records)
     first: dict[str, Record] = {}
     for record in records:
+        # counted where they stay, too: published sets repeat prompts, whose answers then count twice
         first.setdefault(normalise(record.prompt + "\n" + record.input), record)
     kept = list(first.values())
     repeated = len(records) - len(kept)
     kept = kept if unique_prompts else records
     if not kept:
         raise UserError(f"{place}: no row is left for {name} ({protocol.rule_text})")
-    done = Reduction(name, place or _STAND_INS[protocol.stand_in], not place and protocol.stand_in != name,
+    reduction = Reduction(name, place or _STAND_INS[protocol.stand_in], not place and protocol.stand_in != name,
                      protocol.rule_text if place else "all", read, len(kept), 0 if unique_prompts else repeated,
                      repeated if unique_prompts else 0)
-    _say(protocol, done)
-    return kept, done
+    _say(protocol, reduction)
+    return kept, reduction
 
 
 def task_of(answers_name: str) -> str:
@@ -201,6 +204,7 @@ def _rows(protocol: Protocol, place: str) -> list[Row]:
     for row in raw:
         fields = {str(key).strip().lower().replace(" ", "_"): value for key, value in row.fields.items()}
         # reference answers are read where the table names them only: some sets ship harmful ones
+        # files under our column names are read as well; where both are there, the set's own name wins
         ours = {name: fields[column] for name in {*_OURS, *protocol.columns}
                 for column in (name, protocol.columns.get(name, name).lower()) if column in fields}
         if not isinstance(prompt := ours.get("prompt"), str) or not prompt.strip():

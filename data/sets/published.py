@@ -110,6 +110,7 @@ def records_of(
     if shape is _TRUTH:
         good = _half(good, split, split_mode)
     if shape is _BEAVER and split == "train":
+        # as published (H3Fusion's spec, section 2.1): the others are harmful answers
         good = [row for row in good if row.fields["is_safe"]]
     if shape is _PKU:
         good = _one_safe(good, place)
@@ -192,6 +193,7 @@ def hub_rows(name: str, split: str) -> list[Row]:
 
 def _shape_of(row: Row, shapes: Sequence[Shape]) -> Shape:
     for shape in shapes:
+        # the first row decides for all: a file is of one shape, and rows that differ are problems
         if shape.mark <= row.fields.keys():
             return shape
     raise UserError(f"{row.where}: fields {', '.join(map(str, row.fields)) or 'none'} are no known shape; "
@@ -283,6 +285,7 @@ def _chosen(fields: dict[str, Any], shape: Shape) -> dict[str, Any]:
 
 def _half(rows: list[Row], split: str, split_mode: str) -> list[Row]:
     if split_mode == "published":
+        # unshuffled, so the halves differ in kind: adversarial questions to train on, mostly others to test
         return rows[: len(rows) // 2] if split == "train" else rows[len(rows) // 2 :]
     side = 0 if split == "train" else 1
     return [row for row in rows if truthfulqa_side(row.fields["question"]) == side]
