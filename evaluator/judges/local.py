@@ -74,7 +74,7 @@ def find(name: str, path: str, args: Any, labels: int = 0) -> Source:
         UserError: no such model, no safetensors, no tokenizer, or another layout than this judge needs.
     """
     flag = f"--judges {name}={path}"
-    folder = base_path(path, args.cache_dir, said=flag)
+    folder = base_path(path, args.cache_dir, flag=flag)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

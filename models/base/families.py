@@ -35,6 +35,7 @@ class Family:
         return (self.gate, self.up, self.down)
 
 
+#: All six name their parts alike; a family with other names gives them as arguments.
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
     "mistral": Family(),

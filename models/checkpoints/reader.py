@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+#: Bytes of each block that a fingerprint reads: 256 of 64 kB are 16 MB, whatever the file's size.
 _SAMPLE = 1 << 16
 _SUFFIX = ".safetensors"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -56,6 +57,7 @@ class Checkpoint:
         Raises:
             UserError: with everything that is wrong: nothing there, only pickled weights, damaged or lying files.
         """
+        # all shards are looked at before anything is raised: one bad download is often several
         problems: list[str] = []
         files, placed, config = (), None, {}
         streams: dict[Path, BinaryIO] = {}
@@ -72,12 +74,15 @@ class Checkpoint:
             tensors = _together(folder, shards, problems)
             if placed is not None:
                 problems += _against_index(folder / INDEX, placed, shards)
+            # a single file takes the config.json beside it
             root = folder.parent if folder in files else folder
+            # lexists: a link to nothing is a fault to report, not a file that is missing
             if os.path.lexists(root / CONFIG):
                 with _collecting(problems, root / CONFIG):
                     config = _json(root / CONFIG)
             if problems:
                 raise UserError(*problems)
+            # stack.pop_all(): from here on the checkpoint closes the files; until here any error did
             return cls(root, files, dict(sorted(tensors.items())), metadata, config, streams, stack.pop_all())
 
     def read(self, info: TensorInfo, first: int, count: int, out: Tensor) -> Tensor:
@@ -93,11 +98,13 @@ class Checkpoint:
         import torch
 
         size, kind = KINDS[info.dtype]
+        # checked though only our code calls it: a read past the end would be the next tensor's values
         nbytes, offset = count * size, first * size
         if not 0 <= offset <= offset + nbytes <= info.nbytes or nbytes > len(out):
             raise ValueError(f"{info.name}: {count} elements from {first} of {prod(info.shape)}, {len(out)} bytes to fill")
         view, done = memoryview(out.numpy())[:nbytes], 0
         handle = self._streams[info.file].fileno()
+        # a read may stop early (a signal, a network file system); preadv keeps no position, so threads can share the file
         while done < nbytes:
             try:
                 got = os.preadv(handle, [view[done:]], info.start + offset + done)
@@ -140,9 +147,11 @@ def fingerprint(folder: Path) -> str:
     for file in sorted(f for f in folder.glob(f"*{_SUFFIX}") if f.is_file()):
         size = file.stat().st_size
         with file.open("rb") as stream:
+            # names and shapes decide, too: two files of equal samples may call them otherwise
             header = int.from_bytes(stream.read(8), "little")
             digest.update(stream.read(min(header, size)))
             for i in range(256):
+                # from the first byte to the last: 255 steps between 256 blocks; short files are read more than once
                 stream.seek(max(0, i * (size - _SAMPLE) // 255))
                 digest.update(stream.read(_SAMPLE))
     return digest.hexdigest()
@@ -182,6 +191,7 @@ def _indexed(index: Path, problems: list[str]) -> tuple[tuple[Path, ...], dict[s
     placed = _json(index).get("weight_map")
     if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
         raise UserError(f"{index}: weight_map is {shown(placed)}, must map tensors to files; {REPAIR}")
+    # an index lists a file once for each of its tensors
     names = sorted(set(placed.values()))
     wrong = {name: fault for name in names if (fault := _name_fault(index.parent, name))}
     problems += few(index, (f"names {shown(name)}, {fault}" for name, fault in wrong.items()))
