@@ -61,16 +61,20 @@ def sweep(args: SweepArgs, preset: str) -> dict:
     rows = {"fusion": [fused(args, weight) for weight in grid]}
     score(rows["fusion"], style, args, preset)
     extended = []
+    # in steps of the grid's last one, up to 1; the published grid alone never reached the cliff (docs/lab-log.md)
     while args.extend and curve.unbroken(points(rows["fusion"], style, args)) and grid[-1] < 1:
+        # rounded: 0.3 + 0.3 - 0.2 is 0.39999999999999997, and the lambda is part of a run's name
         extended.append(min(1.0, round(grid[-1] + grid[-1] - grid[-2], 10)))
         grid.append(extended[-1])
         log.info("harm has not halved at lambda %g: going on at %g", grid[-2], grid[-1])
         rows["fusion"].append(fused(args, grid[-1]))
         score(rows["fusion"][-1:], style, args, preset)
+    # after extending: controls stand at the lambdas that fusion was measured at
     rows |= controls(args, grid)
     score([row for group in rows.values() for row in group], style, args, preset)
     steps, stopped = [], f"{args.refine} further lambdas were allowed"
     while True:
+        # asked once more after the last allowed step, to say why it could have stopped
         weight, why = curve.next_weight(points(rows["fusion"], style, args), args.min_step, args.seed)
         if weight is None:
             stopped = why
@@ -83,6 +87,7 @@ def sweep(args: SweepArgs, preset: str) -> dict:
         score(rows["fusion"][-1:], style, args, preset)
     rows["fusion"].sort(key=lambda row: row.weight)
     coarse = {"fusion": [row for row in rows["fusion"] if row.weight in grid], "control": rows.get("control", [])}
+    # other styles at the coarse grid only: where to refine was decided by the first
     for other in others:
         score([row for group in coarse.values() for row in group], other, args, preset)
     facts = {"task": args.task, "safety": args.safety, "form": args.form, "style": style, "utility": args.utility,
@@ -110,6 +115,7 @@ def check(args: SweepArgs) -> None:
         from evaluator.scoring import harness
 
         for name in wanted:
+            # data that lacks shows here and not after an hour of answers
             harness.build(EvaluateUtilityArgs(**benchmark_flags(args)), name)
 
 
@@ -151,6 +157,7 @@ def score(rows: Iterable[Row], style: str, args: SweepArgs, preset: str) -> None
     from evaluator import evaluate_safety, evaluate_skills, evaluate_utility
     from evaluator.scoring import answer_scores
 
+    # lambda 0 and the task's own run are one model: answered once
     runs = list(dict.fromkeys(row.run for row in rows))
     if not runs:
         return
