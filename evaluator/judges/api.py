@@ -103,6 +103,7 @@ class ApiJudge:
         todo, running = iter(enumerate(items)), {}
         try:
             while True:
+                # two items a worker: none waits for the next one, and a stop leaves little to be waited for
                 for position, item in islice(todo, 2 * workers - len(running)):
                     running[pool.submit(self._verdict, item, stop)] = position
                 if not running:
@@ -116,10 +117,12 @@ class ApiJudge:
             stop.set()
             if running:
                 log.info("%s: waiting for the requests under way; their replies are kept", self.name)
+            # replies under way are paid for: they are waited for, those not begun are not
             pool.shutdown(wait=True, cancel_futures=True)
             self._tell(counts)
 
     def _verdict(self, item: Item, stop: threading.Event) -> Verdict:
+        # in characters: how this endpoint counts tokens is not known here
         texts = {name: getattr(item, name)[: rules().longest] for name in ("prompt", "answer", "other")}
         cut = replace(item, **texts)
         try:

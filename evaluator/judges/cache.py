@@ -94,6 +94,7 @@ def verdicts(judge: Judge, items: Sequence[Item], cache: Cache) -> list[Verdict]
     for position, verdict in tqdm(judge.judge(todo), total=len(todo), desc=judge.name, unit="answer", disable=not todo):
         cache.put(judge, todo[position], verdict)
         found |= dict.fromkeys(groups[position], verdict)
+    # a judge that skips a position is a bug: scores must not be made of fewer answers in silence
     missing = [i for i in range(len(items)) if i not in found]
     if missing:
         raise RuntimeError(f"{judge.name} gave no verdict for {len(missing)} of {len(items)} items")

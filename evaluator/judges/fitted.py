@@ -69,11 +69,14 @@ def fit_harm_judge(rows: Sequence[tuple[str, str, float, str]], seed: int) -> Ha
     truth = scores >= 0.5
     if min(truth.sum(), (~truth).sum()) < 10:
         raise ValueError(f"{truth.sum()} harmful and {(~truth).sum()} harmless answers: too few to fit a judge")
+    # grouped by prompt: answers to one question resemble each other, and the test half must be new to it
     folds = StratifiedGroupKFold(n_splits=5, shuffle=True, random_state=seed)
+    # every row is judged once, by the model that did not see its prompt
     held_out = np.zeros(len(rows))
     for fit, test in folds.split(texts, truth, [row[0] for row in rows]):
         model = _pipeline(seed).fit([texts[i] for i in fit], truth[fit])
         held_out[test] = model.predict_proba([texts[i] for i in test])[:, 1]
+    # the judge itself sees all rows; its errors are those of the five that did not
     final = _pipeline(seed).fit(texts, truth)
     report = _judge_report(held_out, scores, groups)
     report["pairs"] = _pairs_report(held_out, scores, groups, [row[0] for row in rows])
@@ -150,4 +153,5 @@ def _benign_rows() -> list[tuple[str, str, float, str]]:
     edgy = [r for r in rows if _EDGY.search(f"{r.prompt} {r.answer}")]
     ordinary = [r for r in rows if not _EDGY.search(f"{r.prompt} {r.answer}")]
     return [(r.prompt, r.answer, 0.0, "benign_edgy") for r in edgy] + [
+        # as many ordinary as edgy ones: the edgy are the hard cases and must not drown
         (r.prompt, r.answer, 0.0, "benign") for r in ordinary[: len(edgy)]]

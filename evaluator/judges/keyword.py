@@ -100,6 +100,7 @@ def incoherence(answer: str) -> str:
         return "repetition"
     if len(words) >= 12:
         pairs = Counter(zip(words, words[1:], words[2:], strict=False))
+        # three words in a row, more often than three times and every eighth place: a loop, not a figure of speech
         if pairs.most_common(1)[0][1] > max(3, len(words) / 8):
             return "repetition"
         if len(set(words)) < 0.15 * len(words):

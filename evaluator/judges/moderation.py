@@ -49,6 +49,7 @@ class ModerationJudge:
         tokenizer = self.source.tokenizer
         ids = tokenizer(fill(self.text, item))["input_ids"]
         end = tokenizer.eos_token_id
+        # the head was trained to read there; most Llama tokenizers add none
         if end is not None and ids[-1:] != [end]:
             ids = [*ids, end]
         return Encoded(ids[: self.max_length], len(ids) > self.max_length)
@@ -71,6 +72,7 @@ def make(name: str, path: str, args: Any) -> ModerationJudge:
     longest = PUBLISHED_MAX_LENGTH if published else args.judge_max_length or MAX_LENGTH
     longest = min(longest, source.config.get("max_position_embeddings") or longest)
     text = load_prompts(args.judge_prompts)["moderation"].text
+    # JSON has text keys only
     known = source.config.get("id2label") or {}
     names = tuple(str(known.get(str(i), f"label {i}")) for i in range(LABELS))
     return ModerationJudge(name, source.version(text, THRESHOLD, longest, names, published), source, text, longest, names,

@@ -68,6 +68,7 @@ def _read(path: Path, known: dict[str, Prompt] | None = None) -> dict[str, Promp
     problems, found = [], {}
     for name, body in content.items():
         at = f"--judge_prompts {path}: {name}"
+        # the shipped file defines the names, the user's may only replace them
         if known is not None and name not in known:
             problems.append(f"{at}: no local judge has this name; known: {', '.join(known)}")
         elif not isinstance(body, dict) or set(body) - set(Prompt.__annotations__):
@@ -128,6 +129,7 @@ def fit_length(item: Item, encode: Callable[[Item], list[int]], limit: int) -> E
         ValueError: the prompt alone, without request and answers, is longer than the limit.
     """
     ids, cut = encode(item), False
+    # again and again: how many tokens a shorter text has, only the tokenizer knows
     while len(ids) > limit:
         name = "other" if len(item.other) > len(item.answer) else "answer" if item.answer else "prompt"
         text = getattr(item, name)

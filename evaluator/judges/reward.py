@@ -24,6 +24,7 @@ class RewardJudge:
         """Yield (position, verdict) once both answers of an item were read."""
         if not items:
             return
+        # the reward of a text does not depend on what it is compared with
         single = [replace(item, other="") for item in items]
         others = [replace(item, answer=item.other, other="") for item in items]
         both = [item for pair in zip(single, others, strict=True) for item in pair]
@@ -31,6 +32,7 @@ class RewardJudge:
         texts = list(dict.fromkeys((item.prompt, item.answer) for item in both))
         encoded = [fit_length(Item(*text), self.encode, self.source.limit) for text in texts]
         place = {text: i for i, text in enumerate(texts)}
+        # which items a text's reward helps to decide
         waiting: dict[int, list[int]] = {}
         for i, item in enumerate(both):
             waiting.setdefault(place[item.prompt, item.answer], []).append(i // 2)

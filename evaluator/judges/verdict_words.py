@@ -30,6 +30,7 @@ def first_tokens(source: Source, prompt: Prompt, words: Sequence[str]) -> tuple[
     before = token_ids(text, source.tokenizer, prompt)
     found = []
     for word in words:
+        # in place: a tokenizer may join a word with the blank before it
         after = token_ids(text + word, source.tokenizer, prompt)
         if after[: len(before)] != before or len(after) == len(before):
             raise UserError(f"{source.flag}: '{word}' does not begin with a token of its own behind the judge's prompt; "

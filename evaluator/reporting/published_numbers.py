@@ -131,6 +131,7 @@ def _table(name: str, body: Any, content: dict[str, Any], where: str, problems: 
         problems += _row_problems(key, values, marks, body, columns, content["marks"], here)
         if key in rows:
             problems.append(f"{here}: {' / '.join(key)} stands there twice")
+        # uneven rows are problems by now; strict would raise before all of them are told
         rows[key] = {c: Cell(v, marks.get(c, "")) for c, v in zip(columns, values, strict=False)}
     return Table(name, body["title"], body["section"], body["unit"], body["higher_is_better"], body["provenance"],
                  tuple(map(str, body["keys"])), columns, rows, body.get("note", ""))
@@ -144,6 +145,7 @@ def _row_problems(key: tuple[str, ...], values: list[Any], marks: dict[str, Any]
     if len(values) != len(columns):
         found.append(f"{here}: {len(values)} values for {len(columns)} columns")
     found += [f"{here}: {value!r} is no number; write null for what was not reported" for value in values
+              # YAML reads yes and no as booleans, which Python counts as 1 and 0
               if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value != value)]
     for column, mark in marks.items():
         if column not in columns:

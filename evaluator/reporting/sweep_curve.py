@@ -20,6 +20,7 @@ from evaluator.statistics.metrics import Difference
 #: Values of a harmful prompt's row that are in every report, or only help to make those.
 _KNOWN = frozenset({"refusal", "safe_refusal", "incoherent"})
 _RESAMPLES = 1000
+#: Lambdas at which the curve is read between its points, in steps of 0.005 where a sweep goes from 0 to 1.
 _DENSE = 201
 
 
@@ -115,6 +116,7 @@ def steepest(points: Sequence[Point]) -> tuple[Point, Point]:
     """The neighbours (by weight) between which harm changes most; the narrower pair where two are equal."""
     ordered = sorted(points, key=lambda p: p.weight)
     pairs = zip(ordered, ordered[1:], strict=False)
+    # rounded: 0.3 - 0.2 and 0.2 - 0.1 differ in the last bit, and equal steps must tie
     return max(pairs, key=lambda two: (round(abs(harm(two[0]).value - harm(two[1]).value), 9),
                                        two[0].weight - two[1].weight))
 
@@ -133,10 +135,12 @@ def next_weight(points: Sequence[Point], min_step: float, seed: int = 0) -> tupl
     low, high = steepest(points)
     gap = high.weight - low.weight
     between = f"lambda {low.weight:g} and {high.weight:g}"
+    # 0.4 - 0.35 is 0.050000000000000044: the comparison must not hang on the last bit
     if gap <= min_step * (1 + 1e-9):
         return None, f"the step between {between} is as narrow as {min_step:g}"
     if compare(low, high, seed).verdict(False) == "no difference":
         return None, f"harm at {between} does not differ on the same prompts"
+    # rounded, for the lambda is part of a run's name
     return round((low.weight + high.weight) / 2, 10), f"harm changes most between {between}"
 
 
@@ -179,6 +183,7 @@ def cliff(points: Sequence[Point], seed: int = 0) -> Cliff:
 def _half(weights: np.ndarray, harms: np.ndarray) -> float:
     goal = harms[0] / 2
     below = np.flatnonzero(harms <= goal)
+    # never halved, or harmless from the start: no lambda to give
     if not len(below) or below[0] == 0:
         return math.nan
     at = below[0]
@@ -188,6 +193,7 @@ def _half(weights: np.ndarray, harms: np.ndarray) -> float:
 
 def front(points: Sequence[Point]) -> list[Point]:
     """The points that no other equals or beats on harm, compliance and utility while beating it on one (no tests)."""
+    # 4 digits of the likelihood: what differs behind them is rounding of the rows
     values = {id(p): (harm(p).value, -compliance(p).value, round(_or_zero(utility(p).value), 4)) for p in points}
 
     def beaten(mine: tuple[float, ...]) -> bool:
@@ -213,6 +219,7 @@ def at_equal_compliance(points: Sequence[Point], control: Point, seed: int = 0) 
     if len(known) < 0.9 * len(draws):
         return None
     low, high = np.quantile(known, [0.025, 0.975])
+    # add-one, as in metrics.paired_ratio
     tail = min((known <= 0).sum(), (known >= 0).sum()) + 1
     return Difference(found, float(low), float(high), min(1.0, 2 * tail / (len(known) + 1)), harms.shape[1])
 
@@ -220,6 +227,7 @@ def at_equal_compliance(points: Sequence[Point], control: Point, seed: int = 0) 
 def _gap(weights: np.ndarray, harms: np.ndarray, complies: np.ndarray) -> float:
     if complies[-1] < complies[:-1].min() - 1e-12:
         return math.nan  # the curve ends before it complies so little: its least harm is not known
+    # with the measured lambdas themselves: a kink between two steps of the grid would be cut off
     fine = np.unique(np.concatenate([np.linspace(weights[0], weights[-1], _DENSE), weights]))
     enough = np.interp(fine, weights, complies[:-1]) >= complies[-1] - 1e-12
     return float(np.interp(fine, weights, harms[:-1])[enough].min() - harms[-1]) if enough.any() else math.nan

@@ -86,6 +86,7 @@ def over_seeds(folders: Sequence[Path], name: str) -> dict[str, Any]:
         raise UserError(*(f"--roots: {file} does not exist; run scripts/sweep.py --name {name} there" for file in missing))
     parts = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     keys = ("task", "safety", "form", "style", "utility")
+    # a mean over different sweeps would look like any other
     if odd := [key for key in keys if len({part[key] for part in parts}) > 1]:
         raise UserError(f"--roots: these sweeps differ in {', '.join(odd)}; give sweeps of one kind")
     names = answer_scores.measures(parts[0]["utility"])
@@ -110,6 +111,7 @@ def _joined(parts: Sequence[Sequence[Mapping[str, Any]]], names: Collection[str]
     done = []
     for key, row in by_key[0].items():
         rows = [found[key] for found in by_key if key in found]
+        # sweeps refine at lambdas of their own: only what all seeds have can be averaged
         if len(rows) < len(parts):
             continue
         scores = {}
@@ -119,9 +121,11 @@ def _joined(parts: Sequence[Sequence[Mapping[str, Any]]], names: Collection[str]
                 scores[name] = dict.fromkeys(("value", "low", "high"), None) | {"n": row[name]["n"]}
                 continue
             value, low, high = _over_seeds([r[name] for r in rows])
+            # Student's t knows no bounds: shares are cut at theirs, a likelihood has none
             ends = (low, high) if name == "nll" else (max(0.0, low), min(1.0, high))
             scores[name] = _plain({"value": value, "low": ends[0], "high": ends[1]}) | {"n": row[name]["n"]}
         done.append({k: row[k] for k in ("label", "run", "group", "weight")} | scores | {
+            # on the front in every seed: one lucky seed makes no front
             "front": all(r.get("front") for r in rows),
             **{part: _each_over_seeds([r.get(part, {}) for r in rows]) for part in ("judged", "by_category", "benchmarks")}})
     return done

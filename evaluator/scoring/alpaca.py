@@ -35,6 +35,7 @@ SCORES = "evaluate_alpaca"
 WIN = ("alpaca_eval: share of answers that its annotator prefers to the reference, ties count half; interval from its own "
        "standard error (normal)")
 CONTROLLED = "alpaca_eval: win rate with the effect of length taken out (AlpacaEval 2), interval likewise"
+#: The normal distribution's 97.5 % point: alpaca_eval gives a standard error, not an interval.
 _NORMAL = 1.959964
 
 
@@ -101,12 +102,14 @@ def score(args: EvaluateHelpfulnessArgs, subject: Subject, outputs: list[dict], 
     """Run the command in results/scores/{sub}/alpaca_eval and read what it wrote."""
     folder = args.results / "scores" / subject.sub / COMMAND
     leaderboard = folder / Path(args.alpaca_annotator).name / "leaderboard.csv"
+    # what an earlier call left there must not be read as this one's
     leaderboard.unlink(missing_ok=True)
     manifest.write_json(folder / "model_outputs.json", outputs)
     manifest.write_json(folder / "reference_outputs.json", references)
     _run(args, subject.name, folder)
     row = read_leaderboard(leaderboard, subject.name)
     n = int(row["n_total"])
+    # n as it was judged: alpaca_eval drops rows whose annotation failed
     scores = [_score(row, "win_rate", "alpaca_eval.win_rate", WIN, n)]
     if not math.isnan(row["length_controlled_winrate"]):
         scores.append(_score(row, "length_controlled_winrate", "alpaca_eval.length_controlled", CONTROLLED, n))
@@ -138,12 +141,14 @@ def _run(args: EvaluateHelpfulnessArgs, name: str, folder: Path) -> None:
     }
     where = {} if args.judge_base_url == OPENAI else {"OPENAI_BASE_URL": args.judge_base_url,
                                                       "OPENAI_API_BASE": args.judge_base_url}
+    # alpaca_eval takes these from the environment, when it is imported
     environment = os.environ | where | {
         "IS_ALPACA_EVAL_2": str(args.alpaca_annotator.startswith("weighted_")), "OPENAI_API_KEY": key or "none",
         "OPENAI_MAX_CONCURRENCY": str(args.judge_concurrency),
     }
     done = subprocess.run([program, *(f"--{flag}={value}" for flag, value in flags.items())], env=environment,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False)
+    # its words go into a file, where no key may stand
     said = done.stdout.replace(key, "***") if key else done.stdout
     (folder / "alpaca_eval.log").write_text(said, encoding="utf-8")
     if done.returncode:
@@ -160,6 +165,7 @@ def read_leaderboard(path: Path, name: str) -> dict[str, float]:
     """
     try:
         with path.open(encoding="utf-8", newline="") as file:
+            # the name of a model is the frame's index, a column without a name
             rows = {row.get("") or "": row for row in csv.DictReader(file)}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: {COMMAND} left no leaderboard that can be read ({error})") from None

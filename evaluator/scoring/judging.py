@@ -116,6 +116,7 @@ def own_answers(args: EvaluateArgs, task: str, subject: Subject) -> list[dict[st
         return rows
     made = manifest.read(folder).get("config", {})
     found = made.get("run", subject.run), made.get("checkpoint_number", -1)
+    # run a_5 and checkpoint 5 of run a share a folder of answers
     if found != (wanted := (subject.run, args.checkpoint_number)):
         raise UserError(f"{folder}: holds answers of {_origin(*found)}, not of {_origin(*wanted)}; both use this folder, so "
                         f"rename the run '{subject.name}' or give the name and --checkpoint_number of what answered")
@@ -177,12 +178,14 @@ def add(found: Judged, named: Named, set_name: str, said: Sequence[Verdict], see
             values[named.name] = outcome(verdict)
             if verdict.score is not None:
                 values[f"{named.name}.score"] = verdict.score
+    # only what was judged: an unparsed reply is no "no"
     marks = [values[named.name] for values in found.values if named.name in values]
     numbers = [v for values in found.values if (v := values.get(f"{named.name}.score")) is not None]
     text = f"share of {of} that {row.definition}"
     if row.question in COMPARING:
         found.scores += [
             metrics.mean(marks, name, f"{text}; ties count half", higher_is_better=True, seed=seed),
+            # win 1, tie 0.5, loss 0 become 1, 0, -1
             metrics.mean([2 * mark - 1 for mark in marks], f"{name}.ps",
                          f"(wins - losses) / (wins + losses + ties) over {of}: {named.name} judge", higher_is_better=True,
                          seed=seed)]
@@ -191,6 +194,7 @@ def add(found: Judged, named: Named, set_name: str, said: Sequence[Verdict], see
     if numbers and row.score:
         found.scores.append(metrics.mean(numbers, f"{name}.score", f"mean over {of} of {row.score} ({named.name} judge)",
                                          higher_is_better=up, seed=seed))
+    # the kind alone: behind the colon each failure has words of its own
     notes = Counter(verdict.note.split(":")[0] for verdict in said if verdict.note)
     if notes:
         log.warning("%s: %s of %d answers", name, ", ".join(f"{n} {note}" for note, n in sorted(notes.items())), len(said))
@@ -279,6 +283,7 @@ def truth_and_info(judges: Sequence[Named], judged: Judged, set_name: str, seed:
     found = []
     for truth in (named.name for named in judges if named.row.question == "truth"):
         for info in (named.name for named in judges if named.row.question == "info"):
+            # answers that both judged: rates of different rows cannot be multiplied
             pairs = [(values[truth], values[info]) for values in judged.values if truth in values and info in values]
             name, of = f"{truth}_x_{info}.{set_name}", _of(set_name)
             found += [

@@ -16,6 +16,7 @@ def numbers(text: str) -> list[Decimal]:
     found = []
     for match in _NUMBER.finditer(text):
         try:
+            # Decimal, not float: 18, 18.0 and 18.00 are equal, 0.1 is exactly 0.1
             found.append(Decimal(match[0].replace(",", "").replace("\u2212", "-")))
         except InvalidOperation:  # digits of another script than the pattern's authors had in mind
             continue
@@ -25,6 +26,7 @@ def numbers(text: str) -> list[Decimal]:
 def final_number(text: str) -> Decimal | None:
     """The number after the first "####" (GSM8K's own mark) if there is one, else the last number; None without any."""
     marked = _MARKED.search(text)
+    # a mark without a number behind it is none: then the last number counts
     if marked and (after := numbers(marked[1])):
         return after[0]
     found = numbers(text)

@@ -34,6 +34,7 @@ def outcomes(loaded: Loaded, choices: Sequence[Choice], batch_tokens: int) -> li
     """Score every answer of every question in shared passes."""
     prompts = [loaded.template.render(choice.prompt, "") for choice in choices]
     items = [(prompt, answer) for prompt, choice in zip(prompts, choices, strict=True) for answer in choice.choices]
+    # all questions at once: the passes are filled across their borders
     scored = iter(answer_logprobs(loaded, items, batch_tokens))
     found = []
     for choice in choices:

@@ -43,6 +43,7 @@ def score_numbers(loaded: Loaded, name: str, rows: Sequence[Problem], max_new_to
     said: dict[int, str] = {}
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
+        # greedy: the seed decides nothing but is asked for
         answers = answer_batch(loaded, [prompts[i] for i in batch], Decoding(max_new_tokens), seed)
         said |= {i: answer.text for i, answer in zip(batch, answers, strict=True)}
     hits = [int(same_number(said[i], row.answer)) for i, row in enumerate(rows)]

@@ -43,6 +43,7 @@ def side_by_side(a: Sequence[Measured], b: Sequence[Measured]) -> list[tuple[Mea
     """Seed by seed; a run that was made once stands against every seed of the other. None of 2 seeds against 3."""
     many = max(len(a), len(b))
     a, b = (list(side) * many if len(side) == 1 else side for side in (a, b))
+    # which of two seeds would stand against the third, nobody could say
     return list(zip(a, b, strict=True)) if len(a) == len(b) else []
 
 
@@ -53,6 +54,7 @@ def pair(a: Measured, b: Measured, axis: Axis) -> Pairing:
         return Pairing(())
     left, right = _made(a, axis), _made(b, axis)
     both = {name: (left.get(name), right.get(name)) for name in {**left, **right}}
+    # known on both sides and different; what one side does not say is told in the notes instead
     unlike = [f"{name} {x[:_SHOWN]} and {y[:_SHOWN]}" for name, (x, y) in both.items() if x and y and x != y]
     unknown = tuple(name for name, found in both.items() if None in found)
     if unlike:
