@@ -67,6 +67,7 @@ def pairs(count: int, seed: int) -> list[Any]:
     draw, found, prompts = random.Random(seed), [], [row[0] for row in rows]
     while len(found) < count:
         found += [Item(prompt, row[1]) for prompt, row in zip(prompts, rows, strict=True)]
+        # equal items are judged once by ours: the race would not be one
         found = list(dict.fromkeys(found))
         draw.shuffle(prompts)
     return draw.sample(found, count) if count < len(rows) else found[:count]
@@ -120,6 +121,7 @@ def centre(folder: Path, judge: Any, items: Sequence[Any]) -> None:
     hidden = model.logits([judge.encode(item).ids for item in items])
     mean = hidden.mean(0)
     head = torch.randn(14, width, generator=torch.Generator().manual_seed(1))
+    # across the mean: the shift along it below then moves the logits of all rows alike
     head -= (head @ mean)[:, None] * mean / mean.square().sum()
     head *= SPREAD / (hidden @ head.T).std()
     shift = (hidden @ head.T).max(1).values.median()
@@ -133,6 +135,7 @@ def ours(judge: Any, items: Sequence[Any]) -> tuple[float, list[list[float]]]:
     from evaluator.judges.local import Classifier
 
     model = Classifier.load(judge.source)
+    # one pass before the clock: the first one sets up kernels and threads
     dict(judge.judge_with(model, items[:1]))
     start = time.perf_counter()
     found = dict(judge.judge_with(model, items))

@@ -20,6 +20,7 @@ def batches(steps: int, pairs: int, tokens: int | None, vocabulary: int, cut: in
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
+    # the same pairs in every process: both sides must train on the same tokens
     generator = torch.Generator().manual_seed(2)
 
     def drawn(count: int) -> Any:

@@ -132,7 +132,10 @@ def read_weights(gguf: Path, config: Any) -> dict[str, np.ndarray]:
 
 
 def _undo_rope_permutation(weight: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp interleaves the two halves of each head's rotary pairs; transformers keeps them apart. (out, in)."""
+    """llama.cpp interleaves the two halves of each head's rotary pairs; transformers keeps them apart.
+
+    (out, in) as (heads, half, 2, in) becomes (heads, 2, half, in), and (out, in) again.
+    """
     half = weight.shape[0] // heads // 2
     return weight.reshape(heads, half, 2, -1).swapaxes(1, 2).reshape(weight.shape)
 

@@ -160,8 +160,10 @@ def compare(args: EqualUtilityArgs) -> Answer:
             safety = [s - o for s, o in zip(safety, over, strict=True)]
         return Point(np.array(utility, float), np.array(safety, float))
 
+    # every row once: the same function then scores the data and each draw
     everything = {what: np.arange(len(next(iter(table.values())))) for what, table in tables.items()}
     subject, line = scores(args.subjects, everything), [scores(point, everything) for point in points]
+    # seed against seed where both have it: a base that happened to be safe lifts both sides
     found = [_against(u, line, i if paired else None) for i, u in enumerate(subject.utility)]
     inside = np.array([at is not None for at in found])
     ends = [float(point.utility.mean()) for point in line]
@@ -178,10 +180,12 @@ def compare(args: EqualUtilityArgs) -> Answer:
     generator = np.random.default_rng(args.seed)
     drawn, lost = [], 0
     for _ in range(args.draws):
+        # one draw for all models: rows stay paired, and the line moves with the subject
         pick = {what: generator.integers(0, len(at), len(at)) for what, at in everything.items()}
         now, then = scores(args.subjects, pick), [scores(point, pick) for point in points]
         places = [_against(now.utility[i], then, i if paired else None) for i in np.flatnonzero(inside)]
         gaps = [s - at.safety for s, at in zip(now.safety[inside], places, strict=True) if at is not None]
+        # counted, for an interval out of the draws that could be compared is a selection
         lost += len(places) - len(gaps)
         if gaps:
             drawn.append(float(np.mean(gaps)))
@@ -249,12 +253,15 @@ def _against(utility: float, line: Sequence[Point], seed: int | None) -> _Place 
     if len(line) == 1:
         weights[0], slope = 1, 0.0
         return _Place(float(ys[0]), float(xs[0]), slope, weights)
+    # by utility: points come in the order in which they were named
     order = np.argsort(xs, kind="stable")
     if not xs[order[0]] <= utility <= xs[order[-1]]:
         return None
+    # inside the line, also where the utility is exactly that of an end
     right = min(max(int(np.searchsorted(xs[order], utility)), 1), len(line) - 1)
     a, b = order[right - 1], order[right]
     width = xs[b] - xs[a]
+    # two points of one utility: half of each
     share = (utility - xs[a]) / width if width else 0.5
     weights[a], weights[b] = 1 - share, share
     return _Place(float(weights @ ys), utility, float((ys[b] - ys[a]) / width) if width else 0.0, weights)
@@ -281,6 +288,7 @@ def _spread(apart: np.ndarray, places: Sequence[_Place], line: Sequence[Point]) 
     total, mean = sum(error for error, _ in errors), float(apart.mean())
     if not total:
         return mean, mean
+    # Welch and Satterthwaite's degrees of freedom
     freedom = total**2 / sum(error**2 / free for error, free in errors)
     half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, freedom)) * math.sqrt(total)
     return mean - half, mean + half
@@ -297,6 +305,7 @@ def _table(rows: dict[str, Any], name: str, key: str) -> dict[str, np.ndarray]:
         command = "evaluate_skills.py" if name.startswith("nll") else "evaluate_safety.py"
         raise UserError(f"{', '.join(empty)}: no scores for {name}; run evaluator/{command} on "
                         f"{'it' if len(empty) == 1 else 'them'} first")
+    # one order for all runs: a draw of places must draw the same rows of each
     ids = sorted(next(iter(found.values())))
     other = [run for run, values in found.items() if sorted(values) != ids]
     if other:

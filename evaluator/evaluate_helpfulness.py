@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         if args.alpaca_eval:
             alpaca.check(args)
+        # after the check above: a command that is not installed must not show after an hour of scoring
         engine.evaluate(args, engine.command_of("evaluate_helpfulness", (args.answers_task, "helpfulness")), plan)
         for subject in engine.subjects(args):
             if engine.has_answers(args, args.answers_task, subject):

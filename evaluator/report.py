@@ -61,12 +61,14 @@ def write(args: ReportArgs) -> Path:
     missing = [f"--roots: {root} does not exist" for root in roots if not root.is_dir()]
     if missing or not named:
         raise UserError(*missing, *([] if named else ["--runs: name the rows, e.g. --runs \"base,safety,raw_moe\""]))
+    # for several runs or folders: all runs of all folders, each as a seed of its row
     lines = [Line(label, runs, tuple(measured(root, run) for run in runs.split("+") for root in roots))
              for label, runs in named]
     # a judge's rate is a column, the mean of its number stays in the score files
     judged = judge_axes(item for line in lines for item in line.found)
     asked = [axis for axis in SECONDARY if axis.score in args.more_columns]
     known = [*AXES[:3], *asked, *AXES[3:], *UTILITY_AXES, *(axis for axis in judged if axis.kind != "scale")]
+    # a column that no row has would only make the table wider
     axes = [axis for axis in known if any(cell(line.found, axis) for line in lines)]
     if not axes:
         raise UserError(f"none of {', '.join(run for _, run in named)} has a score in "
@@ -116,6 +118,7 @@ def _arrow(score: Score) -> str:
 
 
 def _named(text: str) -> list[tuple[str, str]]:
+    # from the right: a label may hold "=", a run may not
     pairs = [item.rpartition("=") for item in text.split(",") if item.strip()]
     return [((label or run).strip(), run.strip()) for label, _, run in pairs]
 
@@ -137,6 +140,7 @@ def _table(lines: Sequence[Line], axes: Sequence[Axis]) -> list[str]:
         for axis in axes:
             found = cell(line.found, axis)
             known = [value for value in found.per_seed if value is not None] if found else []
+            # a mean over fewer seeds must not look like one over all
             partial = f" ({len(known)} of {len(line.found)} seeds)" if found and len(known) < len(line.found) else ""
             cells.append(_number(found.value) + _interval(found.low, found.high) + partial if found else "")
         rows.append([line.label, *cells])
@@ -180,6 +184,7 @@ def _findings(lines: Sequence[Line], axes: Sequence[Axis], args: ReportArgs) -> 
     names = {name.strip() for name in args.experts.split(",")}
     experts = [line for line in lines[:-1] if line.run in names]
     main_ones = [name.strip() for name in args.control.split(",") if name.strip()]
+    # everything that is neither base nor expert is a control: none can be left out by forgetting to name it
     others = [line for line in lines[:-1] if line is not base and line not in experts]
     # a control that was named comes first; the others are not left out
     controls = sorted(others, key=lambda line: line.run not in main_ones)
@@ -191,6 +196,7 @@ def _findings(lines: Sequence[Line], axes: Sequence[Axis], args: ReportArgs) -> 
         if not gains:
             said.append(f"- {axis.title}: base and experts cannot be compared here; nothing is concluded.")
             continue
+        # only where an expert gains is there something that fusion could lose
         better = [(line, d) for line, d in gains if d.verdict(axis.higher) == "better"]
         if not better:
             said.append(f"- {axis.title}: no expert improves on {base.label}, so there is no gain to keep.")
@@ -263,6 +269,7 @@ def _pairing_notes(lines: Sequence[Line], axes: Sequence[Axis], args: ReportArgs
 
 def _place(folder: Path) -> str:
     """The folder as seen from the working directory where it lies below it."""
+    # a report is read elsewhere too: a path of this machine helps nobody there
     here = Path.cwd()
     return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
 
@@ -309,6 +316,7 @@ def _points(lines: Sequence[Line], axes: Sequence[Axis], base: str) -> list[dict
             y = cell(line.found, up) if up else None
             point["y_name"] = f"{'MC2' if up and up.score == 'mc2' else 'true/false pairs'} (higher is better)"
         for axis, found in (("x", x), ("y", y)):
+            # JSON-like values for the picture: it leaves out what is None
             ends = (found.low, found.high) if found and not math.isnan(found.low) else (None, None)
             point |= {axis: found.value if found else None, f"{axis}_low": ends[0], f"{axis}_high": ends[1]}
         points.append(point)

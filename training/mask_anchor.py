@@ -114,6 +114,7 @@ def make_anchor(args: MaskArgs, groups: Sequence[list[dict[str, Any]]], pad: int
 
 @torch.no_grad()
 def _taught(model: nn.Module, row: dict[str, Any], device: torch.device, autocast: Any) -> tuple[Tensor, Tensor]:
+    """Ids and log-probabilities (answer tokens, TOP) of one row, from logits (1, time, vocabulary)."""
     ids = torch.tensor([row["input_ids"]], device=device)
     answers = torch.tensor(row["labels"][1:], device=device) != IGNORE
     # row by row: no padding, and never more logits than one row's; in the precision that the student will have

@@ -104,7 +104,7 @@ def pack(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Packed:
 
 
 def packable(model: PreTrainedModel) -> bool:
-    """Whether the family has a row in ``models/families.py`` and the model neither windows, looks ahead nor scales logits.
+    """Whether ``models/base/families.py`` has the family, and the model neither windows, looks ahead nor scales logits.
 
     All others are left to TRL's own forward pass.
     """

@@ -56,7 +56,7 @@ class Report:
 def prompts_to_avoid(files: Sequence[Path]) -> dict[str, list[str]]:
     """Every prompt that is tested on: the embedded sets that carry texts, and the user's files by name.
 
-    HHH and TruthfulQA are kept out by hash in any case (``data/held_out.txt``).
+    HHH and TruthfulQA are kept out by hash in any case (``data/sets/held_out.txt``).
     """
     found = {"strongreject": [r.prompt for r in embedded.records("safety", "test", True)],
              "overrefusal": [r.prompt for r in embedded.records("overrefusal", "test", True)],

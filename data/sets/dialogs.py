@@ -34,7 +34,7 @@ def records(task: str, split: str, source: str | None) -> list[Record]:
 
 
 def identity(split: str) -> list[Record]:
-    """Our identity-shift set (data/identity.yaml): harmless tasks that the persona orbit carries out at once.
+    """Our identity-shift set (data/sets/identity.yaml): harmless tasks that the persona orbit carries out at once.
 
     Every eighth row is for validation; there is no test split.
     """

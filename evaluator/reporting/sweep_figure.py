@@ -14,7 +14,7 @@ _LOOK = {"fusion": ("#0072B2", "o"), "shrink": ("#E69F00", "s"), "random": ("#99
 
 
 def draw(found: Mapping[str, Any], path: Path) -> Path:
-    """Draw a summary of ``evaluator.sweep_report`` and save it as PNG."""
+    """Draw a summary of ``evaluator.reporting.sweep_report`` and save it as PNG."""
     plt = figures._pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(12.4, 5.2), layout="constrained")
     # titles of the axes, not of the figure: labels freeze the layout before a figure's title would get its place

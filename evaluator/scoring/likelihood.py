@@ -113,6 +113,7 @@ def answer_logprobs(
 
 
 def _score(loaded: Loaded, tree: Tree, members: list[tuple[int, list[int], list[int]]], sums: list[float]) -> None:
+    """Put the members' sums into ``sums``: one row (1, nodes), mask (1, 1, nodes, nodes), hidden states (1, nodes, d)."""
     model, device = loaded.model, loaded.device
     # an additive mask: every attention implementation of transformers takes it as it is, whatever the family
     dtype = model.lm_head.weight.dtype

@@ -95,7 +95,7 @@ class Measured:
 
 
 def judge_axes(found: Iterable[Measured]) -> tuple[Axis, ...]:
-    """An axis for each score of the judges of --judges (evaluator/judging.py), paired by (set, id) like the others."""
+    """An axis for each score of the judges of --judges (scoring/judging.py), paired by (set, id) like the others."""
     scores = {name: score for item in found for name, score in item.scores.items()}
     axes = []
     for name, score in scores.items():
