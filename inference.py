@@ -105,8 +105,8 @@ def prompts_of(args: InferenceArgs) -> tuple[list[Record], dict[str, Any]]:
     if args.task_name in PROTOCOLS:
         from data.sets import protocols
 
-        records, done = protocols.load(args.task_name, args.data_path, args.data_source, args.unique_prompts)
-        return _drawn(records, args.num_samples), done.as_dict()
+        records, reduction = protocols.load(args.task_name, args.data_path, args.data_source, args.unique_prompts)
+        return _drawn(records, args.num_samples), reduction.as_dict()
     from data.sources import load_records
 
     source = {args.task_name: args.data_path} if args.data_path else args.data_source
@@ -140,26 +140,26 @@ def answer_all(loaded: Loaded, records: Sequence[Record], args: InferenceArgs, p
     # like lengths together: a batch is as slow as its longest prompt
     order = sorted(range(len(records)), key=lambda i: (len(rendered[i]), i))
     batches = [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
-    done = _read_partial(partial, settings | {"batch_size": args.batch_size})
+    finished = _read_partial(partial, settings | {"batch_size": args.batch_size})
     decoding = Decoding(args.max_new_tokens, args.do_sample, args.temperature, args.top_p)
     with partial.open("a", encoding="utf-8") as file:
         for number, batch in enumerate(tqdm(batches, desc=f"{args.answers_name} {loaded.name}", unit="batch")):
-            if str(number) in done:
+            if str(number) in finished:
                 continue
             begun = [rendered[i] + wrapper.start for i in batch]
             # a seed for each batch, so that a resumed run samples what an uninterrupted one would have
             answers = answer_batch(loaded, begun, decoding, args.seed * 100_003 + number)
-            done[str(number)] = [
+            finished[str(number)] = [
                 {"index": i, "id": records[i].id, "prompt": records[i].prompt, "input": records[i].input,
                  "reference": records[i].answer, "category": records[i].category, "rendered": rendered[i],
                  "output": wrapper.answer(answer.text), "finish": answer.finish, **wrapper.marks}
                 for i, answer in zip(batch, answers, strict=True)
             ]
-            file.write(json.dumps({number: done[str(number)]}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({number: finished[str(number)]}, ensure_ascii=False) + "\n")
             # a kill loses the batch under way and no other
             file.flush()
     # back in the order of the prompts: batches were made by length
-    return sorted((row for rows in done.values() for row in rows), key=lambda row: row["index"])
+    return sorted((row for rows in finished.values() for row in rows), key=lambda row: row["index"])
 
 
 def write_rows(folder: Path, rows: Sequence[dict]) -> None:
@@ -196,36 +196,36 @@ def observe(loaded: Loaded, rows: Sequence[dict], args: InferenceArgs, run: str)
 
 def _problems(args: InferenceArgs) -> list[str]:
     """What can be known to be wrong before anything is loaded: runs, prompts that cannot be had, the attack's file."""
-    found = [problem for run in args.runs if run for problem in _missing(run, args)]
+    problems = [problem for run in args.runs if run for problem in _missing(run, args)]
     if args.task_name in PROTOCOLS:
         from data.sets import protocols
 
-        found += protocols.problems(args.task_name, args.data_path, args.data_source)
+        problems += protocols.problems(args.task_name, args.data_path, args.data_source)
     try:
         from data.prompt_styles import style
 
         style(args.prompt_style, args.prompt_style_file)
     except UserError as error:
-        found += error.problems
+        problems += error.problems
     if args.attack_file:
         from data.sets.attacks import attack
 
         try:
             attack(args.attack, args.attack_file)
         except UserError as error:
-            found += error.problems
-    return found
+            problems += error.problems
+    return problems
 
 
 def _settings(args: InferenceArgs, wrapper: Attack, form: Style) -> dict[str, Any]:
     """The flags that the answers depend on; a file counts by its text."""
-    kept = {k: v for k, v in asdict(args).items() if k not in _SELECT and not (k in _NEUTRAL and v == _NEUTRAL[k])}
+    settings = {k: v for k, v in asdict(args).items() if k not in _SELECT and not (k in _NEUTRAL and v == _NEUTRAL[k])}
     # its text counts instead (attack_text): the same file may lie elsewhere
-    kept.pop("attack_file", None)
-    kept.pop("prompt_style_file", None)
+    settings.pop("attack_file", None)
+    settings.pop("prompt_style_file", None)
     if form.name != "none":
-        kept["prompt_style_text"] = form.version
-    return kept if wrapper.name == "none" else kept | {"attack_text": wrapper.version}
+        settings["prompt_style_text"] = form.version
+    return settings if wrapper.name == "none" else settings | {"attack_text": wrapper.version}
 
 
 def _missing(run: str, args: InferenceArgs) -> list[str]:
@@ -256,17 +256,17 @@ def _read_partial(path: Path, settings: dict) -> dict[str, list[dict]]:
     # the first line tells whose answers these are; with other flags, or another batch size, they are begun anew
     head = json.dumps(settings, sort_keys=True)
     lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-    done: dict[str, list[dict]] = {}
+    finished: dict[str, list[dict]] = {}
     if lines and lines[0] == head:
         for line in filter(None, lines[1:]):
             try:
-                done |= json.loads(line)
+                finished |= json.loads(line)
             except ValueError:
                 log.info("%s: dropping a line that was cut off", path)
-    body = "".join(json.dumps({number: rows}, ensure_ascii=False) + "\n" for number, rows in done.items())
+    body = "".join(json.dumps({number: rows}, ensure_ascii=False) + "\n" for number, rows in finished.items())
     # written anew: a torn line must not stay in front of what is appended
     path.write_text(f"{head}\n{body}", encoding="utf-8")
-    return done
+    return finished
 
 
 if __name__ == "__main__":

@@ -163,13 +163,13 @@ def registry(results: Path) -> list[dict[str, Any]]:
     A line that a kill cut off is left out with a warning.
     """
     path = results / REGISTRY
-    found = []
+    entries = []
     for number, line in enumerate(path.read_bytes().split(b"\n") if path.is_file() else (), 1):
         try:
-            found += [json.loads(line)] if line.strip() else []
+            entries += [json.loads(line)] if line.strip() else []
         except ValueError:
             log.warning("%s, line %d: cut off, left out; run the command that wrote it again", path, number)
-    return found
+    return entries
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -157,11 +157,11 @@ def verify(names: Iterable[str] | None = None) -> list[str]:
     Raises:
         UserError: with one line per damaged file.
     """
-    found = [PACKAGES[name] for name in names or PACKAGES if _is_finished(PACKAGES[name])]
-    problems = [problem for p in found for problem in _damage(p, None, deep=True)]
+    finished = [PACKAGES[name] for name in names or PACKAGES if _is_finished(PACKAGES[name])]
+    problems = [problem for p in finished for problem in _damage(p, None, deep=True)]
     if problems:
         raise UserError(*problems)
-    return [p.name for p in found]
+    return [p.name for p in finished]
 
 
 def _folder(package: Package) -> Path:

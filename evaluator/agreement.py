@@ -106,12 +106,12 @@ def judged_answers(args: AgreementArgs) -> list[Judged]:
     if missing := [f"{place}: no answers here; make them with inference.py" for _, _, place in places
                    if not any((place / f"outputs_final.{kind}").is_file() for kind in ("jsonl", "csv"))]:
         raise UserError(*missing)
-    found = [Judged(task, run, row["id"], row["output"], {
+    answers = [Judged(task, run, row["id"], row["output"], {
         "keyword": keyword.is_refusal(row["output"]), "published": keyword.is_published_refusal(row["output"]),
         "coherence": not keyword.incoherence(row["output"])})
         for task, run, place in places for row in engine.read_answers(place)]
-    harms = fitted.harm_judge(args.seed).score([row.output for row in found])
-    return [replace(row, said=row.said | {"fitted": harm < 0.5}) for row, harm in zip(found, harms, strict=True)]
+    harms = fitted.harm_judge(args.seed).score([row.output for row in answers])
+    return [replace(row, said=row.said | {"fitted": harm < 0.5}) for row, harm in zip(answers, harms, strict=True)]
 
 
 def _folder(run: str) -> str:
@@ -171,11 +171,11 @@ def human_agreement() -> dict[str, dict[str, Any]]:
 
     labels = load_refusal_labels()
     truth, prompts = [bool(row[2]) for row in labels], [row[0] for row in labels]
-    found = {}
+    by_judge = {}
     for name, judge in (("keyword", keyword.is_refusal), ("published", keyword.is_published_refusal)):
-        item = kappa_of([judge(row[1]) for row in labels], truth, prompts, 0, ("labels", name, "people"))
-        found[name] = keyword.agreement(judge, labels) | {"kappa": item.value, "low": item.low, "high": item.high}
-    return found
+        agreed = kappa_of([judge(row[1]) for row in labels], truth, prompts, 0, ("labels", name, "people"))
+        by_judge[name] = keyword.agreement(judge, labels) | {"kappa": agreed.value, "low": agreed.low, "high": agreed.high}
+    return by_judge
 
 
 def markdown(args: AgreementArgs, rows: Sequence[Judged], found: Sequence[Kappa], people: dict[str, dict[str, Any]]) -> str:

@@ -138,11 +138,11 @@ def _table(lines: Sequence[Line], axes: Sequence[Axis]) -> list[str]:
     for line in lines:
         cells = []
         for axis in axes:
-            found = cell(line.found, axis)
-            known = [value for value in found.per_seed if value is not None] if found else []
+            score = cell(line.found, axis)
+            known = [value for value in score.per_seed if value is not None] if score else []
             # a mean over fewer seeds must not look like one over all
-            partial = f" ({len(known)} of {len(line.found)} seeds)" if found and len(known) < len(line.found) else ""
-            cells.append(_number(found.value) + _interval(found.low, found.high) + partial if found else "")
+            partial = f" ({len(known)} of {len(line.found)} seeds)" if score and len(known) < len(line.found) else ""
+            cells.append(_number(score.value) + _interval(score.low, score.high) + partial if score else "")
         rows.append([line.label, *cells])
     return _markdown(["model", *(axis.title for axis in axes)], rows)
 
@@ -163,8 +163,8 @@ def _differences(lines: Sequence[Line], axes: Sequence[Axis]) -> list[str]:
 
     last, rows = lines[-1], []
     for line in lines[:-1]:
-        found = [(axis, over_seeds(last.found, line.found, axis)) for axis in axes]
-        rows.append([line.label, *(_says(d, axis) if d else "" for axis, d in found)])
+        differences = [(axis, over_seeds(last.found, line.found, axis)) for axis in axes]
+        rows.append([line.label, *(_says(d, axis) if d else "" for axis, d in differences)])
     return _markdown(["against", *(axis.title for axis in axes)], rows)
 
 

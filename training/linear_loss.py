@@ -37,11 +37,11 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits = F.linear(hidden[rows], weight).float()
             # in place from here on: a second buffer of this size is what the chunks are there to avoid
             logits -= logits.logsumexp(-1, keepdim=True)
-            wanted = targets[rows, None]
-            total -= logits.gather(1, wanted).sum()
+            target_ids = targets[rows, None]
+            total -= logits.gather(1, target_ids).sum()
             if gradient is not None:
                 # softmax minus one-hot, in place
-                logits.exp_().scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=logits.dtype))
+                logits.exp_().scatter_add_(1, target_ids, torch.full_like(target_ids, -1, dtype=logits.dtype))
                 torch.matmul(logits.to(weight.dtype), weight, out=gradient[rows])
         ctx.save_for_backward(gradient)
         return total

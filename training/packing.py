@@ -63,12 +63,12 @@ def pack(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Packed:
     lengths = attention_mask.sum(1).tolist()
     if not torch.equal(attention_mask.bool().cpu(), torch.arange(input_ids.shape[1]) < torch.tensor(lengths)[:, None]):
         raise ValueError("packing: rows must be padded on the right")
-    ids, wanted = input_ids.tolist(), labels.tolist()
+    id_rows, label_rows = input_ids.tolist(), labels.tolist()
     # by content, not by position in the batch: pairs that share a prompt share it, too
     groups: dict[tuple[int, ...], list[int]] = {}
     for row, length in enumerate(lengths):
-        first = next((t for t in range(length) if wanted[row][t] != IGNORE), length)
-        groups.setdefault(tuple(ids[row][:first]), []).append(row)
+        first = next((t for t in range(length) if label_rows[row][t] != IGNORE), length)
+        groups.setdefault(tuple(id_rows[row][:first]), []).append(row)
     tokens, positions, sources, targets, cells = [], [], [], [], []
     places, visible = [], []
     for prompt, rows in groups.items():
@@ -81,12 +81,12 @@ def pack(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Packed:
             before = start + len(prompt) - 1
             for t in range(len(prompt), lengths[row]):
                 # the first token of a row has nothing before it that could predict it
-                if wanted[row][t] != IGNORE and t > 0:
+                if label_rows[row][t] != IGNORE and t > 0:
                     sources.append(before)
-                    targets.append(wanted[row][t])
+                    targets.append(label_rows[row][t])
                     cells.append(row * (input_ids.shape[1] - 1) + t - 1)
                 before = len(tokens)
-                tokens.append(ids[row][t])
+                tokens.append(id_rows[row][t])
                 # as if each answer alone stood behind the prompt: RoPE must not see the answers before it
                 positions.append(t)
                 owners.append(number)

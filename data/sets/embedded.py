@@ -199,8 +199,8 @@ def truth_pairs() -> list[dict[str, str]]:
 
 def _alpaca() -> list[Record]:
     rows = _json("llamafactory", "alpaca_en_demo.json")
-    found = [Record(r["instruction"], r["output"], HELPFULNESS, r["input"], f"alpaca-{i}") for i, r in enumerate(rows)]
-    return distinct(found, lambda r: (r.prompt, r.input, r.answer))
+    samples = [Record(r["instruction"], r["output"], HELPFULNESS, r["input"], f"alpaca-{i}") for i, r in enumerate(rows)]
+    return distinct(samples, lambda r: (r.prompt, r.input, r.answer))
 
 
 def _alpaca_train() -> list[Record]:
@@ -256,9 +256,9 @@ def _truthfulqa() -> list[dict[str, Any]]:
 def _truthful_train() -> list[Record]:
     # the first answer is the benchmark's best one; training on all of them, "I have no comment" included, left MC2
     # where the base has it (docs/lab-log.md)
-    found = [Record(row["question"], row["answer"][0], TRUTHFULNESS, id=f"truthfulqa-{i}")
+    samples = [Record(row["question"], row["answer"][0], TRUTHFULNESS, id=f"truthfulqa-{i}")
              for i, row in enumerate(_truthfulqa()) if row["answer"][0].strip()]
-    return distinct(found, lambda r: (r.prompt, r.answer))
+    return distinct(samples, lambda r: (r.prompt, r.answer))
 
 
 def _truthful_test(lite: bool) -> list[Record]:

@@ -200,7 +200,7 @@ def _rows(protocol: Protocol, place: str) -> list[Row]:
     """Rows under our column names; each missing or blank prompt is a problem."""
     file = Path(place).expanduser()
     raw = read_questions(file, protocol.categories) if is_local(place) else hub_rows(place, "test")
-    found, faults = [], Problems()
+    named_rows, faults = [], Problems()
     for row in raw:
         fields = {str(key).strip().lower().replace(" ", "_"): value for key, value in row.fields.items()}
         # reference answers are read where the table names them only: some sets ship harmful ones
@@ -210,9 +210,9 @@ def _rows(protocol: Protocol, place: str) -> list[Row]:
         if not isinstance(prompt := ours.get("prompt"), str) or not prompt.strip():
             what = "is blank or no text" if "prompt" in ours else f"is missing (columns: {', '.join(fields)})"
             faults.add(f"{row.where}: the prompt (column {protocol.columns['prompt']}) {what}; needed: {protocol.shapes}")
-        found.append(Row(ours, row.where))
+        named_rows.append(Row(ours, row.where))
     faults.raise_if_any()
-    return found
+    return named_rows
 
 
 def _records(protocol: Protocol, rows: Sequence[Row]) -> list[Record]:

@@ -115,8 +115,8 @@ def records_of(
     if shape is _PKU:
         good = _one_safe(good, place)
     name = Path(place).stem if is_local(place) else place.split("/")[-1]
-    found = [pair for row in good for pair in _READERS[shape.name](row, objective, split, name)]
-    kept = _without_duplicates(found, lambda r: (r.prompt, r.input, r.answer), place)
+    placed = [pair for row in good for pair in _READERS[shape.name](row, objective, split, name)]
+    kept = _without_duplicates(placed, lambda r: (r.prompt, r.input, r.answer), place)
     if split == "train" and (blank := sum(not r.answer.strip() for r in kept)):
         log.warning("%s: %d rows without an answer dropped", place, blank)
         kept = [r for r in kept if r.answer.strip()]
@@ -148,9 +148,9 @@ def pairs_of(place: str, objective: int, split: str) -> list[Pair]:
             problems.add(f"{row.where}: chosen and rejected are the same text")
     problems.raise_if_any()
     name = Path(place).stem if is_local(place) else place.split("/")[-1]
-    found = [(Pair(f["prompt"], f["chosen"], f["rejected"], objective, f.get("input") or "", _id(row, name)), row.where)
+    placed = [(Pair(f["prompt"], f["chosen"], f["rejected"], objective, f.get("input") or "", _id(row, name)), row.where)
              for row in good for f in (row.fields,)]
-    return _without_duplicates(found, lambda p: (p.prompt, p.input, p.chosen, p.rejected), place)
+    return _without_duplicates(placed, lambda p: (p.prompt, p.input, p.chosen, p.rejected), place)
 
 
 def _rows(place: str, split: str, problems: Problems) -> list[Row]:
@@ -311,22 +311,24 @@ _Found = list[tuple[Record, str]]
 
 
 def _alpaca_record(row: Row, objective: int, split: str, name: str) -> _Found:
-    f = row.fields
-    return [(Record(f["instruction"], f["output"], objective, f.get("input") or "", _id(row, name)), row.where)]
-
-
-def _beaver_record(row: Row, objective: int, split: str, name: str) -> _Found:
-    f = row.fields
-    return [(Record(f["prompt"], f["response"], objective, id=_id(row, name), category=category_text(f.get("category"))),
+    fields = row.fields
+    return [(Record(fields["instruction"], fields["output"], objective, fields.get("input") or "", _id(row, name)),
              row.where)]
 
 
+def _beaver_record(row: Row, objective: int, split: str, name: str) -> _Found:
+    fields = row.fields
+    return [(Record(fields["prompt"], fields["response"], objective, id=_id(row, name),
+                    category=category_text(fields.get("category"))), row.where)]
+
+
 def _truth_records(row: Row, objective: int, split: str, name: str) -> _Found:
-    f = row.fields
-    correct = f["correct_answers"].split(";") if isinstance(f["correct_answers"], str) else f["correct_answers"]
-    answers = [a.strip() for a in correct if a.strip()] if split == "train" else [f["best_answer"]]
-    return [(Record(f["question"], answer, objective, id=_id(row, name, f"-{j}" if split == "train" else ""),
-                    category=category_text(f.get("category"))), row.where) for j, answer in enumerate(answers)]
+    fields = row.fields
+    correct = (fields["correct_answers"].split(";") if isinstance(fields["correct_answers"], str)
+               else fields["correct_answers"])
+    answers = [a.strip() for a in correct if a.strip()] if split == "train" else [fields["best_answer"]]
+    return [(Record(fields["question"], answer, objective, id=_id(row, name, f"-{j}" if split == "train" else ""),
+                    category=category_text(fields.get("category"))), row.where) for j, answer in enumerate(answers)]
 
 
 def _prompt_record(row: Row, objective: int, split: str, name: str) -> _Found:
@@ -336,13 +338,13 @@ def _prompt_record(row: Row, objective: int, split: str, name: str) -> _Found:
 
 def _pku_record(row: Row, objective: int, split: str, name: str) -> _Found:
     """The safer answer alone, for supervised training."""
-    f = _chosen(row.fields, _PKU)
-    return [(Record(f["prompt"], f["chosen"], objective, id=_id(row, name)), row.where)]
+    fields = _chosen(row.fields, _PKU)
+    return [(Record(fields["prompt"], fields["chosen"], objective, id=_id(row, name)), row.where)]
 
 
 def _question_record(row: Row, objective: int, split: str, name: str) -> _Found:
-    f = row.fields
-    return [(Record(f["question"], f["answer"], objective, id=_id(row, name)), row.where)]
+    fields = row.fields
+    return [(Record(fields["question"], fields["answer"], objective, id=_id(row, name)), row.where)]
 
 
 _READERS: dict[str, Callable[[Row, int, str, str], _Found]] = {

@@ -76,15 +76,15 @@ def read_refusals(file: str | None) -> dict[str, list[str]]:
     """
     path = Path(file).expanduser() if file else _REFUSALS
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        refusals = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--refusals {file}: not readable as YAML ({type(error).__name__})") from None
-    ok = isinstance(found, dict) and set(found) == set(KINDS) and all(
+    ok = isinstance(refusals, dict) and set(refusals) == set(KINDS) and all(
         isinstance(texts, list) and texts and all(isinstance(text, str) and text.strip() for text in texts)
-        for texts in found.values())
+        for texts in refusals.values())
     if not ok:
         raise UserError(f"--refusals {file}: needs the keys {', '.join(KINDS)}, each with a list of texts")
-    return found
+    return refusals
 
 
 def draw(ids: Sequence[str], size: int, seed: int) -> list[str]:

@@ -148,9 +148,9 @@ def _load(kind: Any, source: Source, dtype: torch.dtype, device: torch.device) -
     # soft-capped scores (Gemma 2), which would be left out in silence
     capped = source.config.get("attn_logit_softcapping")
     extra = {"attn_implementation": "eager"} if capped else {}
-    model, found = kind.from_pretrained(source.folder, dtype=dtype, trust_remote_code=False, use_safetensors=True,
+    model, report = kind.from_pretrained(source.folder, dtype=dtype, trust_remote_code=False, use_safetensors=True,
                                         output_loading_info=True, **extra)
-    if missing := sorted(found["missing_keys"]):
+    if missing := sorted(report["missing_keys"]):
         raise UserError(f"{source.flag}: {source.folder} lacks {len(missing)} weights of {type(model).__name__}: "
                         f"{', '.join(missing[:5])}")
     return model.to(device).eval()

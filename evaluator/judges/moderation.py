@@ -41,8 +41,8 @@ class ModerationJudge:
         """The same with a model in memory."""
         encoded = [self.encode(item) for item in items]
         for positions in batches([len(row.ids) for row in encoded], self.source.args.judge_batch_tokens):
-            found = model.logits([encoded[i].ids for i in positions]).sigmoid().tolist()
-            yield from ((i, self.verdict(row, encoded[i].cut)) for i, row in zip(positions, found, strict=True))
+            probabilities = model.logits([encoded[i].ids for i in positions]).sigmoid().tolist()
+            yield from ((i, self.verdict(row, encoded[i].cut)) for i, row in zip(positions, probabilities, strict=True))
 
     def encode(self, item: Item) -> Encoded:
         """Wrapper, question, answer and the end token, cut on the right at ``max_length`` tokens."""

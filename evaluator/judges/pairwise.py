@@ -32,12 +32,12 @@ class PairwiseJudge:
         swapped = [replace(item, answer=item.other, other=item.answer) for item in items]
         # pairs stand at 2i and 2i + 1, whatever order the batches come in
         both = [item for pair in zip(items, swapped, strict=True) for item in pair]
-        found: dict[int, tuple[float, float, bool]] = {}
+        read: dict[int, tuple[float, float, bool]] = {}
         for place, (a, b), row in next_word(self.source, self.encode, self.tokens, both):
-            found[place] = a, b, row.cut
+            read[place] = a, b, row.cut
             first, second = place & ~1, place | 1
-            if first in found and second in found:
-                yield place // 2, verdict(found.pop(first), found.pop(second))
+            if first in read and second in read:
+                yield place // 2, verdict(read.pop(first), read.pop(second))
 
 
 def verdict(first: tuple[float, float, bool], second: tuple[float, float, bool]) -> Verdict:

@@ -65,7 +65,7 @@ def _read(path: Path, known: dict[str, Prompt] | None = None) -> dict[str, Promp
         raise UserError(f"--judge_prompts {path}: not valid YAML: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"--judge_prompts {path}: needs a section per judge, as in evaluator/judges/{OWN.name}")
-    problems, found = [], {}
+    problems, prompts = [], {}
     for name, body in content.items():
         at = f"--judge_prompts {path}: {name}"
         # the shipped file defines the names, the user's may only replace them
@@ -80,10 +80,10 @@ def _read(path: Path, known: dict[str, Prompt] | None = None) -> dict[str, Promp
         elif (body["chat"] == "turns") == bool(body.get("text")):
             problems.append(f"{at}: a text is needed with chat none and user, and has no place with turns")
         else:
-            found[name] = Prompt(**body)
+            prompts[name] = Prompt(**body)
     if problems:
         raise UserError(*problems)
-    return found
+    return prompts
 
 
 def fill(text: str, item: Item) -> str:

