@@ -190,6 +190,7 @@ def _ours(race: Race, folders: Sequence[Path], out: Path):
 
     adapters, (name, given) = [read_adapter(folder) for folder in folders], race.ours
     row = (PEFT_METHODS if name.endswith("_svd") else ADAPTER_METHODS)[name]
+    # imports are not what is raced
     row.load()
     parameters = row.configured(name, given, [])
     return (lambda: fuse(adapters, row, parameters, WEIGHTS, {}, 0),

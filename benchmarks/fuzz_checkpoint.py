@@ -137,6 +137,7 @@ def _kind(problem: str, place: Path) -> str:
     """A problem without its values: two inputs that are refused for the same reason have the same kind."""
     text = re.sub(r"^[^:]*: ", "index: " if place.suffix == ".json" else "", problem)
     text = re.sub(r"b?'(?:\\.|[^'\\])*'|b?\"(?:\\.|[^\"\\])*\"", "X", text).split(";")[0].split(" (e.g.")[0]
+    # brackets inside out, until none is left
     while (shorter := re.sub(r"\[[^][{}]*\]|\{[^][{}]*\}", "X", text)) != text:
         text = shorter
     return re.sub(r"-?\b\d[\d.e+]*|\b(?:None|True|False|nan|inf)\b|(?<=of )[A-Z][A-Z0-9_]+(?= needs)", "X", text)
@@ -294,6 +295,7 @@ def _run(args: argparse.Namespace, folder: Path) -> None:
         accepted = kinds[0].startswith("accepted")
         tally.counts["accepted" if accepted else "refused"] += 1
         tally.counts["indexes" if data.startswith(b"{") else "files"] += 1
+        # counted, not wrong: we may be stricter than safetensors, never more lenient
         if not accepted and not data.startswith(b"{"):
             try:
                 deserialize(data)
@@ -302,6 +304,7 @@ def _run(args: argparse.Namespace, folder: Path) -> None:
                 pass
         for kind in kinds:
             tally.kinds[kind] += 1
+            # an input with several faults shows none of them clearly
             if len(kinds) == 1 or accepted:
                 _keep(kind, data)
 
@@ -317,7 +320,9 @@ def _run(args: argparse.Namespace, folder: Path) -> None:
             step(mutated(rng.choice(starts), rng) if rng.random() < 0.9 else sound_file(rng))
 
     def mutate(data: bytes, most: int, seed: int) -> bytes:
+        # libFuzzer's seed, so that a run can be repeated
         own = random.Random(seed)
+        # mostly our own mutations: blind bytes seldom leave JSON that gets past the first check
         roll = own.random()
         if roll < 0.05 or not data:
             return own.choice(starts)[:most]

@@ -70,6 +70,7 @@ def pairs(count: int, seed: int) -> list[Any]:
         # equal items are judged once by ours: the race would not be one
         found = list(dict.fromkeys(found))
         draw.shuffle(prompts)
+    # a short look takes answers of all kinds; the file is sorted by category
     return draw.sample(found, count) if count < len(rows) else found[:count]
 
 
@@ -176,6 +177,7 @@ def race(sides: dict[str, Callable[[], tuple[float, list[list[float]]]]], rounds
             spent, said[name] = side()
             seconds[name].append(spent)
             print(f"round {number + 1}: {name} {spent:.1f} s", file=sys.stderr)
+    # ours comes first: the others are compared with it
     mine = next(iter(said.values()))
     rows = []
     for name, found in said.items():

@@ -10,7 +10,7 @@ from data.prompts import Template
 from data.records import Record
 from errors import UserError
 
-#: what torch's cross-entropy leaves out unless told otherwise (ignore_index)
+#: The label of tokens that are not trained on: what torch's cross-entropy leaves out by itself (ignore_index).
 IGNORE = -100
 
 

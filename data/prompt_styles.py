@@ -40,6 +40,7 @@ class Style:
     @property
     def version(self) -> str:
         """A hash of the texts: answers to other words are other answers."""
+        # the zero byte keeps system and frame apart
         return hashlib.blake2b(f"{self.system}\0{self.user}".encode(), digest_size=8).hexdigest()
 
     def frame(self, words: str) -> str:
@@ -50,6 +51,7 @@ class Style:
         """The record in this style, its input inside the frame; one with a system text of its own stays as it is."""
         if record.system or self.name == "none":
             return record
+        # without a frame prompt and input stay two fields, which the template lays out
         if self.user == SLOT:
             return replace(record, system=self.system)
         return replace(record, prompt=self.frame(record.question), input="", system=self.system)

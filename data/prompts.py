@@ -25,7 +25,7 @@ ALPACA_WITH_INPUT = (
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
 ALPACA_NO_INPUT = f"{_PREAMBLE}. {_REQUEST}### Instruction:\n{{instruction}}\n\n### Response:"
-#: of the published text: a model trained on one space more or less does not compare with the paper's
+#: SHA-256 of the published texts: a model trained on one space more or less does not compare with the paper's.
 ALPACA_HASHES = {
     "with input": (ALPACA_WITH_INPUT, "28811e9850d9511bab334d167a03a8a37614535fdb28d645492efac8e9951c0f"),
     "without input": (ALPACA_NO_INPUT, "35101bc36d10997c7d926d8f21f7d173aec6523f3a57d78821b944a89925cdca"),

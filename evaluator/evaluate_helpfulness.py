@@ -74,6 +74,7 @@ def _with_references(args: EvaluateHelpfulnessArgs, subject: Subject) -> list[di
 
     rows = engine.subset(judging.own_answers(args, args.answers_task, subject), args.num_samples,
                          lambda row: row["prompt"])
+    # some prompt sets have no reference answers, or not for every row
     found = [row for row in rows if row["reference"]]
     if not found:
         folder = engine.answers_folder(args, args.answers_task, subject)
@@ -94,6 +95,7 @@ def score(args: EvaluateHelpfulnessArgs, subject: Subject, records: list, choice
     judged = judging.judge_answers(args, judges, args.answers_task, answers)
     loaded = engine.load(args, subject)
     items = [(loaded.template.render(record.prompt, record.input), record.answer) for record in records]
+    # with the end of the answer, as in training: a model that would write on pays for it
     scored = answer_logprobs(loaded, items, args.batch_tokens, end=True)
     scores = [metrics.ratio([-total for total, _ in scored], [n for _, n in scored], "nll", NLL,
                             higher_is_better=False, seed=args.seed)]

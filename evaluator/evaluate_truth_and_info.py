@@ -48,12 +48,14 @@ def plan(args: EvaluateTruthArgs, subject: Subject) -> Work:
     if args.answers:
         return judging.work_on_file(args, subject, args.answers_task)
     model = engine.model_hash(args, subject)
+    # the other two come from bigbench, which --lite does without
     names = ("rho_factual",) if args.lite else ("truthfulqa_mc", "hhh_honest")
     sets = {name: engine.subset(load_choices(name), args.num_samples, lambda choice: choice.id + choice.prompt)
             for name in names}
     inputs = {"model": model, **{name: engine.content_hash(choices) for name, choices in sets.items()}}
     judges, answers = judging.make_judges(args), []
     if judges:
+        # read for judges only: the likelihoods need no answers
         rows = judging.own_answers(args, args.answers_task, subject)
         answers = engine.subset(rows, args.num_samples, lambda row: row["prompt"])
         inputs["answers"] = engine.content_hash(answers)
@@ -73,6 +75,7 @@ def score(args: EvaluateTruthArgs, subject: Subject, sets: dict[str, list], judg
     scores, rows = [], []
     if "truthfulqa_mc" in sets:
         found = outcomes(loaded, sets["truthfulqa_mc"], args.batch_tokens)
+        # three readings of the same likelihoods: one pass over the answers serves all
         first = [metrics.mc1(o.logprobs, o.choice.labels, o.choice.best) for o in found]
         second = [metrics.mc2(o.logprobs, o.choice.labels) for o in found]
         third = [metrics.mc3(o.logprobs, o.choice.labels) for o in found]

@@ -26,6 +26,7 @@ def settings_for(args: MaskArgs, aligned: Model, tasks: Sequence[Model]) -> tupl
     rule = rule_for(args.merge_rule or "single", len(tasks), args.merge_lambda, args.ties_density, args.dare_drop)
     settings = Settings(
         space=_space(args, aligned, tasks), granularity=args.granularity, block=args.mask_block, rescale=args.rescale,
+        # the mask is read out at the temperature that training ended with
         rule=rule, temperature=args.temperature if args.final_temperature is None else args.final_temperature,
         exclude=args.excluded, seed=args.seed)
     specs = plan(settings, aligned, tasks)
@@ -35,6 +36,7 @@ def settings_for(args: MaskArgs, aligned: Model, tasks: Sequence[Model]) -> tupl
 
 def _space(args: MaskArgs, aligned: Model, tasks: Sequence[Model]) -> str:
     """``auto``: factors where every task went on with the aligned adapter, so that factors can be subtracted."""
+    # ranks are rows of a factor: whole weights have none
     if args.granularity == "rank":
         return "factors"
     if args.mask_on != "auto":

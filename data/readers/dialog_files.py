@@ -106,7 +106,7 @@ def _table(row: Row, split: str, objective: int, id: str, problems: Problems) ->
     fields = row.fields
     shape = next((shape for shape in SHAPES if shape.fits(fields)), None)
     if shape is None and split == "test" and (head := next((name for name in HEADS if name in fields), None)):
-        # for tests a bare prompt will do, which trains nothing
+        # a test needs no answer: a column of prompts will do
         shape = Shape(head, (head,), (), ("input", "context"))
     if shape is None:
         problems.add(f"{row.where}: fields {', '.join(fields) or 'none'} are no known shape; allowed: {KNOWN}")

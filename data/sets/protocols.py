@@ -113,6 +113,7 @@ def problems(name: str, data_path: str | None, data_source: str) -> list[str]:
     """Why a protocol's prompts cannot be read, found without reading them: gated, no file, no such file."""
     protocol = table()[name]
     ask = f"get it from {protocol.get} and give the file with --data_path: {protocol.shapes}"
+    # a file of the user's goes before anything that could be fetched
     if data_path:
         if is_local(data_path):
             there = Path(data_path).expanduser().exists()
@@ -241,7 +242,9 @@ def _first(rows: list[Row], protocol: Protocol) -> list[Row]:
     count, column = protocol.rule["first"], protocol.rule.get("per")
     if column is None:
         return rows[:count]
+    # a subcategory counts within its category: two may share a name
     keys = ("category", "subcategory") if column == "subcategory" else ("category",)
+    # a row without its group would end up in a group of its own
     if lacking := next((row for row in rows if any(not row.fields.get(key) for key in keys)), None):
         raise UserError(f"{lacking.where}: no {column}; the rule '{protocol.rule_text}' needs it; needed: {protocol.shapes}")
     groups: dict[tuple[str, ...], list[Row]] = {}
@@ -253,6 +256,7 @@ def _first(rows: list[Row], protocol: Protocol) -> list[Row]:
 def _half(rows: list[Row], protocol: Protocol) -> list[Row]:
     if protocol.rule["half"] == "published":
         return rows[len(rows) // 2 :]
+    # the half that the leak-free split tests on
     return [row for row in rows if truthfulqa_side(row.fields["prompt"]) == 1]
 
 

@@ -102,6 +102,7 @@ def records_of(
     problems = Problems()
     rows = _rows(place, split, problems)
     shape = _shape_of(rows[0], SHAPES[1:])
+    # found by shape, so said in shapes: which of them can be trained on
     if shape is _PROMPTS and split == "train":
         raise UserError(f"{rows[0].where}: rows without an answer can only be tested on; allowed for training: "
                         + "; ".join(s.describe() for s in (_ALPACA, _BEAVER, _TRUTH)))
@@ -121,6 +122,7 @@ def records_of(
         log.warning("%s: %d rows without an answer dropped", place, blank)
         kept = [r for r in kept if r.answer.strip()]
     if unique_prompts:
+        # reversed twice: a dict keeps the last of equal keys, and the first is wanted
         kept = list({(r.prompt, r.input): r for r in reversed(kept)}.values())[::-1]
     if not kept:
         raise UserError(f"{place}: no row is left for {task} {split}"
@@ -138,6 +140,7 @@ def pairs_of(place: str, objective: int, split: str) -> list[Pair]:
     problems = Problems()
     rows = _rows(place, split, problems)
     shape = _shape_of(rows[0], PAIR_SHAPES)
+    # PKU's labels choose the pair in every split, so they are checked in every split
     good = _checked(rows, shape, "train" if shape is _PKU else split, problems)
     if shape is _PKU:
         problems.raise_if_any()
@@ -326,6 +329,7 @@ def _truth_records(row: Row, objective: int, split: str, name: str) -> _Found:
     fields = row.fields
     correct = (fields["correct_answers"].split(";") if isinstance(fields["correct_answers"], str)
                else fields["correct_answers"])
+    # each correct answer is a training row, 1,417 of 408 questions as published; a test has the best one alone
     answers = [a.strip() for a in correct if a.strip()] if split == "train" else [fields["best_answer"]]
     return [(Record(fields["question"], answer, objective, id=_id(row, name, f"-{j}" if split == "train" else ""),
                     category=category_text(fields.get("category"))), row.where) for j, answer in enumerate(answers)]

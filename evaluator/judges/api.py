@@ -140,6 +140,7 @@ class ApiJudge:
             if verdict:
                 return verdict
             # some endpoints refuse an empty message
+            # the conversation goes on: the model sees what it wrote and that it did not fit
             messages += [{"role": "assistant", "content": reply.text.strip() or "(nothing)"},
                          {"role": "user", "content": rules().again}]
         return None
@@ -195,6 +196,7 @@ def _order(ask: Ask, item: Item, value: dict[str, float]) -> Verdict:
     shown = ask(item.answer, item.other), ask(item.other, item.answer)
     if not (shown[0] and shown[1]):
         return Verdict(None, note="unparsed")
+    # in the second order the answer stood in place B: what speaks for A speaks against it
     first, second = value[shown[0][0]], 1 - value[shown[1][0]]
     score = (first + second) / 2
     return Verdict(None if score == 0.5 else score > 0.5, score, {"as_first": first, "as_second": second},

@@ -70,6 +70,7 @@ def make(name: str, path: str, args: Any) -> ModerationJudge:
     source = find(name, path, args, LABELS)
     published = args.judge_compat == "published"
     longest = PUBLISHED_MAX_LENGTH if published else args.judge_max_length or MAX_LENGTH
+    # a head has no positions beyond its model's
     longest = min(longest, source.config.get("max_position_embeddings") or longest)
     text = load_prompts(args.judge_prompts)["moderation"].text
     # JSON has text keys only

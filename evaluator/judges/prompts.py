@@ -54,6 +54,7 @@ def load_prompts(own: str = "") -> dict[str, Prompt]:
         path = Path(own).expanduser()
         if not path.is_file():
             raise UserError(f"--judge_prompts {own}: no such file; write one like evaluator/judges/{OWN.name}")
+        # judges that the user's file leaves out keep the shipped text
         known |= _read(path, known)
     return known
 

@@ -10,6 +10,7 @@ from evaluator.judges.local import Reader, Source, batches
 from evaluator.judges.prompts import Encoded, Prompt, fit_length, renderer, token_ids
 from evaluator.judges.protocol import Item
 
+#: Any item will do: how a verdict word is cut into tokens depends on the prompt's end alone.
 _PROBE = Item("Why is the sky blue?", "Because it scatters blue light.", "Because it is.")
 
 
@@ -45,6 +46,7 @@ def first_tokens(source: Source, prompt: Prompt, words: Sequence[str]) -> tuple[
 def next_word(source: Source, encode: Callable[[Item], list[int]], tokens: Sequence[int],
               items: Sequence[Item]) -> Iterator[tuple[int, list[float], Encoded]]:
     """Yield (position, log-probability of each of ``tokens`` as the next one, the encoded row), batch by batch."""
+    # no model is loaded for nothing
     if not items:
         return
     encoded = [fit_length(item, encode, source.limit) for item in items]

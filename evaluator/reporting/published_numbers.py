@@ -91,6 +91,7 @@ def published(name: str, folder: Path = FOLDER) -> Published:
         raise UserError(f"{path}: not valid YAML ({error})") from None
     problems: list[str] = []
     head = {"paper": str, "arxiv": str, "provenance": dict, "marks": dict, "tables": dict}
+    # the head first: tables are checked against the provenances and marks that it explains
     if not isinstance(content, dict) or _wrong(content, head, {}, str(path), problems):
         raise UserError(*(problems or [f"{path}: must be a mapping of {', '.join(head)}"]))
     problems += [f"{path}: mark '{mark}' is not known; allowed: {', '.join(MARKS)}" for mark in content["marks"]
@@ -121,6 +122,7 @@ def _table(name: str, body: Any, content: dict[str, Any], where: str, problems: 
     if body["provenance"] not in content["provenance"]:
         problems.append(f"{where}: provenance '{body['provenance']}' is not explained under provenance")
     columns = tuple(map(str, body["columns"]))
+    # a problem in one row must not hide those of the others
     rows: dict[tuple[str, ...], dict[str, Cell]] = {}
     for number, row in enumerate(body["rows"], 1):
         here = f"{where}, row {number}"

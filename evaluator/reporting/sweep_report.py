@@ -31,6 +31,7 @@ def summary(rows: Mapping[str, Sequence[Point]], styles: Mapping[str, Mapping[st
         styles: other style -> group -> points.
         facts: task, safety, form, style, utility, refinement, stopped.
     """
+    # controls too: a sweep's own front would hide that a control beats it
     everything = [p for group in GROUPS for p in rows.get(group, ())]
     best = {id(p) for p in sweep.front(everything)}
     curve = rows["fusion"]
@@ -84,6 +85,7 @@ def over_seeds(folders: Sequence[Path], name: str) -> dict[str, Any]:
     files = [folder / "report" / f"{name}.json" for folder in folders]
     if missing := [file for file in files if not file.is_file()]:
         raise UserError(*(f"--roots: {file} does not exist; run scripts/sweep.py --name {name} there" for file in missing))
+    # the reports, not the scores: what each seed concluded is what is averaged
     parts = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     keys = ("task", "safety", "form", "style", "utility")
     # a mean over different sweeps would look like any other
@@ -253,6 +255,7 @@ def _cliff(found: Mapping[str, Any]) -> list[str]:
              "between lambda " + "; ".join(f"{low:g} and {high:g}" for low, high in at["bracket"]) + " (by seed)")
     lines = [f"- Steepest step: {where}, {at['drop']:.{_DECIMALS}f} of the harm rate.",
              f"- Harm is half of what it was at lambda {at['half']:.4f}{_interval(at)}."]
+    # a mean over the seeds that halve is a selection, and says so
     if never := sum(half is None for half in at.get("per_seed", ())):
         lines.append(f"- It never halves in {never} of {len(at['per_seed'])} seeds, which the mean leaves out.")
     if found.get("extended"):

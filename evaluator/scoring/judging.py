@@ -145,6 +145,7 @@ def beside_base(rows: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) 
         UserError: the base model was not asked one of the prompts.
     """
     answers = {(row["prompt"], row["input"]): row["output"].split(END_MARKER)[0].strip() for row in base}
+    # by what was asked, not by place: the base may have answered the prompts in another number or order
     missing = [row for row in rows if (row["prompt"], row["input"]) not in answers]
     if missing:
         raise UserError(f"--judges: {len(missing)} of {len(rows)} prompts have no answer of the base model to compare with, "
@@ -155,6 +156,7 @@ def beside_base(rows: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) 
 def judge_answers(args: JudgeArgs, judges: Sequence[Named], set_name: str, rows: Sequence[dict[str, Any]]) -> Judged:
     """Every judge's verdicts on the answers of one set, in the order of ``rows``; finished ones come from the cache."""
     judged = Judged(values=[{} for _ in rows], said=[{} for _ in rows])
+    # a judge of over-refusal is not asked about harmful prompts
     asked = [named for named in judges if not named.row.sets or task_of(set_name) in named.row.sets] if rows else []
     for named in asked:
         items = [item_of(row, getattr(named.judge, "templated", False)) for row in rows]
@@ -190,6 +192,7 @@ def add(found: Judged, named: Named, set_name: str, said: Sequence[Verdict], see
                          f"(wins - losses) / (wins + losses + ties) over {of}: {named.name} judge", higher_is_better=True,
                          seed=seed)]
     else:
+        # yes or no: a rate, with Wilson's interval
         found.scores.append(metrics.rate([mark > 0 for mark in marks], name, text, higher_is_better=up))
     if numbers and row.score:
         found.scores.append(metrics.mean(numbers, f"{name}.score", f"mean over {of} of {row.score} ({named.name} judge)",

@@ -59,6 +59,7 @@ def family_of(config: Any) -> Family:
 
 def decoder_layers(model: nn.Module, family: Family) -> nn.ModuleList:
     """The list of decoder layers, also through PEFT's wrappers."""
+    # PEFT's wrapper puts two modules in front of every path
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
     return model.get_submodule(family.layers)
