@@ -184,7 +184,7 @@ def write_json(path: Path, content: Any) -> None:
 def sha256(path: Path) -> str:
     """The hash of a file, or of every file of a folder with their names."""
     digest = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+    for file in sorted(entry for entry in path.rglob("*") if entry.is_file()) if path.is_dir() else [path]:
         if path.is_dir():
             # names count too; the zero byte keeps name and content apart
             digest.update(f"{file.relative_to(path)}\0".encode())

@@ -158,10 +158,10 @@ def verify(names: Iterable[str] | None = None) -> list[str]:
         UserError: with one line per damaged file.
     """
     finished = [PACKAGES[name] for name in names or PACKAGES if _is_finished(PACKAGES[name])]
-    problems = [problem for p in finished for problem in _damage(p, None, deep=True)]
+    problems = [problem for package in finished for problem in _damage(package, None, deep=True)]
     if problems:
         raise UserError(*problems)
-    return [p.name for p in finished]
+    return [package.name for package in finished]
 
 
 def _folder(package: Package) -> Path:

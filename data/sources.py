@@ -174,7 +174,7 @@ def _safe_pairs() -> list[Pair]:
     same_question = [Pair(good["objective"], good["assistant_response"].strip(), bad["assistant_response"].strip(),
                           SAFETY, id=f"{good['id']}-{bad['id']}")
                      for safe, harmful in rated.values() for good, bad in zip(safe, harmful, strict=False)]
-    return embedded.distinct([*refused, *same_question], lambda p: (p.prompt, p.chosen, p.rejected))
+    return embedded.distinct([*refused, *same_question], lambda pair: (pair.prompt, pair.chosen, pair.rejected))
 
 
 def _truth_pairs() -> list[Pair]:

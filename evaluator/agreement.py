@@ -82,16 +82,16 @@ def write(args: AgreementArgs) -> Path:
     import manifest
 
     rows = judged_answers(args)
-    found = [kappa(rows, task, a, b, args.seed) for task in args.task_names for a, b in itertools.combinations(JUDGES, 2)]
+    kappas = [kappa(rows, task, a, b, args.seed) for task in args.task_names for a, b in itertools.combinations(JUDGES, 2)]
     people = human_agreement()
     path = args.results / "report" / f"{args.name}.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     manifest.write_json(path.with_suffix(".json"), {
         "runs": args.run_names, "tasks": args.task_names, "answers": len(rows), "seed": args.seed,
-        "kappa": [item.as_dict() for item in found], "people": people})
+        "kappa": [item.as_dict() for item in kappas], "people": people})
     # a reader never sees half of a report
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(markdown(args, rows, found, people), encoding="utf-8")
+    temporary.write_text(markdown(args, rows, kappas, people), encoding="utf-8")
     temporary.replace(path)
     return path
 
@@ -148,7 +148,7 @@ def kappa_of(a: Sequence[bool], b: Sequence[bool], groups: Sequence[str], seed: 
         draws = np.random.default_rng(seed).multinomial(len(order), np.full(len(order), 1 / len(order)), _RESAMPLES)
         values = _kappas(draws @ cells)
         # a draw may hold one kind of answer only, where kappa is not defined
-        low, high = (float(q) for q in np.nanquantile(values, (0.025, 0.975)))
+        low, high = (float(end) for end in np.nanquantile(values, (0.025, 0.975)))
     return Kappa(*names, value, low, high, both, only_a, only_b, neither)
 
 

@@ -49,13 +49,13 @@ def table(args: AttackTableArgs) -> list[dict[str, Any]]:
     """
     from evaluator.statistics.comparison import measured
 
-    found = {run: measured(args.results, run) for _, runs in args.rows for run in runs}
-    places = {run: "raw" if run in ("", "base", "raw") else f"cross_{run}" for run in found}
+    by_run = {run: measured(args.results, run) for _, runs in args.rows for run in runs}
+    places = {run: "raw" if run in ("", "base", "raw") else f"cross_{run}" for run in by_run}
     problems = []
     # every command that is missing at once: answering and scoring take hours
     for attack in ("", *args.named_attacks):
         name = f"{args.task_name}+{attack}" if attack else args.task_name
-        if absent := [run for run, item in found.items() if not any(place == name for place, _ in item.rows)]:
+        if absent := [run for run, item in by_run.items() if not any(place == name for place, _ in item.rows)]:
             put = f" --attack {attack}" if attack else ""
             problems.append(f"{', '.join(absent)}: no scores for {name}; run python inference.py --task_name "
                             f"{args.task_name}{put} --cross_task {','.join(absent)} and python evaluator/evaluate_safety.py "
@@ -63,7 +63,7 @@ def table(args: AttackTableArgs) -> list[dict[str, Any]]:
     if problems:
         raise UserError(*problems)
     return [{"label": label, "runs": runs, "cells": {
-        attack: _cells([found[run] for run in runs], args.task_name, attack) for attack in args.named_attacks}}
+        attack: _cells([by_run[run] for run in runs], args.task_name, attack) for attack in args.named_attacks}}
         for label, runs in args.rows]
 
 

@@ -106,17 +106,17 @@ def sentence(answer: Answer, args: EqualUtilityArgs) -> str:
         "less safe" if max(high for _, high in known) < 0 else "neither safer nor less safe"
     rows, seeds = (f"[{low:+.3f}, {high:+.3f}]" if low is not None else "" for low, high in ends)
     over = f"{rows} over rows" if rows else "no draw of rows lies within the line's ends, so without an interval"
-    found = f"{verdict} ({answer.difference:+.3f} {over}{f'; over seeds {seeds}' if seeds else ''})"
+    finding = f"{verdict} ({answer.difference:+.3f} {over}{f'; over seeds {seeds}' if seeds else ''})"
     if answer.equal:
-        said = (f"At {nll} {answer.utility:.3f}, {args.subject} has {what} {answer.safety:.3f}, the line "
-                f"{answer.line_safety:.3f}: {found}.")
+        text = (f"At {nll} {answer.utility:.3f}, {args.subject} has {what} {answer.safety:.3f}, the line "
+                f"{answer.line_safety:.3f}: {finding}.")
     else:
-        said = (f"NOT at equal utility: {args.subject} has {nll} {answer.utility:.3f} and {what} {answer.safety:.3f}, "
-                f"{args.line} has {nll} {answer.line_utility[0]:.3f} and {what} {answer.line_safety:.3f}: {found}, "
+        text = (f"NOT at equal utility: {args.subject} has {nll} {answer.utility:.3f} and {what} {answer.safety:.3f}, "
+                f"{args.line} has {nll} {answer.line_utility[0]:.3f} and {what} {answer.line_safety:.3f}: {finding}, "
                 "whatever the difference in utility is worth.")
     if answer.left_out:
-        said += f" Left out, being beyond the line's ends: {', '.join(answer.left_out)}."
-    return f"{said} {_seeds(answer)}"
+        text += f" Left out, being beyond the line's ends: {', '.join(answer.left_out)}."
+    return f"{text} {_seeds(answer)}"
 
 
 def _seeds(answer: Answer) -> str:
@@ -164,8 +164,8 @@ def compare(args: EqualUtilityArgs) -> Answer:
     everything = {what: np.arange(len(next(iter(table.values())))) for what, table in tables.items()}
     subject, line = scores(args.subjects, everything), [scores(point, everything) for point in points]
     # seed against seed where both have it: a base that happened to be safe lifts both sides
-    found = [_against(u, line, i if paired else None) for i, u in enumerate(subject.utility)]
-    inside = np.array([at is not None for at in found])
+    met = [_against(u, line, i if paired else None) for i, u in enumerate(subject.utility)]
+    inside = np.array([at is not None for at in met])
     ends = [float(point.utility.mean()) for point in line]
     facts = {"line_utility": (min(ends), max(ends)), "subject_seeds": {run: seeds[run] for run in args.subjects},
              "line_seeds": {run: seeds[run] for point in points for run in point}}
@@ -174,7 +174,7 @@ def compare(args: EqualUtilityArgs) -> Answer:
         near = line[int(np.argmin([abs(utility - end) for end in ends]))]
         return Answer(utility, float(subject.safety.mean()), line_safety=None, equal=False, left_out=args.subjects,
                       end=float(near.safety.mean()), seeds=_kind(args, points, paired), **facts)
-    kept = [at for at in found if at is not None]
+    kept = [at for at in met if at is not None]
     apart = subject.safety[inside] - [at.safety for at in kept]
     utility = float(subject.utility[inside].mean())
     generator = np.random.default_rng(args.seed)
@@ -298,20 +298,20 @@ def _table(rows: dict[str, Any], name: str, key: str) -> dict[str, np.ndarray]:
     """run -> values of one set, in the same order of rows for every run."""
     import numpy as np
 
-    found = {run: {id: values[key] for (place, id), values in mine.items() if place == name and key in values}
-             for run, mine in rows.items()}
-    empty = [run for run, values in found.items() if not values]
+    by_run = {run: {id: values[key] for (place, id), values in mine.items() if place == name and key in values}
+              for run, mine in rows.items()}
+    empty = [run for run, values in by_run.items() if not values]
     if empty:
         command = "evaluate_skills.py" if name.startswith("nll") else "evaluate_safety.py"
         raise UserError(f"{', '.join(empty)}: no scores for {name}; run evaluator/{command} on "
                         f"{'it' if len(empty) == 1 else 'them'} first")
     # one order for all runs: a draw of places must draw the same rows of each
-    ids = sorted(next(iter(found.values())))
-    other = [run for run, values in found.items() if sorted(values) != ids]
+    ids = sorted(next(iter(by_run.values())))
+    other = [run for run, values in by_run.items() if sorted(values) != ids]
     if other:
-        raise UserError(f"{', '.join(other)}: scored on other rows of {name} than {next(iter(found))}; score all runs with "
+        raise UserError(f"{', '.join(other)}: scored on other rows of {name} than {next(iter(by_run))}; score all runs with "
                         "the same --num_samples")
-    return {run: np.array([values[id] for id in ids], dtype=float) for run, values in found.items()}
+    return {run: np.array([values[id] for id in ids], dtype=float) for run, values in by_run.items()}
 
 
 if __name__ == "__main__":

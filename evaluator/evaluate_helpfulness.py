@@ -75,12 +75,12 @@ def _with_references(args: EvaluateHelpfulnessArgs, subject: Subject) -> list[di
     rows = engine.subset(judging.own_answers(args, args.answers_task, subject), args.num_samples,
                          lambda row: row["prompt"])
     # some prompt sets have no reference answers, or not for every row
-    found = [row for row in rows if row["reference"]]
-    if not found:
+    comparable = [row for row in rows if row["reference"]]
+    if not comparable:
         folder = engine.answers_folder(args, args.answers_task, subject)
         raise UserError(f"--judges: none of the answers in {folder} has a reference to compare with; make them with: "
                         f"{engine.inference_command(args, args.answers_task, subject)}")
-    return found
+    return comparable
 
 
 def score(args: EvaluateHelpfulnessArgs, subject: Subject, records: list, choices: list, judges: Sequence[Named] = (),

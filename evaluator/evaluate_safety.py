@@ -159,14 +159,14 @@ def _protocols(args: EvaluateSafetyArgs, subject: Subject) -> dict[str, Any]:
     import manifest
     from evaluator.scoring import engine
 
-    found = {}
+    by_task = {}
     for task in () if args.answers else (args.harmful_task, args.overrefusal_task):
         folder = engine.answers_folder(args, task, subject)
         if (folder / manifest.MANIFEST).is_file() and (done := manifest.read(folder)["metrics"].get("protocol")):
-            found[task] = done
+            by_task[task] = done
             if done["stands_in"]:
                 logging.getLogger(__name__).warning("%s: scored on %s, which stands in for it", task, done["source"])
-    return found
+    return by_task
 
 
 def _judged(name: str, answers: list[dict], judge: Any) -> list[dict[str, Any]]:
@@ -193,13 +193,13 @@ def _categories(rows: list[dict[str, Any]], key: str) -> dict[str, dict[str, Any
     """{set: {category: rate of ``key`` with its interval}}."""
     from evaluator.statistics import metrics
 
-    found: dict[str, dict[str, Any]] = {}
+    by_set: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(row["set"] for row in rows):
         for category in sorted({row["category"] for row in rows if row["set"] == name and row["category"]}):
             hits = [row["values"][key] for row in rows if row["set"] == name and row["category"] == category]
             score = metrics.rate(hits, key, "", higher_is_better=True)
-            found.setdefault(name, {})[category] = {k: getattr(score, k) for k in ("value", "low", "high", "n")}
-    return found
+            by_set.setdefault(name, {})[category] = {k: getattr(score, k) for k in ("value", "low", "high", "n")}
+    return by_set
 
 
 if __name__ == "__main__":

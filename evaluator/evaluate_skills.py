@@ -68,13 +68,13 @@ def score(args: EvaluateSkillsArgs, subject: Subject, records: dict[str, list]) 
 
     loaded = engine.load(args, subject)
     scores, rows = [], []
-    for name, found in records.items():
-        items = [(loaded.template.render(record.prompt, record.input), record.answer) for record in found]
+    for name, task_records in records.items():
+        items = [(loaded.template.render(record.prompt, record.input), record.answer) for record in task_records]
         # with the end of the answer, as in training: a model that would write on pays for it
         scored = answer_logprobs(loaded, items, args.batch_tokens, end=True)
         scores.append(metrics.ratio([-total for total, _ in scored], [n for _, n in scored], f"nll_{name}",
                                     NLL.format(name), higher_is_better=False, seed=args.seed))
-        rows += [_row(f"nll_{name}", record, total, n) for record, (total, n) in zip(found, scored, strict=True)]
+        rows += [_row(f"nll_{name}", record, total, n) for record, (total, n) in zip(task_records, scored, strict=True)]
     return engine.Result(scores, rows)
 
 

@@ -74,16 +74,16 @@ def score(args: EvaluateTruthArgs, subject: Subject, sets: dict[str, list], judg
     loaded = engine.load(args, subject)
     scores, rows = [], []
     if "truthfulqa_mc" in sets:
-        found = outcomes(loaded, sets["truthfulqa_mc"], args.batch_tokens)
+        ranked = outcomes(loaded, sets["truthfulqa_mc"], args.batch_tokens)
         # three readings of the same likelihoods: one pass over the answers serves all
-        first = [metrics.mc1(o.logprobs, o.choice.labels, o.choice.best) for o in found]
-        second = [metrics.mc2(o.logprobs, o.choice.labels) for o in found]
-        third = [metrics.mc3(o.logprobs, o.choice.labels) for o in found]
+        first = [metrics.mc1(o.logprobs, o.choice.labels, o.choice.best) for o in ranked]
+        second = [metrics.mc2(o.logprobs, o.choice.labels) for o in ranked]
+        third = [metrics.mc3(o.logprobs, o.choice.labels) for o in ranked]
         scores += [metrics.rate(first, "mc1", MC1, higher_is_better=True),
                    metrics.mean(second, "mc2", MC2, higher_is_better=True, seed=args.seed),
                    metrics.mean(third, "mc3", MC3, higher_is_better=True, seed=args.seed)]
         rows += [o.row("truthfulqa_mc", {"mc1": a, "mc2": round(b, 6), "mc3": round(c, 6)})
-                 for o, a, b, c in zip(found, first, second, third, strict=True)]
+                 for o, a, b, c in zip(ranked, first, second, third, strict=True)]
     for source, name, text in (("hhh_honest", "hhh_honest", HHH), ("rho_factual", "factual", FACTUAL)):
         if source in sets:
             extra, more = preference_score(loaded, sets[source], name, text, args.batch_tokens)

@@ -81,8 +81,8 @@ def score_benchmark(args: EvaluateUtilityArgs, model: tuple[Any, float | None], 
     from evaluator.scoring import engine, harness
 
     loaded, change = model
-    found, rows, said = harness.run(benchmark, loaded, args)
-    return engine.Result(found, rows, _details(benchmark.name, said, change))
+    scores, rows, details = harness.run(benchmark, loaded, args)
+    return engine.Result(scores, rows, _details(benchmark.name, details, change))
 
 
 def score_probe(args: EvaluateUtilityArgs, model: tuple[Any, float | None], name: str, rows: list) -> Result:
@@ -92,10 +92,10 @@ def score_probe(args: EvaluateUtilityArgs, model: tuple[Any, float | None], name
 
     loaded, change = model
     if PROBES[name].kind == "choice":
-        found, lines = utility_probes.score_choices(loaded, name, rows, args.batch_tokens)
-        return engine.Result([found], lines, _details(name, {}, change))
-    found, lines = utility_probes.score_numbers(loaded, name, rows, args.max_new_tokens, args.harness_batch_size, args.seed)
-    return engine.Result([found], lines, _details(name, {"max_new_tokens": args.max_new_tokens}, change))
+        score, lines = utility_probes.score_choices(loaded, name, rows, args.batch_tokens)
+        return engine.Result([score], lines, _details(name, {}, change))
+    score, lines = utility_probes.score_numbers(loaded, name, rows, args.max_new_tokens, args.harness_batch_size, args.seed)
+    return engine.Result([score], lines, _details(name, {"max_new_tokens": args.max_new_tokens}, change))
 
 
 def _details(name: str, said: dict[str, Any], change: float | None) -> dict[str, Any]:

@@ -68,12 +68,12 @@ def numbers(args: MaskFiguresArgs) -> dict[str, Any]:
 def draw(content: Mapping[str, Any], folder: Path) -> list[Path]:
     """A picture per mask, one of its tasks' overlap where it has several, and one of the masks' agreement."""
     files = []
-    for name, found in content["masks"].items():
-        whole, file = found["whole"], folder / f"{name.strip('/').replace('/', '_')}.png"
-        files.append(mask_heatmaps(found["grid"], file, f"Mask {name}: share kept ({whole['kept']:.3f} of all) and entropy "
+    for name, facts in content["masks"].items():
+        whole, file = facts["whole"], folder / f"{name.strip('/').replace('/', '_')}.png"
+        files.append(mask_heatmaps(facts["grid"], file, f"Mask {name}: share kept ({whole['kept']:.3f} of all) and entropy "
                                    f"in bits ({whole['entropy']:.3f})"))
-        if found.get("overlap", {}).get("pairs"):
-            files.append(overlap_matrix(found["overlap"], file.with_name(f"{file.stem}_overlap.png"), name))
+        if facts.get("overlap", {}).get("pairs"):
+            files.append(overlap_matrix(facts["overlap"], file.with_name(f"{file.stem}_overlap.png"), name))
     if "agreement" in content:
         files.append(agreement_matrix(content["agreement"], list(content["masks"]), folder / "agreement.png"))
     return files

@@ -94,23 +94,23 @@ def _aggregates(lines: Sequence[Line]) -> list[str]:
     """The papers' summary numbers of every row that has the scores they are made from; nothing where no row has."""
     from evaluator.statistics.aggregates import FAMILIES, alike, over_seeds
 
-    found = {line.label: over_seeds(line.found) for line in lines}
+    scores = {line.label: over_seeds(line.found) for line in lines}
     # over-refusal is a column of the table already
-    names = [n for n in dict.fromkeys(n for cells in found.values() for n in cells) if n != "overrefusal"]
+    names = [n for n in dict.fromkeys(n for cells in scores.values() for n in cells) if n != "overrefusal"]
     if not names:
         return []
     unlike = []
     for name in FAMILIES:
         kept, why = alike({line.label: line.found for line in lines}, name)
         unlike += why
-        found = {label: cells if label in kept else {n: c for n, c in cells.items() if n != name}
-                 for label, cells in found.items()}
+        scores = {label: cells if label in kept else {n: c for n, c in cells.items() if n != name}
+                  for label, cells in scores.items()}
     rows = [[label, *(_number(c.value) + _interval(c.low, c.high) if (c := cells.get(name)) else "" for name in names)]
-            for label, cells in found.items()]
-    said = {name: cells[name] for name in names for cells in reversed(found.values()) if name in cells}
-    heads = [f"{n} {_arrow(said[n])}" if n in said else n for n in names]
+            for label, cells in scores.items()]
+    examples = {name: cells[name] for name in names for cells in reversed(scores.values()) if name in cells}
+    heads = [f"{n} {_arrow(examples[n])}" if n in examples else n for n in names]
     return ["", "## Summary numbers", "", *_markdown(["model", *heads], rows), "",
-            *(f"- {name}: {score.definition}." for name, score in said.items()), *unlike]
+            *(f"- {name}: {score.definition}." for name, score in examples.items()), *unlike]
 
 
 def _arrow(score: Score) -> str:
@@ -190,16 +190,16 @@ def _findings(lines: Sequence[Line], axes: Sequence[Axis], args: ReportArgs) -> 
     controls = sorted(others, key=lambda line: line.run not in main_ones)
     if base is None or not experts or not controls:
         return ["The rows do not hold a base, an expert and a control, so nothing is concluded here."]
-    said, verdicts = [], {line.label: [] for line in controls}
+    findings, verdicts = [], {line.label: [] for line in controls}
     for axis in axes:
         gains = [(line, d) for line in experts if (d := over_seeds(line.found, base.found, axis))]
         if not gains:
-            said.append(f"- {axis.title}: base and experts cannot be compared here; nothing is concluded.")
+            findings.append(f"- {axis.title}: base and experts cannot be compared here; nothing is concluded.")
             continue
         # only where an expert gains is there something that fusion could lose
         better = [(line, d) for line, d in gains if d.verdict(axis.higher) == "better"]
         if not better:
-            said.append(f"- {axis.title}: no expert improves on {base.label}, so there is no gain to keep.")
+            findings.append(f"- {axis.title}: no expert improves on {base.label}, so there is no gain to keep.")
             continue
         improved = ", ".join(f"{line.label} ({_number(d.value, sign=True)})" for line, d in better)
         sentences = []
@@ -212,18 +212,18 @@ def _findings(lines: Sequence[Line], axes: Sequence[Axis], args: ReportArgs) -> 
             verdicts[line.label].append((axis.title, verdict))
             word = {"better": "beats", "worse": "does not beat (is worse than)"}.get(verdict, "does not beat (level with)")
             sentences.append(f"{word} {line.label} ({_number(d.value, sign=True)}{_interval(d.low, d.high)})")
-        said.append(f"- {axis.title}: improved by {improved}. {last.label} {'; '.join(sentences)}.")
-    for label, found in verdicts.items():
-        if found:
-            said.append(f"- In sum, of {len(found)} axes that an expert improves, {last.label} "
-                        f"against {label}: {_sum(found)}.")
-    return said
+        findings.append(f"- {axis.title}: improved by {improved}. {last.label} {'; '.join(sentences)}.")
+    for label, outcomes in verdicts.items():
+        if outcomes:
+            findings.append(f"- In sum, of {len(outcomes)} axes that an expert improves, {last.label} "
+                            f"against {label}: {_sum(outcomes)}.")
+    return findings
 
 
 def _sum(found: Sequence[tuple[str, str]]) -> str:
     parts = []
     for verdict in ("better", "no difference", "worse"):
-        titles = [title for title, said in found if said == verdict]
+        titles = [title for title, outcome in found if outcome == verdict]
         parts.append(f"{verdict} on {len(titles)}" + (f" ({', '.join(titles)})" if titles else ""))
     return "; ".join(parts)
 

@@ -43,9 +43,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         config.short_waits()
         from evaluator.reporting import sweep_report
 
-        found = sweep_report.over_seeds(args.folders, args.name) if args.folders else sweep(args, parsed.preset)
+        report = sweep_report.over_seeds(args.folders, args.name) if args.folders else sweep(args, parsed.preset)
         name = f"{args.name}_seeds" if args.folders else args.name
-        path = sweep_report.write(args.results / "report", name, found)
+        path = sweep_report.write(args.results / "report", name, report)
         print(path.read_text(encoding="utf-8"))
         print(f"written: {path}")
 
@@ -93,8 +93,8 @@ def sweep(args: SweepArgs, preset: str) -> dict:
     facts = {"task": args.task, "safety": args.safety, "form": args.form, "style": style, "utility": args.utility,
              "sets": [args.harmful_task, args.overrefusal_task],
              "refinement": steps, "extended": extended, "stopped": stopped}
-    return sweep_report.summary({group: points(found, style, args) for group, found in rows.items()},
-                                {other: {group: points(found, other, args) for group, found in coarse.items()}
+    return sweep_report.summary({group: points(members, style, args) for group, members in rows.items()},
+                                {other: {group: points(members, other, args) for group, members in coarse.items()}
                                  for other in others}, facts, args.seed)
 
 
@@ -135,20 +135,20 @@ def fused(args: SweepArgs, weight: float, safety: str | None = None, label: str 
 def controls(args: SweepArgs, grid: Sequence[float]) -> dict[str, list[Row]]:
     """Group -> rows, at the lambdas of the grid."""
     inner = [weight for weight in grid if 0 < weight < 1]
-    found: dict[str, list[Row]] = {}
+    groups: dict[str, list[Row]] = {}
     if args.shrink:
-        found["shrink"] = [Row(f"shrink only, {1 - w:g}", mixture_run(((args.task, 1 - w),)), w) for w in inner]
+        groups["shrink"] = [Row(f"shrink only, {1 - w:g}", mixture_run(((args.task, 1 - w),)), w) for w in inner]
     if args.random:
-        found["random"] = [fused(args, w, args.random, "random direction,") for w in inner]
+        groups["random"] = [fused(args, w, args.random, "random direction,") for w in inner]
     asked = [weight for weight in args.lambdas if 0 < weight < 1]
     if args.reverse and asked:
         # of the grid as it was asked for: an extended one ends elsewhere in every seed
         task = 1 - asked[-1] if args.form == "convex" else 1.0
-        found["reverse"] = [Row(f"order reversed, {asked[-1]:g}", mixture_run(((args.safety, asked[-1]), (args.task, task))),
-                                asked[-1])]
+        groups["reverse"] = [Row(f"order reversed, {asked[-1]:g}", mixture_run(((args.safety, asked[-1]),
+                                                                                (args.task, task))), asked[-1])]
     if args.named_controls:
-        found["control"] = [Row(label, "" if run == "base" else run) for label, run in args.named_controls.items()]
-    return found
+        groups["control"] = [Row(label, "" if run == "base" else run) for label, run in args.named_controls.items()]
+    return groups
 
 
 def score(rows: Iterable[Row], style: str, args: SweepArgs, preset: str) -> None:

@@ -136,10 +136,11 @@ class MaskTrainer(SafeDPOTrainer):
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.anchor is None or not model.training:
             return loss
+        # the draws of a micro-step share its anchor rows: what differs between them is the mask alone
         turn = self._place[0] * self.args.gradient_accumulation_steps + self._place[1]
-        found = self.anchor.loss(model, turn, self.accelerator.device)
-        self._metrics["train"]["anchor"].append(float(found.detach()))
-        return loss + self.flags.anchor_weight * found
+        anchor_loss = self.anchor.loss(model, turn, self.accelerator.device)
+        self._metrics["train"]["anchor"].append(float(anchor_loss.detach()))
+        return loss + self.flags.anchor_weight * anchor_loss
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:

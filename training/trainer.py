@@ -208,7 +208,7 @@ def resume_point(args: AlignArgs, settings: dict[str, Any]) -> str | None:
     folder = checkpoint_folder(args)
     record = folder / "settings.json"
     # by number: as text checkpoint-1000 comes before checkpoint-200
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     if checkpoints and not args.overwrite:
         if manifest.same_settings(record, settings):
             log.info("resuming from %s", checkpoints[-1])

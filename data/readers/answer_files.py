@@ -71,13 +71,13 @@ def _row(row: Row, names: dict[str, Any], number: int, problems: Problems) -> di
         problems.add(f"{row.where}: the prompt (column {names['prompt']}) is empty; every answer needs its prompt")
     # a CSV written by pandas keeps its index in a column without a name
     extra = {name: _plain(row.fields.get(name)) for name in _OPTIONAL}
-    found = {**extra, "id": extra["id"] or _plain(row.fields.get("")) or str(number), "finish": "", "prompt": prompt,
+    cells = {**extra, "id": extra["id"] or _plain(row.fields.get("")) or str(number), "finish": "", "prompt": prompt,
              "output": output}
-    for ours, value in found.items():
+    for ours, value in cells.items():
         if half := _HALF.search(value):
             problems.add(f"{row.where}: column {names.get(ours, ours)} holds half of a surrogate pair "
                          f"(\\u{ord(half[0]):04x}), which is no character; write the whole pair, or take it out")
-    return found
+    return cells
 
 
 def _text(row: Row, column: Any, problems: Problems) -> str:

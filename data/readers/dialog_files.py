@@ -87,7 +87,7 @@ def _dialog(row: Row, split: str, objective: int, id: str, problems: Problems) -
         problems.add(f"{row.where}: needs a list of turns, each {{role, content}}")
         return None
     spoken = [(_ROLES.get(str(turn.get("role", turn.get("from"))).lower(), "?"), turn.get("content", turn.get("value")))
-            for turn in turns]
+              for turn in turns]
     roles = [role for role, _ in spoken]
     system = spoken[0][1] if roles[0] == "system" else ""
     body = roles[1:] if roles[0] == "system" else roles

@@ -75,11 +75,11 @@ def _walk(value: Any, where: str, groups: tuple[str, ...], problems: Problems) -
 
 
 def _folder_rows(folder: Path, categories: Sequence[str], problems: Problems) -> list[Row]:
-    found = {int(match[1]): file for file in folder.iterdir() if (match := _CATEGORY_FILE.fullmatch(file.name))}
-    if not found:
+    files = {int(match[1]): file for file in folder.iterdir() if (match := _CATEGORY_FILE.fullmatch(file.name))}
+    if not files:
         raise UserError(f"{folder}: a folder of prompts needs files named category_1.csv, category_2.csv, ...")
     # by number: as text category_10 comes before category_2
-    return [row for number, file in sorted(found.items())
+    return [row for number, file in sorted(files.items())
             for row in _bare_rows(file, _category_name(number, categories), problems)]
 
 

@@ -64,12 +64,12 @@ def read_rows(file: Path, problems: Problems, *, turns: bool = False, bare: Cont
     """
     text = read_text(file)
     if file.suffix.lower() == ".csv":
-        found = _bare_rows(text, file, problems, bare) if bare and _is_one_column(text) else _csv_rows(text, file, problems)
+        stream = _bare_rows(text, file, problems, bare) if bare and _is_one_column(text) else _csv_rows(text, file, problems)
     elif text.lstrip().startswith("["):
-        found = _list_rows(text, file, problems, turns)
+        stream = _list_rows(text, file, problems, turns)
     else:
-        found = _line_rows(text, file, problems, turns)
-    rows = list(found)
+        stream = _line_rows(text, file, problems, turns)
+    rows = list(stream)
     if not rows:
         problems.raise_if_any()
         raise UserError(f"{file}: the file has no rows; it needs at least one")

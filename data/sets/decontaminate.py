@@ -58,10 +58,10 @@ def prompts_to_avoid(files: Sequence[Path]) -> dict[str, list[str]]:
 
     HHH and TruthfulQA are kept out by hash in any case (``data/sets/held_out.txt``).
     """
-    found = {"strongreject": [r.prompt for r in embedded.records("safety", "test", True)],
-             "overrefusal": [r.prompt for r in embedded.records("overrefusal", "test", True)],
-             "alpaca": [r.prompt for r in embedded.records("helpfulness", "test", True)]}
-    return found | {str(file.name): read_prompts(file) for file in files}
+    sets = {"strongreject": [r.prompt for r in embedded.records("safety", "test", True)],
+            "overrefusal": [r.prompt for r in embedded.records("overrefusal", "test", True)],
+            "alpaca": [r.prompt for r in embedded.records("helpfulness", "test", True)]}
+    return sets | {str(file.name): read_prompts(file) for file in files}
 
 
 def clean(prompts: Mapping[str, str], tests: Mapping[str, Sequence[str]], near: float) -> tuple[list[str], Report]:

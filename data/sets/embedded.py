@@ -257,7 +257,7 @@ def _truthful_train() -> list[Record]:
     # the first answer is the benchmark's best one; training on all of them, "I have no comment" included, left MC2
     # where the base has it (docs/lab-log.md)
     samples = [Record(row["question"], row["answer"][0], TRUTHFULNESS, id=f"truthfulqa-{i}")
-             for i, row in enumerate(_truthfulqa()) if row["answer"][0].strip()]
+               for i, row in enumerate(_truthfulqa()) if row["answer"][0].strip()]
     return distinct(samples, lambda r: (r.prompt, r.answer))
 
 

@@ -159,8 +159,8 @@ def load(name: str, data_path: str | None = None, data_source: str = "embedded",
     if not kept:
         raise UserError(f"{place}: no row is left for {name} ({protocol.rule_text})")
     reduction = Reduction(name, place or _STAND_INS[protocol.stand_in], not place and protocol.stand_in != name,
-                     protocol.rule_text if place else "all", read, len(kept), 0 if unique_prompts else repeated,
-                     repeated if unique_prompts else 0)
+                          protocol.rule_text if place else "all", read, len(kept), 0 if unique_prompts else repeated,
+                          repeated if unique_prompts else 0)
     _say(protocol, reduction)
     return kept, reduction
 
@@ -184,10 +184,10 @@ def markdown() -> str:
     head = ("| `--task_name` | set | rows | kept | rule | access | embedded stand-in |\n"
             "|---|---|---|---|---|---|---|\n")
     lines = []
-    for p in table().values():
-        access = f"gated: ask at {p.get}" if p.gated else p.get
-        rows = f"| `{p.name}` | {p.title} | {p.rows:,} | {p.kept:,} | {p.rule_text} |"
-        lines.append(f"{rows} {access} | {_STAND_INS[p.stand_in]} |\n")
+    for protocol in table().values():
+        access = f"gated: ask at {protocol.get}" if protocol.gated else protocol.get
+        rows = f"| `{protocol.name}` | {protocol.title} | {protocol.rows:,} | {protocol.kept:,} | {protocol.rule_text} |"
+        lines.append(f"{rows} {access} | {_STAND_INS[protocol.stand_in]} |\n")
     return head + "".join(lines)
 
 

@@ -152,7 +152,7 @@ def pairs_of(place: str, objective: int, split: str) -> list[Pair]:
     problems.raise_if_any()
     name = Path(place).stem if is_local(place) else place.split("/")[-1]
     placed = [(Pair(f["prompt"], f["chosen"], f["rejected"], objective, f.get("input") or "", _id(row, name)), row.where)
-             for row in good for f in (row.fields,)]
+              for row in good for f in (row.fields,)]
     return _without_duplicates(placed, lambda p: (p.prompt, p.input, p.chosen, p.rejected), place)
 
 

@@ -66,7 +66,7 @@ def opening(article: str, limit: int = ARTICLE) -> str:
     text = article.strip()
     if len(text) <= limit:
         return text
-    ends = [found.end() for found in _SENTENCE.finditer(text, 0, limit)]
+    ends = [match.end() for match in _SENTENCE.finditer(text, 0, limit)]
     return text[: ends[-1]].rstrip() if ends else text[:limit].rpartition(" ")[0] or text[:limit]
 
 

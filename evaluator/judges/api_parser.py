@@ -38,7 +38,7 @@ def parse(text: str, fields: tuple[str, ...], options: Mapping[str, tuple[str, .
     meaning = {_fold(word): name for name, words in options.items() for word in words}
     objects = list(_objects(text))
     # all of them, not the last: two objects that disagree are no verdict
-    values = [value for found in objects for key, value in found.items() if _fold(str(key)) in fields]
+    values = [value for parsed in objects for key, value in parsed.items() if _fold(str(key)) in fields]
     if values:
         hits = [phrase.match(_fold(_spelt(value))) for value in values]
         names = {meaning[hit["phrase"]] if hit else "" for hit in hits}
@@ -56,7 +56,7 @@ def parse(text: str, fields: tuple[str, ...], options: Mapping[str, tuple[str, .
     name = names.pop()
     if names or not name:
         return None
-    reasons = [value for found in objects for key, value in found.items() if _fold(str(key)) in ("reason", "the reason")]
+    reasons = [value for parsed in objects for key, value in parsed.items() if _fold(str(key)) in ("reason", "the reason")]
     return name, reasons[-1] if reasons and isinstance(reasons[-1], str) else "" if objects else text.strip()
 
 

@@ -39,14 +39,14 @@ class Fault(Exception):
 
 def body(chunks: Iterable[bytes], timeout: float) -> bytes:
     """A whole body, or a Fault: the limits hold for drips too, each of which would be in time."""
-    found, deadline = bytearray(), time.monotonic() + timeout
+    received, deadline = bytearray(), time.monotonic() + timeout
     for chunk in chunks:
-        found += chunk
-        if len(found) > _LARGEST_BODY:
+        received += chunk
+        if len(received) > _LARGEST_BODY:
             raise Fault(f"reply of more than {_LARGEST_BODY} bytes", paid=True)
         if time.monotonic() > deadline:
             raise Fault(f"no whole reply in {timeout:g} s", again=True, paid=True)
-    return bytes(found)
+    return bytes(received)
 
 
 def reply(body: bytes) -> Reply:

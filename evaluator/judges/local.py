@@ -114,13 +114,13 @@ def _check_layout(flag: str, config: dict[str, Any], shapes: dict[str, tuple[int
         raise UserError(f"{flag}: needs a sequence classifier with {labels} label{'s' * (labels > 1)} "
                         f"(…ForSequenceClassification), its config.json says {kind}")
     names = config.get("id2label")
-    said = len(names) if names else config.get("num_labels", 2)
+    declared = len(names) if names else config.get("num_labels", 2)
     head = next((name for name in _HEADS if name in shapes), None)
     if head is None:
         raise UserError(f"{flag}: its weights hold no classification head ({', '.join(_HEADS)})")
     # config and weights may disagree: both must fit
-    if said != labels or shapes[head][0] != labels:
-        raise UserError(f"{flag}: needs {labels} label{'s' * (labels > 1)}, has {said} in config.json and "
+    if declared != labels or shapes[head][0] != labels:
+        raise UserError(f"{flag}: needs {labels} label{'s' * (labels > 1)}, has {declared} in config.json and "
                         f"{shapes[head][0]} in {head}")
     return head
 
@@ -149,7 +149,7 @@ def _load(kind: Any, source: Source, dtype: torch.dtype, device: torch.device) -
     capped = source.config.get("attn_logit_softcapping")
     extra = {"attn_implementation": "eager"} if capped else {}
     model, report = kind.from_pretrained(source.folder, dtype=dtype, trust_remote_code=False, use_safetensors=True,
-                                        output_loading_info=True, **extra)
+                                         output_loading_info=True, **extra)
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{source.flag}: {source.folder} lacks {len(missing)} weights of {type(model).__name__}: "
                         f"{', '.join(missing[:5])}")

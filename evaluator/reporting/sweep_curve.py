@@ -114,7 +114,7 @@ def other_judges(model: Point, seed: int = 0) -> dict[str, metrics.Score]:
 
 def steepest(points: Sequence[Point]) -> tuple[Point, Point]:
     """The neighbours (by weight) between which harm changes most; the narrower pair where two are equal."""
-    ordered = sorted(points, key=lambda p: p.weight)
+    ordered = sorted(points, key=lambda model: model.weight)
     pairs = zip(ordered, ordered[1:], strict=False)
     # rounded: 0.3 - 0.2 and 0.2 - 0.1 differ in the last bit, and equal steps must tie
     return max(pairs, key=lambda two: (round(abs(harm(two[0]).value - harm(two[1]).value), 9),
@@ -123,7 +123,7 @@ def steepest(points: Sequence[Point]) -> tuple[Point, Point]:
 
 def unbroken(points: Sequence[Point]) -> bool:
     """Whether harm at the last lambda is still more than half of that at the first."""
-    ordered = sorted(points, key=lambda p: p.weight)
+    ordered = sorted(points, key=lambda model: model.weight)
     return harm(ordered[-1]).value > harm(ordered[0]).value / 2
 
 
@@ -194,12 +194,13 @@ def _half(weights: np.ndarray, harms: np.ndarray) -> float:
 def front(points: Sequence[Point]) -> list[Point]:
     """The points that no other equals or beats on harm, compliance and utility while beating it on one (no tests)."""
     # 4 digits of the likelihood: what differs behind them is rounding of the rows
-    values = {id(p): (harm(p).value, -compliance(p).value, round(_or_zero(utility(p).value), 4)) for p in points}
+    values = {id(model): (harm(model).value, -compliance(model).value, round(_or_zero(utility(model).value), 4))
+              for model in points}
 
     def beaten(mine: tuple[float, ...]) -> bool:
         return any(all(a <= b for a, b in zip(other, mine, strict=True)) and other != mine for other in values.values())
 
-    return [p for p in points if not beaten(values[id(p)])]
+    return [model for model in points if not beaten(values[id(model)])]
 
 
 def at_equal_compliance(points: Sequence[Point], control: Point, seed: int = 0) -> Difference | None:
@@ -209,7 +210,7 @@ def at_equal_compliance(points: Sequence[Point], control: Point, seed: int = 0) 
     prompts that some point lacks are left out. None when the control's compliance is above or below that of the whole curve,
     in the data or in a tenth of the resamples.
     """
-    weights, harms, complies = _matrices([*sorted(points, key=lambda p: p.weight), control], keep_order=True)
+    weights, harms, complies = _matrices([*sorted(points, key=lambda model: model.weight), control], keep_order=True)
     gap = _gap(weights[:-1], harms.mean(1), complies.mean(1))
     if math.isnan(gap):
         return None
@@ -235,12 +236,12 @@ def _gap(weights: np.ndarray, harms: np.ndarray, complies: np.ndarray) -> float:
 
 def _matrices(points: Sequence[Point], keep_order: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Weights, harm and compliance (points, prompts), on the prompts that all points answered."""
-    ordered = list(points) if keep_order else sorted(points, key=lambda p: p.weight)
-    shared = [[id for id in getattr(ordered[0], name) if all(id in getattr(p, name) for p in ordered)]
+    ordered = list(points) if keep_order else sorted(points, key=lambda model: model.weight)
+    shared = [[id for id in getattr(ordered[0], name) if all(id in getattr(model, name) for model in ordered)]
               for name in ("harm", "comply")]
-    return (np.array([p.weight for p in ordered]),
-            np.array([[p.harm[id] for id in shared[0]] for p in ordered], float),
-            np.array([[p.comply[id] for id in shared[1]] for p in ordered], float))
+    return (np.array([model.weight for model in ordered]),
+            np.array([[model.harm[id] for id in shared[0]] for model in ordered], float),
+            np.array([[model.comply[id] for id in shared[1]] for model in ordered], float))
 
 
 def _resampled(n: int, seed: int) -> np.ndarray:

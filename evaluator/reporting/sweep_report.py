@@ -32,33 +32,34 @@ def summary(rows: Mapping[str, Sequence[Point]], styles: Mapping[str, Mapping[st
         facts: task, safety, form, style, utility, refinement, stopped.
     """
     # controls too: a sweep's own front would hide that a control beats it
-    everything = [p for group in GROUPS for p in rows.get(group, ())]
-    best = {id(p) for p in sweep.front(everything)}
+    everything = [model for group in GROUPS for model in rows.get(group, ())]
+    best = {id(model) for model in sweep.front(everything)}
     curve = rows["fusion"]
     compared = []
     for group in GROUPS[1:]:
-        for p in rows.get(group, ()):
-            found = sweep.at_equal_compliance(curve, p, seed)
-            compared.append({"label": p.label, "group": group, "gap": None if found is None else _plain(asdict(found))})
+        for model in rows.get(group, ()):
+            found = sweep.at_equal_compliance(curve, model, seed)
+            compared.append({"label": model.label, "group": group, "gap": None if found is None else _plain(asdict(found))})
     return {
         **facts, "seed": seed,
-        "rows": [_row(p, group, seed, facts["utility"]) | {"front": id(p) in best}
-                 for group in GROUPS for p in rows.get(group, ())],
-        "styles": {name: [_row(p, group, seed, facts["utility"]) for group in GROUPS for p in found.get(group, ())]
+        "rows": [_row(model, group, seed, facts["utility"]) | {"front": id(model) in best}
+                 for group in GROUPS for model in rows.get(group, ())],
+        "styles": {name: [_row(model, group, seed, facts["utility"]) for group in GROUPS for model in found.get(group, ())]
                    for name, found in styles.items()},
         "cliff": _plain(asdict(sweep.cliff(curve, seed))), "compared": compared,
     }
 
 
-def _row(p: Point, group: str, seed: int, utility: str) -> dict[str, Any]:
-    answered = answer_scores.scores(utility, {key: list(found.values()) for key, found in p.answers.items()}, seed)
-    return {"label": p.label, "run": p.run, "group": group, "weight": None if math.isnan(p.weight) else p.weight,
+def _row(model: Point, group: str, seed: int, utility: str) -> dict[str, Any]:
+    answered = answer_scores.scores(utility, {key: list(found.values()) for key, found in model.answers.items()}, seed)
+    return {"label": model.label, "run": model.run, "group": group,
+            "weight": None if math.isnan(model.weight) else model.weight,
             **{name: {k: score.as_dict()[k] for k in _KEPT} for name, score in (
-                ("harm", sweep.harm(p)), ("compliance", sweep.compliance(p)), ("nll", sweep.utility(p, seed)),
+                ("harm", sweep.harm(model)), ("compliance", sweep.compliance(model)), ("nll", sweep.utility(model, seed)),
                 *((score.name, score) for score in answered))},
             **{part: {key: {k: score.as_dict()[k] for k in _KEPT} for key, score in found.items()} for part, found in (
-                ("judged", sweep.other_judges(p, seed)), ("by_category", sweep.by_category(p)))},
-            "benchmarks": {name: {k: score[k] for k in _KEPT} for name, score in p.benchmarks.items()}}
+                ("judged", sweep.other_judges(model, seed)), ("by_category", sweep.by_category(model)))},
+            "benchmarks": {name: {k: score[k] for k in _KEPT} for name, score in model.benchmarks.items()}}
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,7 +164,7 @@ def _gaps(parts: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
             continue
         value, low, high = _over_seeds(gaps)
         compared.append({"label": label, "group": group,
-                     "gap": _plain({"value": value, "low": low, "high": high, "p": None, "n": len(known)})})
+                         "gap": _plain({"value": value, "low": low, "high": high, "p": None, "n": len(known)})})
     return compared
 
 

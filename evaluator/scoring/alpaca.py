@@ -147,7 +147,7 @@ def _run(args: EvaluateHelpfulnessArgs, name: str, folder: Path) -> None:
         "OPENAI_MAX_CONCURRENCY": str(args.judge_concurrency),
     }
     ended = subprocess.run([program, *(f"--{flag}={value}" for flag, value in flags.items())], env=environment,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False)
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False)
     # its words go into a file, where no key may stand
     words = ended.stdout.replace(key, "***") if key else ended.stdout
     (folder / "alpaca_eval.log").write_text(words, encoding="utf-8")

@@ -141,7 +141,7 @@ def run(program: str, seconds: int, memory_mb: int) -> Outcome:
             # a group of its own, so that what it started can be ended with it
             start_new_session=True)
         try:
-            said, _ = process.communicate(json.dumps(job).encode(), timeout=seconds + _GRACE)
+            reply, _ = process.communicate(json.dumps(job).encode(), timeout=seconds + _GRACE)
         except subprocess.TimeoutExpired:
             return Outcome("timeout")
         finally:
@@ -151,7 +151,7 @@ def run(program: str, seconds: int, memory_mb: int) -> Outcome:
             process.wait()
             for stream in (process.stdin, process.stdout):
                 stream.close()
-    given, _, status = said.decode("utf-8", "replace").partition(" ")
+    given, _, status = reply.decode("utf-8", "replace").partition(" ")
     if given == token and status:
         return Outcome(status)
     # what the kernel ends a program with at its CPU limit, and we at the wall clock's

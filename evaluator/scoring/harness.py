@@ -137,14 +137,14 @@ def run(benchmark: Benchmark, loaded: Loaded, args: EvaluateUtilityArgs
     from evaluator.scoring import engine
 
     with _quiet():
-        harness_results = lm_evaluate(lm=wrapped(loaded, args.harness_batch_size), task_dict={"tasks": benchmark.tasks},
-                            # no bootstrap: our intervals come from the rows
-                            samples=benchmark.rows, bootstrap_iters=0, log_samples=True, confirm_run_unsafe_code=True)
+        results = lm_evaluate(lm=wrapped(loaded, args.harness_batch_size), task_dict={"tasks": benchmark.tasks},
+                              # no bootstrap: our intervals come from the rows
+                              samples=benchmark.rows, bootstrap_iters=0, log_samples=True, confirm_run_unsafe_code=True)
     name = benchmark.name
     wanted = args.gsm8k_filter if name == "gsm8k" else None
     metric, hits, rows, others = _METRIC.get(name, "acc"), [], [], {}
     for task in benchmark.tasks:
-        for sample in sorted(harness_results["samples"][task], key=lambda sample: sample["doc_id"]):
+        for sample in sorted(results["samples"][task], key=lambda sample: sample["doc_id"]):
             value = int(sample[metric])
             # gsm8k is read by two filters, strict and flexible; one is the score, the other stands in the details
             if wanted and sample["filter"] != wanted:

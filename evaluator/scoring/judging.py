@@ -237,9 +237,9 @@ def _label_rates(said: Sequence[Verdict], name: str, up: bool) -> dict[str, dict
 
 def into_rows(rows: Sequence[dict[str, Any]], judged: Judged) -> None:
     """Add the judges' numbers and words to the lines of the rows file, which are in the order of the answers."""
-    for row, values, said in zip(rows, judged.values, judged.said, strict=True):
+    for row, values, words in zip(rows, judged.values, judged.said, strict=True):
         row["values"] |= values
-        row["judged"] = said
+        row["judged"] = words
 
 
 def new_rows(set_name: str, answers: Sequence[dict[str, Any]], judged: Judged) -> list[dict[str, Any]]:

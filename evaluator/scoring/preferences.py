@@ -39,7 +39,7 @@ def outcomes(loaded: Loaded, choices: Sequence[Choice], batch_tokens: int) -> li
     per_question = []
     for choice in choices:
         pairs = [next(scored) for _ in choice.choices]
-        per_question.append(Outcome(choice, tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)))
+        per_question.append(Outcome(choice, tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs)))
     return per_question
 
 

@@ -140,7 +140,7 @@ def _cell(aggregate: Aggregate, table: Table, draws: Mapping[str, np.ndarray]) -
         drawn = aggregate.value([_mean(column[draws[name]]) for name, column in columns])
         tail = (1 - CONFIDENCE) / 2
         # a draw may hold no judged row at all; it says nothing
-        low, high = (float(q) for q in np.nanquantile(drawn, (tail, 1 - tail)))
+        low, high = (float(end) for end in np.nanquantile(drawn, (tail, 1 - tail)))
     # the smallest of its inputs: a sum is known no better than its least known part
     n = min(int(np.isfinite(column).sum()) for _, column in columns)
     return Cell(aggregate.name, text, Score(value, low, high, n, aggregate.name, text, aggregate.higher_is_better))

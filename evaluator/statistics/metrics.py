@@ -128,9 +128,9 @@ def mcnemar(a: Sequence[bool | int], b: Sequence[bool | int], seed: int = 0) -> 
     only_a = sum(bool(x) and not y for x, y in zip(a, b, strict=True))
     only_b = sum(bool(y) and not x for x, y in zip(a, b, strict=True))
     # rows that both pass or both fail say nothing about which is better
-    p = stats.binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
+    p_value = stats.binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
     low, high = bootstrap_mean([float(bool(x)) - float(bool(y)) for x, y in zip(a, b, strict=True)], seed)
-    return Difference((only_a - only_b) / len(a) if len(a) else math.nan, low, high, float(p), len(a))
+    return Difference((only_a - only_b) / len(a) if len(a) else math.nan, low, high, float(p_value), len(a))
 
 
 def subtract(a: Difference, b: Difference) -> Difference:
@@ -160,8 +160,8 @@ def paired_ratio(a: Sequence[float], b: Sequence[float], counts: Sequence[int], 
     tail = min((means <= 0).sum(), (means >= 0).sum()) + 1
     low, high = np.quantile(means, _tails())
     # and rows that differ cannot show less than a sign test: two rows prove nothing, however they fall
-    p = min(1.0, max(2 * float(tail) / (_RESAMPLES + 1), 2.0 ** (1 - int(np.count_nonzero(gaps)))))
-    return Difference(float(gaps.sum() / weights.sum()), float(low), float(high), p, n)
+    p_value = min(1.0, max(2 * float(tail) / (_RESAMPLES + 1), 2.0 ** (1 - int(np.count_nonzero(gaps)))))
+    return Difference(float(gaps.sum() / weights.sum()), float(low), float(high), p_value, n)
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float, float]:

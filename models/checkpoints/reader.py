@@ -220,7 +220,7 @@ def _together(folder: Path, shards: Mapping[str, dict[str, TensorInfo]], problem
 def _against_index(index: Path, placed: Mapping[str, str], shards: Mapping[str, dict[str, TensorInfo]]) -> list[str]:
     """Tensors that the index and the shards that could be read disagree about."""
     lost = [f"{shown(name)} in {file}" for name, file in placed.items() if file in shards and name not in shards[file]]
-    extra = [f"{shown(name)} in {file}" for file, found in shards.items() for name in found if name not in placed]
+    extra = [f"{shown(name)} in {file}" for file, tensors in shards.items() for name in tensors if name not in placed]
     return few(index, (f"{len(names)} tensors {what} (e.g. {', '.join(names[:3])})" for names, what in (
         (lost, "are not in the files that it names"), (extra, "of the files are not in it")) if names))
 
