@@ -50,8 +50,9 @@ class MoeLoss(AnswerModel):
         self.aligned_norms = torch.stack([n for layer in self.moe for n in aligned_norms(layer)]) if needs else None
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, objectives: Tensor) -> dict[str, Tensor]:
+        """As the answer loss; a layer's probabilities are (batch, time, experts), their means (layers, batch, experts)."""
         parts = super().forward(input_ids, attention_mask, labels, objectives)
-        # the share of each expert in each layer, for each sample: (layers, batch, experts)
+        # by sample, not by batch: a sample with few tokens weighs as much as one with many (H3Fusion's spec, section 5.2)
         means = mean_probabilities([layer.probabilities for layer in self.moe],
                                    token_mask(self.gate_tokens, attention_mask, labels))
         parts["gate"] = gate_loss(means, objectives, per_layer=self.per_layer, published=self.published).sum()
