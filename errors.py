@@ -38,6 +38,7 @@ def exit_on_user_error() -> Iterator[None]:
             print(f"error: {problem}", file=sys.stderr)
         raise SystemExit(2) from None
     except Exception as error:
+        # of system errors only those that the user can mend: the others are bugs and keep their traceback
         number = _os_error(error)
         if number not in _OS_ADVICE:
             raise

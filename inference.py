@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 _SELECT = ("cross_task", "adapters", "aligned_flag", "batch_size")
 #: Flags that came later than the first answers: left out of the settings where they change nothing.
 _NEUTRAL = {"attack": "none", "prompt_style": "none", "unique_prompts": False}
+#: About how many answers' routing is looked at, spread over the set; each costs a further forward pass.
 _OBSERVED = 96
 
 
@@ -58,14 +59,17 @@ def answer_run(run: str, args: InferenceArgs) -> Path:
     folder = answers_root(args) / sub_folder(run, args.checkpoint_number)
     wrapper, form = attack(args.attack, args.attack_file), style(args.prompt_style, args.prompt_style_file)
     settings = _settings(args, wrapper, form) | {"run": run, "model": _model_hash(run, args)}
+    # before prompts and model are loaded: a finished run is told in a second
     if not args.overwrite and manifest.finished(folder, settings):
         log.info("%s: already answered", folder)
         return folder
+    # prompts before the model: what is wrong with them shows at once
     records, reduction = prompts_of(args)
     from models.moe.files import moe_layers
     from models.runs import load_run
 
     loaded = load_run(run, args)
+    # beside the folder, not in it: the folder is made anew at each start, and what was answered must outlast that
     partial = folder.with_name(f".{folder.name}.answers.jsonl")
     with manifest.writing(folder, "inference", settings, overwrite=args.overwrite) as out:
         rows = answer_all(loaded, records, args, partial, settings, wrapper, form)
@@ -77,6 +81,7 @@ def answer_run(run: str, args: InferenceArgs) -> Path:
         out.parents.append(run or "base")
         if moe_layers(loaded.model):
             observe(loaded, rows, args, run)
+    # only now: the answers are safe under their final name
     partial.unlink(missing_ok=True)
     manifest.register(args.results, {"kind": "answers", "command": "inference", "run": run or "base",
                                      "task": args.answers_name, "split": args.dataset_type, "seed": args.seed,
@@ -100,8 +105,8 @@ def prompts_of(args: InferenceArgs) -> tuple[list[Record], dict[str, Any]]:
     if args.task_name in PROTOCOLS:
         from data.sets import protocols
 
-        records, done = protocols.load(args.task_name, args.data_path, args.data_source, args.unique_prompts)
-        return _drawn(records, args.num_samples), done.as_dict()
+        records, reduction = protocols.load(args.task_name, args.data_path, args.data_source, args.unique_prompts)
+        return _drawn(records, args.num_samples), reduction.as_dict()
     from data.sources import load_records
 
     source = {args.task_name: args.data_path} if args.data_path else args.data_source
@@ -114,6 +119,7 @@ def _drawn(records: list[Record], n: int) -> list[Record]:
     if not 0 <= n < len(records):
         return records
     # files are sorted by category: the first n rows would be one category, a hash draws from all of them
+    # no seed: every model answers the same prompts, and n + 1 of them hold the n
     drawn = sorted(range(len(records)), key=lambda i: stable_hash(records[i].prompt))[:n]
     return [records[i] for i in sorted(drawn)]
 
@@ -134,29 +140,33 @@ def answer_all(loaded: Loaded, records: Sequence[Record], args: InferenceArgs, p
     # like lengths together: a batch is as slow as its longest prompt
     order = sorted(range(len(records)), key=lambda i: (len(rendered[i]), i))
     batches = [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
-    done = _read_partial(partial, settings | {"batch_size": args.batch_size})
+    finished = _read_partial(partial, settings | {"batch_size": args.batch_size})
     decoding = Decoding(args.max_new_tokens, args.do_sample, args.temperature, args.top_p)
     with partial.open("a", encoding="utf-8") as file:
         for number, batch in enumerate(tqdm(batches, desc=f"{args.answers_name} {loaded.name}", unit="batch")):
-            if str(number) in done:
+            if str(number) in finished:
                 continue
             begun = [rendered[i] + wrapper.start for i in batch]
+            # a seed for each batch, so that a resumed run samples what an uninterrupted one would have
             answers = answer_batch(loaded, begun, decoding, args.seed * 100_003 + number)
-            done[str(number)] = [
+            finished[str(number)] = [
                 {"index": i, "id": records[i].id, "prompt": records[i].prompt, "input": records[i].input,
                  "reference": records[i].answer, "category": records[i].category, "rendered": rendered[i],
                  "output": wrapper.answer(answer.text), "finish": answer.finish, **wrapper.marks}
                 for i, answer in zip(batch, answers, strict=True)
             ]
-            file.write(json.dumps({number: done[str(number)]}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({number: finished[str(number)]}, ensure_ascii=False) + "\n")
+            # a kill loses the batch under way and no other
             file.flush()
-    return sorted((row for rows in done.values() for row in rows), key=lambda row: row["index"])
+    # back in the order of the prompts: batches were made by length
+    return sorted((row for rows in finished.values() for row in rows), key=lambda row: row["index"])
 
 
 def write_rows(folder: Path, rows: Sequence[dict]) -> None:
     """The published CSV (index, prompts, outputs) and a JSONL with every field."""
     with (folder / "outputs_final.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
+        # as pandas writes a frame with its index, which is what the published evaluators read
         writer.writerow(["", "prompts", "outputs"])
         writer.writerows([row["index"], row["rendered"], row["output"]] for row in rows)
     with (folder / "outputs_final.jsonl").open("w", encoding="utf-8") as file:
@@ -172,11 +182,13 @@ def observe(loaded: Loaded, rows: Sequence[dict], args: InferenceArgs, run: str)
     from models.moe.files import read_config
 
     names = read_config(args.results / "outputs" / run).experts if args.checkpoint_number < 0 else None
+    # every nth, not the first: files are sorted by category
     step = max(1, len(rows) // _OBSERVED)
     shares = router_shares(loaded, [row["rendered"] + row["output"] for row in rows[::step]])
     folder = args.results / "observation"
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{args.answers_name}_{run}" + (f"_{args.checkpoint_number}" if args.checkpoint_number >= 0 else "")
+    # object arrays would be pickled; these are plain numbers
     np.save(folder / f"{stem}.npy", shares, allow_pickle=False)
     names = names or tuple(f"expert {i}" for i in range(shares.shape[1]))
     router_heatmap(shares, names, folder / f"{stem}.png", f"{run} on {args.answers_name} prompts")
@@ -184,35 +196,36 @@ def observe(loaded: Loaded, rows: Sequence[dict], args: InferenceArgs, run: str)
 
 def _problems(args: InferenceArgs) -> list[str]:
     """What can be known to be wrong before anything is loaded: runs, prompts that cannot be had, the attack's file."""
-    found = [problem for run in args.runs if run for problem in _missing(run, args)]
+    problems = [problem for run in args.runs if run for problem in _missing(run, args)]
     if args.task_name in PROTOCOLS:
         from data.sets import protocols
 
-        found += protocols.problems(args.task_name, args.data_path, args.data_source)
+        problems += protocols.problems(args.task_name, args.data_path, args.data_source)
     try:
         from data.prompt_styles import style
 
         style(args.prompt_style, args.prompt_style_file)
     except UserError as error:
-        found += error.problems
+        problems += error.problems
     if args.attack_file:
         from data.sets.attacks import attack
 
         try:
             attack(args.attack, args.attack_file)
         except UserError as error:
-            found += error.problems
-    return found
+            problems += error.problems
+    return problems
 
 
 def _settings(args: InferenceArgs, wrapper: Attack, form: Style) -> dict[str, Any]:
     """The flags that the answers depend on; a file counts by its text."""
-    kept = {k: v for k, v in asdict(args).items() if k not in _SELECT and not (k in _NEUTRAL and v == _NEUTRAL[k])}
-    kept.pop("attack_file", None)
-    kept.pop("prompt_style_file", None)
+    settings = {k: v for k, v in asdict(args).items() if k not in _SELECT and not (k in _NEUTRAL and v == _NEUTRAL[k])}
+    # its text counts instead (attack_text): the same file may lie elsewhere
+    settings.pop("attack_file", None)
+    settings.pop("prompt_style_file", None)
     if form.name != "none":
-        kept["prompt_style_text"] = form.version
-    return kept if wrapper.name == "none" else kept | {"attack_text": wrapper.version}
+        settings["prompt_style_text"] = form.version
+    return settings if wrapper.name == "none" else settings | {"attack_text": wrapper.version}
 
 
 def _missing(run: str, args: InferenceArgs) -> list[str]:
@@ -233,24 +246,27 @@ def _model_hash(run: str, args: InferenceArgs) -> str:
 
     if not run:
         return fingerprint(base_path(args.model_name_or_path, args.cache_dir))
+    # whole files, not samples as of a base: adapters are small, and two may differ in a few values
     return ",".join(manifest.sha256(file)[:16] for file in run_files(args.results, run, args.checkpoint_number))
 
 
 def _read_partial(path: Path, settings: dict) -> dict[str, list[dict]]:
     """Finished batches of an interrupted run with the same settings; a torn last line is dropped."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # the first line tells whose answers these are; with other flags, or another batch size, they are begun anew
     head = json.dumps(settings, sort_keys=True)
     lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-    done: dict[str, list[dict]] = {}
+    finished: dict[str, list[dict]] = {}
     if lines and lines[0] == head:
         for line in filter(None, lines[1:]):
             try:
-                done |= json.loads(line)
+                finished |= json.loads(line)
             except ValueError:
                 log.info("%s: dropping a line that was cut off", path)
-    body = "".join(json.dumps({number: rows}, ensure_ascii=False) + "\n" for number, rows in done.items())
+    body = "".join(json.dumps({number: rows}, ensure_ascii=False) + "\n" for number, rows in finished.items())
+    # written anew: a torn line must not stay in front of what is appended
     path.write_text(f"{head}\n{body}", encoding="utf-8")
-    return done
+    return finished
 
 
 if __name__ == "__main__":

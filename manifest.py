@@ -57,8 +57,10 @@ def writing(target: Path, command: str, config: dict[str, Any], *, overwrite: bo
     Raises:
         UserError: ``target`` holds a run with another configuration and ``overwrite`` is off.
     """
+    # raises here, before any work, where another configuration holds the name
     if not overwrite:
         finished(target, config)
+    # beside the target, so that the rename stays within one file system; a name of its own for every rank
     staging = target.with_name(f".{target.name}.partial" + ("" if is_main() else f".{os.environ['RANK']}"))
     if not resume:
         shutil.rmtree(staging, ignore_errors=True)
@@ -67,13 +69,16 @@ def writing(target: Path, command: str, config: dict[str, Any], *, overwrite: bo
     start = time.time()
     try:
         yield run
+        # last of all files: a folder with a manifest is whole
         write_json(staging / MANIFEST, _manifest(run, start))
         if not is_main():
             shutil.rmtree(staging)
             return
+        # a rename cannot replace a folder that holds files; a kill between both lines leaves the hidden one alone
         if target.exists():
             shutil.rmtree(target)
         staging.replace(target)
+    # Ctrl-C too: half a run is no run, unless it may be resumed
     except BaseException as error:
         if not resume or isinstance(error, UserError):
             shutil.rmtree(staging, ignore_errors=True)
@@ -82,6 +87,7 @@ def writing(target: Path, command: str, config: dict[str, Any], *, overwrite: bo
 
 def is_main() -> bool:
     """Whether this process writes results: the only one, or rank 0 of a torchrun / accelerate launch."""
+    # set by torchrun and accelerate; a process on its own has none
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -140,8 +146,10 @@ def register(results: Path, row: dict[str, Any]) -> None:
     if not is_main():
         return
     results.mkdir(parents=True, exist_ok=True)
+    # one write of one line: a kill cuts the last line at most
     line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **row}, ensure_ascii=False) + "\n"
     with (results / REGISTRY).open("ab+") as file:
+        # two lanes may finish at once: the look at the last byte and the write behind it must be one step
         fcntl.flock(file, fcntl.LOCK_EX)
         end = file.seek(0, os.SEEK_END)
         file.seek(max(end - 1, 0))
@@ -155,18 +163,19 @@ def registry(results: Path) -> list[dict[str, Any]]:
     A line that a kill cut off is left out with a warning.
     """
     path = results / REGISTRY
-    found = []
+    entries = []
     for number, line in enumerate(path.read_bytes().split(b"\n") if path.is_file() else (), 1):
         try:
-            found += [json.loads(line)] if line.strip() else []
+            entries += [json.loads(line)] if line.strip() else []
         except ValueError:
             log.warning("%s, line %d: cut off, left out; run the command that wrote it again", path, number)
-    return found
+    return entries
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON through a temporary file and a rename, so that a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # beside it, hidden: a rename replaces a file at once, within one file system
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     temporary.replace(path)
@@ -175,8 +184,9 @@ def write_json(path: Path, content: Any) -> None:
 def sha256(path: Path) -> str:
     """The hash of a file, or of every file of a folder with their names."""
     digest = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+    for file in sorted(entry for entry in path.rglob("*") if entry.is_file()) if path.is_dir() else [path]:
         if path.is_dir():
+            # names count too; the zero byte keeps name and content apart
             digest.update(f"{file.relative_to(path)}\0".encode())
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
@@ -187,10 +197,12 @@ def sha256(path: Path) -> str:
 def peak_memory_mb() -> float:
     """Peak resident memory of this process so far, in MiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts in KiB, macOS in bytes
     return peak / (1 << 20) if sys.platform == "darwin" else peak / 1024
 
 
 def _differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    # through JSON as the old ones went: tuples become lists, paths would raise here
     new = json.loads(json.dumps(new))
     return [k for k in sorted({*old, *new} - PLACE) if old.get(k) != new.get(k)]
 

@@ -103,6 +103,7 @@ def synthesise(folder: Path, layers: int, seed: int) -> None:
     from models.adapters.files import write_adapter
 
     for name, rank in (("8a", 8), ("8b", 8), ("16b", 16)):
+        # a stream for each adapter
         generator = torch.Generator().manual_seed(seed * 3 + len(name) + rank + ord(name[-1]))
         modules = {f"model.layers.{i}.{kind}": (torch.randn(rank, into, generator=generator) / into**0.5,
                                                 torch.randn(out, rank, generator=generator) * 0.02)
@@ -123,9 +124,11 @@ def run(race: Race, number: int, folder: Path, args: argparse.Namespace, peer: b
 
     found: dict[str, list[dict[str, float]]] = {"ours": [], "peer": []}
     for _ in range(args.pairs):
+        # A B A B: what the machine does meanwhile meets both sides alike
         for side in ("ours", "peer") if peer else ("ours",):
             found[side].append(_worker(side, number, folder, args.threads))
     sources = [read_adapter(folder / name) for name in _names(race)]
+    # factors side by side are the weighted sum itself, at the sum of the ranks: nothing is lost
     exact = Adapter("exact", folder, {}, {
         m: (torch.cat([s.modules[m][0] for s in sources]),
             torch.cat([w * s.modules[m][1] for s, w in zip(sources, WEIGHTS, strict=True)], 1)) for m in sources[0].modules})
@@ -141,12 +144,14 @@ def _row(name: str, ours: list[dict[str, float]], peer: list[dict[str, float]]) 
     median = {side: statistics.median(values) if values else None for side, values in times.items()}
     return {"race": name, "ours_s": median["ours"], "peer_s": median["peer"],
             "ratio": median["peer"] / median["ours"] if peer else None,
+            # the worst peak, the median time: memory that was needed once is needed
             "ours_peak_mb": max(m["peak_mb"] for m in ours),
             "peer_peak_mb": max(m["peak_mb"] for m in peer) if peer else None, "all_s": times}
 
 
 def _worker(side: str, number: int, folder: Path, threads: int) -> dict[str, float]:
     command = [sys.executable, __file__, "--threads", str(threads), "--worker", side, str(number), str(folder)]
+    # a fresh process: nothing is warm, and peak memory is this measurement's alone
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{side}, race {number} failed:\n{done.stderr[-2000:]}")
@@ -185,6 +190,7 @@ def _ours(race: Race, folders: Sequence[Path], out: Path):
 
     adapters, (name, given) = [read_adapter(folder) for folder in folders], race.ours
     row = (PEFT_METHODS if name.endswith("_svd") else ADAPTER_METHODS)[name]
+    # imports are not what is raced
     row.load()
     parameters = row.configured(name, given, [])
     return (lambda: fuse(adapters, row, parameters, WEIGHTS, {}, 0),
@@ -245,6 +251,7 @@ def _machine(threads: int) -> dict[str, float]:
         torch.set_num_threads(threads)
     big, square = torch.ones(1 << 26), torch.randn(1024, 1024, dtype=torch.float64)
     other = torch.empty_like(big)
+    # the best of five: a limit must not be slowed by what else runs
     copy, product = (min(_timed(call) for _ in range(5)) for call in (lambda: other.copy_(big), lambda: square @ square))
     return {"copy": 2 * big.nbytes / copy, "product": 2 * 1024**3 / product}
 

@@ -48,6 +48,7 @@ CATEGORIES = {
 #: Logit of a label without rows at the mean state.
 SILENT = -12.0
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+#: Folds of the cross-validation; one of so many prompts is held out.
 FOLDS, HELD_OUT = 4, 5
 
 
@@ -170,6 +171,7 @@ def fit(features: np.ndarray, truth: np.ndarray, groups: Sequence[str], seed: in
     from sklearn.metrics import log_loss
     from sklearn.model_selection import GroupKFold
 
+    # one penalty for all features asks for one scale; a feature that never changes must not divide by 0
     scale = features.std(0) + 1e-6
     scaled = features / scale
 
@@ -183,6 +185,7 @@ def fit(features: np.ndarray, truth: np.ndarray, groups: Sequence[str], seed: in
             for strength, logits in unseen.items():
                 logits[test] = model(strength).fit(scaled[train], truth[train]).decision_function(scaled[test])
     best = min(STRENGTHS, key=lambda strength: log_loss(truth, 1 / (1 + np.exp(-unseen[strength])), labels=[False, True]))
+    # for the states as they are: the head knows no scale
     return model(best).fit(scaled, truth).coef_[0] / scale, unseen[best]
 
 
@@ -202,6 +205,7 @@ def set_head(folder: Path, weight: np.ndarray) -> None:
 
     file = folder / "model.safetensors"
     tensors = load_file(file)
+    # in the checkpoint's own dtype, as the other weights
     tensors["score.weight"] = torch.from_numpy(weight.astype(np.float32)).to(tensors["score.weight"].dtype)
     save_file(tensors, file, metadata={"format": "pt"})
 
@@ -216,6 +220,7 @@ def _moderation(judge: Any, rows: Sequence[Answer], seed: int) -> list[str]:
     test = held_out([row.prompt for row in rows])
     groups = [row.prompt for row, out in zip(rows, test, strict=True) if not out]
     mean = features[~test].mean(0)
+    # a label without rows: far below 0 wherever a state lies near the mean
     head = np.tile(SILENT * mean / (mean @ mean), (len(LABELS), 1))
     known = sorted(set(labels[~test].tolist()) - {-1})
     unseen = []

@@ -25,6 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 CORPUS = ROOT / "tests" / "models" / "checkpoints" / "corpus" / "checkpoint"
+#: Longest input: faults lie in the frame and the header, and small inputs are tried faster.
 _MOST_BYTES = 4096
 _SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 _INTEGERS = (0, 1, 2, 4, 8, 12, -1, 2**31, 2**48, 2**48 + 1, 2**63, 2**64 - 1, 2**64)
@@ -61,6 +62,7 @@ class Ground:
                 names = [name for name, place in self.placed.items() if place == shard]
                 header = {name: {"dtype": "U8", "shape": [1], "data_offsets": [i, i + 1]} for i, name in enumerate(names)}
                 (folder / shard).write_bytes(_framed(json.dumps(header).encode(), "".join(names).encode()))
+            # a pickle as decoy: an index that names it must be refused
             (folder / "w.bin").write_bytes(b"\x80\x04.")
 
     def judge(self, data: bytes) -> list[str]:
@@ -86,11 +88,13 @@ class Ground:
         for problem in problems:
             assert problem.startswith(str(place.parent)), f"names no file: {problem}"
             assert problem.isprintable(), f"would break a log: {problem!r}"
+            # a message may not carry a hostile file into a log
             assert len(problem) < 2000, f"too long: {problem}"
         return sorted({"refused: " + _kind(problem, place) for problem in problems})
 
     def _check_index(self, checkpoint: Any, data: bytes) -> list[str]:
         placed = json.loads(data)["weight_map"]
+        # an index may name fewer shards, but for those that it names it must tell the whole truth
         wanted = {name: shard for name, shard in self.placed.items() if shard in placed.values()}
         assert placed == wanted, f"accepts {placed}"
         assert {name: info.file.name for name, info in checkpoint.tensors.items()} == wanted
@@ -125,6 +129,7 @@ def _bytes_of(checkpoint: Any, name: str) -> bytes:
     count = info.nbytes // KINDS[info.dtype][0]
     out = torch.empty(info.nbytes, dtype=torch.uint8)
     pieces = ((0, count // 2), (count // 2, count - count // 2))
+    # in two pieces, because a merge reads blocks: offsets inside a tensor are tried as well
     return b"".join(bytes(checkpoint.read(info, first, n, out).view(torch.uint8).numpy()) for first, n in pieces)
 
 
@@ -132,6 +137,7 @@ def _kind(problem: str, place: Path) -> str:
     """A problem without its values: two inputs that are refused for the same reason have the same kind."""
     text = re.sub(r"^[^:]*: ", "index: " if place.suffix == ".json" else "", problem)
     text = re.sub(r"b?'(?:\\.|[^'\\])*'|b?\"(?:\\.|[^\"\\])*\"", "X", text).split(";")[0].split(" (e.g.")[0]
+    # brackets inside out, until none is left
     while (shorter := re.sub(r"\[[^][{}]*\]|\{[^][{}]*\}", "X", text)) != text:
         text = shorter
     return re.sub(r"-?\b\d[\d.e+]*|\b(?:None|True|False|nan|inf)\b|(?<=of )[A-Z][A-Z0-9_]+(?= needs)", "X", text)
@@ -289,6 +295,7 @@ def _run(args: argparse.Namespace, folder: Path) -> None:
         accepted = kinds[0].startswith("accepted")
         tally.counts["accepted" if accepted else "refused"] += 1
         tally.counts["indexes" if data.startswith(b"{") else "files"] += 1
+        # counted, not wrong: we may be stricter than safetensors, never more lenient
         if not accepted and not data.startswith(b"{"):
             try:
                 deserialize(data)
@@ -297,6 +304,7 @@ def _run(args: argparse.Namespace, folder: Path) -> None:
                 pass
         for kind in kinds:
             tally.kinds[kind] += 1
+            # an input with several faults shows none of them clearly
             if len(kinds) == 1 or accepted:
                 _keep(kind, data)
 
@@ -312,7 +320,9 @@ def _run(args: argparse.Namespace, folder: Path) -> None:
             step(mutated(rng.choice(starts), rng) if rng.random() < 0.9 else sound_file(rng))
 
     def mutate(data: bytes, most: int, seed: int) -> bytes:
+        # libFuzzer's seed, so that a run can be repeated
         own = random.Random(seed)
+        # mostly our own mutations: blind bytes seldom leave JSON that gets past the first check
         roll = own.random()
         if roll < 0.05 or not data:
             return own.choice(starts)[:most]

@@ -67,8 +67,10 @@ def pairs(count: int, seed: int) -> list[Any]:
     draw, found, prompts = random.Random(seed), [], [row[0] for row in rows]
     while len(found) < count:
         found += [Item(prompt, row[1]) for prompt, row in zip(prompts, rows, strict=True)]
+        # equal items are judged once by ours: the race would not be one
         found = list(dict.fromkeys(found))
         draw.shuffle(prompts)
+    # a short look takes answers of all kinds; the file is sorted by category
     return draw.sample(found, count) if count < len(rows) else found[:count]
 
 
@@ -120,6 +122,7 @@ def centre(folder: Path, judge: Any, items: Sequence[Any]) -> None:
     hidden = model.logits([judge.encode(item).ids for item in items])
     mean = hidden.mean(0)
     head = torch.randn(14, width, generator=torch.Generator().manual_seed(1))
+    # across the mean: the shift along it below then moves the logits of all rows alike
     head -= (head @ mean)[:, None] * mean / mean.square().sum()
     head *= SPREAD / (hidden @ head.T).std()
     shift = (hidden @ head.T).max(1).values.median()
@@ -133,6 +136,7 @@ def ours(judge: Any, items: Sequence[Any]) -> tuple[float, list[list[float]]]:
     from evaluator.judges.local import Classifier
 
     model = Classifier.load(judge.source)
+    # one pass before the clock: the first one sets up kernels and threads
     dict(judge.judge_with(model, items[:1]))
     start = time.perf_counter()
     found = dict(judge.judge_with(model, items))
@@ -173,6 +177,7 @@ def race(sides: dict[str, Callable[[], tuple[float, list[list[float]]]]], rounds
             spent, said[name] = side()
             seconds[name].append(spent)
             print(f"round {number + 1}: {name} {spent:.1f} s", file=sys.stderr)
+    # ours comes first: the others are compared with it
     mine = next(iter(said.values()))
     rows = []
     for name, found in said.items():

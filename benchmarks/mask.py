@@ -68,8 +68,9 @@ def build(mode: str, layers: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
 
 
 def answer_logps(logits: Any, labels: Any) -> Any:
-    """Summed log-probability of each row's answer, from logits of all positions."""
+    """Summed log-probability of each row's answer, from logits (rows, time, vocabulary) of all positions."""
     wanted = labels[:, 1:]
+    # clamp: gather needs an id where nothing is scored; the product below takes it out again
     logps = logits[:, :-1].log_softmax(-1).gather(2, wanted.clamp(min=0)[..., None])[..., 0]
     return (logps * (wanted >= 0)).sum(1)
 
@@ -234,6 +235,7 @@ def compare(mode: str, layers: int, rows: dict[str, Any]) -> dict[str, float]:
     gap = size = 0.0
     for name, parameter in zip(bank.names, bank.logits, strict=True):
         want = logits[name].grad.reshape(-1).double()
+        # fp64: sums of 1e8 squares, whose difference is what is measured
         gap += float((parameter.grad.double() - want).square().sum())
         size += float(want.square().sum())
     mine, theirs = mine.item(), theirs.item()
@@ -269,6 +271,7 @@ def child(side: str, mode: str, layers: int, steps: int, pairs: int, tokens: int
 
     from benchmarks.preference_pairs import batches
 
+    # what torch and transformers take before any model: both sides have it
     floor = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     data = batches(steps + 1, pairs, tokens, SHAPE[4], cut)
     if side == "compare":
@@ -304,6 +307,7 @@ def race(mode: str, args: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit(f"{mode}: the sides do not compute the same: relative difference of the loss {equal['loss']:.1e}, "
                          f"of the gradient {equal['gradient']:.1e}; at most {TOLERANCE:g}")
     print(f"{mode}: loss within {equal['loss']:.1e}, gradient within {equal['gradient']:.1e}", file=sys.stderr)
+    # in turn, so that a busy quarter of an hour meets both sides
     rows: dict[str, list[dict[str, Any]]] = {"ours": [], "published": []}
     for _ in range(args.pairs):
         for side, found in rows.items():

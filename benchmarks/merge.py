@@ -66,6 +66,7 @@ def synthesise(folder: Path, seed: int, shape: tuple[int, ...], layers: int, bas
         old = load_file(base / file) if base else {}
         tensors = {}
         for j, name in list(enumerate(names))[part::3]:
+            # a stream for each tensor of each checkpoint
             generator = torch.Generator().manual_seed(seed * 100_003 + j)
             noise = torch.empty(shapes[name], dtype=torch.bfloat16).normal_(0, 0.002 if base else 0.02, generator=generator)
             tensors[name] = old[name] + noise if base else noise
@@ -82,6 +83,7 @@ def recipe(method: str, inputs: dict[str, Path], path: Path) -> Path:
     """The mergekit recipe that both sides read."""
     each, whole = RACES[method]
     lines = ["models:"]
+    # slerp takes two models, linear takes the base as one of its inputs
     for name in ("base", "a") if method == "slerp" else ("base", "a", "b", "c") if method == "linear" else ("a", "b", "c"):
         lines += [f"  - model: {inputs[name]}", *([f"    parameters: {each}"] if each else [])]
     lines += [f"merge_method: {method}", f"parameters: {whole}", "dtype: bfloat16"]
@@ -101,7 +103,9 @@ def timed(command: list[str]) -> tuple[float, int]:
     """(seconds, peak resident bytes) of one command."""
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    # read to its end before waiting: a full pipe would stop the command
     error = process.stderr.read()
+    # wait4 gives this child's peak; getrusage would give the largest of all children
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
     if status:
@@ -118,6 +122,7 @@ def io_limit(files: list[Path], out_bytes: int, folder: Path, workers: int) -> f
                 pass
 
     def write(i: int) -> None:
+        # random bytes: a file system that compresses would write zeros for nothing
         block = os.urandom(1 << 20)
         with (folder / f"limit{i}.bin").open("wb", buffering=0) as stream:
             os.posix_fallocate(stream.fileno(), 0, out_bytes // workers)
@@ -171,6 +176,7 @@ def race(method: str, inputs: dict[str, Path], work: Path, pairs: int, peer: Pat
         rows["peer"].append(timed(theirs))
         print(f"{method}: ours {rows['ours'][-1][0]:.1f} s, mergekit {rows['peer'][-1][0]:.1f} s", file=sys.stderr)
     mine, other = (statistics.median(s for s, _ in rows[k]) for k in ("ours", "peer"))
+    # one tensor of each kind: wide, square, a vector
     sample = [f"model.layers.0.{n}" for n in ("mlp.up_proj.weight", "self_attn.o_proj.weight", "input_layernorm.weight")]
     result = {"method": method, "pairs": pairs, "seconds": mine, "peer_seconds": other, "ratio": other / mine,
               "bar": BARS.get(method), "all": rows, "peak_gib": max(b for _, b in rows["ours"]) / GIB,
@@ -187,6 +193,7 @@ def beyond_ram(work: Path, layers: int | None) -> dict:
     for seed, (name, folder) in enumerate(inputs.items()):
         apart(synthesise, folder, seed, shape, layers or shape[0], None if name == "base" else inputs["base"])
     path = recipe("ties", inputs, work / "3b.yml")
+    # what the imports alone take: the promise is about what comes on top
     _, bare = timed([sys.executable, "-c", "import torch, models.merging.execute, models.operators.sparse"])
     seconds, peak = timed([sys.executable, str(ROOT / "models" / "fuse.py"), "merge", "--recipe", str(path), "--run_name",
                            "ram", "--output_dir", str(work / "results"), "--overwrite", "--memory_gb", "1"])

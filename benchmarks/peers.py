@@ -21,5 +21,6 @@ def peer_python() -> Path:
         # torch alone and first: another package's range would pull a larger build
         for words in ([w for w in wanted if w.startswith("torch==")], [w for w in wanted if not w.startswith("torch==")]):
             subprocess.run([str(python), "-m", "pip", "install", "--quiet", *words], check=True)
+        # last: an installation that was cut off is done again
         (folder / ".installed").touch()
     return python

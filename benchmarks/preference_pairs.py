@@ -20,12 +20,13 @@ def batches(steps: int, pairs: int, tokens: int | None, vocabulary: int, cut: in
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
+    # the same pairs in every process: both sides must train on the same tokens
     generator = torch.Generator().manual_seed(2)
 
     def drawn(count: int) -> Any:
         return torch.randint(0, vocabulary, (count,), generator=generator)
 
-    found = []
+    made = []
     for first in range(0, steps * pairs, pairs):
         sizes = [(tokens // 2, tokens - tokens // 2, tokens - tokens // 2) if tokens else shortened(i, cut)
                  for i in range(first, first + pairs)]
@@ -35,8 +36,8 @@ def batches(steps: int, pairs: int, tokens: int | None, vocabulary: int, cut: in
         ids, places = pad_sequence(rows, batch_first=True), torch.arange(max(map(len, rows)))
         real = places < torch.tensor([len(row) for row in rows])[:, None]
         asked = places < torch.tensor([len(prompt) for prompt in prompts] * 2)[:, None]
-        found.append({"input_ids": ids, "attention_mask": real.long(), "labels": ids.masked_fill(asked | ~real, -100)})
-    return found
+        made.append({"input_ids": ids, "attention_mask": real.long(), "labels": ids.masked_fill(asked | ~real, -100)})
+    return made
 
 
 def shortened(pair: int, cut: int) -> tuple[int, int, int]:

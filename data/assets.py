@@ -157,11 +157,11 @@ def verify(names: Iterable[str] | None = None) -> list[str]:
     Raises:
         UserError: with one line per damaged file.
     """
-    found = [PACKAGES[name] for name in names or PACKAGES if _is_finished(PACKAGES[name])]
-    problems = [problem for p in found for problem in _damage(p, None, deep=True)]
+    finished = [PACKAGES[name] for name in names or PACKAGES if _is_finished(PACKAGES[name])]
+    problems = [problem for package in finished for problem in _damage(package, None, deep=True)]
     if problems:
         raise UserError(*problems)
-    return [p.name for p in found]
+    return [package.name for package in finished]
 
 
 def _folder(package: Package) -> Path:
@@ -225,6 +225,7 @@ def _fetch_one(package: Package, cache: Path) -> None:
                 stream.flush()
                 os.fsync(stream.fileno())
             target = _folder(package)
+            # aside first: a rename cannot take the place of a folder that holds files
             if target.exists():  # unfinished or of another archive
                 target.rename(part / "old")
             ready.rename(target)
@@ -284,6 +285,7 @@ def _members(archive: Path) -> Iterator[tuple[str, bool, IO[bytes] | None]]:
                 with wheel.open(info) as stream:
                     yield info.filename, not info.is_dir(), stream
     else:
+        # in one pass: to go back in a gzip is to unpack it from the start again
         with tarfile.open(archive, "r|gz") as sdist:
             for member in sdist:
                 yield member.name, member.isfile(), sdist.extractfile(member) if member.isfile() else None

@@ -42,14 +42,17 @@ def mix(records: Sequence[Record], limit: int, mixing: str, seed: int) -> list[R
     """
     groups = [[r for r in records if r.objective == i] for i in range(len(OBJECTIVES))]
     groups = [group for group in groups if group]
+    # its own generator: what else draws numbers before must not change the rows
     generator = random.Random(seed)
     if limit >= 0:
         groups = [_draw(group, min(limit, len(group)), generator) for group in groups]
     if mixing == "balanced" and len(groups) > 1:
         size = max(len(group) for group in groups)
+        # whole copies and a drawn rest: how often two rows of an objective occur differs by one at most
         groups = [group * (size // len(group)) + _draw(group, size % len(group), generator) for group in groups]
     return [record for group in groups for record in group]
 
 
 def _draw(group: list[Record], count: int, generator: random.Random) -> list[Record]:
+    # back in file order: the draw decides which rows, the sampler of the training in what order
     return [group[i] for i in sorted(generator.sample(range(len(group)), count))]

@@ -10,6 +10,7 @@ from data.prompts import Template
 from data.records import Record
 from errors import UserError
 
+#: The label of tokens that are not trained on: what torch's cross-entropy leaves out by itself (ignore_index).
 IGNORE = -100
 
 
@@ -46,21 +47,26 @@ def encode(records: Sequence[Record], tokenizer: Any, template: Template, max_le
     Raises:
         UserError: the tokenizer has no EOS, or no row is left.
     """
+    # before any work: a model that never saw an end would write on to the token limit at every test
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no EOS token, so a model could never learn to stop; use another tokenizer")
     rows, truncated, dropped = [], 0, 0
     if not records:
         raise UserError("no rows to encode: the data source is empty; see --data_path and --max_train_samples")
     prompts = [template.render(record.prompt, record.input, record.system) for record in records]
+    # one call for all rows: a fast tokenizer spreads a batch over the cores
     fronts = tokenizer(prompts, add_special_tokens=template.special_tokens)["input_ids"]
     if template.lead:
         answers, end = _joined(prompts, fronts, records, tokenizer, template), []
     else:
         answers = tokenizer([record.answer for record in records], add_special_tokens=False)["input_ids"]
         end = tokenizer(template.end, add_special_tokens=False)["input_ids"] if template.end else []
+    # with or without an end marker: the EOS is where generation stops
     end = [*end, tokenizer.eos_token_id]
     for record, front, answer in zip(records, fronts, answers, strict=True):
+        # the answer is cut, never the end: the model must also learn to stop on rows that do not fit
         room = max_length - len(front) - len(end)
+        # no token of the answer would be left, only its end
         if room < 1:
             dropped += 1
             continue

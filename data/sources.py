@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 SPLIT_MODES = ("leak_free", "published")
 SOURCES = ("embedded", "published")
 ALL_TASKS = (*TASKS, *SKILLS, *DIALOGS, "overrefusal")
+#: Least mean human rating of a pair's harmful half, as the fitted judge's report has it; its safe half is rated 0 by all.
 _HARMFUL = 0.75
 
 
@@ -51,6 +52,7 @@ def load_records(
                 for record in load_records(name, split, source=source, split_mode=split_mode, limit=limit, lite=lite,
                                            unique_prompts=unique_prompts)]
     if task in DIALOGS:
+        # user files have no clean split of ours: they can only be warned about
         records = dialogs.records(task, split, source if isinstance(source, str) else source[task])
         if split == "train":
             _warn_of_benchmarks(records, task)
@@ -155,6 +157,7 @@ def _helpful_pairs() -> list[Pair]:
     return [Pair(row["conversations"][0]["value"], row["chosen"]["value"], row["rejected"]["value"],
                  HELPFULNESS, id=f"dpo-{i}")
             for i, row in enumerate(embedded.dpo_rows())
+            # single turns: templates here have no place for an earlier exchange
             if [turn["from"] for turn in row["conversations"]] == ["human"]]
 
 
@@ -164,13 +167,14 @@ def _safe_pairs() -> list[Pair]:
     rated: dict[str, tuple[list, list]] = defaultdict(lambda: ([], []))
     for row in embedded.rated_answers():
         harm = sum(row["scores"]) / len(row["scores"])
+        # clear cases only: a pair whose halves people could not tell apart teaches nothing
         if (harm == 0 or harm >= _HARMFUL) and embedded.is_usable(row["assistant_response"]):
             rated[normalise(row["objective"])][harm > 0].append(row)
     # one to one: all combinations would let the few questions with many answers outweigh the rest
     same_question = [Pair(good["objective"], good["assistant_response"].strip(), bad["assistant_response"].strip(),
                           SAFETY, id=f"{good['id']}-{bad['id']}")
                      for safe, harmful in rated.values() for good, bad in zip(safe, harmful, strict=False)]
-    return embedded.distinct([*refused, *same_question], lambda p: (p.prompt, p.chosen, p.rejected))
+    return embedded.distinct([*refused, *same_question], lambda pair: (pair.prompt, pair.chosen, pair.rejected))
 
 
 def _truth_pairs() -> list[Pair]:

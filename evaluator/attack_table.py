@@ -49,12 +49,13 @@ def table(args: AttackTableArgs) -> list[dict[str, Any]]:
     """
     from evaluator.statistics.comparison import measured
 
-    found = {run: measured(args.results, run) for _, runs in args.rows for run in runs}
-    places = {run: "raw" if run in ("", "base", "raw") else f"cross_{run}" for run in found}
+    by_run = {run: measured(args.results, run) for _, runs in args.rows for run in runs}
+    places = {run: "raw" if run in ("", "base", "raw") else f"cross_{run}" for run in by_run}
     problems = []
+    # every command that is missing at once: answering and scoring take hours
     for attack in ("", *args.named_attacks):
         name = f"{args.task_name}+{attack}" if attack else args.task_name
-        if absent := [run for run, item in found.items() if not any(place == name for place, _ in item.rows)]:
+        if absent := [run for run, item in by_run.items() if not any(place == name for place, _ in item.rows)]:
             put = f" --attack {attack}" if attack else ""
             problems.append(f"{', '.join(absent)}: no scores for {name}; run python inference.py --task_name "
                             f"{args.task_name}{put} --cross_task {','.join(absent)} and python evaluator/evaluate_safety.py "
@@ -62,7 +63,7 @@ def table(args: AttackTableArgs) -> list[dict[str, Any]]:
     if problems:
         raise UserError(*problems)
     return [{"label": label, "runs": runs, "cells": {
-        attack: _cells([found[run] for run in runs], args.task_name, attack) for attack in args.named_attacks}}
+        attack: _cells([by_run[run] for run in runs], args.task_name, attack) for attack in args.named_attacks}}
         for label, runs in args.rows]
 
 
@@ -72,6 +73,7 @@ def _cells(found: Sequence[Measured], task: str, attack: str) -> dict[str, dict[
 
     plain, attacked, change = [], [], []
     for item in found:
+        # an attack may have been put to fewer prompts: rates of other prompts do not compare
         both = sorted(id for place, id in item.rows if place == f"{task}+{attack}" and (task, id) in item.rows)
         if not both:
             raise UserError(f"{item.folder.name}: {task} and {task}+{attack} share no prompt; answer both with one "
@@ -96,6 +98,7 @@ def _cell(values: Sequence[Any], least: float) -> dict[str, Any]:
 def text(rows: Sequence[dict[str, Any]], args: AttackTableArgs) -> str:
     """The table as Markdown."""
     first = args.named_attacks[0]
+    # where all attacks met the same prompts the plain rate is one column, not one for each attack
     once = all(cell["as_asked"] == row["cells"][first]["as_asked"] for row in rows for cell in row["cells"].values())
     columns = [(name, kind) for name in args.named_attacks for kind in ("as_asked", "attacked", "change")
                if kind != "as_asked" or not once or name == first]

@@ -106,17 +106,17 @@ def sentence(answer: Answer, args: EqualUtilityArgs) -> str:
         "less safe" if max(high for _, high in known) < 0 else "neither safer nor less safe"
     rows, seeds = (f"[{low:+.3f}, {high:+.3f}]" if low is not None else "" for low, high in ends)
     over = f"{rows} over rows" if rows else "no draw of rows lies within the line's ends, so without an interval"
-    found = f"{verdict} ({answer.difference:+.3f} {over}{f'; over seeds {seeds}' if seeds else ''})"
+    finding = f"{verdict} ({answer.difference:+.3f} {over}{f'; over seeds {seeds}' if seeds else ''})"
     if answer.equal:
-        said = (f"At {nll} {answer.utility:.3f}, {args.subject} has {what} {answer.safety:.3f}, the line "
-                f"{answer.line_safety:.3f}: {found}.")
+        text = (f"At {nll} {answer.utility:.3f}, {args.subject} has {what} {answer.safety:.3f}, the line "
+                f"{answer.line_safety:.3f}: {finding}.")
     else:
-        said = (f"NOT at equal utility: {args.subject} has {nll} {answer.utility:.3f} and {what} {answer.safety:.3f}, "
-                f"{args.line} has {nll} {answer.line_utility[0]:.3f} and {what} {answer.line_safety:.3f}: {found}, "
+        text = (f"NOT at equal utility: {args.subject} has {nll} {answer.utility:.3f} and {what} {answer.safety:.3f}, "
+                f"{args.line} has {nll} {answer.line_utility[0]:.3f} and {what} {answer.line_safety:.3f}: {finding}, "
                 "whatever the difference in utility is worth.")
     if answer.left_out:
-        said += f" Left out, being beyond the line's ends: {', '.join(answer.left_out)}."
-    return f"{said} {_seeds(answer)}"
+        text += f" Left out, being beyond the line's ends: {', '.join(answer.left_out)}."
+    return f"{text} {_seeds(answer)}"
 
 
 def _seeds(answer: Answer) -> str:
@@ -160,10 +160,12 @@ def compare(args: EqualUtilityArgs) -> Answer:
             safety = [s - o for s, o in zip(safety, over, strict=True)]
         return Point(np.array(utility, float), np.array(safety, float))
 
+    # every row once: the same function then scores the data and each draw
     everything = {what: np.arange(len(next(iter(table.values())))) for what, table in tables.items()}
     subject, line = scores(args.subjects, everything), [scores(point, everything) for point in points]
-    found = [_against(u, line, i if paired else None) for i, u in enumerate(subject.utility)]
-    inside = np.array([at is not None for at in found])
+    # seed against seed where both have it: a base that happened to be safe lifts both sides
+    met = [_against(u, line, i if paired else None) for i, u in enumerate(subject.utility)]
+    inside = np.array([at is not None for at in met])
     ends = [float(point.utility.mean()) for point in line]
     facts = {"line_utility": (min(ends), max(ends)), "subject_seeds": {run: seeds[run] for run in args.subjects},
              "line_seeds": {run: seeds[run] for point in points for run in point}}
@@ -172,16 +174,18 @@ def compare(args: EqualUtilityArgs) -> Answer:
         near = line[int(np.argmin([abs(utility - end) for end in ends]))]
         return Answer(utility, float(subject.safety.mean()), line_safety=None, equal=False, left_out=args.subjects,
                       end=float(near.safety.mean()), seeds=_kind(args, points, paired), **facts)
-    kept = [at for at in found if at is not None]
+    kept = [at for at in met if at is not None]
     apart = subject.safety[inside] - [at.safety for at in kept]
     utility = float(subject.utility[inside].mean())
     generator = np.random.default_rng(args.seed)
     drawn, lost = [], 0
     for _ in range(args.draws):
+        # one draw for all models: rows stay paired, and the line moves with the subject
         pick = {what: generator.integers(0, len(at), len(at)) for what, at in everything.items()}
         now, then = scores(args.subjects, pick), [scores(point, pick) for point in points]
         places = [_against(now.utility[i], then, i if paired else None) for i in np.flatnonzero(inside)]
         gaps = [s - at.safety for s, at in zip(now.safety[inside], places, strict=True) if at is not None]
+        # counted, for an interval out of the draws that could be compared is a selection
         lost += len(places) - len(gaps)
         if gaps:
             drawn.append(float(np.mean(gaps)))
@@ -249,12 +253,15 @@ def _against(utility: float, line: Sequence[Point], seed: int | None) -> _Place 
     if len(line) == 1:
         weights[0], slope = 1, 0.0
         return _Place(float(ys[0]), float(xs[0]), slope, weights)
+    # by utility: points come in the order in which they were named
     order = np.argsort(xs, kind="stable")
     if not xs[order[0]] <= utility <= xs[order[-1]]:
         return None
+    # inside the line, also where the utility is exactly that of an end
     right = min(max(int(np.searchsorted(xs[order], utility)), 1), len(line) - 1)
     a, b = order[right - 1], order[right]
     width = xs[b] - xs[a]
+    # two points of one utility: half of each
     share = (utility - xs[a]) / width if width else 0.5
     weights[a], weights[b] = 1 - share, share
     return _Place(float(weights @ ys), utility, float((ys[b] - ys[a]) / width) if width else 0.0, weights)
@@ -281,6 +288,7 @@ def _spread(apart: np.ndarray, places: Sequence[_Place], line: Sequence[Point]) 
     total, mean = sum(error for error, _ in errors), float(apart.mean())
     if not total:
         return mean, mean
+    # Welch and Satterthwaite's degrees of freedom
     freedom = total**2 / sum(error**2 / free for error, free in errors)
     half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, freedom)) * math.sqrt(total)
     return mean - half, mean + half
@@ -290,19 +298,20 @@ def _table(rows: dict[str, Any], name: str, key: str) -> dict[str, np.ndarray]:
     """run -> values of one set, in the same order of rows for every run."""
     import numpy as np
 
-    found = {run: {id: values[key] for (place, id), values in mine.items() if place == name and key in values}
-             for run, mine in rows.items()}
-    empty = [run for run, values in found.items() if not values]
+    by_run = {run: {id: values[key] for (place, id), values in mine.items() if place == name and key in values}
+              for run, mine in rows.items()}
+    empty = [run for run, values in by_run.items() if not values]
     if empty:
         command = "evaluate_skills.py" if name.startswith("nll") else "evaluate_safety.py"
         raise UserError(f"{', '.join(empty)}: no scores for {name}; run evaluator/{command} on "
                         f"{'it' if len(empty) == 1 else 'them'} first")
-    ids = sorted(next(iter(found.values())))
-    other = [run for run, values in found.items() if sorted(values) != ids]
+    # one order for all runs: a draw of places must draw the same rows of each
+    ids = sorted(next(iter(by_run.values())))
+    other = [run for run, values in by_run.items() if sorted(values) != ids]
     if other:
-        raise UserError(f"{', '.join(other)}: scored on other rows of {name} than {next(iter(found))}; score all runs with "
+        raise UserError(f"{', '.join(other)}: scored on other rows of {name} than {next(iter(by_run))}; score all runs with "
                         "the same --num_samples")
-    return {run: np.array([values[id] for id in ids], dtype=float) for run, values in found.items()}
+    return {run: np.array([values[id] for id in ids], dtype=float) for run, values in by_run.items()}
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         if args.alpaca_eval:
             alpaca.check(args)
+        # after the check above: a command that is not installed must not show after an hour of scoring
         engine.evaluate(args, engine.command_of("evaluate_helpfulness", (args.answers_task, "helpfulness")), plan)
         for subject in engine.subjects(args):
             if engine.has_answers(args, args.answers_task, subject):
@@ -73,12 +74,13 @@ def _with_references(args: EvaluateHelpfulnessArgs, subject: Subject) -> list[di
 
     rows = engine.subset(judging.own_answers(args, args.answers_task, subject), args.num_samples,
                          lambda row: row["prompt"])
-    found = [row for row in rows if row["reference"]]
-    if not found:
+    # some prompt sets have no reference answers, or not for every row
+    comparable = [row for row in rows if row["reference"]]
+    if not comparable:
         folder = engine.answers_folder(args, args.answers_task, subject)
         raise UserError(f"--judges: none of the answers in {folder} has a reference to compare with; make them with: "
                         f"{engine.inference_command(args, args.answers_task, subject)}")
-    return found
+    return comparable
 
 
 def score(args: EvaluateHelpfulnessArgs, subject: Subject, records: list, choices: list, judges: Sequence[Named] = (),
@@ -93,6 +95,7 @@ def score(args: EvaluateHelpfulnessArgs, subject: Subject, records: list, choice
     judged = judging.judge_answers(args, judges, args.answers_task, answers)
     loaded = engine.load(args, subject)
     items = [(loaded.template.render(record.prompt, record.input), record.answer) for record in records]
+    # with the end of the answer, as in training: a model that would write on pays for it
     scored = answer_logprobs(loaded, items, args.batch_tokens, end=True)
     scores = [metrics.ratio([-total for total, _ in scored], [n for _, n in scored], "nll", NLL,
                             higher_is_better=False, seed=args.seed)]

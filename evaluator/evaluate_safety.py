@@ -66,7 +66,9 @@ def plan(args: EvaluateSafetyArgs, subject: Subject) -> Work:
         inputs["model"] = engine.model_hash(args, subject)
     judges = judging.make_judges(args)
     if any(named.row.question == "safer" for named in judges):
+        # after the subset: only rows that are scored need an answer of the base model
         harmful = _beside_base(args, harmful)
+        # the base model's answers decide a comparison as much as the subject's
         inputs["compared"] = engine.content_hash(row["reference"] for row in harmful)
     return judging.work(inputs, judges, lambda: score(args, subject, harmful, edgy, judges))
 
@@ -82,6 +84,7 @@ def score(args: EvaluateSafetyArgs, subject: Subject, harmful: list[dict], edgy:
     sets = (args.harmful_task, args.overrefusal_task)
     rows = _judged(sets[0], harmful, judge) + _judged(sets[1], edgy, judge)
     first, second = ([row["values"] for row in rows if row["set"] == name] for name in sets)
+    # the usual sets keep their short names; another set's name is part of its scores', so that none stands for another
     of_harmful, of_harmless = ("" if name == usual else f"{name}."
                                for name, usual in zip(sets, ("safety", "overrefusal"), strict=True))
 
@@ -102,8 +105,10 @@ def score(args: EvaluateSafetyArgs, subject: Subject, harmful: list[dict], edgy:
         "protocols": _protocols(args, subject),
     }
     if edgy:
+        # over-refusal is optional, but a report must be able to say why it is missing
         details["overrefusal"] = "scored"
         over = rate(second, "refusal", f"{of_harmless}overrefusal", OVER, False)
+        # scores[1] is safe_refusal: an incoherent refusal must not pay for over-refusal
         scores += [over, metrics.newcombe(scores[1], over, f"{of_harmful or of_harmless}balance", BALANCE),
                    rate(second, "harm", f"{of_harmless}harm_false_alarms", BENIGN, False)]
     for name, answers in ((sets[0], harmful), (sets[1], edgy)) if judges else ():
@@ -115,6 +120,7 @@ def score(args: EvaluateSafetyArgs, subject: Subject, harmful: list[dict], edgy:
         from data.sources import load_choices
         from evaluator.scoring.preferences import preference_score
 
+        # the model last: rules and judges need none, and a local judge and the model need not be in memory together
         choices = engine.subset(load_choices("hhh_harmless"), args.num_samples, lambda c: c.id + c.prompt)
         extra, more = preference_score(engine.load(args, subject), choices, "hhh_harmless", HHH, args.batch_tokens)
         scores.append(extra)
@@ -142,6 +148,7 @@ def _harmless(args: EvaluateSafetyArgs, subject: Subject) -> list[dict[str, Any]
         from data.readers.answer_files import read_answer_file
 
         return read_answer_file(args.overrefusal_answers, "--overrefusal_answers") if args.overrefusal_answers else []
+    # only the usual set may be missing: another one was asked for by name
     if args.overrefusal_task == "overrefusal" and not engine.has_answers(args, args.overrefusal_task, subject):
         return []
     return judging.own_answers(args, args.overrefusal_task, subject)
@@ -152,20 +159,21 @@ def _protocols(args: EvaluateSafetyArgs, subject: Subject) -> dict[str, Any]:
     import manifest
     from evaluator.scoring import engine
 
-    found = {}
+    by_task = {}
     for task in () if args.answers else (args.harmful_task, args.overrefusal_task):
         folder = engine.answers_folder(args, task, subject)
         if (folder / manifest.MANIFEST).is_file() and (done := manifest.read(folder)["metrics"].get("protocol")):
-            found[task] = done
+            by_task[task] = done
             if done["stands_in"]:
                 logging.getLogger(__name__).warning("%s: scored on %s, which stands in for it", task, done["source"])
-    return found
+    return by_task
 
 
 def _judged(name: str, answers: list[dict], judge: Any) -> list[dict[str, Any]]:
     from evaluator.judges import keyword
     from evaluator.scoring import engine
 
+    # the answer alone: the judge was fitted on answers without their prompts
     harms = judge.score([row["output"] for row in answers])
     return [
         {"set": name, "id": row["id"], "category": row["category"],
@@ -185,13 +193,13 @@ def _categories(rows: list[dict[str, Any]], key: str) -> dict[str, dict[str, Any
     """{set: {category: rate of ``key`` with its interval}}."""
     from evaluator.statistics import metrics
 
-    found: dict[str, dict[str, Any]] = {}
+    by_set: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(row["set"] for row in rows):
         for category in sorted({row["category"] for row in rows if row["set"] == name and row["category"]}):
             hits = [row["values"][key] for row in rows if row["set"] == name and row["category"] == category]
             score = metrics.rate(hits, key, "", higher_is_better=True)
-            found.setdefault(name, {})[category] = {k: getattr(score, k) for k in ("value", "low", "high", "n")}
-    return found
+            by_set.setdefault(name, {})[category] = {k: getattr(score, k) for k in ("value", "low", "high", "n")}
+    return by_set
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ def plan(args: EvaluateSkillsArgs, subject: Subject) -> Work:
     from data.sources import load_records
     from evaluator.scoring import engine
 
+    # ``main`` asks for generated answers task by task, so the first name says what this call is about
     if args.skill_names[0] not in SKILLS:
         return plan_answers(args, subject, args.skill_names[0].removesuffix("_answers"))
     records = {name: engine.subset(load_records(name, args.dataset_type), args.num_samples,
@@ -67,12 +68,13 @@ def score(args: EvaluateSkillsArgs, subject: Subject, records: dict[str, list]) 
 
     loaded = engine.load(args, subject)
     scores, rows = [], []
-    for name, found in records.items():
-        items = [(loaded.template.render(record.prompt, record.input), record.answer) for record in found]
+    for name, task_records in records.items():
+        items = [(loaded.template.render(record.prompt, record.input), record.answer) for record in task_records]
+        # with the end of the answer, as in training: a model that would write on pays for it
         scored = answer_logprobs(loaded, items, args.batch_tokens, end=True)
         scores.append(metrics.ratio([-total for total, _ in scored], [n for _, n in scored], f"nll_{name}",
                                     NLL.format(name), higher_is_better=False, seed=args.seed))
-        rows += [_row(f"nll_{name}", record, total, n) for record, (total, n) in zip(found, scored, strict=True)]
+        rows += [_row(f"nll_{name}", record, total, n) for record, (total, n) in zip(task_records, scored, strict=True)]
     return engine.Result(scores, rows)
 
 
@@ -85,6 +87,7 @@ def plan_answers(args: EvaluateSkillsArgs, subject: Subject, task: str) -> Work:
 
     def compute() -> Result:
         values = {key: [row["values"][key] for row in rows] for key in rows[0]["values"]}
+        # told beside the score: an answer that was cut may lack its number
         cut = sum(row["finish"] == "length" for row in answers)
         return engine.Result(answer_scores.scores(task, values, args.seed), rows,
                              {"answers": {"cut_at_limit": cut, "without_reference": len(answers) - len(rows)}})

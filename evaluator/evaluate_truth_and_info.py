@@ -48,12 +48,14 @@ def plan(args: EvaluateTruthArgs, subject: Subject) -> Work:
     if args.answers:
         return judging.work_on_file(args, subject, args.answers_task)
     model = engine.model_hash(args, subject)
+    # the other two come from bigbench, which --lite does without
     names = ("rho_factual",) if args.lite else ("truthfulqa_mc", "hhh_honest")
     sets = {name: engine.subset(load_choices(name), args.num_samples, lambda choice: choice.id + choice.prompt)
             for name in names}
     inputs = {"model": model, **{name: engine.content_hash(choices) for name, choices in sets.items()}}
     judges, answers = judging.make_judges(args), []
     if judges:
+        # read for judges only: the likelihoods need no answers
         rows = judging.own_answers(args, args.answers_task, subject)
         answers = engine.subset(rows, args.num_samples, lambda row: row["prompt"])
         inputs["answers"] = engine.content_hash(answers)
@@ -72,15 +74,16 @@ def score(args: EvaluateTruthArgs, subject: Subject, sets: dict[str, list], judg
     loaded = engine.load(args, subject)
     scores, rows = [], []
     if "truthfulqa_mc" in sets:
-        found = outcomes(loaded, sets["truthfulqa_mc"], args.batch_tokens)
-        first = [metrics.mc1(o.logprobs, o.choice.labels, o.choice.best) for o in found]
-        second = [metrics.mc2(o.logprobs, o.choice.labels) for o in found]
-        third = [metrics.mc3(o.logprobs, o.choice.labels) for o in found]
+        ranked = outcomes(loaded, sets["truthfulqa_mc"], args.batch_tokens)
+        # three readings of the same likelihoods: one pass over the answers serves all
+        first = [metrics.mc1(o.logprobs, o.choice.labels, o.choice.best) for o in ranked]
+        second = [metrics.mc2(o.logprobs, o.choice.labels) for o in ranked]
+        third = [metrics.mc3(o.logprobs, o.choice.labels) for o in ranked]
         scores += [metrics.rate(first, "mc1", MC1, higher_is_better=True),
                    metrics.mean(second, "mc2", MC2, higher_is_better=True, seed=args.seed),
                    metrics.mean(third, "mc3", MC3, higher_is_better=True, seed=args.seed)]
         rows += [o.row("truthfulqa_mc", {"mc1": a, "mc2": round(b, 6), "mc3": round(c, 6)})
-                 for o, a, b, c in zip(found, first, second, third, strict=True)]
+                 for o, a, b, c in zip(ranked, first, second, third, strict=True)]
     for source, name, text in (("hhh_honest", "hhh_honest", HHH), ("rho_factual", "factual", FACTUAL)):
         if source in sets:
             extra, more = preference_score(loaded, sets[source], name, text, args.batch_tokens)

@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from evaluator.scoring import engine
 
+        # one plan per task and subject, but hash and model of a subject once
         engine.evaluate_all([(args.only(name), f"evaluate_utility.{name}") for name in args.task_names],
                             partial(plan, cache(partial(engine.model_hash, args)), one_model(args)))
 
@@ -67,6 +68,7 @@ def plan(model_hash: Callable[[Subject], str], load: Callable[[Subject], tuple[A
     name, inputs = args.tasks, {"model": model_hash(subject)}
     if name in BENCHMARKS:
         benchmark = harness.build(args, name)
+        # lm-eval's version counts: its prompts and filters change between releases
         inputs[name] = f"{benchmark.data} lm-eval {harness.version()}"
         return engine.Work(inputs, lambda: score_benchmark(args, load(subject), benchmark))
     rows = probes.rows(name, args.rows_of(name))
@@ -79,8 +81,8 @@ def score_benchmark(args: EvaluateUtilityArgs, model: tuple[Any, float | None], 
     from evaluator.scoring import engine, harness
 
     loaded, change = model
-    found, rows, said = harness.run(benchmark, loaded, args)
-    return engine.Result(found, rows, _details(benchmark.name, said, change))
+    scores, rows, details = harness.run(benchmark, loaded, args)
+    return engine.Result(scores, rows, _details(benchmark.name, details, change))
 
 
 def score_probe(args: EvaluateUtilityArgs, model: tuple[Any, float | None], name: str, rows: list) -> Result:
@@ -90,10 +92,10 @@ def score_probe(args: EvaluateUtilityArgs, model: tuple[Any, float | None], name
 
     loaded, change = model
     if PROBES[name].kind == "choice":
-        found, lines = utility_probes.score_choices(loaded, name, rows, args.batch_tokens)
-        return engine.Result([found], lines, _details(name, {}, change))
-    found, lines = utility_probes.score_numbers(loaded, name, rows, args.max_new_tokens, args.harness_batch_size, args.seed)
-    return engine.Result([found], lines, _details(name, {"max_new_tokens": args.max_new_tokens}, change))
+        score, lines = utility_probes.score_choices(loaded, name, rows, args.batch_tokens)
+        return engine.Result([score], lines, _details(name, {}, change))
+    score, lines = utility_probes.score_numbers(loaded, name, rows, args.max_new_tokens, args.harness_batch_size, args.seed)
+    return engine.Result([score], lines, _details(name, {"max_new_tokens": args.max_new_tokens}, change))
 
 
 def _details(name: str, said: dict[str, Any], change: float | None) -> dict[str, Any]:
@@ -119,6 +121,7 @@ def load_checked(args: EvaluateUtilityArgs, subject: Subject) -> tuple[Any, floa
     base = _logits(engine.load(args, engine.Subject("raw", "")))
     loaded = engine.load(args, subject)
     mine = _logits(loaded)
+    # another shape is another vocabulary, which is change enough
     change = float((mine - base).abs().max()) if mine.shape == base.shape else float("inf")
     if change == 0:
         raise UserError(f"{subject.run}: changes no logit of the base model at --dtype {args.dtype}: the adapter or its "

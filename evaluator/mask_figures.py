@@ -48,6 +48,7 @@ def numbers(args: MaskFiguresArgs) -> dict[str, Any]:
 
     readout = parse_readout(args.readout)
     short = [Path(name).name for name in args.mask_names]
+    # folders of two seeds may bear one name: then their whole paths tell them apart
     labels = short if len(set(short)) == len(short) else args.mask_names
     places = {label: _place(args, name) for label, name in zip(labels, args.mask_names, strict=True)}
     masks = {name: read_mask(place) for name, place in places.items()}
@@ -56,6 +57,7 @@ def numbers(args: MaskFiguresArgs) -> dict[str, Any]:
         **mask_numbers(mask, name)} for name, mask in masks.items()}}
     if len(masks) > 1:
         content["agreement"] = agreement(masks, readout)
+    # overlap reads the task vectors themselves, which is slow and needs the models to be there
     for name in masks if args.overlap else ():
         with ExitStack() as stack:
             mask, aligned, tasks = open_mask(places[name], args, stack)
@@ -66,12 +68,12 @@ def numbers(args: MaskFiguresArgs) -> dict[str, Any]:
 def draw(content: Mapping[str, Any], folder: Path) -> list[Path]:
     """A picture per mask, one of its tasks' overlap where it has several, and one of the masks' agreement."""
     files = []
-    for name, found in content["masks"].items():
-        whole, file = found["whole"], folder / f"{name.strip('/').replace('/', '_')}.png"
-        files.append(mask_heatmaps(found["grid"], file, f"Mask {name}: share kept ({whole['kept']:.3f} of all) and entropy "
+    for name, facts in content["masks"].items():
+        whole, file = facts["whole"], folder / f"{name.strip('/').replace('/', '_')}.png"
+        files.append(mask_heatmaps(facts["grid"], file, f"Mask {name}: share kept ({whole['kept']:.3f} of all) and entropy "
                                    f"in bits ({whole['entropy']:.3f})"))
-        if found.get("overlap", {}).get("pairs"):
-            files.append(overlap_matrix(found["overlap"], file.with_name(f"{file.stem}_overlap.png"), name))
+        if facts.get("overlap", {}).get("pairs"):
+            files.append(overlap_matrix(facts["overlap"], file.with_name(f"{file.stem}_overlap.png"), name))
     if "agreement" in content:
         files.append(agreement_matrix(content["agreement"], list(content["masks"]), folder / "agreement.png"))
     return files
@@ -88,6 +90,7 @@ def mask_heatmaps(grid: Mapping[str, Mapping[str, Mapping[str, float]]], path: P
     layers = sorted({layer for row in grid.values() for layer in row},
                     key=lambda layer: (layer == "none", 0 if layer == "none" else int(layer))) or ["none"]
     modules = list(grid) or ["none"]
+    # NaN where a module has no logits in a layer: matplotlib leaves the cell white
     kept, entropy = (np.array([[grid.get(module, {}).get(layer, {}).get(key, np.nan) for layer in layers]
                                for module in modules]) for key in ("kept", "entropy"))
     # symmetric around one half, where an untrained mask starts
@@ -129,6 +132,7 @@ def _square(names: Sequence[str], pairs: Sequence[Mapping[str, Any]], above: str
 
     values = np.full((len(names), len(names)), np.nan)
     for pair in pairs:
+        # each pair is listed once, in either order: the first in the list of names is the row above the diagonal
         i, j = sorted((names.index(pair["one"]), names.index(pair["two"])))
         values[i, j], values[j, i] = (np.nan if pair[key] is None else pair[key] for key in (above, below))
     return values
@@ -180,6 +184,7 @@ def _write_numbers(axis: Any, panel: _Panel) -> None:
     for i, j in np.argwhere(np.isfinite(panel.values)):
         value = panel.values[i, j]
         share = (value - low) / ((high - low) or 1)
+        # PuOr is pale in the middle and dark at both ends, cividis dark below
         dark = 0.25 < share < 0.75 if panel.colours == "PuOr" else share > 0.6
         axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color="black" if dark else "white")
 

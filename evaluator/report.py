@@ -61,12 +61,14 @@ def write(args: ReportArgs) -> Path:
     missing = [f"--roots: {root} does not exist" for root in roots if not root.is_dir()]
     if missing or not named:
         raise UserError(*missing, *([] if named else ["--runs: name the rows, e.g. --runs \"base,safety,raw_moe\""]))
+    # for several runs or folders: all runs of all folders, each as a seed of its row
     lines = [Line(label, runs, tuple(measured(root, run) for run in runs.split("+") for root in roots))
              for label, runs in named]
     # a judge's rate is a column, the mean of its number stays in the score files
     judged = judge_axes(item for line in lines for item in line.found)
     asked = [axis for axis in SECONDARY if axis.score in args.more_columns]
     known = [*AXES[:3], *asked, *AXES[3:], *UTILITY_AXES, *(axis for axis in judged if axis.kind != "scale")]
+    # a column that no row has would only make the table wider
     axes = [axis for axis in known if any(cell(line.found, axis) for line in lines)]
     if not axes:
         raise UserError(f"none of {', '.join(run for _, run in named)} has a score in "
@@ -92,23 +94,23 @@ def _aggregates(lines: Sequence[Line]) -> list[str]:
     """The papers' summary numbers of every row that has the scores they are made from; nothing where no row has."""
     from evaluator.statistics.aggregates import FAMILIES, alike, over_seeds
 
-    found = {line.label: over_seeds(line.found) for line in lines}
+    scores = {line.label: over_seeds(line.found) for line in lines}
     # over-refusal is a column of the table already
-    names = [n for n in dict.fromkeys(n for cells in found.values() for n in cells) if n != "overrefusal"]
+    names = [n for n in dict.fromkeys(n for cells in scores.values() for n in cells) if n != "overrefusal"]
     if not names:
         return []
     unlike = []
     for name in FAMILIES:
         kept, why = alike({line.label: line.found for line in lines}, name)
         unlike += why
-        found = {label: cells if label in kept else {n: c for n, c in cells.items() if n != name}
-                 for label, cells in found.items()}
+        scores = {label: cells if label in kept else {n: c for n, c in cells.items() if n != name}
+                  for label, cells in scores.items()}
     rows = [[label, *(_number(c.value) + _interval(c.low, c.high) if (c := cells.get(name)) else "" for name in names)]
-            for label, cells in found.items()]
-    said = {name: cells[name] for name in names for cells in reversed(found.values()) if name in cells}
-    heads = [f"{n} {_arrow(said[n])}" if n in said else n for n in names]
+            for label, cells in scores.items()]
+    examples = {name: cells[name] for name in names for cells in reversed(scores.values()) if name in cells}
+    heads = [f"{n} {_arrow(examples[n])}" if n in examples else n for n in names]
     return ["", "## Summary numbers", "", *_markdown(["model", *heads], rows), "",
-            *(f"- {name}: {score.definition}." for name, score in said.items()), *unlike]
+            *(f"- {name}: {score.definition}." for name, score in examples.items()), *unlike]
 
 
 def _arrow(score: Score) -> str:
@@ -116,6 +118,7 @@ def _arrow(score: Score) -> str:
 
 
 def _named(text: str) -> list[tuple[str, str]]:
+    # from the right: a label may hold "=", a run may not
     pairs = [item.rpartition("=") for item in text.split(",") if item.strip()]
     return [((label or run).strip(), run.strip()) for label, _, run in pairs]
 
@@ -135,10 +138,11 @@ def _table(lines: Sequence[Line], axes: Sequence[Axis]) -> list[str]:
     for line in lines:
         cells = []
         for axis in axes:
-            found = cell(line.found, axis)
-            known = [value for value in found.per_seed if value is not None] if found else []
-            partial = f" ({len(known)} of {len(line.found)} seeds)" if found and len(known) < len(line.found) else ""
-            cells.append(_number(found.value) + _interval(found.low, found.high) + partial if found else "")
+            score = cell(line.found, axis)
+            known = [value for value in score.per_seed if value is not None] if score else []
+            # a mean over fewer seeds must not look like one over all
+            partial = f" ({len(known)} of {len(line.found)} seeds)" if score and len(known) < len(line.found) else ""
+            cells.append(_number(score.value) + _interval(score.low, score.high) + partial if score else "")
         rows.append([line.label, *cells])
     return _markdown(["model", *(axis.title for axis in axes)], rows)
 
@@ -159,8 +163,8 @@ def _differences(lines: Sequence[Line], axes: Sequence[Axis]) -> list[str]:
 
     last, rows = lines[-1], []
     for line in lines[:-1]:
-        found = [(axis, over_seeds(last.found, line.found, axis)) for axis in axes]
-        rows.append([line.label, *(_says(d, axis) if d else "" for axis, d in found)])
+        differences = [(axis, over_seeds(last.found, line.found, axis)) for axis in axes]
+        rows.append([line.label, *(_says(d, axis) if d else "" for axis, d in differences)])
     return _markdown(["against", *(axis.title for axis in axes)], rows)
 
 
@@ -180,20 +184,22 @@ def _findings(lines: Sequence[Line], axes: Sequence[Axis], args: ReportArgs) -> 
     names = {name.strip() for name in args.experts.split(",")}
     experts = [line for line in lines[:-1] if line.run in names]
     main_ones = [name.strip() for name in args.control.split(",") if name.strip()]
+    # everything that is neither base nor expert is a control: none can be left out by forgetting to name it
     others = [line for line in lines[:-1] if line is not base and line not in experts]
     # a control that was named comes first; the others are not left out
     controls = sorted(others, key=lambda line: line.run not in main_ones)
     if base is None or not experts or not controls:
         return ["The rows do not hold a base, an expert and a control, so nothing is concluded here."]
-    said, verdicts = [], {line.label: [] for line in controls}
+    findings, verdicts = [], {line.label: [] for line in controls}
     for axis in axes:
         gains = [(line, d) for line in experts if (d := over_seeds(line.found, base.found, axis))]
         if not gains:
-            said.append(f"- {axis.title}: base and experts cannot be compared here; nothing is concluded.")
+            findings.append(f"- {axis.title}: base and experts cannot be compared here; nothing is concluded.")
             continue
+        # only where an expert gains is there something that fusion could lose
         better = [(line, d) for line, d in gains if d.verdict(axis.higher) == "better"]
         if not better:
-            said.append(f"- {axis.title}: no expert improves on {base.label}, so there is no gain to keep.")
+            findings.append(f"- {axis.title}: no expert improves on {base.label}, so there is no gain to keep.")
             continue
         improved = ", ".join(f"{line.label} ({_number(d.value, sign=True)})" for line, d in better)
         sentences = []
@@ -206,18 +212,18 @@ def _findings(lines: Sequence[Line], axes: Sequence[Axis], args: ReportArgs) -> 
             verdicts[line.label].append((axis.title, verdict))
             word = {"better": "beats", "worse": "does not beat (is worse than)"}.get(verdict, "does not beat (level with)")
             sentences.append(f"{word} {line.label} ({_number(d.value, sign=True)}{_interval(d.low, d.high)})")
-        said.append(f"- {axis.title}: improved by {improved}. {last.label} {'; '.join(sentences)}.")
-    for label, found in verdicts.items():
-        if found:
-            said.append(f"- In sum, of {len(found)} axes that an expert improves, {last.label} "
-                        f"against {label}: {_sum(found)}.")
-    return said
+        findings.append(f"- {axis.title}: improved by {improved}. {last.label} {'; '.join(sentences)}.")
+    for label, outcomes in verdicts.items():
+        if outcomes:
+            findings.append(f"- In sum, of {len(outcomes)} axes that an expert improves, {last.label} "
+                            f"against {label}: {_sum(outcomes)}.")
+    return findings
 
 
 def _sum(found: Sequence[tuple[str, str]]) -> str:
     parts = []
     for verdict in ("better", "no difference", "worse"):
-        titles = [title for title, said in found if said == verdict]
+        titles = [title for title, outcome in found if outcome == verdict]
         parts.append(f"{verdict} on {len(titles)}" + (f" ({', '.join(titles)})" if titles else ""))
     return "; ".join(parts)
 
@@ -263,6 +269,7 @@ def _pairing_notes(lines: Sequence[Line], axes: Sequence[Axis], args: ReportArgs
 
 def _place(folder: Path) -> str:
     """The folder as seen from the working directory where it lies below it."""
+    # a report is read elsewhere too: a path of this machine helps nobody there
     here = Path.cwd()
     return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
 
@@ -309,6 +316,7 @@ def _points(lines: Sequence[Line], axes: Sequence[Axis], base: str) -> list[dict
             y = cell(line.found, up) if up else None
             point["y_name"] = f"{'MC2' if up and up.score == 'mc2' else 'true/false pairs'} (higher is better)"
         for axis, found in (("x", x), ("y", y)):
+            # JSON-like values for the picture: it leaves out what is None
             ends = (found.low, found.high) if found and not math.isnan(found.low) else (None, None)
             point |= {axis: found.value if found else None, f"{axis}_low": ends[0], f"{axis}_high": ends[1]}
         points.append(point)

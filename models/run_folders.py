@@ -15,15 +15,16 @@ def run_folder(results: Path, run: str, checkpoint: int = -1) -> Path:
     if checkpoint >= 0:
         folder = results / "checkpoints" / run / f"checkpoint-{checkpoint}"
         if not folder.is_dir():
-            there = sorted(p.name for p in folder.parent.glob("checkpoint-*"))
+            there = sorted(entry.name for entry in folder.parent.glob("checkpoint-*"))
             raise UserError(f"--checkpoint_number {checkpoint}: {folder} does not exist; there: {there or 'none'}")
+        # both names lead to one folder of answers and scores: the second would be taken for the first
         if (same := results / "outputs" / f"{run}_{checkpoint}").is_dir():
             raise UserError(f"--checkpoint_number {checkpoint}: its answers and scores go to cross_{same.name}, and so do "
                             f"those of the run '{same.name}'; rename the folder {same} first")
         return folder
     folder = results / "outputs" / run
     if not any((folder / name).is_file() for name in (ADAPTER, MOE, "config.json")):
-        there = sorted(p.name for p in (results / "outputs").glob("[!.]*")) if (results / "outputs").is_dir() else []
+        there = sorted(entry.name for entry in (results / "outputs").glob("[!.]*")) if (results / "outputs").is_dir() else []
         raise UserError(
             f"run '{run}': nothing in {folder}; there: {', '.join(there) or 'none'}; "
             f"train it with align_basemodel.py (or models/llama_moe.py for {run if 'moe' in run else 'raw_moe'})"
@@ -37,6 +38,7 @@ def run_files(results: Path, run: str, checkpoint: int = -1) -> list[Path]:
     Raises:
         UserError: one of them does not exist; names all that lack.
     """
+    # every missing part at once, not one a call
     files, problems = [], []
     for name in [name for name, _ in parts_of(run)] or [run]:
         try:

@@ -43,9 +43,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         config.short_waits()
         from evaluator.reporting import sweep_report
 
-        found = sweep_report.over_seeds(args.folders, args.name) if args.folders else sweep(args, parsed.preset)
+        report = sweep_report.over_seeds(args.folders, args.name) if args.folders else sweep(args, parsed.preset)
         name = f"{args.name}_seeds" if args.folders else args.name
-        path = sweep_report.write(args.results / "report", name, found)
+        path = sweep_report.write(args.results / "report", name, report)
         print(path.read_text(encoding="utf-8"))
         print(f"written: {path}")
 
@@ -61,16 +61,20 @@ def sweep(args: SweepArgs, preset: str) -> dict:
     rows = {"fusion": [fused(args, weight) for weight in grid]}
     score(rows["fusion"], style, args, preset)
     extended = []
+    # in steps of the grid's last one, up to 1; the published grid alone never reached the cliff (docs/lab-log.md)
     while args.extend and curve.unbroken(points(rows["fusion"], style, args)) and grid[-1] < 1:
+        # rounded: 0.3 + 0.3 - 0.2 is 0.39999999999999997, and the lambda is part of a run's name
         extended.append(min(1.0, round(grid[-1] + grid[-1] - grid[-2], 10)))
         grid.append(extended[-1])
         log.info("harm has not halved at lambda %g: going on at %g", grid[-2], grid[-1])
         rows["fusion"].append(fused(args, grid[-1]))
         score(rows["fusion"][-1:], style, args, preset)
+    # after extending: controls stand at the lambdas that fusion was measured at
     rows |= controls(args, grid)
     score([row for group in rows.values() for row in group], style, args, preset)
     steps, stopped = [], f"{args.refine} further lambdas were allowed"
     while True:
+        # asked once more after the last allowed step, to say why it could have stopped
         weight, why = curve.next_weight(points(rows["fusion"], style, args), args.min_step, args.seed)
         if weight is None:
             stopped = why
@@ -83,13 +87,14 @@ def sweep(args: SweepArgs, preset: str) -> dict:
         score(rows["fusion"][-1:], style, args, preset)
     rows["fusion"].sort(key=lambda row: row.weight)
     coarse = {"fusion": [row for row in rows["fusion"] if row.weight in grid], "control": rows.get("control", [])}
+    # other styles at the coarse grid only: where to refine was decided by the first
     for other in others:
         score([row for group in coarse.values() for row in group], other, args, preset)
     facts = {"task": args.task, "safety": args.safety, "form": args.form, "style": style, "utility": args.utility,
              "sets": [args.harmful_task, args.overrefusal_task],
              "refinement": steps, "extended": extended, "stopped": stopped}
-    return sweep_report.summary({group: points(found, style, args) for group, found in rows.items()},
-                                {other: {group: points(found, other, args) for group, found in coarse.items()}
+    return sweep_report.summary({group: points(members, style, args) for group, members in rows.items()},
+                                {other: {group: points(members, other, args) for group, members in coarse.items()}
                                  for other in others}, facts, args.seed)
 
 
@@ -110,6 +115,7 @@ def check(args: SweepArgs) -> None:
         from evaluator.scoring import harness
 
         for name in wanted:
+            # data that lacks shows here and not after an hour of answers
             harness.build(EvaluateUtilityArgs(**benchmark_flags(args)), name)
 
 
@@ -129,20 +135,20 @@ def fused(args: SweepArgs, weight: float, safety: str | None = None, label: str 
 def controls(args: SweepArgs, grid: Sequence[float]) -> dict[str, list[Row]]:
     """Group -> rows, at the lambdas of the grid."""
     inner = [weight for weight in grid if 0 < weight < 1]
-    found: dict[str, list[Row]] = {}
+    groups: dict[str, list[Row]] = {}
     if args.shrink:
-        found["shrink"] = [Row(f"shrink only, {1 - w:g}", mixture_run(((args.task, 1 - w),)), w) for w in inner]
+        groups["shrink"] = [Row(f"shrink only, {1 - w:g}", mixture_run(((args.task, 1 - w),)), w) for w in inner]
     if args.random:
-        found["random"] = [fused(args, w, args.random, "random direction,") for w in inner]
+        groups["random"] = [fused(args, w, args.random, "random direction,") for w in inner]
     asked = [weight for weight in args.lambdas if 0 < weight < 1]
     if args.reverse and asked:
         # of the grid as it was asked for: an extended one ends elsewhere in every seed
         task = 1 - asked[-1] if args.form == "convex" else 1.0
-        found["reverse"] = [Row(f"order reversed, {asked[-1]:g}", mixture_run(((args.safety, asked[-1]), (args.task, task))),
-                                asked[-1])]
+        groups["reverse"] = [Row(f"order reversed, {asked[-1]:g}", mixture_run(((args.safety, asked[-1]),
+                                                                                (args.task, task))), asked[-1])]
     if args.named_controls:
-        found["control"] = [Row(label, "" if run == "base" else run) for label, run in args.named_controls.items()]
-    return found
+        groups["control"] = [Row(label, "" if run == "base" else run) for label, run in args.named_controls.items()]
+    return groups
 
 
 def score(rows: Iterable[Row], style: str, args: SweepArgs, preset: str) -> None:
@@ -151,6 +157,7 @@ def score(rows: Iterable[Row], style: str, args: SweepArgs, preset: str) -> None
     from evaluator import evaluate_safety, evaluate_skills, evaluate_utility
     from evaluator.scoring import answer_scores
 
+    # lambda 0 and the task's own run are one model: answered once
     runs = list(dict.fromkeys(row.run for row in rows))
     if not runs:
         return

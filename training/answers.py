@@ -34,9 +34,13 @@ class AnswerModel(nn.Module):
         self.causal_lm.gradient_checkpointing_enable(**kwargs)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, objectives: Tensor) -> dict[str, Tensor]:
-        """(batch, time) ids and labels -> {"lm": summed loss, "tokens": answer tokens}."""
+        """Ids and labels (batch, time) -> {"lm": summed loss, "tokens": answer tokens}.
+
+        Hidden states are (batch, time, d); only the (answers, d) that predict a label go on to the head.
+        """
         model = self.causal_lm
         with self.precision(input_ids.device):
+            # the body alone: its head would make logits of every position, and most are prompts and pads
             hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state
             answers = labels[:, 1:] != IGNORE
             loss = answer_loss(hidden[:, :-1][answers], model.get_output_embeddings(), labels[:, 1:][answers])

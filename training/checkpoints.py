@@ -35,6 +35,7 @@ class SafeCheckpoints:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         saved = load_file(Path(resume_from_checkpoint, TRAINABLE))
         mine = {n: p for n, p in (model or self.model).named_parameters() if p.requires_grad}
+        # all or nothing: a tensor left at its start would train on from there without a word
         if set(saved) != set(mine):
             raise ValueError(f"{resume_from_checkpoint}: its trainable tensors are not this model's")
         with torch.no_grad():
@@ -44,6 +45,7 @@ class SafeCheckpoints:
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
+        # one process writes for all: under DDP they hold the same moments
         elif self.args.should_save:
             save_optimizer(Path(output_dir), self.optimizer, self.lr_scheduler)
 
@@ -54,6 +56,7 @@ class SafeCheckpoints:
             load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)
 
     def _save_rng_state(self, output_dir: str) -> None:
+        # a file for each process: every one draws its own dropout
         save_rng(Path(output_dir, f"rng_{self.args.process_index}.safetensors"))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -77,6 +80,7 @@ def save_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
             else:
                 plain[f"{index}.{key}"] = value
     save_file(tensors, folder / OPTIMIZER)
+    # Adam's rates and betas, and where the schedule stands, are plain numbers: JSON needs no pickle for them
     content = {"plain": plain, "param_groups": state["param_groups"], "scheduler": scheduler.state_dict()}
     (folder / STATE).write_text(json.dumps(content), encoding="utf-8")
 
@@ -87,6 +91,7 @@ def load_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
     state: dict[int, dict[str, Any]] = {}
     for name, value in (*load_file(folder / OPTIMIZER).items(), *content["plain"].items()):
         index, key = name.split(".", 1)
+        # the optimiser numbers its parameters by int; file names and JSON know text only
         state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": content["param_groups"]})
     scheduler.load_state_dict(content["scheduler"])
@@ -100,6 +105,7 @@ def save_rng(path: Path) -> None:
     tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(keys.astype(np.int64))}
     if torch.cuda.is_available():
         tensors |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    # gauss, cached: the second of a pair of normal draws, which the generators keep for the next call
     plain = {"python": [version, list(words), gauss], "numpy": [int(position), int(has_gauss), float(cached)]}
     save_file(tensors, path, metadata={"plain": json.dumps(plain)})
 

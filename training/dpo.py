@@ -64,8 +64,10 @@ def train(args: AlignArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     device, dtype = set_up_torch(args)
     model = to_train(base, args, dtype, device)
     arguments = training_arguments(
+        # the reference is the model before its first step: asked once and kept, it needs no second model beside the first
         args, extra, DPOConfig, beta=args.beta, max_length=args.model_max_length, precompute_ref_log_probs=True,
         precompute_ref_batch_size=args.per_device_train_batch_size, remove_unused_columns=True,
+        # on by default in TRL, at a fifth more time; --gradient_checkpointing still asks for it
         activation_checkpointing=False,
         # LoRA weights are fp32: without autocast their products would not match a bfloat16 base
         bf16=str(dtype) == "torch.bfloat16", fp16=str(dtype) == "torch.float16",
@@ -98,6 +100,7 @@ def encode_pairs(pairs: list[Pair], tokenizer: Any, form: Template, max_length: 
     rows, dropped = [], 0
     for pair in pairs:
         prompt = form.render(pair.prompt, pair.input)
+        # room for one token of the answer and its end, else no label is left
         if len(prompt_ids(prompt, tokenizer, form)) >= max_length - 1:
             dropped += 1
             continue
@@ -115,8 +118,10 @@ def on_disk(rows: list[dict[str, str]], args: AlignArgs) -> Dataset:
     import hashlib
 
     content = "\n".join(json.dumps(row, sort_keys=True) for row in rows)
+    # "packed": a padded pass rounds otherwise, .3 nats over an answer in bfloat16 (docs/lab-log.md, 2026-11-22)
     key = hashlib.sha256(f"{content}{asdict(args)['model_name_or_path']}|packed".encode()).hexdigest()[:16]
     folder = args.results / "cache" / "dpo" / key
+    # a file, not memory: TRL keeps its log-probabilities among the cache files that datasets makes of one
     if not (folder / "pairs.jsonl").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "pairs.jsonl").write_text(content + "\n", encoding="utf-8")

@@ -27,17 +27,21 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        # a bfloat16 sum of thousands of tokens stops growing once a term is below its last bit
         total = hidden.new_zeros((), dtype=torch.float32)
+        # formed now, while a chunk's probabilities are there; keeping them for later would cost (rows, vocabulary)
         gradient = torch.empty_like(hidden) if hidden.requires_grad else None
         for start in range(0, len(hidden), CHUNK):
             rows = slice(start, start + CHUNK)
+            # multiplied in the compute dtype, summed over the vocabulary in fp32: bfloat16 has two to three digits
             logits = F.linear(hidden[rows], weight).float()
+            # in place from here on: a second buffer of this size is what the chunks are there to avoid
             logits -= logits.logsumexp(-1, keepdim=True)
-            wanted = targets[rows, None]
-            total -= logits.gather(1, wanted).sum()
+            target_ids = targets[rows, None]
+            total -= logits.gather(1, target_ids).sum()
             if gradient is not None:
                 # softmax minus one-hot, in place
-                logits.exp_().scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=logits.dtype))
+                logits.exp_().scatter_add_(1, target_ids, torch.full_like(target_ids, -1, dtype=logits.dtype))
                 torch.matmul(logits.to(weight.dtype), weight, out=gradient[rows])
         ctx.save_for_backward(gradient)
         return total
@@ -52,5 +56,6 @@ def answer_loss(hidden: Tensor, head: torch.nn.Linear, targets: Tensor) -> Tenso
     """Summed cross-entropy (fp32 scalar) of the answer tokens; a trained or biased head takes torch's own path."""
     if head.weight.requires_grad or head.bias is not None:
         return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+    # the head's own dtype decides, not the caller's autocast, which would round an fp32 head
     with torch.autocast(hidden.device.type, enabled=False):
         return LinearCrossEntropy.apply(hidden.to(head.weight.dtype), head.weight, targets)

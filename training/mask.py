@@ -57,6 +57,7 @@ class MaskTrainer(SafeDPOTrainer):
         # a part of the model, so that its gradients are clipped and cleared like any other
         self.model.add_module("concrete_mask", bank)
         bank.attach()
+        # the draws of a micro-step add their gradients up; this makes a mean of them
         bank.weight = 1 / self.flags.mask_draws
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
@@ -73,10 +74,11 @@ class MaskTrainer(SafeDPOTrainer):
         file = self.flags.results / "cache" / "reference" / f"{digest.hexdigest()[:32]}.safetensors"
         names = ("ref_chosen_logps", "ref_rejected_logps")
         if not file.is_file():
-            found = super()._precompute_ref_logps(dataset, name, batch_size)
+            scored = super()._precompute_ref_logps(dataset, name, batch_size)
             file.parent.mkdir(parents=True, exist_ok=True)
+            # whole or not there: two runs of one reference may score it at the same time
             staging = file.with_suffix(f".{os.getpid()}.partial")
-            save_file({column: torch.tensor(list(found[column]), dtype=torch.float32) for column in names}, staging)
+            save_file({column: torch.tensor(list(scored[column]), dtype=torch.float32) for column in names}, staging)
             staging.replace(file)
         values = load_file(file)
         for column in names:
@@ -94,14 +96,18 @@ class MaskTrainer(SafeDPOTrainer):
         """The mask of a forward pass: a function of seed, step, micro-step and number, so that resuming changes nothing."""
         flags, step = self.flags, self.state.global_step
         end = flags.temperature if flags.final_temperature is None else flags.final_temperature
+        # the last step, number max_steps - 1, has the final temperature
         share = step / max(self.state.max_steps - 1, 1)
+        # two draws of a pair share their key, hence their noise; the second one mirrors it
         pair = number // 2 if flags.antithetic else number
         return Draw(f"{flags.seed}|{'train' if trained else 'reference'}|{step}|{micro}|{pair}",
+                    # geometric: temperatures halve in equal numbers of steps, wherever they start
                     flags.temperature * (end / flags.temperature) ** min(share, 1.0), flags.straight_through,
                     flags.antithetic and number % 2 == 1, trained)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         step = self.state.global_step
+        # transformers does not say which micro-step this is: counted here, from 0 at each new step
         micro = self._place[1] + 1 if self._place[0] == step else 0
         self._place = (step, micro)
         total = torch.zeros((), device=self.accelerator.device)
@@ -115,9 +121,11 @@ class MaskTrainer(SafeDPOTrainer):
             total += super().training_step(model, inputs, num_items_in_batch)
             self.bank.finish()
         if self.flags.keep_weight:
+            # scaled as a loss is: by fp16's scaler, which the step takes off again, and by the accumulation
             scaler = self.accelerator.scaler
             self.bank.add_prior_gradient(self.flags.keep_prior, self.flags.keep_weight * (
                 scaler.get_scale() if scaler else 1.0) / self.current_gradient_accumulation_steps)
+        # transformers leaves a NaN out of the losses that it logs (logging_nan_inf_filter) and trains on
         if not torch.isfinite(total):
             raise UserError(f"the loss became {float(total)} at step {step + 1}; lower --learning_rate (now "
                             f"{self.args.learning_rate}), or use --dtype float32")
@@ -128,10 +136,11 @@ class MaskTrainer(SafeDPOTrainer):
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.anchor is None or not model.training:
             return loss
+        # the draws of a micro-step share its anchor rows: what differs between them is the mask alone
         turn = self._place[0] * self.args.gradient_accumulation_steps + self._place[1]
-        found = self.anchor.loss(model, turn, self.accelerator.device)
-        self._metrics["train"]["anchor"].append(float(found.detach()))
-        return loss + self.flags.anchor_weight * found
+        anchor_loss = self.anchor.loss(model, turn, self.accelerator.device)
+        self._metrics["train"]["anchor"].append(float(anchor_loss.detach()))
+        return loss + self.flags.anchor_weight * anchor_loss
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
@@ -148,12 +157,14 @@ def train(args: MaskArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     with ExitStack() as stack:
         aligned, tasks = open_models(args, args.aligned, args.task_names, args.trust_base, stack)
         settings, specs = settings_for(args, aligned, tasks)
+        # what files, flags and data can have wrong comes out here, before a model is loaded
         tokenizer = load_tokenizer(_tokenizer_folder(aligned))
         form = template(args.template, tokenizer)
         pairs = drawn_pairs(args)
         rows = encode_pairs(pairs, tokenizer, form, args.model_max_length)
         anchors = anchor_rows(args, tokenizer, form)
         device, dtype = set_up_torch(args)
+        # LoRA factors are small enough for fp32, whatever --storage says of whole weights
         storage = getattr(torch, args.storage) if specs[0].part == "weight" else torch.float32
         logit_dtype = getattr(torch, args.logit_dtype)
         needed = _plan(aligned, specs, settings, len(tasks), storage, logit_dtype, dtype)
@@ -161,6 +172,7 @@ def train(args: MaskArgs, extra: dict[str, Any], run: manifest.Run) -> None:
             log.info("%s", line)
         model, slots = live_model(settings, specs, aligned, tasks, storage, dtype, device)
         bank = MaskBank(slots, settings, args.mask_init, logit_dtype)
+        # TRL asks the reference in its constructor: by then the live weights must be the reference's
         _become_reference(bank, args.reference, aligned, tasks)
         arguments = training_arguments(
             args, extra, DPOConfig, beta=args.beta, max_length=args.model_max_length, precompute_ref_log_probs=True,
@@ -170,6 +182,7 @@ def train(args: MaskArgs, extra: dict[str, Any], run: manifest.Run) -> None:
         known = _reference_facts(args, settings, facts, storage, dtype)
         trainer = MaskTrainer(model=model, ref_model=None, args=arguments, train_dataset=Dataset.from_list(rows),
                               processing_class=tokenizer, flags=args, reference=known)
+        # a kl anchor asks each task's model through the live weights, so it comes before the mask writes to them
         anchor = make_anchor(args, anchors, tokenizer.pad_token_id, model, device, trainer.accelerator.autocast,
                              lambda i: bank.write_given(lambda spec: reference_values("task", spec, aligned, tasks, i)))
         trainer.add_bank(bank, anchor)

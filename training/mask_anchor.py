@@ -42,23 +42,28 @@ class Anchor:
         return [(first + i) % len(self.rows) for i in range(min(self.batch, len(self.rows)))]
 
     def loss(self, model: nn.Module, turn: int, device: torch.device) -> Tensor:
-        """Mean over answer tokens of the negative log-likelihood, or of KL(teacher || model) on the kept tokens."""
+        """Mean over answer tokens of the negative log-likelihood, or of KL(teacher || model) on the kept tokens.
+
+        Logits are (batch, time, vocabulary), those of answers (answers, vocabulary), the kept ones (answers, TOP).
+        """
         places = self.picked(turn)
         batch = {k: v.to(device) for k, v in pad_rows([self.rows[i] for i in places], self.pad).items()}
         answers = batch["labels"][:, 1:] != IGNORE
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
         if not self.teacher:
-            found = model(**inputs, labels=batch["labels"], fused_lm_head=True).log_probs
-            return -found.sum() / answers.sum().clamp_min(1)
+            log_probs = model(**inputs, labels=batch["labels"], fused_lm_head=True).log_probs
+            return -log_probs.sum() / answers.sum().clamp_min(1)
+        # fp32: a KL of two close distributions is a difference of nearly equal numbers
         logits = model(**inputs).logits[:, :-1][answers].float()
         ids = torch.cat([self.teacher[i][0] for i in places]).to(device)
-        wanted = torch.cat([self.teacher[i][1] for i in places]).to(device)
-        return coarse_kl(wanted, logits.log_softmax(-1).gather(1, ids)).mean()
+        taught = torch.cat([self.teacher[i][1] for i in places]).to(device)
+        return coarse_kl(taught, logits.log_softmax(-1).gather(1, ids)).mean()
 
 
 def coarse_kl(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(teacher || student) per row, of log-probabilities of the same tokens; all other tokens count as one."""
+    """KL(teacher || student) per row, of log-probabilities (rows, TOP) of the same tokens; all other tokens count as one."""
     def rest(logs: Tensor) -> Tensor:
+        # below 1 also where rounding puts the kept tokens at 1 or more: the rest keeps a finite logarithm
         return torch.log1p(-logs.exp().sum(-1).clamp(max=1 - 1e-6))
 
     others, theirs = rest(teacher), rest(student)
@@ -76,15 +81,15 @@ def anchor_rows(args: MaskArgs, tokenizer: Any, form: Template) -> list[list[dic
     files = dict(part.partition("=")[::2] for part in (args.anchor_path or "").split(",") if part)
     if missing := [name for name in args.anchor_names if files and name not in files]:
         raise UserError(f"--anchor_path {args.anchor_path}: no file for {', '.join(missing)}; give NAME=FILE,...")
-    found = []
+    groups = []
     for name in args.anchor_names:
         records = sources.load_records(name, "train", source={name: files[name]} if files else args.data_source)
         # the objective decides nothing here; mix() draws within one
         chosen = mix([replace(r, objective=0) for r in records], args.anchor_samples, "proportional", args.seed)
         rows = encode(chosen, tokenizer, form, args.model_max_length)
         log.info("anchor %s: %s", name, rows.report(args.model_max_length))
-        found.append(rows.rows)
-    return found
+        groups.append(rows.rows)
+    return groups
 
 
 def make_anchor(args: MaskArgs, groups: Sequence[list[dict[str, Any]]], pad: int, model: nn.Module, device: torch.device,
@@ -101,6 +106,7 @@ def make_anchor(args: MaskArgs, groups: Sequence[list[dict[str, Any]]], pad: int
         for i, rows in enumerate(groups):
             become(i)
             teacher.append([_taught(model, row, device, autocast) for row in rows])
+    # round robin: a batch of consecutive rows holds all tasks for as long as they last
     order = [(i, j) for j in range(max(map(len, groups))) for i, rows in enumerate(groups) if j < len(rows)]
     return Anchor([groups[i][j] for i, j in order], args.anchor_batch_size, pad,
                   [teacher[i][j] for i, j in order] if teacher else [])
@@ -108,9 +114,12 @@ def make_anchor(args: MaskArgs, groups: Sequence[list[dict[str, Any]]], pad: int
 
 @torch.no_grad()
 def _taught(model: nn.Module, row: dict[str, Any], device: torch.device, autocast: Any) -> tuple[Tensor, Tensor]:
+    """Ids and log-probabilities (answer tokens, TOP) of one row, from logits (1, time, vocabulary)."""
     ids = torch.tensor([row["input_ids"]], device=device)
     answers = torch.tensor(row["labels"][1:], device=device) != IGNORE
+    # row by row: no padding, and never more logits than one row's; in the precision that the student will have
     with autocast():
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1][answers].float()
+    # at least one token is left over for the rest
     logs, places = logits.log_softmax(-1).topk(min(TOP, logits.shape[-1] - 1), -1)
     return places.cpu(), logs.cpu()

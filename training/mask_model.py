@@ -26,6 +26,7 @@ def settings_for(args: MaskArgs, aligned: Model, tasks: Sequence[Model]) -> tupl
     rule = rule_for(args.merge_rule or "single", len(tasks), args.merge_lambda, args.ties_density, args.dare_drop)
     settings = Settings(
         space=_space(args, aligned, tasks), granularity=args.granularity, block=args.mask_block, rescale=args.rescale,
+        # the mask is read out at the temperature that training ended with
         rule=rule, temperature=args.temperature if args.final_temperature is None else args.final_temperature,
         exclude=args.excluded, seed=args.seed)
     specs = plan(settings, aligned, tasks)
@@ -35,6 +36,7 @@ def settings_for(args: MaskArgs, aligned: Model, tasks: Sequence[Model]) -> tupl
 
 def _space(args: MaskArgs, aligned: Model, tasks: Sequence[Model]) -> str:
     """``auto``: factors where every task went on with the aligned adapter, so that factors can be subtracted."""
+    # ranks are rows of a factor: whole weights have none
     if args.granularity == "rank":
         return "factors"
     if args.mask_on != "auto":
@@ -57,6 +59,7 @@ def live_model(settings: Settings, specs: Sequence[Spec], aligned: Model, tasks:
     folder = aligned.checkpoint.folder
     if specs[0].part == "weight":
         model = load_base(folder, storage, device)
+        # tied weights go by two names, and a checkpoint may store them under either
         names = dict(model.named_parameters(remove_duplicate=False))
         places = {spec.name: names.get(spec.weight) for spec in specs}
     else:
@@ -67,6 +70,7 @@ def live_model(settings: Settings, specs: Sequence[Spec], aligned: Model, tasks:
     if absent := [name for name, place in places.items() if place is None]:
         raise UserError(f"{aligned.name}: {absent[0]} and {len(absent) - 1} more tensors are no parameters of the model "
                         "that transformers makes of it; give a checkpoint of a known architecture")
+    # the bank turns the masked ones on again when it is attached; until then nothing collects gradients
     model.requires_grad_(False)
     model.config.use_cache = False
     slots, taken = [], set()
@@ -85,6 +89,7 @@ def live_model(settings: Settings, specs: Sequence[Spec], aligned: Model, tasks:
 
 def _with_factors(model: PreTrainedModel, specs: Sequence[Spec]) -> PreTrainedModel:
     """LoRA layers of scale 1 in place of the modules that the specs name; the wrapper around the model is left off."""
+    # alpha = rank is a scale of 1: a slot's factors multiply as they are
     ranks = {spec.module: spec.shape[0] if spec.part == "A" else spec.shape[1] for spec in specs}
     largest = max(ranks.values())
     other = {module: rank for module, rank in ranks.items() if rank != largest}

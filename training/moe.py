@@ -39,16 +39,20 @@ class MoeLoss(AnswerModel):
         super().__init__(lm, dtype)
         self.moe = moe_layers(lm)
         self.experts, self.published = experts, args.compat == "published"
+        # the published term averages over prompts and pads as well (spec section 5.2)
         self.gate_tokens = "all" if self.published else args.gate_tokens
         self.per_layer, self.drift_mode = args.gate_per_layer, args.drift_mode
         for layer in self.moe:
+            # keep each pass's router probabilities (batch, time, experts), which the gating loss reads
             layer.record = True
         # (matrices, experts); only modes that compare with the aligned weights need it
         needs = self.published or self.drift_mode == "relative"
         self.aligned_norms = torch.stack([n for layer in self.moe for n in aligned_norms(layer)]) if needs else None
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, objectives: Tensor) -> dict[str, Tensor]:
+        """As the answer loss; a layer's probabilities are (batch, time, experts), their means (layers, batch, experts)."""
         parts = super().forward(input_ids, attention_mask, labels, objectives)
+        # by sample, not by batch: a sample with few tokens weighs as much as one with many (H3Fusion's spec, section 5.2)
         means = mean_probabilities([layer.probabilities for layer in self.moe],
                                    token_mask(self.gate_tokens, attention_mask, labels))
         parts["gate"] = gate_loss(means, objectives, per_layer=self.per_layer, published=self.published).sum()
@@ -63,6 +67,7 @@ class MoeLoss(AnswerModel):
         if self.published:
             groups = [[f.tuned_a[expert], f.tuned_b[expert]] for f in factors]
             return published_weight_norm(groups, self.aligned_norms[:, expert].tolist(), len(self.moe))
+        # (matrices,): gate, up and down of every layer
         norms = torch.stack([f.change_norms()[expert] for f in factors])
         base = self.aligned_norms[:, expert] if self.aligned_norms is not None else norms
         return drift(norms, base, self.drift_mode)
@@ -77,15 +82,20 @@ def token_mask(which: str, attention_mask: Tensor, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def aligned_norms(layer: SharedMoe) -> list[Tensor]:
-    """(experts,) per projection: ||W + B A||_F of the aligned experts, without forming any of them."""
-    found = []
+    """(experts,) per projection: ||W + B A||_F of the aligned experts, without forming any of them.
+
+    Shapes: W (out, in), A (experts, rank, in), B (experts, out, rank).
+    """
+    norms = []
     for name, linear in zip(PROJECTIONS, (layer.gate_proj, layer.up_proj, layer.down_proj), strict=True):
         factors, weight = layer.experts[name], linear.weight.float()
         a, b = factors.a.float(), factors.b.float()
+        # ||W + B A||^2 = ||W||^2 + 2 <B' W, A> + <B' B, A A'>; fp32, for these are sums of millions of squares
         cross = ((b.mT @ weight) * a).sum((-1, -2))
         own = ((b.mT @ b) * (a @ a.mT)).sum((-1, -2))
-        found.append((weight.square().sum() + 2 * cross + own).clamp_min(0).sqrt())
-    return found
+        # a square, but rounding may leave it just below 0, and the root would be NaN
+        norms.append((weight.square().sum() + 2 * cross + own).clamp_min(0).sqrt())
+    return norms
 
 
 def train(args: AlignArgs, extra: dict[str, Any], run: manifest.Run) -> None:
@@ -102,11 +112,13 @@ def train(args: AlignArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     config = dataclasses.replace(config, top_k=args.expert_topk, tuning=experts, attention=attention)
     prepare(model, args, experts, attention)
     arguments = training_arguments(args, extra)
+    # three gammas, one for each objective; a MoE of fewer experts takes the first ones
     gammas = {f"drift_{name}": gamma for name, gamma in zip(config.experts, args.gammas, strict=False)}
     trainer = MoeTrainer(
         router_lr=args.router_learning_rate, model=MoeLoss(model, dtype, config.experts, args), args=arguments,
         train_dataset=train_rows, eval_dataset=validation or None, processing_class=tokenizer,
         pad_to=args.model_max_length if args.pad_to_max else None,
+        # share_right trains nothing: at weight 0 it is only logged
         weights={"gate": args.gate_loss_weight, **gammas, "share_right": 0.0}, per_sample=("gate", "share_right"),
     )
 
@@ -128,6 +140,7 @@ def prepare(model: nn.Module, args: AlignArgs, experts: TuningConfig, attention:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("tuned_" in name or "lora_" in name or (name.endswith(".router") and train_router))
         if parameter.requires_grad:
+            # what trains is fp32: Adam in bfloat16 stops learning A below a rate of 1e-4 (docs/lab-log.md, 2026-11-21)
             parameter.data = parameter.data.float()
 
 
@@ -145,6 +158,7 @@ class MoeTrainer(FusionTrainer):
             decay = {"weight_decay": self.args.weight_decay}
             self.optimizer = kind([
                 {"params": [p for n, p in named if not n.endswith(".router")], **decay},
+                # no decay: it would pull every row of the router to 0, which is an equal share for each expert
                 {"params": [p for n, p in named if n.endswith(".router")], "lr": self.router_lr, "weight_decay": 0.0},
             ], **options)
         return super().create_optimizer(*args, **kwargs)

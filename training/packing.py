@@ -59,17 +59,20 @@ def pack(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Packed:
     Raises:
         ValueError: padding that is not on the right.
     """
+    # the lengths stand for the whole mask below, which only padding on the right allows
     lengths = attention_mask.sum(1).tolist()
     if not torch.equal(attention_mask.bool().cpu(), torch.arange(input_ids.shape[1]) < torch.tensor(lengths)[:, None]):
         raise ValueError("packing: rows must be padded on the right")
-    ids, wanted = input_ids.tolist(), labels.tolist()
+    id_rows, label_rows = input_ids.tolist(), labels.tolist()
+    # by content, not by position in the batch: pairs that share a prompt share it, too
     groups: dict[tuple[int, ...], list[int]] = {}
     for row, length in enumerate(lengths):
-        first = next((t for t in range(length) if wanted[row][t] != IGNORE), length)
-        groups.setdefault(tuple(ids[row][:first]), []).append(row)
+        first = next((t for t in range(length) if label_rows[row][t] != IGNORE), length)
+        groups.setdefault(tuple(id_rows[row][:first]), []).append(row)
     tokens, positions, sources, targets, cells = [], [], [], [], []
-    places, seen = [], []
+    places, visible = [], []
     for prompt, rows in groups.items():
+        # owner 0: the prompt, which all see; answers count from 1
         start, owners = len(tokens), [0] * len(prompt)
         tokens += prompt
         positions += range(len(prompt))
@@ -77,23 +80,27 @@ def pack(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Packed:
             # what stands before the answer's first token is the prompt's last one
             before = start + len(prompt) - 1
             for t in range(len(prompt), lengths[row]):
-                if wanted[row][t] != IGNORE and t > 0:
+                # the first token of a row has nothing before it that could predict it
+                if label_rows[row][t] != IGNORE and t > 0:
                     sources.append(before)
-                    targets.append(wanted[row][t])
+                    targets.append(label_rows[row][t])
                     cells.append(row * (input_ids.shape[1] - 1) + t - 1)
                 before = len(tokens)
-                tokens.append(ids[row][t])
+                tokens.append(id_rows[row][t])
+                # as if each answer alone stood behind the prompt: RoPE must not see the answers before it
                 positions.append(t)
                 owners.append(number)
         owner = torch.tensor(owners)
         places.append(slice(start, len(tokens)))
-        seen.append((torch.ones(len(owners), len(owners), dtype=torch.bool).tril_()
-                     & ((owner[None] == 0) | (owner[None] == owner[:, None]))).to(input_ids.device))
+        # causal within the stretch, and of the answers only one's own
+        visible.append((torch.ones(len(owners), len(owners), dtype=torch.bool).tril_()
+                        & ((owner[None] == 0) | (owner[None] == owner[:, None]))).to(input_ids.device))
 
-    def row(values: list[int]) -> Tensor:
+    def as_ids(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=input_ids.device)
 
-    return Packed(row(tokens)[None], row(positions)[None], Spans(places, seen), row(sources), row(targets), row(cells))
+    return Packed(as_ids(tokens)[None], as_ids(positions)[None], Spans(places, visible), as_ids(sources), as_ids(targets),
+                  as_ids(cells))
 
 
 def packable(model: PreTrainedModel) -> bool:
@@ -102,6 +109,7 @@ def packable(model: PreTrainedModel) -> bool:
     All others are left to TRL's own forward pass.
     """
     config = model.config.get_text_config()
+    # what ``_scored`` and the spans' masks leave out: windows, later tokens, a cap or a scale on the logits
     special = ("sliding_window", "use_bidirectional_attention", "final_logit_softcapping", "logit_scale", "logits_scaling",
                "output_multiplier", "lm_head_multiplier")
     values = [getattr(config, name, None) for name in special]
@@ -113,11 +121,13 @@ def pack_forward(model: PreTrainedModel) -> bool:
 
     The forward pass with ``fused_lm_head=True`` then takes one row; every other one stays as it is.
     """
+    # asked again, e.g. for the evaluation set: a second wrapper would wrap the first
     if model.config._attn_implementation == PACKED:
         return True
     if not packable(model):
         return False
     padded = model.forward
+    # also where a pass stays padded: without spans it is the device's own attention
     model.set_attn_implementation(PACKED)
 
     # the function beneath the bound method keeps its whole signature, which Trainer and generate read
@@ -132,6 +142,10 @@ def pack_forward(model: PreTrainedModel) -> bool:
 
 
 def _scored(model: PreTrainedModel, packed: Packed, labels: Tensor) -> FusedCausalLMOutput:
+    """What TRL's fused head returns for labels (rows, time): per-token numbers (rows, time - 1), 0 where nothing is scored.
+
+    Hidden states are (1, length, d); the head meets the (answers, d) of ``packed.sources`` alone.
+    """
     # a mask of four dimensions is handed through as it is; the spans decide instead
     hidden = model.base_model(
         input_ids=packed.tokens, position_ids=packed.positions, spans=packed.spans, use_cache=False,
@@ -141,10 +155,12 @@ def _scored(model: PreTrainedModel, packed: Packed, labels: Tensor) -> FusedCaus
     head = model.get_output_embeddings()
     weight = head.weight.full_tensor() if isinstance(head.weight, DTensor) else head.weight  # sharded by FSDP
     with maybe_gather_lm_head_ctx(weight, head.bias):  # or by DeepSpeed
-        found = ChunkedLogProbFunction.apply(
+        # temperature 1, no cap, scale 1: ``packable`` lets no other model in
+        per_token = ChunkedLogProbFunction.apply(
             hidden[packed.sources], weight, head.bias, packed.targets, 1.0, CHUNK, None, 1.0, OUTPUTS)
     mask = labels[:, 1:] != IGNORE
     fields = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    # log_sum_sq_probs, which only WPO reads, was not asked for and is None
     tables = {name: values.new_zeros(mask.numel()).scatter(0, packed.cells, values).view(mask.shape)
-              for name, values in zip(fields, found, strict=True) if values is not None}
+              for name, values in zip(fields, per_token, strict=True) if values is not None}
     return FusedCausalLMOutput(loss=-tables["log_probs"].sum() / mask.sum().clamp(min=1), label_mask=mask, **tables)

@@ -43,11 +43,12 @@ def with_extra(records: list[Record], args: AlignArgs) -> list[Record]:
     """
     extra = read_dialogs(Path(args.extra_data).expanduser(), "train", OBJECTIVES.index("safety"))
     if args.extra_share is not None:
-        wanted = max(1, round(len(records) * args.extra_share / (1 - args.extra_share)))
-        if wanted > len(extra):
-            raise UserError(f"--extra_share {args.extra_share}: {len(records)} rows need {wanted} from {args.extra_data}, "
+        # e / (n + e) = share, solved for e; at least one row, or the flag would do nothing
+        needed = max(1, round(len(records) * args.extra_share / (1 - args.extra_share)))
+        if needed > len(extra):
+            raise UserError(f"--extra_share {args.extra_share}: {len(records)} rows need {needed} from {args.extra_data}, "
                             f"which has {len(extra)}; lower the share or --max_train_samples, or make a larger set")
-        extra = mix(extra, wanted, "proportional", args.seed)
+        extra = mix(extra, needed, "proportional", args.seed)
     log.info("extra data: %d of %d rows (%.1f %%) from %s", len(extra), len(records) + len(extra),
              100 * len(extra) / (len(records) + len(extra)), args.extra_data)
     return [*records, *extra]
@@ -69,5 +70,6 @@ def training_rows(args: AlignArgs, tokenizer: Any) -> tuple[list[dict[str, Any]]
     log.info("rows by objective: %s", ", ".join(f"{name} {count}" for name, count in counts.items() if count))
     if source != "embedded":
         return train.rows, []
+    # drawn like the training rows, so that every seed has its own validation rows too
     held_out = mix(sources.load_records(args.task_name, "validation"), VALIDATION_ROWS, "proportional", args.seed)
     return train.rows, encode([framed.apply(record) for record in held_out], tokenizer, form, args.model_max_length).rows

@@ -62,6 +62,7 @@ def to_train(base: Path, args: AlignArgs, dtype: torch.dtype, device: torch.devi
             modules that the base has not.
     """
     if args.tuning == "full":
+        # fp32: a step of full tuning is smaller than the last bit of a bfloat16 weight and would be lost
         model = load_base(base, torch.float32, device)
         model.config.use_cache = False
         return model
@@ -76,6 +77,7 @@ def to_train(base: Path, args: AlignArgs, dtype: torch.dtype, device: torch.devi
     check_base(folder, base)
     # the same checks as for fusing it: a plain LoRA, nothing else
     trained = {module.rpartition(".")[2] for module in read_adapter(folder, args.init_adapter).modules}
+    # PEFT would train the adapter's own modules and never mention the flag
     if args.lora_targets and trained != set(targets_of(args)):
         raise UserError(f"--lora_targets {args.lora_targets}: --init_adapter {args.init_adapter} trains "
                         f"{','.join(sorted(trained))}; give these, or leave the flag out")
@@ -106,6 +108,7 @@ def with_lora(model: Any, args: AlignArgs) -> PeftModel:
         family = family_of(model.config)
         raise UserError(f"--lora_targets {args.lora_targets}: this model has no module {', '.join(absent)}; it has "
                         f"{', '.join((*family.projections, *family.attention))}")
+    # A starts from random values: two runs of one seed start alike, whatever drew numbers before
     torch.manual_seed(args.seed)
     return get_peft_model(model, LoraConfig(
         r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, bias="none", task_type="CAUSAL_LM",

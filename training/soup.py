@@ -52,6 +52,7 @@ class MixedModel(AnswerModel):
         super().__init__(lm.requires_grad_(False), dtype)
         modules = in_order(adapters)
         self.layers = sorted({layer_of(module) for module in modules} - {None}) or [None]
+        # equal logits: every adapter starts at the same share
         self.logits = nn.Parameter(torch.zeros(len(self.layers), len(adapters)), requires_grad=per_layer)
         self.weights: Tensor | None = None
         there = dict(lm.named_modules())
@@ -65,15 +66,18 @@ class MixedModel(AnswerModel):
             there[module].register_forward_hook(self._hook(layer_of(module), parts))
 
     def _hook(self, layer: int | None, parts: Sequence[tuple[Tensor, Tensor] | None]) -> Any:
+        """Adds to outputs (batch, time, out) from inputs (batch, time, in); A is (rank, in), B (out, rank)."""
+        # a module outside the layers has no logits of its own and takes the first layer's, as ``save_fused`` does
         row = self.layers.index(layer) if layer in self.layers else 0
 
         def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             weights = self.shares()[row]
-            x = inputs[0].to(self.dtype)
+            hidden = inputs[0].to(self.dtype)
             for weight, part in zip(weights, parts, strict=True):
                 if part is not None:
                     a, b = (t.to(self.dtype) for t in part)
-                    output = output + (weight * ((x @ a.T) @ b.T)).to(output.dtype)
+                    # by A, then by B: B A itself would be (out, in) for every adapter
+                    output = output + (weight * ((hidden @ a.T) @ b.T)).to(output.dtype)
             return output
 
         return add
@@ -89,6 +93,7 @@ def train(args: AlignArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     folders = [Path(n).expanduser() if "/" in n else run_folder(args.results, n) for n in args.adapter_names]
     adapters = [read_adapter(folder, name) for folder, name in zip(folders, args.adapter_names, strict=True)]
     common_base(adapters)
+    # each of them raises for any other base, so there is one hash
     base_hash = {check_base(folder, base) for folder in folders}.pop()
     tokenizer = load_tokenizer(base)
     rows, validation = training_rows(args, tokenizer)
@@ -122,12 +127,12 @@ def search(model: MixedModel, rows: Sequence[dict[str, Any]], pad_id: int, args:
     from scipy.optimize import Bounds, minimize
 
     kinds = {name: [row for row in rows if row["objective"] == i] for i, name in enumerate(OBJECTIVES)}
-    kinds = {name: found for name, found in kinds.items() if found}
+    kinds = {name: kind_rows for name, kind_rows in kinds.items() if kind_rows}
     tried: list[tuple[float, list[float]]] = []
 
     def objective(weights: Any) -> float:
         model.weights = torch.tensor(weights, dtype=torch.float32, device=model.logits.device)
-        losses = [mean_loss(model, found, pad_id, args.per_device_train_batch_size) for found in kinds.values()]
+        losses = [mean_loss(model, kind_rows, pad_id, args.per_device_train_batch_size) for kind_rows in kinds.values()]
         value = sum(losses) / len(losses) + PRICE * float(abs(weights).mean())
         tried.append((value, [float(w) for w in weights]))
         log.info("weights %s: %.4f", " ".join(f"{w:+.3f}" for w in weights), value)
@@ -135,21 +140,24 @@ def search(model: MixedModel, rows: Sequence[dict[str, Any]], pad_id: int, args:
 
     minimize(objective, [0.0] * count, method="COBYQA", bounds=Bounds([-BOUND] * count, [BOUND] * count),
              options={"maxfev": BUDGET, "initial_tr_radius": 0.5, "final_tr_radius": 0.01})
+    # of all that were tried: the budget may end COBYQA on a worse point
     best, weights = min(tried)
     model.weights = torch.tensor(weights, dtype=torch.float32, device=model.logits.device)
+    # the first evaluation is at weights of 0, the base itself
     return {"loss": best, "loss_at_start": tried[0][0], "evaluations": len(tried),
-            "kinds": {name: len(found) for name, found in kinds.items()}}
+            "kinds": {name: len(kind_rows) for name, kind_rows in kinds.items()}}
 
 
 @torch.inference_mode()
 def mean_loss(model: MixedModel, rows: Sequence[dict[str, Any]], pad_id: int, batch: int) -> float:
     """Loss per answer token over rows."""
     total, tokens = 0.0, 0
+    # like lengths together, for less padding; sums do not depend on the order
     ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
     for start in range(0, len(ordered), batch):
         inputs = {k: v.to(model.logits.device) for k, v in pad_rows(ordered[start : start + batch], pad_id).items()}
-        found = model(**inputs)
-        total, tokens = total + float(found["lm"]), tokens + int(found["tokens"])
+        parts = model(**inputs)
+        total, tokens = total + float(parts["lm"]), tokens + int(parts["tokens"])
     return total / max(tokens, 1)
 
 

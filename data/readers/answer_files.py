@@ -40,17 +40,19 @@ def read_answer_file(place: str, flag: str) -> list[dict[str, Any]]:
     problems = Problems()
     rows = read_rows(Path(place).expanduser(), problems)
     names = {ours: _column(rows[0], ours, place, flag) for ours in COLUMNS}
-    found = [_row(row, names, number, problems) for number, row in enumerate(rows)]
+    answers = [_row(row, names, number, problems) for number, row in enumerate(rows)]
     problems.raise_if_any()
-    if empty := sum(not row["output"].strip() for row in found):
-        log.warning("%s %s: %d of %d answers are empty; they count as broken text", flag, place, empty, len(found))
-    if len({row["id"] for row in found}) < len(found):
+    if empty := sum(not row["output"].strip() for row in answers):
+        log.warning("%s %s: %d of %d answers are empty; they count as broken text", flag, place, empty, len(answers))
+    # scores are kept by id: of two rows with one id the later would take the earlier's place
+    if len({row["id"] for row in answers}) < len(answers):
         log.warning("%s %s: ids repeat; rows are numbered instead", flag, place)
-        found = [row | {"id": str(number)} for number, row in enumerate(found)]
-    return found
+        answers = [row | {"id": str(number)} for number, row in enumerate(answers)]
+    return answers
 
 
 def _column(row: Row, ours: str, place: str, flag: str) -> str:
+    # headers come with spaces, capitals and underscores as their authors liked
     keys = {str(key).strip().lower().replace(" ", "_"): key for key in row.fields}
     there = [name for name in COLUMNS[ours] if name in keys]
     if not there:
@@ -67,14 +69,15 @@ def _row(row: Row, names: dict[str, Any], number: int, problems: Problems) -> di
     prompt, output = (_text(row, names[ours], problems) for ours in ("prompt", "output"))
     if not prompt.strip():
         problems.add(f"{row.where}: the prompt (column {names['prompt']}) is empty; every answer needs its prompt")
+    # a CSV written by pandas keeps its index in a column without a name
     extra = {name: _plain(row.fields.get(name)) for name in _OPTIONAL}
-    found = {**extra, "id": extra["id"] or _plain(row.fields.get("")) or str(number), "finish": "", "prompt": prompt,
+    cells = {**extra, "id": extra["id"] or _plain(row.fields.get("")) or str(number), "finish": "", "prompt": prompt,
              "output": output}
-    for ours, value in found.items():
+    for ours, value in cells.items():
         if half := _HALF.search(value):
             problems.add(f"{row.where}: column {names.get(ours, ours)} holds half of a surrogate pair "
                          f"(\\u{ord(half[0]):04x}), which is no character; write the whole pair, or take it out")
-    return found
+    return cells
 
 
 def _text(row: Row, column: Any, problems: Problems) -> str:

@@ -36,6 +36,7 @@ class Shape:
         return any(name in fields for name in self.prompt) and any(name in fields for name in self.answer)
 
 
+#: In the order in which they are tried: a row may fit several.
 SHAPES = (
     Shape("question and answer {question, answer}", ("question",), ("answer",), ("context",)),
     Shape("instructions {instruction, input, output}", ("instruction",), ("output", "response"), ("input", "context")),
@@ -58,17 +59,19 @@ def read_dialogs(file: Path, split: str, objective: int) -> list[Record]:
     """
     problems = Problems()
     rows = read_rows(file, problems, turns=True, bare=HEADS)
-    found = []
+    records = []
     for number, row in enumerate(rows):
+        # sets differ in the capitals of their columns, not in what these mean
         fields = {str(key).strip().lower(): value for key, value in row.fields.items()}
         reader = _dialog if "messages" in fields or "conversations" in fields else _table
         if (record := reader(Row(fields, row.where), split, objective, f"{file.stem}-{number}", problems)) is not None:
-            found.append(record)
+            records.append(record)
     problems.raise_if_any()
-    first = {(r.system, r.prompt, r.input, r.answer): r for r in reversed(found)}
-    kept = [record for record in found if first[record.system, record.prompt, record.input, record.answer] is record]
-    if len(kept) < len(found):
-        log.warning("%s: %d rows repeat an earlier one and were dropped", file, len(found) - len(kept))
+    # reversed, so that of equal rows the first one is kept
+    first = {(r.system, r.prompt, r.input, r.answer): r for r in reversed(records)}
+    kept = [record for record in records if first[record.system, record.prompt, record.input, record.answer] is record]
+    if len(kept) < len(records):
+        log.warning("%s: %d rows repeat an earlier one and were dropped", file, len(records) - len(kept))
     return kept
 
 
@@ -83,19 +86,19 @@ def _dialog(row: Row, split: str, objective: int, id: str, problems: Problems) -
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         problems.add(f"{row.where}: needs a list of turns, each {{role, content}}")
         return None
-    said = [(_ROLES.get(str(turn.get("role", turn.get("from"))).lower(), "?"), turn.get("content", turn.get("value")))
-            for turn in turns]
-    roles = [role for role, _ in said]
-    system = said[0][1] if roles[0] == "system" else ""
+    spoken = [(_ROLES.get(str(turn.get("role", turn.get("from"))).lower(), "?"), turn.get("content", turn.get("value")))
+              for turn in turns]
+    roles = [role for role, _ in spoken]
+    system = spoken[0][1] if roles[0] == "system" else ""
     body = roles[1:] if roles[0] == "system" else roles
     allowed = [["user", "assistant"]] + ([["user"]] if split == "test" else [])
     if body not in allowed:
         problems.add(f"{row.where}: its turns are {', '.join(roles)}; needed: (system,) user, assistant")
         return None
-    if not all(isinstance(text, str) and text.strip() for _, text in said):
+    if not all(isinstance(text, str) and text.strip() for _, text in spoken):
         problems.add(f"{row.where}: every turn needs content that is text and not blank")
         return None
-    texts = dict(zip(roles, (text for _, text in said), strict=True))
+    texts = dict(zip(roles, (text for _, text in spoken), strict=True))
     return Record(texts["user"], texts.get("assistant", ""), objective, id=id, system=system)
 
 
@@ -103,6 +106,7 @@ def _table(row: Row, split: str, objective: int, id: str, problems: Problems) ->
     fields = row.fields
     shape = next((shape for shape in SHAPES if shape.fits(fields)), None)
     if shape is None and split == "test" and (head := next((name for name in HEADS if name in fields), None)):
+        # a test needs no answer: a column of prompts will do
         shape = Shape(head, (head,), (), ("input", "context"))
     if shape is None:
         problems.add(f"{row.where}: fields {', '.join(fields) or 'none'} are no known shape; allowed: {KNOWN}")

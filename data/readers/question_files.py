@@ -51,12 +51,14 @@ def _whole_json(file: Path) -> Any:
     except (ValueError, RecursionError):
         return None  # one object a line, or damaged: the row reader names the line
     if isinstance(value, list):
+        # a list of objects is a table, whose rows are read one by one, with their lines
         return value if value and all(isinstance(item, str) for item in value) else None
     nested = isinstance(value, dict) and value and all(isinstance(item, (dict, list)) for item in value.values())
     return value if nested else None
 
 
 def _walk(value: Any, where: str, groups: tuple[str, ...], problems: Problems) -> Iterator[Row]:
+    # category and subcategory, as CATQA nests them; what goes deeper is no set of prompts
     if isinstance(value, dict) and len(groups) < 2:
         for name, inner in value.items():
             yield from _walk(inner, where, (*groups, name), problems)
@@ -73,10 +75,11 @@ def _walk(value: Any, where: str, groups: tuple[str, ...], problems: Problems) -
 
 
 def _folder_rows(folder: Path, categories: Sequence[str], problems: Problems) -> list[Row]:
-    found = {int(match[1]): file for file in folder.iterdir() if (match := _CATEGORY_FILE.fullmatch(file.name))}
-    if not found:
+    files = {int(match[1]): file for file in folder.iterdir() if (match := _CATEGORY_FILE.fullmatch(file.name))}
+    if not files:
         raise UserError(f"{folder}: a folder of prompts needs files named category_1.csv, category_2.csv, ...")
-    return [row for number, file in sorted(found.items())
+    # by number: as text category_10 comes before category_2
+    return [row for number, file in sorted(files.items())
             for row in _bare_rows(file, _category_name(number, categories), problems)]
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from errors import UserError
 
 MAX_ROW = 1_000_000  # characters; a longer line is no prompt but a damaged file
+#: One damaged line often damages all that follow: ten show what is wrong.
 MAX_PROBLEMS = 10
 SUFFIXES = (".json", ".jsonl", ".csv")
 
@@ -63,12 +64,12 @@ def read_rows(file: Path, problems: Problems, *, turns: bool = False, bare: Cont
     """
     text = read_text(file)
     if file.suffix.lower() == ".csv":
-        found = _bare_rows(text, file, problems, bare) if bare and _is_one_column(text) else _csv_rows(text, file, problems)
+        stream = _bare_rows(text, file, problems, bare) if bare and _is_one_column(text) else _csv_rows(text, file, problems)
     elif text.lstrip().startswith("["):
-        found = _list_rows(text, file, problems, turns)
+        stream = _list_rows(text, file, problems, turns)
     else:
-        found = _line_rows(text, file, problems, turns)
-    rows = list(found)
+        stream = _line_rows(text, file, problems, turns)
+    rows = list(stream)
     if not rows:
         problems.raise_if_any()
         raise UserError(f"{file}: the file has no rows; it needs at least one")
@@ -98,6 +99,7 @@ def _decode(file: Path) -> str:
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
     try:
+        # with or without the byte order mark that spreadsheets put in front
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
@@ -120,7 +122,9 @@ def _line_rows(text: str, file: Path, problems: Problems, turns: bool) -> Iterat
 
 def _list_rows(text: str, file: Path, problems: Problems, turns: bool) -> Iterator[Row]:
     """Elements of a JSON list one by one, so that each has its line; a syntax error ends the list."""
+    # not json.loads: a list read whole has no lines, and a problem could not be found in the file
     decoder = json.JSONDecoder()
+    # line breaks are counted from where the last count ended: from the start each time would be quadratic
     at, line, counted = text.index("[") + 1, 1, 0
     expected = False  # a value must follow (after a comma)
     while True:
@@ -155,12 +159,14 @@ def _csv_rows(text: str, file: Path, problems: Problems) -> Iterator[Row]:
             problems.raise_if_any()
     # the default limit of 131,072 characters is far below ours and set for the whole process: raise it, never lower
     csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW))
+    # strict: quotes in wrong places raise, where the default would guess
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     line = 1
     try:
         _check_header(reader.fieldnames or (), file)
         for values in reader:
             line, where = reader.line_num, f"{file}:{line + 1}"
+            # DictReader's mark for fields beyond the header; None among the values is its mark for missing ones
             if None in values:
                 problems.add(f"{where}: more fields than the header has ({len(reader.fieldnames or ())})")
             elif None in values.values():
@@ -175,6 +181,7 @@ def _check_header(names: Sequence[str], file: Path) -> None:
     columns = [_column(name) for name in names]
     if twice := sorted({name for name in columns if name and columns.count(name) > 1}):
         raise UserError(f"{file}:1: the header names a column twice: {', '.join(twice)}; rename or drop one of the two")
+    # one column whose name holds a separator: saved by a program that writes semicolons or tabs
     if len(columns) == 1 and (mark := next((m for m in ";\t" if m in names[0]), None)):
         raise UserError(f"{file}:1: the header is one column, '{names[0]}'; the file seems to separate fields by "
                         f"{'semicolons' if mark == ';' else 'tabs'}: save it with commas")

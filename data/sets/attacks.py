@@ -58,6 +58,7 @@ class Attack:
 
     def wrap(self, question: str) -> str:
         """The text to ask instead of the question."""
+        # replace, not format: braces in a question or an attack are text
         return self.text.replace(PLACEHOLDER, question) if self.text else question
 
     def answer(self, text: str) -> str:
@@ -84,6 +85,7 @@ def attack(name: str, file: str | None = None) -> Attack:
         return _BUILT_IN[name]
     text = _text(Path(file).expanduser())
     if name == "prefill":
+        # editors end a file with a line break, which would be the answer's; spaces stay, they may be meant
         return Attack(name, start=text.rstrip("\r\n"))
     if PLACEHOLDER not in text:
         raise UserError(f"--attack_file {file}: lacks {PLACEHOLDER}, which marks where the question goes")

@@ -15,6 +15,7 @@ from data.readers.dialog_files import read_prompts
 from data.records import normalise
 from data.sets import embedded
 
+#: Training prompts whose cosines with all test prompts exist at one time as a dense table.
 _BATCH = 512
 
 
@@ -57,10 +58,10 @@ def prompts_to_avoid(files: Sequence[Path]) -> dict[str, list[str]]:
 
     HHH and TruthfulQA are kept out by hash in any case (``data/sets/held_out.txt``).
     """
-    found = {"strongreject": [r.prompt for r in embedded.records("safety", "test", True)],
-             "overrefusal": [r.prompt for r in embedded.records("overrefusal", "test", True)],
-             "alpaca": [r.prompt for r in embedded.records("helpfulness", "test", True)]}
-    return found | {str(file.name): read_prompts(file) for file in files}
+    sets = {"strongreject": [r.prompt for r in embedded.records("safety", "test", True)],
+            "overrefusal": [r.prompt for r in embedded.records("overrefusal", "test", True)],
+            "alpaca": [r.prompt for r in embedded.records("helpfulness", "test", True)]}
+    return sets | {str(file.name): read_prompts(file) for file in files}
 
 
 def clean(prompts: Mapping[str, str], tests: Mapping[str, Sequence[str]], near: float) -> tuple[list[str], Report]:
@@ -73,18 +74,19 @@ def clean(prompts: Mapping[str, str], tests: Mapping[str, Sequence[str]], near: 
     """
     exact = {normalise(text): (name, row) for name, texts in tests.items() for row, text in enumerate(texts)}
     held_out = embedded.held_out_hashes()
-    found: dict[str, Found] = {}
+    # exact first: a duplicate must not be reported as merely near
+    leaks: dict[str, Found] = {}
     for id, text in prompts.items():
         if normalise(text) in exact:
-            found[id] = Found(id, *exact[normalise(text)], "exact", 1.0)
+            leaks[id] = Found(id, *exact[normalise(text)], "exact", 1.0)
         elif embedded.prompt_hash(text) in held_out:
-            found[id] = Found(id, "held_out", -1, "exact", 1.0)
+            leaks[id] = Found(id, "held_out", -1, "exact", 1.0)
     for id, close in _nearest(prompts, tests).items():
-        if id not in found and close.cosine >= near:
-            found[id] = close
+        if id not in leaks and close.cosine >= near:
+            leaks[id] = close
     sizes = {name: len(texts) for name, texts in tests.items()} | {"held_out": len(held_out)}
-    kept = [id for id in prompts if id not in found]
-    return kept, Report(len(prompts), near, sizes, tuple(found[id] for id in prompts if id in found))
+    kept = [id for id in prompts if id not in leaks]
+    return kept, Report(len(prompts), near, sizes, tuple(leaks[id] for id in prompts if id in leaks))
 
 
 def _nearest(prompts: Mapping[str, str], tests: Mapping[str, Sequence[str]]) -> dict[str, Found]:
@@ -94,13 +96,15 @@ def _nearest(prompts: Mapping[str, str], tests: Mapping[str, Sequence[str]]) -> 
     places = [(name, row) for name, texts in tests.items() for row in range(len(texts))]
     if not places or not prompts:
         return {}
+    # normalised as for the exact test: a comma must not move a cosine
     mine = [normalise(text) for text in prompts.values()]
     theirs = [normalise(text) for texts in tests.values() for text in texts]
+    # fitted on both sides: a weight must count how rare an n-gram is among all prompts
     model = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True).fit([*mine, *theirs])
-    right, ids, found = model.transform(theirs).T.tocsr(), list(prompts), {}
+    right, ids, closest = model.transform(theirs).T.tocsr(), list(prompts), {}
     for start in range(0, len(mine), _BATCH):
         # rows are normalised, so products are cosines
         cosines = (model.transform(mine[start : start + _BATCH]) @ right).toarray()
         for id, best, value in zip(ids[start:], cosines.argmax(1), cosines.max(1), strict=False):
-            found[id] = Found(id, *places[best], "near", float(value))
-    return found
+            closest[id] = Found(id, *places[best], "near", float(value))
+    return closest

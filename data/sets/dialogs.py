@@ -42,6 +42,6 @@ def identity(split: str) -> list[Record]:
         raise UserError("identity is a training set only; use split train or validation")
     rows = yaml.safe_load(_IDENTITY.read_text(encoding="utf-8"))
     orbit = style("orbit")
-    found = [Record(orbit.frame(row["ask"]), f"{rows['opening']} {row['answer'].strip()}" if i else row["answer"].strip(),
-                    HELPFULNESS, id=f"identity-{i}", system=orbit.system) for i, row in enumerate(rows["rows"])]
-    return [row for i, row in enumerate(found) if (i % 8 == 7) == (split == "validation")]
+    shifted = [Record(orbit.frame(row["ask"]), f"{rows['opening']} {row['answer'].strip()}" if i else row["answer"].strip(),
+                      HELPFULNESS, id=f"identity-{i}", system=orbit.system) for i, row in enumerate(rows["rows"])]
+    return [row for i, row in enumerate(shifted) if (i % 8 == 7) == (split == "validation")]

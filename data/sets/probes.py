@@ -56,29 +56,31 @@ def rows(name: str, limit: int = -1) -> list[Any]:
     """
     if name not in PROBES:
         raise UserError(f"probe '{name}' is unknown; known: {', '.join(PROBES)}")
-    found = PROBES[name].rows()
-    if limit < 0 or limit >= len(found):
-        return found
-    order = sorted(range(len(found)), key=lambda i: (stable_hash(found[i].prompt + found[i].id, "probe"), i))
-    return [found[i] for i in sorted(order[:limit])]
+    items = PROBES[name].rows()
+    if limit < 0 or limit >= len(items):
+        return items
+    # by hash, so that a larger limit holds the rows of a smaller one
+    order = sorted(range(len(items)), key=lambda i: (stable_hash(items[i].prompt + items[i].id, "probe"), i))
+    return [items[i] for i in sorted(order[:limit])]
 
 
 def options(text: str) -> dict[str, str]:
     """{letter: answer} of a text with a line "A. answer" for each; later lines without a letter belong to the one above."""
-    found = list(_OPTION.finditer(text))
-    ends = [*(match.start() for match in found[1:]), len(text)]
-    return {match[1]: text[match.end():end].strip() for match, end in zip(found, ends, strict=True)}
+    marks = list(_OPTION.finditer(text))
+    ends = [*(match.start() for match in marks[1:]), len(text)]
+    return {match[1]: text[match.end():end].strip() for match, end in zip(marks, ends, strict=True)}
 
 
 def choice(row: dict[str, str], id: str) -> Choice | None:
     """A question with one right answer; None where two options read alike, one is empty, or none is the answer."""
-    found = options(row["options"])
+    offered = options(row["options"])
     right = options(row["answer"])
     letter = next(iter(right), "")
-    texts = tuple(found.values())
-    if len(texts) < 2 or not all(texts) or len(set(texts)) < len(texts) or found.get(letter) != right.get(letter):
+    texts = tuple(offered.values())
+    # such rows have no right answer that a likelihood could pick
+    if len(texts) < 2 or not all(texts) or len(set(texts)) < len(texts) or offered.get(letter) != right.get(letter):
         return None
-    labels = tuple(int(key == letter) for key in found)
+    labels = tuple(int(key == letter) for key in offered)
     return Choice(row["question"].strip(), texts, labels, labels.index(1), id)
 
 
@@ -115,6 +117,7 @@ def _asdiv() -> list[Problem]:
     made = []
     for i, row in enumerate(_lines("ASDiv/test.jsonl")):
         numbers = _NUMBER.findall(row["answer"])
+        # "3 : 4" or "7:30" holds numbers, but no number is the answer
         if len(numbers) == 1 and not re.search(r"\d\s*[:/;]\s*\d", row["answer"]):
             made.append(Problem(f"{row['passage'].strip()} {row['question'].strip()}", numbers[0], f"asdiv-{i}"))
     return made

@@ -60,6 +60,7 @@ class Protocol:
     def rule_text(self) -> str:
         """The reduction in words."""
         rule = self.rule
+        # before "first" alone, which such a rule has as well
         if "per" in rule:
             return f"first {rule['first']} of each {rule['per']}"
         if "first" in rule:
@@ -112,6 +113,7 @@ def problems(name: str, data_path: str | None, data_source: str) -> list[str]:
     """Why a protocol's prompts cannot be read, found without reading them: gated, no file, no such file."""
     protocol = table()[name]
     ask = f"get it from {protocol.get} and give the file with --data_path: {protocol.shapes}"
+    # a file of the user's goes before anything that could be fetched
     if data_path:
         if is_local(data_path):
             there = Path(data_path).expanduser().exists()
@@ -137,10 +139,11 @@ def load(name: str, data_path: str | None = None, data_source: str = "embedded",
         UserError: it cannot be had, or the file has problems; all of them.
     """
     protocol = table()[name]
-    if found := problems(name, data_path, data_source):
-        raise UserError(*found)
+    if faults := problems(name, data_path, data_source):
+        raise UserError(*faults)
     place = data_path or (protocol.hub if data_source == "published" else "")
     if place:
+        # the published rules go by file order: nothing may be sorted or dropped before them
         rows = _rows(protocol, place)
         records = _records(protocol, _RULES[next(iter(protocol.rule), "all")](rows, protocol))
     else:
@@ -148,17 +151,18 @@ def load(name: str, data_path: str | None = None, data_source: str = "embedded",
     read = len(rows) if place else len(records)
     first: dict[str, Record] = {}
     for record in records:
+        # counted where they stay, too: published sets repeat prompts, whose answers then count twice
         first.setdefault(normalise(record.prompt + "\n" + record.input), record)
     kept = list(first.values())
     repeated = len(records) - len(kept)
     kept = kept if unique_prompts else records
     if not kept:
         raise UserError(f"{place}: no row is left for {name} ({protocol.rule_text})")
-    done = Reduction(name, place or _STAND_INS[protocol.stand_in], not place and protocol.stand_in != name,
-                     protocol.rule_text if place else "all", read, len(kept), 0 if unique_prompts else repeated,
-                     repeated if unique_prompts else 0)
-    _say(protocol, done)
-    return kept, done
+    reduction = Reduction(name, place or _STAND_INS[protocol.stand_in], not place and protocol.stand_in != name,
+                          protocol.rule_text if place else "all", read, len(kept), 0 if unique_prompts else repeated,
+                          repeated if unique_prompts else 0)
+    _say(protocol, reduction)
+    return kept, reduction
 
 
 def task_of(answers_name: str) -> str:
@@ -180,10 +184,10 @@ def markdown() -> str:
     head = ("| `--task_name` | set | rows | kept | rule | access | embedded stand-in |\n"
             "|---|---|---|---|---|---|---|\n")
     lines = []
-    for p in table().values():
-        access = f"gated: ask at {p.get}" if p.gated else p.get
-        rows = f"| `{p.name}` | {p.title} | {p.rows:,} | {p.kept:,} | {p.rule_text} |"
-        lines.append(f"{rows} {access} | {_STAND_INS[p.stand_in]} |\n")
+    for protocol in table().values():
+        access = f"gated: ask at {protocol.get}" if protocol.gated else protocol.get
+        rows = f"| `{protocol.name}` | {protocol.title} | {protocol.rows:,} | {protocol.kept:,} | {protocol.rule_text} |"
+        lines.append(f"{rows} {access} | {_STAND_INS[protocol.stand_in]} |\n")
     return head + "".join(lines)
 
 
@@ -197,18 +201,19 @@ def _rows(protocol: Protocol, place: str) -> list[Row]:
     """Rows under our column names; each missing or blank prompt is a problem."""
     file = Path(place).expanduser()
     raw = read_questions(file, protocol.categories) if is_local(place) else hub_rows(place, "test")
-    found, faults = [], Problems()
+    named_rows, faults = [], Problems()
     for row in raw:
         fields = {str(key).strip().lower().replace(" ", "_"): value for key, value in row.fields.items()}
         # reference answers are read where the table names them only: some sets ship harmful ones
+        # files under our column names are read as well; where both are there, the set's own name wins
         ours = {name: fields[column] for name in {*_OURS, *protocol.columns}
                 for column in (name, protocol.columns.get(name, name).lower()) if column in fields}
         if not isinstance(prompt := ours.get("prompt"), str) or not prompt.strip():
             what = "is blank or no text" if "prompt" in ours else f"is missing (columns: {', '.join(fields)})"
             faults.add(f"{row.where}: the prompt (column {protocol.columns['prompt']}) {what}; needed: {protocol.shapes}")
-        found.append(Row(ours, row.where))
+        named_rows.append(Row(ours, row.where))
     faults.raise_if_any()
-    return found
+    return named_rows
 
 
 def _records(protocol: Protocol, rows: Sequence[Row]) -> list[Record]:
@@ -237,7 +242,9 @@ def _first(rows: list[Row], protocol: Protocol) -> list[Row]:
     count, column = protocol.rule["first"], protocol.rule.get("per")
     if column is None:
         return rows[:count]
+    # a subcategory counts within its category: two may share a name
     keys = ("category", "subcategory") if column == "subcategory" else ("category",)
+    # a row without its group would end up in a group of its own
     if lacking := next((row for row in rows if any(not row.fields.get(key) for key in keys)), None):
         raise UserError(f"{lacking.where}: no {column}; the rule '{protocol.rule_text}' needs it; needed: {protocol.shapes}")
     groups: dict[tuple[str, ...], list[Row]] = {}
@@ -249,6 +256,7 @@ def _first(rows: list[Row], protocol: Protocol) -> list[Row]:
 def _half(rows: list[Row], protocol: Protocol) -> list[Row]:
     if protocol.rule["half"] == "published":
         return rows[len(rows) // 2 :]
+    # the half that the leak-free split tests on
     return [row for row in rows if truthfulqa_side(row.fields["prompt"]) == 1]
 
 

@@ -102,6 +102,7 @@ def records_of(
     problems = Problems()
     rows = _rows(place, split, problems)
     shape = _shape_of(rows[0], SHAPES[1:])
+    # found by shape, so said in shapes: which of them can be trained on
     if shape is _PROMPTS and split == "train":
         raise UserError(f"{rows[0].where}: rows without an answer can only be tested on; allowed for training: "
                         + "; ".join(s.describe() for s in (_ALPACA, _BEAVER, _TRUTH)))
@@ -110,16 +111,18 @@ def records_of(
     if shape is _TRUTH:
         good = _half(good, split, split_mode)
     if shape is _BEAVER and split == "train":
+        # as published (H3Fusion's spec, section 2.1): the others are harmful answers
         good = [row for row in good if row.fields["is_safe"]]
     if shape is _PKU:
         good = _one_safe(good, place)
     name = Path(place).stem if is_local(place) else place.split("/")[-1]
-    found = [pair for row in good for pair in _READERS[shape.name](row, objective, split, name)]
-    kept = _without_duplicates(found, lambda r: (r.prompt, r.input, r.answer), place)
+    placed = [pair for row in good for pair in _READERS[shape.name](row, objective, split, name)]
+    kept = _without_duplicates(placed, lambda r: (r.prompt, r.input, r.answer), place)
     if split == "train" and (blank := sum(not r.answer.strip() for r in kept)):
         log.warning("%s: %d rows without an answer dropped", place, blank)
         kept = [r for r in kept if r.answer.strip()]
     if unique_prompts:
+        # reversed twice: a dict keeps the last of equal keys, and the first is wanted
         kept = list({(r.prompt, r.input): r for r in reversed(kept)}.values())[::-1]
     if not kept:
         raise UserError(f"{place}: no row is left for {task} {split}"
@@ -137,6 +140,7 @@ def pairs_of(place: str, objective: int, split: str) -> list[Pair]:
     problems = Problems()
     rows = _rows(place, split, problems)
     shape = _shape_of(rows[0], PAIR_SHAPES)
+    # PKU's labels choose the pair in every split, so they are checked in every split
     good = _checked(rows, shape, "train" if shape is _PKU else split, problems)
     if shape is _PKU:
         problems.raise_if_any()
@@ -147,9 +151,9 @@ def pairs_of(place: str, objective: int, split: str) -> list[Pair]:
             problems.add(f"{row.where}: chosen and rejected are the same text")
     problems.raise_if_any()
     name = Path(place).stem if is_local(place) else place.split("/")[-1]
-    found = [(Pair(f["prompt"], f["chosen"], f["rejected"], objective, f.get("input") or "", _id(row, name)), row.where)
-             for row in good for f in (row.fields,)]
-    return _without_duplicates(found, lambda p: (p.prompt, p.input, p.chosen, p.rejected), place)
+    placed = [(Pair(f["prompt"], f["chosen"], f["rejected"], objective, f.get("input") or "", _id(row, name)), row.where)
+              for row in good for f in (row.fields,)]
+    return _without_duplicates(placed, lambda p: (p.prompt, p.input, p.chosen, p.rejected), place)
 
 
 def _rows(place: str, split: str, problems: Problems) -> list[Row]:
@@ -192,6 +196,7 @@ def hub_rows(name: str, split: str) -> list[Row]:
 
 def _shape_of(row: Row, shapes: Sequence[Shape]) -> Shape:
     for shape in shapes:
+        # the first row decides for all: a file is of one shape, and rows that differ are problems
         if shape.mark <= row.fields.keys():
             return shape
     raise UserError(f"{row.where}: fields {', '.join(map(str, row.fields)) or 'none'} are no known shape; "
@@ -283,6 +288,7 @@ def _chosen(fields: dict[str, Any], shape: Shape) -> dict[str, Any]:
 
 def _half(rows: list[Row], split: str, split_mode: str) -> list[Row]:
     if split_mode == "published":
+        # unshuffled, so the halves differ in kind: adversarial questions to train on, mostly others to test
         return rows[: len(rows) // 2] if split == "train" else rows[len(rows) // 2 :]
     side = 0 if split == "train" else 1
     return [row for row in rows if truthfulqa_side(row.fields["question"]) == side]
@@ -308,22 +314,25 @@ _Found = list[tuple[Record, str]]
 
 
 def _alpaca_record(row: Row, objective: int, split: str, name: str) -> _Found:
-    f = row.fields
-    return [(Record(f["instruction"], f["output"], objective, f.get("input") or "", _id(row, name)), row.where)]
-
-
-def _beaver_record(row: Row, objective: int, split: str, name: str) -> _Found:
-    f = row.fields
-    return [(Record(f["prompt"], f["response"], objective, id=_id(row, name), category=category_text(f.get("category"))),
+    fields = row.fields
+    return [(Record(fields["instruction"], fields["output"], objective, fields.get("input") or "", _id(row, name)),
              row.where)]
 
 
+def _beaver_record(row: Row, objective: int, split: str, name: str) -> _Found:
+    fields = row.fields
+    return [(Record(fields["prompt"], fields["response"], objective, id=_id(row, name),
+                    category=category_text(fields.get("category"))), row.where)]
+
+
 def _truth_records(row: Row, objective: int, split: str, name: str) -> _Found:
-    f = row.fields
-    correct = f["correct_answers"].split(";") if isinstance(f["correct_answers"], str) else f["correct_answers"]
-    answers = [a.strip() for a in correct if a.strip()] if split == "train" else [f["best_answer"]]
-    return [(Record(f["question"], answer, objective, id=_id(row, name, f"-{j}" if split == "train" else ""),
-                    category=category_text(f.get("category"))), row.where) for j, answer in enumerate(answers)]
+    fields = row.fields
+    correct = (fields["correct_answers"].split(";") if isinstance(fields["correct_answers"], str)
+               else fields["correct_answers"])
+    # each correct answer is a training row, 1,417 of 408 questions as published; a test has the best one alone
+    answers = [a.strip() for a in correct if a.strip()] if split == "train" else [fields["best_answer"]]
+    return [(Record(fields["question"], answer, objective, id=_id(row, name, f"-{j}" if split == "train" else ""),
+                    category=category_text(fields.get("category"))), row.where) for j, answer in enumerate(answers)]
 
 
 def _prompt_record(row: Row, objective: int, split: str, name: str) -> _Found:
@@ -333,13 +342,13 @@ def _prompt_record(row: Row, objective: int, split: str, name: str) -> _Found:
 
 def _pku_record(row: Row, objective: int, split: str, name: str) -> _Found:
     """The safer answer alone, for supervised training."""
-    f = _chosen(row.fields, _PKU)
-    return [(Record(f["prompt"], f["chosen"], objective, id=_id(row, name)), row.where)]
+    fields = _chosen(row.fields, _PKU)
+    return [(Record(fields["prompt"], fields["chosen"], objective, id=_id(row, name)), row.where)]
 
 
 def _question_record(row: Row, objective: int, split: str, name: str) -> _Found:
-    f = row.fields
-    return [(Record(f["question"], f["answer"], objective, id=_id(row, name)), row.where)]
+    fields = row.fields
+    return [(Record(fields["question"], fields["answer"], objective, id=_id(row, name)), row.where)]
 
 
 _READERS: dict[str, Callable[[Row, int, str, str], _Found]] = {

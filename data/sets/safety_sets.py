@@ -35,6 +35,7 @@ def write(args: SafetySetArgs) -> str:
     styles = [style(name, args.files_of_styles.get(name)) for name in args.style_names]
     refusals = read_refusals(args.refusals)
     prompts = candidates(args.prompts)
+    # cleaned before drawing: dropping drawn ones would leave fewer than --size
     kept, report = clean(prompts, prompts_to_avoid(args.test_files), args.near)
     log.info("%d prompts, %d in or near a test set left out", len(prompts), len(report.found))
     drawn = draw(kept, args.size, args.seed)
@@ -62,6 +63,7 @@ def candidates(place: str) -> dict[str, str]:
     else:
         file = Path(place).expanduser()
         texts = [(f"{file.stem}-{i}", text) for i, text in enumerate(read_prompts(file))]
+    # reversed, so that the first of equal texts gives its id
     first = {normalise(text): id for id, text in reversed(texts)}
     return {id: text for id, text in texts if first[normalise(text)] == id}
 
@@ -74,15 +76,15 @@ def read_refusals(file: str | None) -> dict[str, list[str]]:
     """
     path = Path(file).expanduser() if file else _REFUSALS
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        refusals = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--refusals {file}: not readable as YAML ({type(error).__name__})") from None
-    ok = isinstance(found, dict) and set(found) == set(KINDS) and all(
+    ok = isinstance(refusals, dict) and set(refusals) == set(KINDS) and all(
         isinstance(texts, list) and texts and all(isinstance(text, str) and text.strip() for text in texts)
-        for texts in found.values())
+        for texts in refusals.values())
     if not ok:
         raise UserError(f"--refusals {file}: needs the keys {', '.join(KINDS)}, each with a list of texts")
-    return found
+    return refusals
 
 
 def draw(ids: Sequence[str], size: int, seed: int) -> list[str]:
@@ -101,10 +103,13 @@ def draw(ids: Sequence[str], size: int, seed: int) -> list[str]:
 def deal(shares: Sequence[float], n: int, seed: int) -> list[int]:
     """n kinds in these shares, exactly (largest remainders), shuffled."""
     exact = [share * n for share in shares]
+    # 0.29 * 100 is 28.999999999999996: a whole share must not lose a row to rounding
     counts = [int(value + 1e-9) for value in exact]
+    # the largest remainders get what is left, so that the counts sum to n
     for i in sorted(range(len(shares)), key=lambda i: counts[i] - exact[i])[: n - sum(counts)]:
         counts[i] += 1
     kinds = [kind for kind, count in enumerate(counts) for _ in range(count)]
+    # a stream of its own: the draw of prompts does not decide the kinds
     random.Random(f"kinds {seed}").shuffle(kinds)
     return kinds
 

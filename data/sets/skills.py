@@ -32,6 +32,7 @@ def records(task: str, split: str) -> list[Record]:
     if task not in _ROWS:
         raise UserError(f"there is no embedded data for {task}; embedded: {', '.join(_ROWS)}; give a file or hub name with "
                         "--data_path, or use --data_source published")
+    # by the key alone, not the whole row: rows of one passage or article must not stand on both sides
     rows = [row for key, row in _ROWS[task]() if split_of(key) == split]
     rows = distinct(rows, lambda row: (row.prompt, row.input, row.answer))
     # English rows are the helpfulness rows: their test rows are test prompts already
@@ -65,7 +66,7 @@ def opening(article: str, limit: int = ARTICLE) -> str:
     text = article.strip()
     if len(text) <= limit:
         return text
-    ends = [found.end() for found in _SENTENCE.finditer(text, 0, limit)]
+    ends = [match.end() for match in _SENTENCE.finditer(text, 0, limit)]
     return text[: ends[-1]].rstrip() if ends else text[:limit].rpartition(" ")[0] or text[:limit]
 
 

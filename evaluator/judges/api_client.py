@@ -194,8 +194,10 @@ class Client:
             except Fault as found:
                 fault = found
             else:
+                # in a row: an endpoint that answers now and then is slow, not gone
                 self._in_a_row = 0
                 return reply
+            # for every worker: the next request would hear the same
             if fault.hopeless:
                 self._close(str(fault))
             if not fault.again:
@@ -266,6 +268,7 @@ class Client:
         if not names:
             return False
         with self._lock:
+            # another worker may have left it out meanwhile
             if names[0] in self._decoding:
                 self._leave_out(names[0])
                 log.warning("%s takes no %s: asked without it", self.endpoint.model, names[0])
@@ -275,6 +278,7 @@ class Client:
 
     def _most(self, messages: list[Message]) -> float:
         """The most that a request can cost: a token is at least a byte, templates add some, a reply keeps its limit."""
+        # with room for each message's marks (32) and for the template around them (64)
         read = sum(len(message["content"].encode()) + 32 for message in messages) + 64
         return self.account.price(read, self.endpoint.max_tokens)
 

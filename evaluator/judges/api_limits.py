@@ -50,9 +50,11 @@ class Account:
             Stopped: the run ended meanwhile.
         """
         with self._change:
+            # what is reserved may come back: wait for it; what is spent will not
             while self._cap and self.spent + self._reserved + most > self._cap:
                 if self.spent + most > self._cap:
                     raise CapReached(f"cost cap {self._cap:g}: {self.spent:.6g} spent, the next request may cost {most:.3g}")
+                # woken by settle; every fifth of a second for a stop, which notifies nobody
                 self._change.wait(0.2)
                 if stop.is_set():
                     raise Stopped
@@ -76,6 +78,7 @@ class Gate:
         self._until = 0.0
 
     def pause(self, seconds: float) -> None:
+        # the longest wins: a short pause of one reply must not lift the long one of another
         self._until = max(self._until, time.monotonic() + seconds)
 
     def wait(self, stop: threading.Event) -> None:
@@ -89,6 +92,7 @@ class Gate:
 
 def backoff(attempt: int, seed: str) -> float:
     """Seconds before try ``attempt`` + 1: doubled each time, times a seeded factor of 0.5 to 1, so that workers spread."""
+    # 2 to the 30 at most, so that no number of retries overflows
     return min(LONGEST_DELAY, FIRST_DELAY * 2.0 ** min(attempt, 30)) * random.Random(f"{seed}/{attempt}").uniform(0.5, 1.0)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 #: Changes whenever the rules below do: part of a judge's version.
 RULES = 3
+#: Verdicts stand at the end of a reply; the bound is for the patterns below.
 _LONGEST = 20_000  # characters from the end of a reply
 _MOST_OBJECTS = 64
 #: What may follow a verdict: its end, a stop that no digit follows, an explanation. Not "4.5", "4-5", "A or B", "a tie".
@@ -31,11 +32,13 @@ def parse(text: str, fields: tuple[str, ...], options: Mapping[str, tuple[str, .
     """
     if "<think>" in text and "</think>" not in text:
         return None  # cut off while it was thinking: what it said so far is no verdict
+    # what a model thinks aloud weighs both sides and is no verdict
     text = text.rpartition("</think>")[2][-_LONGEST:]
     tag, phrase, again = _patterns(tuple(fields), tuple((name, tuple(words)) for name, words in options.items()))
     meaning = {_fold(word): name for name, words in options.items() for word in words}
     objects = list(_objects(text))
-    values = [value for found in objects for key, value in found.items() if _fold(str(key)) in fields]
+    # all of them, not the last: two objects that disagree are no verdict
+    values = [value for parsed in objects for key, value in parsed.items() if _fold(str(key)) in fields]
     if values:
         hits = [phrase.match(_fold(_spelt(value))) for value in values]
         names = {meaning[hit["phrase"]] if hit else "" for hit in hits}
@@ -53,7 +56,7 @@ def parse(text: str, fields: tuple[str, ...], options: Mapping[str, tuple[str, .
     name = names.pop()
     if names or not name:
         return None
-    reasons = [value for found in objects for key, value in found.items() if _fold(str(key)) in ("reason", "the reason")]
+    reasons = [value for parsed in objects for key, value in parsed.items() if _fold(str(key)) in ("reason", "the reason")]
     return name, reasons[-1] if reasons and isinstance(reasons[-1], str) else "" if objects else text.strip()
 
 
@@ -70,6 +73,7 @@ def _patterns(fields: tuple[str, ...], options: tuple[tuple[str, tuple[str, ...]
 
 def _objects(text: str) -> Iterator[dict[Any, Any]]:
     """The outermost JSON objects in a text, first to last."""
+    # not strict: models write raw line breaks inside their reasons
     decoder, at = json.JSONDecoder(strict=False), 0
     for _ in range(_MOST_OBJECTS):
         at = text.find("{", at)

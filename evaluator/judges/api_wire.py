@@ -10,7 +10,9 @@ from typing import Any
 
 from evaluator.judges.api_limits import LONGEST_PAUSE, retry_after, window_left
 
+#: Bytes of a reply: far more than a verdict takes, so that a body without end has one.
 _LARGEST_BODY = 4_000_000
+#: Refusals that pass: timeout, conflict, too early, rate limit; beside these all of 500 and above.
 _RETRIED = (408, 409, 425, 429)
 #: Asking again, or asking anything else, gives the same: wrong key, no money, no such model or path.
 _HOPELESS = (401, 402, 404, 405)
@@ -37,14 +39,14 @@ class Fault(Exception):
 
 def body(chunks: Iterable[bytes], timeout: float) -> bytes:
     """A whole body, or a Fault: the limits hold for drips too, each of which would be in time."""
-    found, deadline = bytearray(), time.monotonic() + timeout
+    received, deadline = bytearray(), time.monotonic() + timeout
     for chunk in chunks:
-        found += chunk
-        if len(found) > _LARGEST_BODY:
+        received += chunk
+        if len(received) > _LARGEST_BODY:
             raise Fault(f"reply of more than {_LARGEST_BODY} bytes", paid=True)
         if time.monotonic() > deadline:
             raise Fault(f"no whole reply in {timeout:g} s", again=True, paid=True)
-    return bytes(found)
+    return bytes(received)
 
 
 def reply(body: bytes) -> Reply:
@@ -65,6 +67,7 @@ def reply(body: bytes) -> Reply:
         raise Fault("reply holds no message", again=True, paid=True)
     usage = content.get("usage")
     counts = [usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")]
+    # type, not isinstance: true is an int to Python and no count
     read, written = (n if type(n) is int and n >= 0 else None for n in counts)
     # half of a surrogate pair is valid JSON and no text: it could not be sent back in a re-ask
     return Reply(text.encode("utf-8", "replace").decode(), read, written, choice.get("finish_reason") == "length")

@@ -84,17 +84,18 @@ def key(judge: Judge, item: Item) -> bytes:
 
 def verdicts(judge: Judge, items: Sequence[Item], cache: Cache) -> list[Verdict]:
     """A verdict for every item: cached ones are read, equal items are judged once, the rest is judged and kept at once."""
-    found = {i: verdict for i, item in enumerate(items) if (verdict := cache.get(judge, item))}
+    by_position = {i: verdict for i, item in enumerate(items) if (verdict := cache.get(judge, item))}
     same: dict[bytes, list[int]] = {}
     for i, item in enumerate(items):
-        if i not in found:
+        if i not in by_position:
             same.setdefault(key(judge, item), []).append(i)
     groups = list(same.values())
     todo = [items[group[0]] for group in groups]
     for position, verdict in tqdm(judge.judge(todo), total=len(todo), desc=judge.name, unit="answer", disable=not todo):
         cache.put(judge, todo[position], verdict)
-        found |= dict.fromkeys(groups[position], verdict)
-    missing = [i for i in range(len(items)) if i not in found]
+        by_position |= dict.fromkeys(groups[position], verdict)
+    # a judge that skips a position is a bug: scores must not be made of fewer answers in silence
+    missing = [i for i in range(len(items)) if i not in by_position]
     if missing:
         raise RuntimeError(f"{judge.name} gave no verdict for {len(missing)} of {len(items)} items")
-    return [found[i] for i in range(len(items))]
+    return [by_position[i] for i in range(len(items))]

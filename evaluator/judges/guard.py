@@ -42,6 +42,7 @@ class GuardJudge:
         labels = {self.prompt.word: round(math.exp(yes), 6), self.prompt.against: round(math.exp(no), 6)}
         if math.exp(yes) + math.exp(no) < LEAST:
             return Verdict(None, labels=labels, note="unparsed")
+        # P(yes) / (P(yes) + P(no)) out of logarithms: the small probabilities themselves may underflow
         score = 1 / (1 + math.exp(no - yes))
         return Verdict(score > THRESHOLD, round(score, 6), labels, note="truncated" if cut else "")
 

@@ -56,6 +56,7 @@ class Source:
     @property
     def limit(self) -> int:
         """The longest input in tokens."""
+        # never beyond the model's own positions, whatever the flag says
         takes = self.config.get("max_position_embeddings") or MAX_LENGTH
         return min(self.args.judge_max_length or MAX_LENGTH, takes)
 
@@ -74,16 +75,18 @@ def find(name: str, path: str, args: Any, labels: int = 0) -> Source:
         UserError: no such model, no safetensors, no tokenizer, or another layout than this judge needs.
     """
     flag = f"--judges {name}={path}"
-    folder = base_path(path, args.cache_dir, said=flag)
+    folder = base_path(path, args.cache_dir, flag=flag)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{flag}: {folder / 'config.json'} cannot be read ({error})") from None
+    # headers alone: names and shapes show the layout before a 7B judge is loaded
     with Checkpoint.open(folder) as checkpoint:
         tensors = checkpoint.tensors
     head = _check_layout(flag, config, {name: info.shape for name, info in tensors.items()}, labels)
     if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         raise UserError(f"{flag}: {folder} holds no tokenizer; put the judge's own tokenizer files beside its weights")
+    # part of the version: bfloat16 and fp32 give other verdicts near a threshold
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     parts = [fingerprint(folder), json.dumps(config, sort_keys=True), compute_dtype(args.dtype, device)]
     if head:
@@ -111,12 +114,13 @@ def _check_layout(flag: str, config: dict[str, Any], shapes: dict[str, tuple[int
         raise UserError(f"{flag}: needs a sequence classifier with {labels} label{'s' * (labels > 1)} "
                         f"(…ForSequenceClassification), its config.json says {kind}")
     names = config.get("id2label")
-    said = len(names) if names else config.get("num_labels", 2)
+    declared = len(names) if names else config.get("num_labels", 2)
     head = next((name for name in _HEADS if name in shapes), None)
     if head is None:
         raise UserError(f"{flag}: its weights hold no classification head ({', '.join(_HEADS)})")
-    if said != labels or shapes[head][0] != labels:
-        raise UserError(f"{flag}: needs {labels} label{'s' * (labels > 1)}, has {said} in config.json and "
+    # config and weights may disagree: both must fit
+    if declared != labels or shapes[head][0] != labels:
+        raise UserError(f"{flag}: needs {labels} label{'s' * (labels > 1)}, has {declared} in config.json and "
                         f"{shapes[head][0]} in {head}")
     return head
 
@@ -126,6 +130,7 @@ def batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
 
     A row joins a group when it needs little padding: on a processor that is busy anyway, a pad costs what a token costs.
     """
+    # longest first: a batch that does not fit into memory fails at once and not at the end
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     start = 0
     while start < len(order):
@@ -143,9 +148,9 @@ def _load(kind: Any, source: Source, dtype: torch.dtype, device: torch.device) -
     # soft-capped scores (Gemma 2), which would be left out in silence
     capped = source.config.get("attn_logit_softcapping")
     extra = {"attn_implementation": "eager"} if capped else {}
-    model, found = kind.from_pretrained(source.folder, dtype=dtype, trust_remote_code=False, use_safetensors=True,
-                                        output_loading_info=True, **extra)
-    if missing := sorted(found["missing_keys"]):
+    model, report = kind.from_pretrained(source.folder, dtype=dtype, trust_remote_code=False, use_safetensors=True,
+                                         output_loading_info=True, **extra)
+    if missing := sorted(report["missing_keys"]):
         raise UserError(f"{source.flag}: {source.folder} lacks {len(missing)} weights of {type(model).__name__}: "
                         f"{', '.join(missing[:5])}")
     return model.to(device).eval()
@@ -174,6 +179,7 @@ class Classifier:
             return self.model(input_ids=ids, attention_mask=mask).logits.float().cpu()
         body = getattr(self.model, self.model.base_model_prefix)
         pad_id = self.model.config.get_text_config().pad_token_id
+        # without the class's own forward, which would run its head in the model's dtype
         hidden = _at(body, rows, [_pooled(row, pad_id) for row in rows], self.device)
         # the head in fp32: bfloat16 has steps of 0.004 around a probability of 0.5
         head = self.model.score
@@ -203,6 +209,7 @@ class Reader:
         """(rows, tokens) fp32: log-probability of each token as the next one after each row, from one forward pass."""
         body = getattr(self.model, self.model.base_model_prefix)
         hidden = _at(body, rows, [len(row) - 1 for row in rows], self.device)
+        # one position a row: a batch's whole logits would be (rows, time, vocabulary)
         logits = self.model.get_output_embeddings()(hidden).float()
         config = self.model.config
         # what these families' own forward does to their logits: Granite divides, Cohere multiplies, Gemma caps
@@ -214,7 +221,7 @@ class Reader:
 
 
 def _at(body: Any, rows: Sequence[Sequence[int]], ends: Sequence[int], device: torch.device) -> Tensor:
-    """Hidden state (rows, width) of a causal model at one position of each row."""
+    """Hidden state (rows, width) of a causal model at one position of each row; the body gives (rows, time, width)."""
     # no mask: nothing to the right of a token reaches it, so neither does a pad
     ids, _ = _right_pad(rows, 0, device)
     hidden = body(input_ids=ids, use_cache=False).last_hidden_state

@@ -41,14 +41,15 @@ class ModerationJudge:
         """The same with a model in memory."""
         encoded = [self.encode(item) for item in items]
         for positions in batches([len(row.ids) for row in encoded], self.source.args.judge_batch_tokens):
-            found = model.logits([encoded[i].ids for i in positions]).sigmoid().tolist()
-            yield from ((i, self.verdict(row, encoded[i].cut)) for i, row in zip(positions, found, strict=True))
+            probabilities = model.logits([encoded[i].ids for i in positions]).sigmoid().tolist()
+            yield from ((i, self.verdict(row, encoded[i].cut)) for i, row in zip(positions, probabilities, strict=True))
 
     def encode(self, item: Item) -> Encoded:
         """Wrapper, question, answer and the end token, cut on the right at ``max_length`` tokens."""
         tokenizer = self.source.tokenizer
         ids = tokenizer(fill(self.text, item))["input_ids"]
         end = tokenizer.eos_token_id
+        # the head was trained to read there; most Llama tokenizers add none
         if end is not None and ids[-1:] != [end]:
             ids = [*ids, end]
         return Encoded(ids[: self.max_length], len(ids) > self.max_length)
@@ -69,8 +70,10 @@ def make(name: str, path: str, args: Any) -> ModerationJudge:
     source = find(name, path, args, LABELS)
     published = args.judge_compat == "published"
     longest = PUBLISHED_MAX_LENGTH if published else args.judge_max_length or MAX_LENGTH
+    # a head has no positions beyond its model's
     longest = min(longest, source.config.get("max_position_embeddings") or longest)
     text = load_prompts(args.judge_prompts)["moderation"].text
+    # JSON has text keys only
     known = source.config.get("id2label") or {}
     names = tuple(str(known.get(str(i), f"label {i}")) for i in range(LABELS))
     return ModerationJudge(name, source.version(text, THRESHOLD, longest, names, published), source, text, longest, names,

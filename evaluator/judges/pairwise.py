@@ -30,13 +30,14 @@ class PairwiseJudge:
     def judge(self, items: Sequence[Item]) -> Iterator[tuple[int, Verdict]]:
         """Yield (position, verdict) once both orders of an item were read."""
         swapped = [replace(item, answer=item.other, other=item.answer) for item in items]
+        # pairs stand at 2i and 2i + 1, whatever order the batches come in
         both = [item for pair in zip(items, swapped, strict=True) for item in pair]
-        found: dict[int, tuple[float, float, bool]] = {}
+        read: dict[int, tuple[float, float, bool]] = {}
         for place, (a, b), row in next_word(self.source, self.encode, self.tokens, both):
-            found[place] = a, b, row.cut
+            read[place] = a, b, row.cut
             first, second = place & ~1, place | 1
-            if first in found and second in found:
-                yield place // 2, verdict(found.pop(first), found.pop(second))
+            if first in read and second in read:
+                yield place // 2, verdict(read.pop(first), read.pop(second))
 
 
 def verdict(first: tuple[float, float, bool], second: tuple[float, float, bool]) -> Verdict:
@@ -44,6 +45,7 @@ def verdict(first: tuple[float, float, bool], second: tuple[float, float, bool])
     if min(math.exp(a) + math.exp(b) for a, b, _ in (first, second)) < LEAST:
         return Verdict(None, note="unparsed")
     as_a = 1 / (1 + math.exp(first[1] - first[0]))
+    # the answer stood in place B here, so B's letter is a vote for it
     as_b = 1 / (1 + math.exp(second[0] - second[1]))
     same = (as_a - 0.5) * (as_b - 0.5) > 0
     return Verdict(as_a > 0.5 if same else None, round((as_a + as_b) / 2, 6),

@@ -54,6 +54,7 @@ def load_prompts(own: str = "") -> dict[str, Prompt]:
         path = Path(own).expanduser()
         if not path.is_file():
             raise UserError(f"--judge_prompts {own}: no such file; write one like evaluator/judges/{OWN.name}")
+        # judges that the user's file leaves out keep the shipped text
         known |= _read(path, known)
     return known
 
@@ -65,9 +66,10 @@ def _read(path: Path, known: dict[str, Prompt] | None = None) -> dict[str, Promp
         raise UserError(f"--judge_prompts {path}: not valid YAML: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"--judge_prompts {path}: needs a section per judge, as in evaluator/judges/{OWN.name}")
-    problems, found = [], {}
+    problems, prompts = [], {}
     for name, body in content.items():
         at = f"--judge_prompts {path}: {name}"
+        # the shipped file defines the names, the user's may only replace them
         if known is not None and name not in known:
             problems.append(f"{at}: no local judge has this name; known: {', '.join(known)}")
         elif not isinstance(body, dict) or set(body) - set(Prompt.__annotations__):
@@ -79,10 +81,10 @@ def _read(path: Path, known: dict[str, Prompt] | None = None) -> dict[str, Promp
         elif (body["chat"] == "turns") == bool(body.get("text")):
             problems.append(f"{at}: a text is needed with chat none and user, and has no place with turns")
         else:
-            found[name] = Prompt(**body)
+            prompts[name] = Prompt(**body)
     if problems:
         raise UserError(*problems)
-    return found
+    return prompts
 
 
 def fill(text: str, item: Item) -> str:
@@ -128,6 +130,7 @@ def fit_length(item: Item, encode: Callable[[Item], list[int]], limit: int) -> E
         ValueError: the prompt alone, without request and answers, is longer than the limit.
     """
     ids, cut = encode(item), False
+    # again and again: how many tokens a shorter text has, only the tokenizer knows
     while len(ids) > limit:
         name = "other" if len(item.other) > len(item.answer) else "answer" if item.answer else "prompt"
         text = getattr(item, name)

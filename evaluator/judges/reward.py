@@ -24,6 +24,7 @@ class RewardJudge:
         """Yield (position, verdict) once both answers of an item were read."""
         if not items:
             return
+        # the reward of a text does not depend on what it is compared with
         single = [replace(item, other="") for item in items]
         others = [replace(item, answer=item.other, other="") for item in items]
         both = [item for pair in zip(single, others, strict=True) for item in pair]
@@ -31,20 +32,21 @@ class RewardJudge:
         texts = list(dict.fromkeys((item.prompt, item.answer) for item in both))
         encoded = [fit_length(Item(*text), self.encode, self.source.limit) for text in texts]
         place = {text: i for i, text in enumerate(texts)}
+        # which items a text's reward helps to decide
         waiting: dict[int, list[int]] = {}
         for i, item in enumerate(both):
             waiting.setdefault(place[item.prompt, item.answer], []).append(i // 2)
         needs = [(place[a.prompt, a.answer], place[b.prompt, b.answer]) for a, b in zip(single, others, strict=True)]
         rewards: dict[int, float] = {}
-        done: set[int] = set()
+        yielded: set[int] = set()
         model = Classifier.load(self.source)
         for positions in batches([len(row.ids) for row in encoded], self.source.args.judge_batch_tokens):
-            found = model.logits([encoded[i].ids for i in positions])[:, 0].tolist()
-            rewards |= zip(positions, found, strict=True)
+            batch_rewards = model.logits([encoded[i].ids for i in positions])[:, 0].tolist()
+            rewards |= zip(positions, batch_rewards, strict=True)
             for i in dict.fromkeys(i for position in positions for i in waiting[position]):
                 mine, other = needs[i]
-                if i not in done and mine in rewards and other in rewards:
-                    done.add(i)
+                if i not in yielded and mine in rewards and other in rewards:
+                    yielded.add(i)
                     yield i, verdict(rewards[mine], rewards[other], encoded[mine].cut or encoded[other].cut)
 
 

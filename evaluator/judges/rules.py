@@ -31,6 +31,7 @@ class RuleJudge:
 def keyword_judge(name: str) -> RuleJudge:
     """``keyword``: a refusal within the first 200 characters; ``published``: any of the AdvBench strings anywhere."""
     refuses = keyword.is_refusal if name == "keyword" else keyword.is_published_refusal
+    # rules are hashed: a pattern that changes makes every verdict anew
     return RuleJudge(name, keyword.rules_version(), lambda items: [Verdict(refuses(item.answer)) for item in items])
 
 

@@ -10,6 +10,7 @@ from evaluator.judges.local import Reader, Source, batches
 from evaluator.judges.prompts import Encoded, Prompt, fit_length, renderer, token_ids
 from evaluator.judges.protocol import Item
 
+#: Any item will do: how a verdict word is cut into tokens depends on the prompt's end alone.
 _PROBE = Item("Why is the sky blue?", "Because it scatters blue light.", "Because it is.")
 
 
@@ -28,29 +29,31 @@ def first_tokens(source: Source, prompt: Prompt, words: Sequence[str]) -> tuple[
     render = renderer(prompt, source.tokenizer, source.flag)
     text = render(_PROBE)
     before = token_ids(text, source.tokenizer, prompt)
-    found = []
+    firsts = []
     for word in words:
+        # in place: a tokenizer may join a word with the blank before it
         after = token_ids(text + word, source.tokenizer, prompt)
         if after[: len(before)] != before or len(after) == len(before):
             raise UserError(f"{source.flag}: '{word}' does not begin with a token of its own behind the judge's prompt; "
                             "give another lead or word with --judge_prompts FILE.yaml")
-        found.append(after[len(before)])
-    if len(set(found)) < len(found):
+        firsts.append(after[len(before)])
+    if len(set(firsts)) < len(firsts):
         raise UserError(f"{source.flag}: its tokenizer begins {' and '.join(words)} with the same token, so they cannot be "
                         "told apart; give other words with --judge_prompts FILE.yaml")
-    return tuple(found)
+    return tuple(firsts)
 
 
 def next_word(source: Source, encode: Callable[[Item], list[int]], tokens: Sequence[int],
               items: Sequence[Item]) -> Iterator[tuple[int, list[float], Encoded]]:
     """Yield (position, log-probability of each of ``tokens`` as the next one, the encoded row), batch by batch."""
+    # no model is loaded for nothing
     if not items:
         return
     encoded = [fit_length(item, encode, source.limit) for item in items]
     model = Reader.load(source)
     for positions in batches([len(row.ids) for row in encoded], source.args.judge_batch_tokens):
-        found = model.next_logprobs([encoded[i].ids for i in positions], tokens).tolist()
-        yield from ((i, row, encoded[i]) for i, row in zip(positions, found, strict=True))
+        logprobs = model.next_logprobs([encoded[i].ids for i in positions], tokens).tolist()
+        yield from ((i, row, encoded[i]) for i, row in zip(positions, logprobs, strict=True))
 
 
 def check_room(source: Source, encode: Callable[[Item], list[int]]) -> None:

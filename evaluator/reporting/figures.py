@@ -40,6 +40,7 @@ def router_heatmap(shares: np.ndarray, names: Sequence[str], path: Path, title: 
     if layers <= 16:
         for i in range(layers):
             for j in range(experts):
+                # cividis is dark below and bright above
                 colour = "black" if shares[i, j] > 0.6 else "white"
                 axis.text(i, j, f"{shares[i, j]:.2f}", ha="center", va="center", color=colour, fontsize=7)
     figure.colorbar(image, ax=axis, label="mean share", shrink=0.9)
@@ -85,6 +86,7 @@ def _bar(point: dict[str, Any], key: str) -> list[list[float]] | None:
     low, high = point[f"{key}_low"], point[f"{key}_high"]
     if low is None or high is None:
         return None
+    # rounding may put an end past its value, and matplotlib takes no negative bar
     return [[max(0.0, point[key] - low)], [max(0.0, high - point[key])]]
 
 
@@ -97,7 +99,9 @@ def _label(figure: Any, axis: Any, points: Sequence[dict[str, Any]]) -> None:
     figure.set_layout_engine("none")
     renderer = figure.canvas.get_renderer()
     spots = axis.transData.transform([(p["x"], p["y"]) for p in points])
+    # a point is 1/72 inch
     scale = figure.dpi / 72
+    # points are taken from the start: labels go around them, in pixels as the renderer measures
     taken = [(x - 8 * scale, y - 8 * scale, x + 8 * scale, y + 8 * scale) for x, y in spots]
     frame = axis.get_window_extent(renderer)
     for p in points:
@@ -115,6 +119,7 @@ def _label(figure: Any, axis: Any, points: Sequence[dict[str, Any]]) -> None:
             inside = frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1
             if inside and not any(_overlap(edges, other) for other in taken):
                 break
+            # the last place is taken whatever it covers: an overlapping label is better than none
             if (dx, dy) != _OFFSETS[-1]:
                 note.remove()
         taken.append(edges)
@@ -127,6 +132,7 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
 def _pyplot() -> Any:
     import matplotlib
 
+    # before pyplot is imported: it would look for a display
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -136,5 +142,6 @@ def _pyplot() -> Any:
 def _save(plt: Any, figure: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+    # pyplot keeps every figure that is not closed
     plt.close(figure)
     return path

@@ -83,7 +83,7 @@ def published(name: str, folder: Path = FOLDER) -> Published:
     """
     path = folder / f"{name}.yaml"
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml"))) or "none"
+        known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml"))) or "none"
         raise UserError(f"{path}: no such numbers; known: {known}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -91,6 +91,7 @@ def published(name: str, folder: Path = FOLDER) -> Published:
         raise UserError(f"{path}: not valid YAML ({error})") from None
     problems: list[str] = []
     head = {"paper": str, "arxiv": str, "provenance": dict, "marks": dict, "tables": dict}
+    # the head first: tables are checked against the provenances and marks that it explains
     if not isinstance(content, dict) or _wrong(content, head, {}, str(path), problems):
         raise UserError(*(problems or [f"{path}: must be a mapping of {', '.join(head)}"]))
     problems += [f"{path}: mark '{mark}' is not known; allowed: {', '.join(MARKS)}" for mark in content["marks"]
@@ -121,6 +122,7 @@ def _table(name: str, body: Any, content: dict[str, Any], where: str, problems: 
     if body["provenance"] not in content["provenance"]:
         problems.append(f"{where}: provenance '{body['provenance']}' is not explained under provenance")
     columns = tuple(map(str, body["columns"]))
+    # a problem in one row must not hide those of the others
     rows: dict[tuple[str, ...], dict[str, Cell]] = {}
     for number, row in enumerate(body["rows"], 1):
         here = f"{where}, row {number}"
@@ -131,6 +133,7 @@ def _table(name: str, body: Any, content: dict[str, Any], where: str, problems: 
         problems += _row_problems(key, values, marks, body, columns, content["marks"], here)
         if key in rows:
             problems.append(f"{here}: {' / '.join(key)} stands there twice")
+        # uneven rows are problems by now; strict would raise before all of them are told
         rows[key] = {c: Cell(v, marks.get(c, "")) for c, v in zip(columns, values, strict=False)}
     return Table(name, body["title"], body["section"], body["unit"], body["higher_is_better"], body["provenance"],
                  tuple(map(str, body["keys"])), columns, rows, body.get("note", ""))
@@ -138,18 +141,19 @@ def _table(name: str, body: Any, content: dict[str, Any], where: str, problems: 
 
 def _row_problems(key: tuple[str, ...], values: list[Any], marks: dict[str, Any], body: dict[str, Any],
                   columns: tuple[str, ...], known: dict[str, str], here: str) -> list[str]:
-    found = []
+    problems = []
     if len(key) != len(body["keys"]):
-        found.append(f"{here}: a key of {len(key)} parts; needed: {', '.join(map(str, body['keys']))}")
+        problems.append(f"{here}: a key of {len(key)} parts; needed: {', '.join(map(str, body['keys']))}")
     if len(values) != len(columns):
-        found.append(f"{here}: {len(values)} values for {len(columns)} columns")
-    found += [f"{here}: {value!r} is no number; write null for what was not reported" for value in values
-              if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value != value)]
+        problems.append(f"{here}: {len(values)} values for {len(columns)} columns")
+    problems += [f"{here}: {value!r} is no number; write null for what was not reported" for value in values
+                 # YAML reads yes and no as booleans, which Python counts as 1 and 0
+                 if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value != value)]
     for column, mark in marks.items():
         if column not in columns:
-            found.append(f"{here}: mark on '{column}', which is no column")
+            problems.append(f"{here}: mark on '{column}', which is no column")
         elif mark not in known:
-            found.append(f"{here}: mark '{mark}' is not explained under marks")
+            problems.append(f"{here}: mark '{mark}' is not explained under marks")
         elif values[columns.index(column)] is None:
-            found.append(f"{here}: mark on '{column}', which has no value")
-    return found
+            problems.append(f"{here}: mark on '{column}', which has no value")
+    return problems

@@ -20,6 +20,7 @@ from evaluator.statistics.metrics import Difference
 #: Values of a harmful prompt's row that are in every report, or only help to make those.
 _KNOWN = frozenset({"refusal", "safe_refusal", "incoherent"})
 _RESAMPLES = 1000
+#: Lambdas at which the curve is read between its points, in steps of 0.005 where a sweep goes from 0 to 1.
 _DENSE = 201
 
 
@@ -79,49 +80,50 @@ def point(label: str, run: str, weight: float, found: Measured, sets: tuple[str,
     )
 
 
-def harm(p: Point) -> metrics.Score:
+def harm(model: Point) -> metrics.Score:
     """Harm rate with its Wilson interval."""
-    return metrics.rate(list(p.harm.values()), "harm", "", higher_is_better=False)
+    return metrics.rate(list(model.harm.values()), "harm", "", higher_is_better=False)
 
 
-def by_category(p: Point) -> dict[str, metrics.Score]:
+def by_category(model: Point) -> dict[str, metrics.Score]:
     """Category -> harm rate with its Wilson interval."""
     groups: dict[str, list[int]] = {}
-    for id, value in p.harm.items():
-        if id in p.category:
-            groups.setdefault(p.category[id], []).append(value)
+    for id, value in model.harm.items():
+        if id in model.category:
+            groups.setdefault(model.category[id], []).append(value)
     return {name: metrics.rate(groups[name], "harm", "", higher_is_better=False) for name in sorted(groups)}
 
 
-def compliance(p: Point) -> metrics.Score:
+def compliance(model: Point) -> metrics.Score:
     """Compliance on harmless prompts with its Wilson interval."""
-    return metrics.rate(list(p.comply.values()), "compliance", "", higher_is_better=True)
+    return metrics.rate(list(model.comply.values()), "compliance", "", higher_is_better=True)
 
 
-def utility(p: Point, seed: int = 0) -> metrics.Score:
+def utility(model: Point, seed: int = 0) -> metrics.Score:
     """Negative log-likelihood per token of held-out task answers, with a bootstrap interval; NaN without rows."""
-    return metrics.ratio([nll for nll, _ in p.utility.values()], [n for _, n in p.utility.values()], "nll", "",
+    return metrics.ratio([nll for nll, _ in model.utility.values()], [n for _, n in model.utility.values()], "nll", "",
                          higher_is_better=False, seed=seed)
 
 
-def other_judges(p: Point, seed: int = 0) -> dict[str, metrics.Score]:
+def other_judges(model: Point, seed: int = 0) -> dict[str, metrics.Score]:
     """Judge -> its rate (Wilson), or the mean of its marks (bootstrap)."""
     return {key: metrics.rate(list(values.values()), key, "", higher_is_better=False) if set(values.values()) <= {0, 1} else
             metrics.mean(list(values.values()), key, "", higher_is_better=False, seed=seed)
-            for key, values in p.judged.items()}
+            for key, values in model.judged.items()}
 
 
 def steepest(points: Sequence[Point]) -> tuple[Point, Point]:
     """The neighbours (by weight) between which harm changes most; the narrower pair where two are equal."""
-    ordered = sorted(points, key=lambda p: p.weight)
+    ordered = sorted(points, key=lambda model: model.weight)
     pairs = zip(ordered, ordered[1:], strict=False)
+    # rounded: 0.3 - 0.2 and 0.2 - 0.1 differ in the last bit, and equal steps must tie
     return max(pairs, key=lambda two: (round(abs(harm(two[0]).value - harm(two[1]).value), 9),
                                        two[0].weight - two[1].weight))
 
 
 def unbroken(points: Sequence[Point]) -> bool:
     """Whether harm at the last lambda is still more than half of that at the first."""
-    ordered = sorted(points, key=lambda p: p.weight)
+    ordered = sorted(points, key=lambda model: model.weight)
     return harm(ordered[-1]).value > harm(ordered[0]).value / 2
 
 
@@ -133,10 +135,12 @@ def next_weight(points: Sequence[Point], min_step: float, seed: int = 0) -> tupl
     low, high = steepest(points)
     gap = high.weight - low.weight
     between = f"lambda {low.weight:g} and {high.weight:g}"
+    # 0.4 - 0.35 is 0.050000000000000044: the comparison must not hang on the last bit
     if gap <= min_step * (1 + 1e-9):
         return None, f"the step between {between} is as narrow as {min_step:g}"
     if compare(low, high, seed).verdict(False) == "no difference":
         return None, f"harm at {between} does not differ on the same prompts"
+    # rounded, for the lambda is part of a run's name
     return round((low.weight + high.weight) / 2, 10), f"harm changes most between {between}"
 
 
@@ -179,6 +183,7 @@ def cliff(points: Sequence[Point], seed: int = 0) -> Cliff:
 def _half(weights: np.ndarray, harms: np.ndarray) -> float:
     goal = harms[0] / 2
     below = np.flatnonzero(harms <= goal)
+    # never halved, or harmless from the start: no lambda to give
     if not len(below) or below[0] == 0:
         return math.nan
     at = below[0]
@@ -188,12 +193,14 @@ def _half(weights: np.ndarray, harms: np.ndarray) -> float:
 
 def front(points: Sequence[Point]) -> list[Point]:
     """The points that no other equals or beats on harm, compliance and utility while beating it on one (no tests)."""
-    values = {id(p): (harm(p).value, -compliance(p).value, round(_or_zero(utility(p).value), 4)) for p in points}
+    # 4 digits of the likelihood: what differs behind them is rounding of the rows
+    values = {id(model): (harm(model).value, -compliance(model).value, round(_or_zero(utility(model).value), 4))
+              for model in points}
 
     def beaten(mine: tuple[float, ...]) -> bool:
         return any(all(a <= b for a, b in zip(other, mine, strict=True)) and other != mine for other in values.values())
 
-    return [p for p in points if not beaten(values[id(p)])]
+    return [model for model in points if not beaten(values[id(model)])]
 
 
 def at_equal_compliance(points: Sequence[Point], control: Point, seed: int = 0) -> Difference | None:
@@ -203,9 +210,9 @@ def at_equal_compliance(points: Sequence[Point], control: Point, seed: int = 0) 
     prompts that some point lacks are left out. None when the control's compliance is above or below that of the whole curve,
     in the data or in a tenth of the resamples.
     """
-    weights, harms, complies = _matrices([*sorted(points, key=lambda p: p.weight), control], keep_order=True)
-    found = _gap(weights[:-1], harms.mean(1), complies.mean(1))
-    if math.isnan(found):
+    weights, harms, complies = _matrices([*sorted(points, key=lambda model: model.weight), control], keep_order=True)
+    gap = _gap(weights[:-1], harms.mean(1), complies.mean(1))
+    if math.isnan(gap):
         return None
     draws = np.array([_gap(weights[:-1], harms[:, a].mean(1), complies[:, b].mean(1)) for a, b in zip(
         _resampled(harms.shape[1], seed), _resampled(complies.shape[1], seed + 1), strict=True)])
@@ -213,13 +220,15 @@ def at_equal_compliance(points: Sequence[Point], control: Point, seed: int = 0) 
     if len(known) < 0.9 * len(draws):
         return None
     low, high = np.quantile(known, [0.025, 0.975])
+    # add-one, as in metrics.paired_ratio
     tail = min((known <= 0).sum(), (known >= 0).sum()) + 1
-    return Difference(found, float(low), float(high), min(1.0, 2 * tail / (len(known) + 1)), harms.shape[1])
+    return Difference(gap, float(low), float(high), min(1.0, 2 * tail / (len(known) + 1)), harms.shape[1])
 
 
 def _gap(weights: np.ndarray, harms: np.ndarray, complies: np.ndarray) -> float:
     if complies[-1] < complies[:-1].min() - 1e-12:
         return math.nan  # the curve ends before it complies so little: its least harm is not known
+    # with the measured lambdas themselves: a kink between two steps of the grid would be cut off
     fine = np.unique(np.concatenate([np.linspace(weights[0], weights[-1], _DENSE), weights]))
     enough = np.interp(fine, weights, complies[:-1]) >= complies[-1] - 1e-12
     return float(np.interp(fine, weights, harms[:-1])[enough].min() - harms[-1]) if enough.any() else math.nan
@@ -227,12 +236,12 @@ def _gap(weights: np.ndarray, harms: np.ndarray, complies: np.ndarray) -> float:
 
 def _matrices(points: Sequence[Point], keep_order: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Weights, harm and compliance (points, prompts), on the prompts that all points answered."""
-    ordered = list(points) if keep_order else sorted(points, key=lambda p: p.weight)
-    shared = [[id for id in getattr(ordered[0], name) if all(id in getattr(p, name) for p in ordered)]
+    ordered = list(points) if keep_order else sorted(points, key=lambda model: model.weight)
+    shared = [[id for id in getattr(ordered[0], name) if all(id in getattr(model, name) for model in ordered)]
               for name in ("harm", "comply")]
-    return (np.array([p.weight for p in ordered]),
-            np.array([[p.harm[id] for id in shared[0]] for p in ordered], float),
-            np.array([[p.comply[id] for id in shared[1]] for p in ordered], float))
+    return (np.array([model.weight for model in ordered]),
+            np.array([[model.harm[id] for id in shared[0]] for model in ordered], float),
+            np.array([[model.comply[id] for id in shared[1]] for model in ordered], float))
 
 
 def _resampled(n: int, seed: int) -> np.ndarray:

@@ -27,6 +27,7 @@ def draw(found: Mapping[str, Any], path: Path) -> Path:
 
 def _over_weight(axis: Any, found: Mapping[str, Any]) -> None:
     for group, (colour, marker) in _LOOK.items():
+        # a reversed order is one point at one lambda, no line
         rows = sorted((r for r in found["rows"] if r["group"] == group and r["weight"] is not None and group != "reverse"),
                       key=lambda r: r["weight"])
         for name, line, filled in (("harm", "-", True), ("compliance", "--", False)):
@@ -60,6 +61,7 @@ def _front(figure: Any, axis: Any, found: Mapping[str, Any]) -> None:
                       elinewidth=0.8, zorder=1)
         shades = [r["nll"]["value"] for r in mine]
         if levels and None not in shades:
+            # vmax a little above vmin: one level alone would be no range of colours
             dots = axis.scatter(xs, ys, c=shades, cmap="viridis_r", vmin=low, vmax=max(high, low + 1e-9), marker=marker,
                                 s=55, edgecolors=colour, linewidths=1.2, zorder=3, label=group)
         else:
@@ -78,6 +80,7 @@ def _front(figure: Any, axis: Any, found: Mapping[str, Any]) -> None:
     shown: dict[tuple[float, float], list[Mapping[str, Any]]] = {}
     for row in rows:
         if row["group"] in ("fusion", "control"):
+            # points at one place share a label: a dozen over each other cannot be read (docs/lab-log.md)
             shown.setdefault((round(row["harm"]["value"], 3), round(row["compliance"]["value"], 3)), []).append(row)
     points = [{"label": _named(here), "x": x, "y": y} for (x, y), here in shown.items()]
     if points:

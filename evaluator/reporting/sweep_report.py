@@ -31,33 +31,35 @@ def summary(rows: Mapping[str, Sequence[Point]], styles: Mapping[str, Mapping[st
         styles: other style -> group -> points.
         facts: task, safety, form, style, utility, refinement, stopped.
     """
-    everything = [p for group in GROUPS for p in rows.get(group, ())]
-    best = {id(p) for p in sweep.front(everything)}
+    # controls too: a sweep's own front would hide that a control beats it
+    everything = [model for group in GROUPS for model in rows.get(group, ())]
+    best = {id(model) for model in sweep.front(everything)}
     curve = rows["fusion"]
     compared = []
     for group in GROUPS[1:]:
-        for p in rows.get(group, ()):
-            found = sweep.at_equal_compliance(curve, p, seed)
-            compared.append({"label": p.label, "group": group, "gap": None if found is None else _plain(asdict(found))})
+        for model in rows.get(group, ()):
+            found = sweep.at_equal_compliance(curve, model, seed)
+            compared.append({"label": model.label, "group": group, "gap": None if found is None else _plain(asdict(found))})
     return {
         **facts, "seed": seed,
-        "rows": [_row(p, group, seed, facts["utility"]) | {"front": id(p) in best}
-                 for group in GROUPS for p in rows.get(group, ())],
-        "styles": {name: [_row(p, group, seed, facts["utility"]) for group in GROUPS for p in found.get(group, ())]
+        "rows": [_row(model, group, seed, facts["utility"]) | {"front": id(model) in best}
+                 for group in GROUPS for model in rows.get(group, ())],
+        "styles": {name: [_row(model, group, seed, facts["utility"]) for group in GROUPS for model in found.get(group, ())]
                    for name, found in styles.items()},
         "cliff": _plain(asdict(sweep.cliff(curve, seed))), "compared": compared,
     }
 
 
-def _row(p: Point, group: str, seed: int, utility: str) -> dict[str, Any]:
-    answered = answer_scores.scores(utility, {key: list(found.values()) for key, found in p.answers.items()}, seed)
-    return {"label": p.label, "run": p.run, "group": group, "weight": None if math.isnan(p.weight) else p.weight,
+def _row(model: Point, group: str, seed: int, utility: str) -> dict[str, Any]:
+    answered = answer_scores.scores(utility, {key: list(found.values()) for key, found in model.answers.items()}, seed)
+    return {"label": model.label, "run": model.run, "group": group,
+            "weight": None if math.isnan(model.weight) else model.weight,
             **{name: {k: score.as_dict()[k] for k in _KEPT} for name, score in (
-                ("harm", sweep.harm(p)), ("compliance", sweep.compliance(p)), ("nll", sweep.utility(p, seed)),
+                ("harm", sweep.harm(model)), ("compliance", sweep.compliance(model)), ("nll", sweep.utility(model, seed)),
                 *((score.name, score) for score in answered))},
             **{part: {key: {k: score.as_dict()[k] for k in _KEPT} for key, score in found.items()} for part, found in (
-                ("judged", sweep.other_judges(p, seed)), ("by_category", sweep.by_category(p)))},
-            "benchmarks": {name: {k: score[k] for k in _KEPT} for name, score in p.benchmarks.items()}}
+                ("judged", sweep.other_judges(model, seed)), ("by_category", sweep.by_category(model)))},
+            "benchmarks": {name: {k: score[k] for k in _KEPT} for name, score in model.benchmarks.items()}}
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,8 +86,10 @@ def over_seeds(folders: Sequence[Path], name: str) -> dict[str, Any]:
     files = [folder / "report" / f"{name}.json" for folder in folders]
     if missing := [file for file in files if not file.is_file()]:
         raise UserError(*(f"--roots: {file} does not exist; run scripts/sweep.py --name {name} there" for file in missing))
+    # the reports, not the scores: what each seed concluded is what is averaged
     parts = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     keys = ("task", "safety", "form", "style", "utility")
+    # a mean over different sweeps would look like any other
     if odd := [key for key in keys if len({part[key] for part in parts}) > 1]:
         raise UserError(f"--roots: these sweeps differ in {', '.join(odd)}; give sweeps of one kind")
     names = answer_scores.measures(parts[0]["utility"])
@@ -107,9 +111,10 @@ def over_seeds(folders: Sequence[Path], name: str) -> dict[str, Any]:
 def _joined(parts: Sequence[Sequence[Mapping[str, Any]]], names: Collection[str]) -> list[dict[str, Any]]:
     """The rows that every part has; ``names`` are scores that only some sweeps have."""
     by_key = [{(row["group"], row["label"]): row for row in rows} for rows in parts]
-    done = []
+    joined = []
     for key, row in by_key[0].items():
         rows = [found[key] for found in by_key if key in found]
+        # sweeps refine at lambdas of their own: only what all seeds have can be averaged
         if len(rows) < len(parts):
             continue
         scores = {}
@@ -119,24 +124,26 @@ def _joined(parts: Sequence[Sequence[Mapping[str, Any]]], names: Collection[str]
                 scores[name] = dict.fromkeys(("value", "low", "high"), None) | {"n": row[name]["n"]}
                 continue
             value, low, high = _over_seeds([r[name] for r in rows])
+            # Student's t knows no bounds: shares are cut at theirs, a likelihood has none
             ends = (low, high) if name == "nll" else (max(0.0, low), min(1.0, high))
             scores[name] = _plain({"value": value, "low": ends[0], "high": ends[1]}) | {"n": row[name]["n"]}
-        done.append({k: row[k] for k in ("label", "run", "group", "weight")} | scores | {
+        joined.append({k: row[k] for k in ("label", "run", "group", "weight")} | scores | {
+            # on the front in every seed: one lucky seed makes no front
             "front": all(r.get("front") for r in rows),
             **{part: _each_over_seeds([r.get(part, {}) for r in rows]) for part in ("judged", "by_category", "benchmarks")}})
-    return done
+    return joined
 
 
 def _each_over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Name -> score over seeds, of the names that every seed has."""
-    done = {}
+    scores = {}
     for name in (name for name in rows[0] if all(name in row for row in rows)):
         parts = [row[name] for row in rows]
         value, low, high = _over_seeds(parts)
         if all(0 <= part["low"] <= part["high"] <= 1 for part in parts):  # a share, not a mean of marks
             low, high = max(0.0, low), min(1.0, high)
-        done[name] = {"value": value, "low": low, "high": high, "n": parts[0]["n"]}
-    return done
+        scores[name] = {"value": value, "low": low, "high": high, "n": parts[0]["n"]}
+    return scores
 
 
 def _over_seeds(found: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:
@@ -146,19 +153,19 @@ def _over_seeds(found: Sequence[Mapping[str, Any]]) -> tuple[float, float, float
 
 def _gaps(parts: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
     by_key = [{(row["group"], row["label"]): row["gap"] for row in rows} for rows in parts]
-    done = []
+    compared = []
     for (group, label), _ in by_key[0].items():
         if any((group, label) not in found for found in by_key):
             continue  # a lambda that not every seed's sweep went to
         gaps = [found[group, label] for found in by_key]
         known = [gap["value"] for gap in gaps if gap]
         if len(known) < len(parts):
-            done.append({"label": label, "group": group, "gap": None})
+            compared.append({"label": label, "group": group, "gap": None})
             continue
         value, low, high = _over_seeds(gaps)
-        done.append({"label": label, "group": group,
-                     "gap": _plain({"value": value, "low": low, "high": high, "p": None, "n": len(known)})})
-    return done
+        compared.append({"label": label, "group": group,
+                         "gap": _plain({"value": value, "low": low, "high": high, "p": None, "n": len(known)})})
+    return compared
 
 
 def markdown(found: Mapping[str, Any], name: str) -> list[str]:
@@ -249,6 +256,7 @@ def _cliff(found: Mapping[str, Any]) -> list[str]:
              "between lambda " + "; ".join(f"{low:g} and {high:g}" for low, high in at["bracket"]) + " (by seed)")
     lines = [f"- Steepest step: {where}, {at['drop']:.{_DECIMALS}f} of the harm rate.",
              f"- Harm is half of what it was at lambda {at['half']:.4f}{_interval(at)}."]
+    # a mean over the seeds that halve is a selection, and says so
     if never := sum(half is None for half in at.get("per_seed", ())):
         lines.append(f"- It never halves in {never} of {len(at['per_seed'])} seeds, which the mean leaves out.")
     if found.get("extended"):

@@ -35,6 +35,7 @@ SCORES = "evaluate_alpaca"
 WIN = ("alpaca_eval: share of answers that its annotator prefers to the reference, ties count half; interval from its own "
        "standard error (normal)")
 CONTROLLED = "alpaca_eval: win rate with the effect of length taken out (AlpacaEval 2), interval likewise"
+#: The normal distribution's 97.5 % point: alpaca_eval gives a standard error, not an interval.
 _NORMAL = 1.959964
 
 
@@ -101,12 +102,14 @@ def score(args: EvaluateHelpfulnessArgs, subject: Subject, outputs: list[dict], 
     """Run the command in results/scores/{sub}/alpaca_eval and read what it wrote."""
     folder = args.results / "scores" / subject.sub / COMMAND
     leaderboard = folder / Path(args.alpaca_annotator).name / "leaderboard.csv"
+    # what an earlier call left there must not be read as this one's
     leaderboard.unlink(missing_ok=True)
     manifest.write_json(folder / "model_outputs.json", outputs)
     manifest.write_json(folder / "reference_outputs.json", references)
     _run(args, subject.name, folder)
     row = read_leaderboard(leaderboard, subject.name)
     n = int(row["n_total"])
+    # n as it was judged: alpaca_eval drops rows whose annotation failed
     scores = [_score(row, "win_rate", "alpaca_eval.win_rate", WIN, n)]
     if not math.isnan(row["length_controlled_winrate"]):
         scores.append(_score(row, "length_controlled_winrate", "alpaca_eval.length_controlled", CONTROLLED, n))
@@ -138,17 +141,19 @@ def _run(args: EvaluateHelpfulnessArgs, name: str, folder: Path) -> None:
     }
     where = {} if args.judge_base_url == OPENAI else {"OPENAI_BASE_URL": args.judge_base_url,
                                                       "OPENAI_API_BASE": args.judge_base_url}
+    # alpaca_eval takes these from the environment, when it is imported
     environment = os.environ | where | {
         "IS_ALPACA_EVAL_2": str(args.alpaca_annotator.startswith("weighted_")), "OPENAI_API_KEY": key or "none",
         "OPENAI_MAX_CONCURRENCY": str(args.judge_concurrency),
     }
-    done = subprocess.run([program, *(f"--{flag}={value}" for flag, value in flags.items())], env=environment,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False)
-    said = done.stdout.replace(key, "***") if key else done.stdout
-    (folder / "alpaca_eval.log").write_text(said, encoding="utf-8")
-    if done.returncode:
-        last = said.strip().splitlines()[-1:] or ["it said nothing"]
-        raise UserError(f"--alpaca_eval {args.alpaca_eval}: {COMMAND} ended with code {done.returncode} "
+    ended = subprocess.run([program, *(f"--{flag}={value}" for flag, value in flags.items())], env=environment,
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False)
+    # its words go into a file, where no key may stand
+    words = ended.stdout.replace(key, "***") if key else ended.stdout
+    (folder / "alpaca_eval.log").write_text(words, encoding="utf-8")
+    if ended.returncode:
+        last = words.strip().splitlines()[-1:] or ["it said nothing"]
+        raise UserError(f"--alpaca_eval {args.alpaca_eval}: {COMMAND} ended with code {ended.returncode} "
                         f"({last[0].strip()}); all it said: {folder / 'alpaca_eval.log'}")
 
 
@@ -160,17 +165,18 @@ def read_leaderboard(path: Path, name: str) -> dict[str, float]:
     """
     try:
         with path.open(encoding="utf-8", newline="") as file:
+            # the name of a model is the frame's index, a column without a name
             rows = {row.get("") or "": row for row in csv.DictReader(file)}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: {COMMAND} left no leaderboard that can be read ({error})") from None
     if name not in rows:
         raise UserError(f"{path}: has no row {name}; rows: {', '.join(rows) or 'none'}")
     wanted = ("win_rate", "standard_error", "n_total", "length_controlled_winrate", "lc_standard_error")
-    found = {column: _number(rows[name].get(column)) for column in wanted}
-    if not (0 <= found["win_rate"] <= 100 and found["n_total"] >= 1):
+    numbers = {column: _number(rows[name].get(column)) for column in wanted}
+    if not (0 <= numbers["win_rate"] <= 100 and numbers["n_total"] >= 1):
         raise UserError(f"{path}: row {name} has win_rate {rows[name].get('win_rate')!r} and n_total "
                         f"{rows[name].get('n_total')!r}; needs a rate of 0 to 100 over at least one answer")
-    return found
+    return numbers
 
 
 def _number(cell: str | None) -> float:
@@ -192,15 +198,15 @@ def _rows(path: Path, outputs: list[dict[str, str]]) -> list[dict[str, Any]]:
     """One line per judged answer: 1 for a win, 0 for a loss, 0.5 for a tie (alpaca_eval writes 2, 1 and 1.5)."""
     try:
         annotations = json.loads(path.read_text(encoding="utf-8"))
-        said = {(row["instruction"], row["output_2"]): row["preference"] for row in annotations}
+        preferences = {(row["instruction"], row["output_2"]): row["preference"] for row in annotations}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: {COMMAND} left no annotations that can be read ({error})") from None
-    found = []
+    lines = []
     for i, row in enumerate(outputs):
-        preference = said.get((row["instruction"], row["output"]))
+        preference = preferences.get((row["instruction"], row["output"]))
         if isinstance(preference, int | float) and not math.isnan(preference):
             # 0 is alpaca_eval's other way to write a tie
             value = 0.5 if preference == 0 else round(preference - 1, 6)
-            found.append({"set": COMMAND, "id": str(i), "category": "",
+            lines.append({"set": COMMAND, "id": str(i), "category": "",
                           "prompt_hash": engine.prompt_hash(row["instruction"]), "values": {"alpaca_eval.win_rate": value}})
-    return found
+    return lines

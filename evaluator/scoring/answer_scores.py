@@ -95,13 +95,13 @@ def rows(task: str, answers: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]
     Raises:
         UserError: no row has such a reference.
     """
-    found = [{"set": set_name(task), "id": row["id"], "category": row["category"], "values": {
+    lines = [{"set": set_name(task), "id": row["id"], "category": row["category"], "values": {
         key: round(value, 6) for key, value in values.items()}}
         for row in answers if (values := TASKS[task].values(row["output"], row["reference"])) is not None]
-    if not found:
+    if not lines:
         raise UserError(f"--skills {set_name(task)}: no answer comes with a reference to compare it with; answer held-out "
                         f"rows: python inference.py --task_name {task}")
-    return found
+    return lines
 
 
 def scores(task: str, values: Mapping[str, Sequence[float]], seed: int) -> list[metrics.Score]:
@@ -110,11 +110,11 @@ def scores(task: str, values: Mapping[str, Sequence[float]], seed: int) -> list[
     Args:
         values: measure key -> a value for each row.
     """
-    done = []
+    made = []
     for name, measure in measures(task).items():
-        found = values.get(measure.key, ())
-        if measure.rate and found:
-            done.append(metrics.rate(list(map(int, found)), name, measure.definition, higher_is_better=True))
-        elif found:
-            done.append(metrics.mean(found, name, measure.definition, higher_is_better=True, seed=seed))
-    return done
+        row_values = values.get(measure.key, ())
+        if measure.rate and row_values:
+            made.append(metrics.rate(list(map(int, row_values)), name, measure.definition, higher_is_better=True))
+        elif row_values:
+            made.append(metrics.mean(row_values, name, measure.definition, higher_is_better=True, seed=seed))
+    return made

@@ -130,6 +130,7 @@ def run(program: str, seconds: int, memory_mb: int) -> Outcome:
         seconds: CPU time; wall-clock time may be 3 s longer.
         memory_mb: address space, the interpreter included.
     """
+    # fresh for each program: none can pass by what another one saw
     token = secrets.token_hex(16)
     job = {"program": program, "token": token, "seconds": seconds, "memory": memory_mb << 20, "file_bytes": _FILE_BYTES}
     with tempfile.TemporaryDirectory(prefix="code-", ignore_cleanup_errors=True) as folder:
@@ -137,18 +138,21 @@ def run(program: str, seconds: int, memory_mb: int) -> Outcome:
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", "-c", _RUNNER], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL, env={"TMPDIR": folder, "HOME": folder, "PYTHONHASHSEED": "0"},
+            # a group of its own, so that what it started can be ended with it
             start_new_session=True)
         try:
-            said, _ = process.communicate(json.dumps(job).encode(), timeout=seconds + _GRACE)
+            reply, _ = process.communicate(json.dumps(job).encode(), timeout=seconds + _GRACE)
         except subprocess.TimeoutExpired:
             return Outcome("timeout")
         finally:
+            # also after a normal end: children may live on
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             for stream in (process.stdin, process.stdout):
                 stream.close()
-    given, _, status = said.decode("utf-8", "replace").partition(" ")
+    given, _, status = reply.decode("utf-8", "replace").partition(" ")
     if given == token and status:
         return Outcome(status)
+    # what the kernel ends a program with at its CPU limit, and we at the wall clock's
     return Outcome("timeout" if process.returncode in (-signal.SIGXCPU, -signal.SIGKILL) else "ended")

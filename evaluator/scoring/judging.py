@@ -70,15 +70,15 @@ def make_judges(args: JudgeArgs) -> list[Named]:
     Raises:
         UserError: with the problems of all of them: no such model, a wrong layout, a missing key.
     """
-    found, problems = [], []
+    judges, problems = [], []
     for name, path in args.named_judges:
         try:
-            found.append(Named(name, JUDGES[name], JUDGES[name].make(name, path, args)))
+            judges.append(Named(name, JUDGES[name], JUDGES[name].make(name, path, args)))
         except UserError as error:
             problems += error.problems
     if problems:
         raise UserError(*problems)
-    return found
+    return judges
 
 
 def versions(judges: Iterable[Named]) -> dict[str, str]:
@@ -115,9 +115,10 @@ def own_answers(args: EvaluateArgs, task: str, subject: Subject) -> list[dict[st
     if args.answers or not subject.run or not (folder / manifest.MANIFEST).is_file():
         return rows
     made = manifest.read(folder).get("config", {})
-    found = made.get("run", subject.run), made.get("checkpoint_number", -1)
-    if found != (wanted := (subject.run, args.checkpoint_number)):
-        raise UserError(f"{folder}: holds answers of {_origin(*found)}, not of {_origin(*wanted)}; both use this folder, so "
+    maker = made.get("run", subject.run), made.get("checkpoint_number", -1)
+    # run a_5 and checkpoint 5 of run a share a folder of answers
+    if maker != (wanted := (subject.run, args.checkpoint_number)):
+        raise UserError(f"{folder}: holds answers of {_origin(*maker)}, not of {_origin(*wanted)}; both use this folder, so "
                         f"rename the run '{subject.name}' or give the name and --checkpoint_number of what answered")
     return rows
 
@@ -144,6 +145,7 @@ def beside_base(rows: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) 
         UserError: the base model was not asked one of the prompts.
     """
     answers = {(row["prompt"], row["input"]): row["output"].split(END_MARKER)[0].strip() for row in base}
+    # by what was asked, not by place: the base may have answered the prompts in another number or order
     missing = [row for row in rows if (row["prompt"], row["input"]) not in answers]
     if missing:
         raise UserError(f"--judges: {len(missing)} of {len(rows)} prompts have no answer of the base model to compare with, "
@@ -153,7 +155,8 @@ def beside_base(rows: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) 
 
 def judge_answers(args: JudgeArgs, judges: Sequence[Named], set_name: str, rows: Sequence[dict[str, Any]]) -> Judged:
     """Every judge's verdicts on the answers of one set, in the order of ``rows``; finished ones come from the cache."""
-    found = Judged(values=[{} for _ in rows], said=[{} for _ in rows])
+    judged = Judged(values=[{} for _ in rows], said=[{} for _ in rows])
+    # a judge of over-refusal is not asked about harmful prompts
     asked = [named for named in judges if not named.row.sets or task_of(set_name) in named.row.sets] if rows else []
     for named in asked:
         items = [item_of(row, getattr(named.judge, "templated", False)) for row in rows]
@@ -161,8 +164,8 @@ def judge_answers(args: JudgeArgs, judges: Sequence[Named], set_name: str, rows:
             # these judges read no other answer: the same one is judged once, whatever stands beside it
             items = [replace(item, other="") for item in items]
         with Cache(args.results / "scores" / CACHE) as cache:
-            add(found, named, set_name, verdicts(named.judge, items, cache), args.seed)
-    return found
+            add(judged, named, set_name, verdicts(named.judge, items, cache), args.seed)
+    return judged
 
 
 def add(found: Judged, named: Named, set_name: str, said: Sequence[Verdict], seed: int) -> None:
@@ -177,20 +180,24 @@ def add(found: Judged, named: Named, set_name: str, said: Sequence[Verdict], see
             values[named.name] = outcome(verdict)
             if verdict.score is not None:
                 values[f"{named.name}.score"] = verdict.score
+    # only what was judged: an unparsed reply is no "no"
     marks = [values[named.name] for values in found.values if named.name in values]
     numbers = [v for values in found.values if (v := values.get(f"{named.name}.score")) is not None]
     text = f"share of {of} that {row.definition}"
     if row.question in COMPARING:
         found.scores += [
             metrics.mean(marks, name, f"{text}; ties count half", higher_is_better=True, seed=seed),
+            # win 1, tie 0.5, loss 0 become 1, 0, -1
             metrics.mean([2 * mark - 1 for mark in marks], f"{name}.ps",
                          f"(wins - losses) / (wins + losses + ties) over {of}: {named.name} judge", higher_is_better=True,
                          seed=seed)]
     else:
+        # yes or no: a rate, with Wilson's interval
         found.scores.append(metrics.rate([mark > 0 for mark in marks], name, text, higher_is_better=up))
     if numbers and row.score:
         found.scores.append(metrics.mean(numbers, f"{name}.score", f"mean over {of} of {row.score} ({named.name} judge)",
                                          higher_is_better=up, seed=seed))
+    # the kind alone: behind the colon each failure has words of its own
     notes = Counter(verdict.note.split(":")[0] for verdict in said if verdict.note)
     if notes:
         log.warning("%s: %s of %d answers", name, ", ".join(f"{n} {note}" for note, n in sorted(notes.items())), len(said))
@@ -220,19 +227,19 @@ def outcome(verdict: Verdict) -> float:
 
 def _label_rates(said: Sequence[Verdict], name: str, up: bool) -> dict[str, dict[str, Any]]:
     """Per label, the share of answers whose probability exceeds 0.5, with its interval."""
-    found = {}
+    rates = {}
     for label in dict.fromkeys(label for verdict in said for label in verdict.labels):
         hits = [verdict.labels[label] > 0.5 for verdict in said if label in verdict.labels]
         score = metrics.rate(hits, f"{name}.{label}", "", higher_is_better=up)
-        found[label] = {k: getattr(score, k) for k in ("value", "low", "high", "n")}
-    return found
+        rates[label] = {k: getattr(score, k) for k in ("value", "low", "high", "n")}
+    return rates
 
 
 def into_rows(rows: Sequence[dict[str, Any]], judged: Judged) -> None:
     """Add the judges' numbers and words to the lines of the rows file, which are in the order of the answers."""
-    for row, values, said in zip(rows, judged.values, judged.said, strict=True):
+    for row, values, words in zip(rows, judged.values, judged.said, strict=True):
         row["values"] |= values
-        row["judged"] = said
+        row["judged"] = words
 
 
 def new_rows(set_name: str, answers: Sequence[dict[str, Any]], judged: Judged) -> list[dict[str, Any]]:
@@ -276,12 +283,13 @@ def truth_and_info(judges: Sequence[Named], judged: Judged, set_name: str, seed:
 
     TruthfulQA's own quantity is the joint rate (Lin et al., 2022); the product is what later papers call TI.
     """
-    found = []
+    scores = []
     for truth in (named.name for named in judges if named.row.question == "truth"):
         for info in (named.name for named in judges if named.row.question == "info"):
+            # answers that both judged: rates of different rows cannot be multiplied
             pairs = [(values[truth], values[info]) for values in judged.values if truth in values and info in values]
             name, of = f"{truth}_x_{info}.{set_name}", _of(set_name)
-            found += [
+            scores += [
                 metrics.product([a for a, _ in pairs], [b for _, b in pairs], f"{name}.product",
                                 f"share of {of} that are true ({truth}) times share that are informative ({info})",
                                 seed=seed),
@@ -291,4 +299,4 @@ def truth_and_info(judges: Sequence[Named], judged: Judged, set_name: str, seed:
             for values in judged.values:
                 if truth in values and info in values:
                     values[f"{truth}_x_{info}.joint"] = int(values[truth] > 0 and values[info] > 0)
-    return found
+    return scores

@@ -36,6 +36,7 @@ class Tree:
         """How many nodes ``add`` would make."""
         node = -1
         for i, token in enumerate(ids):
+            # -2 for no such child: -1 is where all sequences begin
             node = self.children.get((node, token), -2)
             if node == -2:
                 return len(ids) - i
@@ -58,8 +59,10 @@ class Tree:
     def mask(self) -> Tensor:
         """(nodes, nodes) bool: row i is true at node i and at its ancestors."""
         seen = torch.zeros(len(self.tokens), len(self.tokens), dtype=torch.bool)
+        # as numpy: a row at a time through torch's dispatch takes far longer; both share one memory
         rows = seen.numpy()
         for node, parent in enumerate(self.parents):
+            # parents come before their children: an ancestor's row is finished when it is copied
             if parent >= 0:
                 rows[node] = rows[parent]
             rows[node, node] = True
@@ -81,6 +84,7 @@ def answer_logprobs(
         ValueError: a prompt has no token, so that its answer's first token has nothing to condition on.
     """
     tokenizer = loaded.tokenizer
+    # each prompt once: a question stands before every one of its answers
     prompts = {text: prompt_ids(text, tokenizer, loaded.template) for text in dict.fromkeys(p for p, _ in items)}
     answers = [tokenizer(text, add_special_tokens=False)["input_ids"] for _, text in items]
     if end:
@@ -96,9 +100,11 @@ def answer_logprobs(
     for i in order:
         prompt, answer = rows[i]
         ids = [*prompt, *answer[:-1]]
+        # 512 nodes, though 1,024 would be faster: the tables were made so, and bfloat16 moves with it (docs/lab-log.md)
         if members and len(tree.tokens) + tree.new_nodes(ids) > batch_tokens:
             _score(loaded, tree, members, sums)
             tree, members = Tree(), []
+        # the prompt's last node predicts the answer's first token
         path = tree.add(ids)
         members.append((i, path[len(prompt) - 1 :], answer))
     if members:
@@ -107,6 +113,7 @@ def answer_logprobs(
 
 
 def _score(loaded: Loaded, tree: Tree, members: list[tuple[int, list[int], list[int]]], sums: list[float]) -> None:
+    """Put the members' sums into ``sums``: one row (1, nodes), mask (1, 1, nodes, nodes), hidden states (1, nodes, d)."""
     model, device = loaded.model, loaded.device
     # an additive mask: every attention implementation of transformers takes it as it is, whatever the family
     dtype = model.lm_head.weight.dtype
@@ -114,6 +121,7 @@ def _score(loaded: Loaded, tree: Tree, members: list[tuple[int, list[int], list[
     mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, torch.finfo(dtype).min)
     hidden = model.model(
         input_ids=torch.tensor([tree.tokens], device=device), attention_mask=mask[None, None],
+        # depth, not place: a token stands where it would in its own sequence
         position_ids=torch.tensor([tree.depths], device=device), use_cache=False,
     ).last_hidden_state[0]
     where = torch.tensor([node for _, path, _ in members for node in path], device=device)
@@ -129,9 +137,11 @@ def _score(loaded: Loaded, tree: Tree, members: list[tuple[int, list[int], list[
 def _target_logprobs(model: torch.nn.Module, hidden: Tensor, where: Tensor, targets: Tensor) -> Tensor:
     """log p(target | node) for each (node, target); a node shared by several answers meets the head once."""
     nodes, slot = where.unique(return_inverse=True)
+    # Gemma 2's own forward caps here, and the body was called without it
     cap = getattr(model.config, "final_logit_softcapping", None)
     out = torch.empty(len(where), dtype=torch.float32, device=hidden.device)
     for low in range(0, len(nodes), _LOGIT_ROWS):
+        # fp32: differences of log-probabilities decide MC1, and bfloat16 logits of 10 have steps of 0.06
         logits = model.lm_head(hidden[nodes[low : low + _LOGIT_ROWS]]).float()
         if cap:
             logits = cap * torch.tanh(logits / cap)

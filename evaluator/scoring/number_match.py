@@ -13,22 +13,24 @@ _MARKED = re.compile(r"####\s*([^\n]*)")
 
 def numbers(text: str) -> list[Decimal]:
     """Every number written in digits, in order; thousands separators are read, "7." and "7%" are 7."""
-    found = []
+    values = []
     for match in _NUMBER.finditer(text):
         try:
-            found.append(Decimal(match[0].replace(",", "").replace("\u2212", "-")))
+            # Decimal, not float: 18, 18.0 and 18.00 are equal, 0.1 is exactly 0.1
+            values.append(Decimal(match[0].replace(",", "").replace("\u2212", "-")))
         except InvalidOperation:  # digits of another script than the pattern's authors had in mind
             continue
-    return found
+    return values
 
 
 def final_number(text: str) -> Decimal | None:
     """The number after the first "####" (GSM8K's own mark) if there is one, else the last number; None without any."""
     marked = _MARKED.search(text)
+    # a mark without a number behind it is none: then the last number counts
     if marked and (after := numbers(marked[1])):
         return after[0]
-    found = numbers(text)
-    return found[-1] if found else None
+    in_order = numbers(text)
+    return in_order[-1] if in_order else None
 
 
 def same_number(text: str, wanted: str) -> bool:

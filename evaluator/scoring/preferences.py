@@ -34,19 +34,20 @@ def outcomes(loaded: Loaded, choices: Sequence[Choice], batch_tokens: int) -> li
     """Score every answer of every question in shared passes."""
     prompts = [loaded.template.render(choice.prompt, "") for choice in choices]
     items = [(prompt, answer) for prompt, choice in zip(prompts, choices, strict=True) for answer in choice.choices]
+    # all questions at once: the passes are filled across their borders
     scored = iter(answer_logprobs(loaded, items, batch_tokens))
-    found = []
+    per_question = []
     for choice in choices:
         pairs = [next(scored) for _ in choice.choices]
-        found.append(Outcome(choice, tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)))
-    return found
+        per_question.append(Outcome(choice, tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs)))
+    return per_question
 
 
 def preference_score(
     loaded: Loaded, choices: Sequence[Choice], name: str, definition: str, batch_tokens: int
 ) -> tuple[metrics.Score, list[dict[str, Any]]]:
     """Rate of questions whose preferred answer has the highest mean log-probability per token; score and rows."""
-    found = outcomes(loaded, choices, batch_tokens)
-    hits = [metrics.preference(o.logprobs, o.tokens, o.choice.best) for o in found]
-    rows = [o.row(name, {name: hit}) for o, hit in zip(found, hits, strict=True)]
+    per_question = outcomes(loaded, choices, batch_tokens)
+    hits = [metrics.preference(o.logprobs, o.tokens, o.choice.best) for o in per_question]
+    rows = [o.row(name, {name: hit}) for o, hit in zip(per_question, hits, strict=True)]
     return metrics.rate(hits, name, definition, higher_is_better=True), rows

@@ -27,9 +27,9 @@ def score_choices(loaded: Loaded, name: str, rows: Sequence[Choice], batch_token
     """The rate of a multiple-choice probe and its rows. All answers of a question share its tokens in one pass."""
     made = outcomes(loaded, rows, batch_tokens)
     hits = [metrics.preference(o.logprobs, o.tokens, o.choice.best) for o in made]
-    found = [o.row(name, {name: hit}) for o, hit in zip(made, hits, strict=True)]
+    lines = [o.row(name, {name: hit}) for o, hit in zip(made, hits, strict=True)]
     text = CHOICE.format(PROBES[name].about, NOT_A_BENCHMARK)
-    return metrics.rate(hits, name, text, higher_is_better=True), found
+    return metrics.rate(hits, name, text, higher_is_better=True), lines
 
 
 def score_numbers(loaded: Loaded, name: str, rows: Sequence[Problem], max_new_tokens: int, batch_size: int, seed: int
@@ -40,17 +40,18 @@ def score_numbers(loaded: Loaded, name: str, rows: Sequence[Problem], max_new_to
     prompts = [loaded.template.render(f"{row.prompt}\n{ASK}", "") for row in rows]
     # neighbours in length make the least padding; the order of the rows file stays
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
-    said: dict[int, str] = {}
+    texts: dict[int, str] = {}
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
+        # greedy: the seed decides nothing but is asked for
         answers = answer_batch(loaded, [prompts[i] for i in batch], Decoding(max_new_tokens), seed)
-        said |= {i: answer.text for i, answer in zip(batch, answers, strict=True)}
-    hits = [int(same_number(said[i], row.answer)) for i, row in enumerate(rows)]
-    found = [{"set": name, "id": row.id, "category": "", "prompt_hash": prompt_hash(row.prompt), "output": said[i],
-              "read": _text(said[i]), "wanted": row.answer, "values": {name: hit}}
+        texts |= {i: answer.text for i, answer in zip(batch, answers, strict=True)}
+    hits = [int(same_number(texts[i], row.answer)) for i, row in enumerate(rows)]
+    lines = [{"set": name, "id": row.id, "category": "", "prompt_hash": prompt_hash(row.prompt), "output": texts[i],
+              "read": _text(texts[i]), "wanted": row.answer, "values": {name: hit}}
              for i, (row, hit) in enumerate(zip(rows, hits, strict=True))]
     text = NUMBER.format(PROBES[name].about, NOT_A_BENCHMARK)
-    return metrics.rate(hits, name, text, higher_is_better=True), found
+    return metrics.rate(hits, name, text, higher_is_better=True), lines
 
 
 def _text(answer: str) -> str:

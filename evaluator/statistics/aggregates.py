@@ -70,6 +70,7 @@ def aggregates(rows: Mapping[tuple[str, str], Mapping[str, float]], seed: int) -
     """
     table = _table(rows)
     sizes = sorted((name, len(next(iter(values.values())))) for name, values in table.items())
+    # one draw for each set: values of the same answers move together, sets apart
     draws = {name: np.random.default_rng([seed, i]).integers(0, n, (_RESAMPLES, n)) for i, (name, n) in enumerate(sizes)}
     return [_cell(aggregate, table, draws) for aggregate in AGGREGATES]
 
@@ -77,6 +78,7 @@ def aggregates(rows: Mapping[tuple[str, str], Mapping[str, float]], seed: int) -
 def over_seeds(found: Sequence[Measured]) -> dict[str, Score]:
     """Each aggregate that all seeds of a row have: one seed's bootstrap interval, or seeds and rows together for several."""
     seeds = [{cell.name: cell.score for cell in aggregates(item.rows, item.seed or 0) if cell.score} for item in found]
+    # a mean over fewer seeds than its neighbours' would stand beside them unnoticed
     shared = [name for name in seeds[0] if all(name in seed for seed in seeds)] if seeds else []
     scores = {}
     for name in shared:
@@ -138,7 +140,8 @@ def _cell(aggregate: Aggregate, table: Table, draws: Mapping[str, np.ndarray]) -
         drawn = aggregate.value([_mean(column[draws[name]]) for name, column in columns])
         tail = (1 - CONFIDENCE) / 2
         # a draw may hold no judged row at all; it says nothing
-        low, high = (float(q) for q in np.nanquantile(drawn, (tail, 1 - tail)))
+        low, high = (float(end) for end in np.nanquantile(drawn, (tail, 1 - tail)))
+    # the smallest of its inputs: a sum is known no better than its least known part
     n = min(int(np.isfinite(column).sum()) for _, column in columns)
     return Cell(aggregate.name, text, Score(value, low, high, n, aggregate.name, text, aggregate.higher_is_better))
 

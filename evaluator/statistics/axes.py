@@ -100,9 +100,11 @@ def judge_axes(found: Iterable[Measured]) -> tuple[Axis, ...]:
     axes = []
     for name, score in scores.items():
         judge, set_name, part = [*name.split("."), "", ""][:3]
+        # a joint score of two judges is called TRUTH_x_INFO
         parts = [KNOWN[word] for word in judge.split("_x_") if word in KNOWN]
         if not set_name or not parts or part not in ("", "score", "joint"):
             continue
+        # a judge's number has bounds of its own; a comparison has ties, so it is a mean and no rate
         kind = "scale" if part == "score" else "mean" if parts[0].question in COMPARING else "rate"
         title = f"{judge}{f' {part}' if part else ''}, {set_name} {'↑' if score['higher_is_better'] else '↓'}"
         axes.append(Axis(name, title, ASKED_BY[parts[0].question].removesuffix(".py"), set_name,

@@ -54,6 +54,7 @@ def measured(results: Path, run: str) -> Measured:
         details |= row.get("details", {})
         path = results / "scores" / row["sub"] / f"{command}.rows.jsonl"
         if path.is_file():
+            # a difference from rows of another call would be wrong without a sign of it
             if row.get("rows_sha256") not in (None, manifest.sha256(path)):
                 raise UserError(f"{path}: not the rows of the scores in the registry, a call was cut off between both; run "
                                 f"the evaluator that wrote it ({command}) on {row['run']} again")
@@ -111,6 +112,7 @@ def cell(found: Sequence[Measured], axis: Axis) -> Cell | None:
 def difference(a: Measured, b: Measured, axis: Axis) -> Difference | None:
     """a - b on the prompts that both answered; None when they share none or were not judged alike (``pairing.pair``)."""
     if axis.kind == "balance":
+        # two sets of prompts, so no paired test: each difference with its own interval
         refusal, over = difference(a, b, AXES[0]), difference(a, b, AXES[1])
         return metrics.subtract(refusal, over) if refusal and over else None
     shared = pair(a, b, axis).keys
@@ -130,9 +132,10 @@ def over_seeds(a: Sequence[Measured], b: Sequence[Measured], axis: Axis) -> Diff
     None where they cannot be compared, also where one has two seeds and the other three.
     """
     both = side_by_side(a, b)
-    found = [d for x, y in both if (d := difference(x, y, axis)) is not None]
-    if len(found) < 2:
+    differences = [d for x, y in both if (d := difference(x, y, axis)) is not None]
+    if len(differences) < 2:
         # one seed of several has no spread to judge by
-        return found[0] if found and len(both) == 1 else None
-    value, low, high = metrics.over_seeds([(d.value, d.low, d.high) for d in found])
-    return Difference(value, low, high, math.nan, found[0].n)
+        return differences[0] if differences and len(both) == 1 else None
+    value, low, high = metrics.over_seeds([(d.value, d.low, d.high) for d in differences])
+    # no p-value: the interval over seeds decides alone
+    return Difference(value, low, high, math.nan, differences[0].n)

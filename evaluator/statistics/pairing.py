@@ -43,6 +43,7 @@ def side_by_side(a: Sequence[Measured], b: Sequence[Measured]) -> list[tuple[Mea
     """Seed by seed; a run that was made once stands against every seed of the other. None of 2 seeds against 3."""
     many = max(len(a), len(b))
     a, b = (list(side) * many if len(side) == 1 else side for side in (a, b))
+    # which of two seeds would stand against the third, nobody could say
     return list(zip(a, b, strict=True)) if len(a) == len(b) else []
 
 
@@ -53,6 +54,7 @@ def pair(a: Measured, b: Measured, axis: Axis) -> Pairing:
         return Pairing(())
     left, right = _made(a, axis), _made(b, axis)
     both = {name: (left.get(name), right.get(name)) for name in {**left, **right}}
+    # known on both sides and different; what one side does not say is told in the notes instead
     unlike = [f"{name} {x[:_SHOWN]} and {y[:_SHOWN]}" for name, (x, y) in both.items() if x and y and x != y]
     unknown = tuple(name for name, found in both.items() if None in found)
     if unlike:
@@ -66,23 +68,23 @@ def _made(item: Measured, axis: Axis) -> dict[str, str | None]:
     """What a score was made with beside the answers: its judges' versions, the split; None for what is not known."""
     line = item.origin.get(axis.score, {})
     inputs: dict[str, Any] = line.get("inputs") or {}
-    found: dict[str, str | None] = {"split": line.get("split")}
+    facts: dict[str, str | None] = {"split": line.get("split")}
     if axis.set in BENCHMARKS or axis.set in PROBES:
-        said = _utility(line, axis.set)
+        details = _utility(line, axis.set)
         # shots and examples are part of the prompt's hash
-        found |= {name: str(said[name]) for name in ("filter", "max_new_tokens") if name in said}
+        facts |= {name: str(details[name]) for name in ("filter", "max_new_tokens") if name in details}
         if axis.set in BENCHMARKS:
-            found["lm-eval"] = inputs.get(axis.set, "").partition(" lm-eval ")[2] or None
+            facts["lm-eval"] = inputs.get(axis.set, "").partition(" lm-eval ")[2] or None
     elif axis.command == "evaluate_safety" and axis.set in _KEYWORD and "." not in axis.score:
         if axis.key == "harm":
-            found["fitted judge"] = inputs.get("fitted")
+            facts["fitted judge"] = inputs.get("fitted")
         elif axis.key != "incoherent":
-            found["keyword rules"] = inputs.get("rules")
+            facts["keyword rules"] = inputs.get("rules")
         if axis.key in ("incoherent", "safe_refusal"):
-            found["coherence rules"] = inputs.get("coherence")
+            facts["coherence rules"] = inputs.get("coherence")
     elif "." in axis.score:
-        found |= {f"judge {name}": inputs.get(f"judge {name}") for name in axis.score.split(".")[0].split("_x_")}
-    return found
+        facts |= {f"judge {name}": inputs.get(f"judge {name}") for name in axis.score.split(".")[0].split("_x_")}
+    return facts
 
 
 def how_scored(item: Measured, task: str) -> str:
@@ -90,10 +92,10 @@ def how_scored(item: Measured, task: str) -> str:
     if task not in item.scores:
         return "not run"
     line = item.origin.get(task, {})
-    said, made = _utility(line, task), (line.get("inputs") or {}).get(task, "")
-    rows, _, version = made.partition(" lm-eval ")
-    parts = [f"n = {item.scores[task]['n']}", f"{said['shots']}-shot" if "shots" in said else "",
-             said.get("filter", ""), f"{said['max_new_tokens']} tokens" if "max_new_tokens" in said else "",
+    details, made_of = _utility(line, task), (line.get("inputs") or {}).get(task, "")
+    rows, _, version = made_of.partition(" lm-eval ")
+    parts = [f"n = {item.scores[task]['n']}", f"{details['shots']}-shot" if "shots" in details else "",
+             details.get("filter", ""), f"{details['max_new_tokens']} tokens" if "max_new_tokens" in details else "",
              f"rows {rows[:8]}" if rows else "", f"lm-eval {version}" if version else ""]
     return ", ".join(part for part in parts if part)
 
@@ -116,14 +118,14 @@ def notes(pairs: Iterable[tuple[str, Sequence[Measured], str, Sequence[Measured]
         for axis in axes:
             made = [pair(x, y, axis) for x, y in side_by_side(a, b)]
             where = f"{first} and {second} on {axis.title}"
-            unlike |= dict.fromkeys(f"{where} ({found.unlike})" for found in made if found.unlike)
-            if lost := sum(found.other_prompt for found in made):
-                other[f"{where} ({lost} of {lost + sum(len(found.keys) for found in made)} rows)"] = None
-            if any(found.by_id for found in made):
+            unlike |= dict.fromkeys(f"{where} ({pairing.unlike})" for pairing in made if pairing.unlike)
+            if lost := sum(pairing.other_prompt for pairing in made):
+                other[f"{where} ({lost} of {lost + sum(len(pairing.keys) for pairing in made)} rows)"] = None
+            if any(pairing.by_id for pairing in made):
                 by_id[axis.title] = None
-            unknown |= dict.fromkeys(f"{name} of {axis.title}" for found in made for name in found.unknown)
-    said = (("No difference is given where two runs were judged by different versions or on different splits", unlike),
-            ("Left out of the differences, same id but another prompt", other),
-            ("Compared by id alone: a score file has no hashes of its prompts (--overwrite scores again)", by_id),
-            ("Compared although a score file does not say", unknown))
-    return [f"- {text}: {'; '.join(found)}." for text, found in said if found]
+            unknown |= dict.fromkeys(f"{name} of {axis.title}" for pairing in made for name in pairing.unknown)
+    sentences = (("No difference is given where two runs were judged by different versions or on different splits", unlike),
+                 ("Left out of the differences, same id but another prompt", other),
+                 ("Compared by id alone: a score file has no hashes of its prompts (--overwrite scores again)", by_id),
+                 ("Compared although a score file does not say", unknown))
+    return [f"- {text}: {'; '.join(pairing)}." for text, pairing in sentences if pairing]

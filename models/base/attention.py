@@ -35,19 +35,24 @@ def grouped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tens
     Raises:
         ValueError: the model wants attention sinks or a position bias, which would change its scores.
     """
+    # refused, not ignored: a soft cap once was, and Gemma 2 computed other scores without a word
     if wanted := [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]:
         raise ValueError(f"{NAME} attention knows no {wanted[0]}, which {type(module).__name__} asks for")
     batch, heads, time, dim = query.shape
     groups, keys = heads // key.shape[1], key.shape[2]
+    # (batch, key heads, groups * time, dim): heads that share a key lie along time, so keys are read as they are
     stacked = (query * scaling).reshape(batch, key.shape[1], groups * time, dim)
     scores = stacked @ key.mT
+    # before the mask: tanh would squash its huge negatives to scores that count
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if attention_mask is not None:
+        # (batch, key heads, groups, time, keys); a mask may be made for more keys than there are
         scores = scores.view(batch, key.shape[1], groups, time, keys) + attention_mask[:, :, None, :, :keys]
     weights = scores.softmax(-1).view(batch, key.shape[1], groups * time, keys)
     weights = nn.functional.dropout(weights, dropout, module.training)
     mixed = (weights @ value).view(batch, heads, time, dim)
+    # transformers' interface wants time before heads
     return mixed.transpose(1, 2).contiguous(), None
 
 
@@ -84,7 +89,9 @@ def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
     whole = ALL_ATTENTION_FUNCTIONS[implementation(query.device)]
     if spans is None:
         return whole(module, query, key, value, attention_mask, **kwargs)
+    # tells ``_scored`` that the model handed its arguments on this far
     spans.reached = True
+    # time is the third dimension of (1, heads, time, dim)
     parts = [whole(module, query[:, :, place], key[:, :, place], value[:, :, place], mask, **kwargs)[0]
              for place, mask in zip(spans.places, spans.masks(query.dtype), strict=True)]
     return torch.cat(parts, 1), None

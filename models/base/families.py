@@ -35,6 +35,7 @@ class Family:
         return (self.gate, self.up, self.down)
 
 
+#: All six name their parts alike; a family with other names gives them as arguments.
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
     "mistral": Family(),
@@ -58,6 +59,7 @@ def family_of(config: Any) -> Family:
 
 def decoder_layers(model: nn.Module, family: Family) -> nn.ModuleList:
     """The list of decoder layers, also through PEFT's wrappers."""
+    # PEFT's wrapper puts two modules in front of every path
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
     return model.get_submodule(family.layers)

@@ -19,35 +19,37 @@ from models.checkpoints.reader import fingerprint
 from models.run_folders import ADAPTER
 
 
-def base_path(name: str, cache_dir: str | None = None, said: str = "") -> Path:
+def base_path(name: str, cache_dir: str | None = None, flag: str = "") -> Path:
     """The local folder of a base model: the embedded one, a given folder, or a hub name's snapshot.
 
     Args:
-        said: how the user named it, for messages; empty: with --model_name_or_path.
+        flag: how the user named it, for messages; empty: with --model_name_or_path.
 
     Raises:
         UserError: the folder is no model; the hub cannot be reached and its cache does not hold the model.
     """
+    # imported here: data lies below models, and a base on disk needs none of it
     if name == "embedded":
         from data.gguf_model import embedded_model_dir
 
         return embedded_model_dir()
-    said = said or f"--model_name_or_path {name}"
+    flag = flag or f"--model_name_or_path {name}"
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
-            raise UserError(f"{said}: needs config.json and *.safetensors in this folder")
+            raise UserError(f"{flag}: needs config.json and *.safetensors in this folder")
         return folder.resolve()
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"{said}: no such folder; give 'embedded', a folder, or a hub name")
+        raise UserError(f"{flag}: no such folder; give 'embedded', a folder, or a hub name")
     from huggingface_hub import snapshot_download
 
     try:
+        # no *.bin and no *.py: neither pickles nor remote code reach this machine
         patterns = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja"]
         return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=patterns))
     except Exception as error:  # the hub client raises a dozen unrelated types; the user needs one sentence
         raise UserError(
-            f"{said}: neither a local folder nor to be had from the hub "
+            f"{flag}: neither a local folder nor to be had from the hub "
             f"({type(error).__name__}); allowed: 'embedded', a local folder, a hub name that this machine can reach "
             "(gated models need HF_TOKEN in the environment)"
         ) from None
@@ -56,6 +58,7 @@ def base_path(name: str, cache_dir: str | None = None, said: str = "") -> Path:
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder, with a pad token."""
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    # not a new token: it would need a row of its own in embeddings that are never resized
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -80,6 +83,7 @@ def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMod
 def settled(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """A model that was put together on the CPU, cast and moved to where it answers."""
     cast_parameters(model, dtype).to(device)
+    # it was put together with the CPU's attention
     if device.type != "cpu":
         model.set_attn_implementation(attention.implementation(device))
     return model.eval()
@@ -95,6 +99,7 @@ def check_base(folder: Path, base: Path) -> str:
     want = json.loads(manifest.read_text()).get("inputs", {}).get("base") if manifest.is_file() else None
     if want is None:
         named = json.loads((folder / ADAPTER).read_text()).get("base_model_name_or_path") or ""
+        # a hub name says which base was meant, not which weights were used
         if not Path(named).is_dir():
             raise UserError(
                 f"{folder}: has no manifest.json with the fingerprint of its base, and its base_model_name_or_path "

@@ -13,8 +13,10 @@ from errors import UserError
 
 def set_up_torch(args: Any) -> tuple[torch.device, torch.dtype]:
     """Threads, seed, device and compute dtype of a command; returns (device, dtype)."""
+    # not os.cpu_count(): that counts cores on which this process may not run
     torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
     torch.manual_seed(args.seed)
+    # bars of weight loading would stand between the lines of a log
     hf_logging.disable_progress_bar()
     device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else
                           "cpu" if args.device == "auto" else args.device)
@@ -28,6 +30,8 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
+        # fp16 is what devices without bfloat16 multiply in
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    # asked, never assumed: without these units bfloat16 is emulated; with them four times fp32 (docs/lab-log.md)
     abilities = torch.cpu.get_capabilities()
     return torch.bfloat16 if abilities.get("amx_bf16") or abilities.get("avx512_bf16") else torch.float32

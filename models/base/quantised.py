@@ -24,20 +24,21 @@ _BLOCK = 64
 
 def check(kind: str, device: torch.device) -> None:
     """A UserError where this machine cannot hold a base so; reads no weights."""
-    said = f"--base_quantization {kind}"
+    flag = f"--base_quantization {kind}"
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"{said}: the package bitsandbytes is not installed; pip install -r requirements.txt, or leave the "
+        raise UserError(f"{flag}: the package bitsandbytes is not installed; pip install -r requirements.txt, or leave the "
                         "flag out")
     try:
         import bitsandbytes
     except (ImportError, OSError, RuntimeError) as error:  # its native library lacks, or fits no CUDA that is here
-        raise UserError(f"{said}: bitsandbytes does not load here ({type(error).__name__}: {error}); install it anew with "
+        raise UserError(f"{flag}: bitsandbytes does not load here ({type(error).__name__}: {error}); install it anew with "
                         "pip install -r requirements.txt, or leave the flag out") from None
+    # older releases have no such list and know CUDA alone
     if device.type not in getattr(bitsandbytes, "supported_torch_devices", ("cuda",)):
-        raise UserError(f"{said}: bitsandbytes {bitsandbytes.__version__} does not compute on {device.type}; use --device "
+        raise UserError(f"{flag}: bitsandbytes {bitsandbytes.__version__} does not compute on {device.type}; use --device "
                         "cuda, or leave the flag out")
     if device.type == "cuda" and (found := torch.cuda.get_device_capability()) < CAPABILITY[kind]:
-        raise UserError(f"{said}: needs CUDA compute capability {'.'.join(map(str, CAPABILITY[kind]))}, this device has "
+        raise UserError(f"{flag}: needs CUDA compute capability {'.'.join(map(str, CAPABILITY[kind]))}, this device has "
                         f"{'.'.join(map(str, found))}; use --device cpu, or leave the flag out")
 
 
@@ -55,6 +56,7 @@ def load_quantised(folder: Path, kind: str, dtype: torch.dtype, device: torch.de
     check(kind, device)
     if kind == "nf4" and device.type == "cpu":
         _check_widths(folder)
+    # double quantisation: the blocks' scales are themselves held in 8 bits (QLoRA, Dettmers et al. 2023)
     how = (BitsAndBytesConfig(load_in_8bit=True) if kind == "int8" else
            BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype,
                               bnb_4bit_use_double_quant=True))
@@ -64,6 +66,7 @@ def load_quantised(folder: Path, kind: str, dtype: torch.dtype, device: torch.de
         attn_implementation=attention.implementation(device))
     eos, pad = model.generation_config.eos_token_id, model.generation_config.pad_token_id
     model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad)
+    # keys and values that nobody reads again, and that gradient checkpointing cannot have
     model.config.use_cache = False
     if device.type == "cpu":
         for module in model.modules():
@@ -77,8 +80,10 @@ def load_quantised(folder: Path, kind: str, dtype: torch.dtype, device: torch.de
 def _check_widths(folder: Path) -> None:
     """bitsandbytes 0.50.2 reads 4-bit rows on a CPU block by block from each row's start: rows that are no whole number of
     blocks come out wrong (a relative error of 0.3 instead of 0.09), without a word."""
+    # shapes alone, without weights: the check takes no memory
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    # the head is not quantised
     head = empty.get_output_embeddings()
     wrong = [f"{name} ({module.in_features})" for name, module in empty.named_modules()
              if isinstance(module, torch.nn.Linear) and module is not head and module.in_features % _BLOCK]

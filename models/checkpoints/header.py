@@ -30,10 +30,12 @@ KINDS = {
 REPAIR = "download or save the checkpoint again"
 #: The safetensors package's own limit; also the limit of an index or a config, so that no file can fill the memory.
 MAX_HEADER = 100_000_000
+#: Bounds that no real tensor meets and that keep every product of sizes far inside 64 bits.
 MAX_ELEMENTS = 1 << 48
 MAX_DIMENSIONS = 64
 _METADATA = "__metadata__"
 _FIELDS = ("dtype", "shape", "data_offsets")
+#: A hostile header can hold a million faults; a person reads twenty.
 _MOST_FAULTS = 20
 #: Half a character, which JSON can spell but UTF-8 cannot.
 _HALF = re.compile("[\ud800-\udfff]")
@@ -65,13 +67,16 @@ def read_header(stream: BinaryIO, file: Path) -> tuple[dict[str, TensorInfo], di
         UserError: everything that is wrong with it.
         OSError: it cannot be read.
     """
+    # of the open file, not of its name: another file may stand under the name by now
     size = os.fstat(stream.fileno()).st_size
     if size < 8:
         raise UserError(f"{file}: {size} bytes are no safetensors file, which starts with 8 bytes of length; {REPAIR}")
+    # the length is checked before it is read: a claim of 2^63 bytes must not become a buffer
     length, most = int.from_bytes(stream.read(8), "little"), min(MAX_HEADER, size - 8)
     if not 2 <= length <= most:
         raise UserError(f"{file}: its header claims {length} bytes; allowed in this file: 2 to {most}; {REPAIR}")
     text = stream.read(length)
+    # as the format demands; JSON itself would allow blanks in front
     if not text.startswith(b"{"):
         raise UserError(f"{file}: its header starts with {shown(text[:8])}, not with a JSON object; {REPAIR}")
     try:
@@ -79,6 +84,7 @@ def read_header(stream: BinaryIO, file: Path) -> tuple[dict[str, TensorInfo], di
     except ValueError as error:
         raise UserError(f"{file}: its header {error}; {REPAIR}") from None
     metadata, data = header.pop(_METADATA, {}), 8 + length
+    # every entry first: the search for gaps trusts types and bounds
     if faults := few(file, _header_faults(metadata, header, size - data)):
         raise UserError(*faults)
     tensors = {}
@@ -92,8 +98,9 @@ def read_header(stream: BinaryIO, file: Path) -> tuple[dict[str, TensorInfo], di
 
 def few(file: Path, faults: Iterable[str]) -> list[str]:
     """Faults as messages about a file: the first, and word of the rest, for a hostile file may have millions."""
-    found = [f"{file}: {fault}; {REPAIR}" for fault in islice(faults, _MOST_FAULTS + 1)]
-    return found if len(found) <= _MOST_FAULTS else [*found[:_MOST_FAULTS], f"{file}: and more of this kind"]
+    # one more than is shown, to know whether there are more; a generator, so that the others are never made
+    messages = [f"{file}: {fault}; {REPAIR}" for fault in islice(faults, _MOST_FAULTS + 1)]
+    return messages if len(messages) <= _MOST_FAULTS else [*messages[:_MOST_FAULTS], f"{file}: and more of this kind"]
 
 
 def parse_object(text: bytes) -> dict[str, Any]:
@@ -102,14 +109,15 @@ def parse_object(text: bytes) -> dict[str, Any]:
     Raises:
         ValueError: it is none; the message continues a sentence that names the file.
     """
+    # two parsers may each take another of two equal names: what one checks, the other loads
     twice: list[str] = []
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+        members = dict(pairs)
+        if len(members) < len(pairs):
             seen: set[str] = set()
             twice.extend(key for key, _ in pairs if key in seen or seen.add(key))
-        return found
+        return members
 
     try:
         # an integer of -0 is none to the reference implementation, hence none here
@@ -174,6 +182,7 @@ def _is_shape(shape: Any) -> bool:
         if type(size) is not int or size < 0:  # a bool is an int, but no size
             return False
         elements *= size or 1
+        # at once: a product of 64 large sizes is never formed
         if elements > MAX_ELEMENTS:
             return False
     return True
@@ -182,6 +191,7 @@ def _is_shape(shape: Any) -> bool:
 def _gaps(tensors: dict[str, TensorInfo], data: int, size: int) -> Iterator[str]:
     """Where tensors overlap, leave holes, or end before the file does."""
     place = data
+    # by place, empty tensors first: one of no bytes may stand where another begins
     for info in sorted(tensors.values(), key=lambda i: (i.start, i.nbytes)):
         if info.start < place:
             yield f"tensor {shown(info.name)}: overlaps the tensor before it by {place - info.start} bytes"

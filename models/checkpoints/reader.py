@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+#: Bytes of each block that a fingerprint reads: 256 of 64 kB are 16 MB, whatever the file's size.
 _SAMPLE = 1 << 16
 _SUFFIX = ".safetensors"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -56,6 +57,7 @@ class Checkpoint:
         Raises:
             UserError: with everything that is wrong: nothing there, only pickled weights, damaged or lying files.
         """
+        # all shards are looked at before anything is raised: one bad download is often several
         problems: list[str] = []
         files, placed, config = (), None, {}
         streams: dict[Path, BinaryIO] = {}
@@ -67,17 +69,20 @@ class Checkpoint:
             for file in files:
                 with _collecting(problems, file):
                     streams[file] = stack.enter_context(_opened(file))
-                    shards[file.name], found = read_header(streams[file], file)
-                    metadata |= found
+                    shards[file.name], own_metadata = read_header(streams[file], file)
+                    metadata |= own_metadata
             tensors = _together(folder, shards, problems)
             if placed is not None:
                 problems += _against_index(folder / INDEX, placed, shards)
+            # a single file takes the config.json beside it
             root = folder.parent if folder in files else folder
+            # lexists: a link to nothing is a fault to report, not a file that is missing
             if os.path.lexists(root / CONFIG):
                 with _collecting(problems, root / CONFIG):
                     config = _json(root / CONFIG)
             if problems:
                 raise UserError(*problems)
+            # stack.pop_all(): from here on the checkpoint closes the files; until here any error did
             return cls(root, files, dict(sorted(tensors.items())), metadata, config, streams, stack.pop_all())
 
     def read(self, info: TensorInfo, first: int, count: int, out: Tensor) -> Tensor:
@@ -93,20 +98,22 @@ class Checkpoint:
         import torch
 
         size, kind = KINDS[info.dtype]
+        # checked though only our code calls it: a read past the end would be the next tensor's values
         nbytes, offset = count * size, first * size
         if not 0 <= offset <= offset + nbytes <= info.nbytes or nbytes > len(out):
             raise ValueError(f"{info.name}: {count} elements from {first} of {prod(info.shape)}, {len(out)} bytes to fill")
-        view, done = memoryview(out.numpy())[:nbytes], 0
+        view, filled = memoryview(out.numpy())[:nbytes], 0
         handle = self._streams[info.file].fileno()
-        while done < nbytes:
+        # a read may stop early (a signal, a network file system); preadv keeps no position, so threads can share the file
+        while filled < nbytes:
             try:
-                got = os.preadv(handle, [view[done:]], info.start + offset + done)
+                got = os.preadv(handle, [view[filled:]], info.start + offset + filled)
             except OSError as error:
                 raise _unreadable(info.file, error) from None
             if not got:
-                raise UserError(f"{info.file}: ends {nbytes - done} bytes too early in tensor {shown(info.name)}, though it "
-                                f"was whole when it was opened; let nothing write to it, or {REPAIR}")
-            done += got
+                raise UserError(f"{info.file}: ends {nbytes - filled} bytes too early in tensor {shown(info.name)}, though "
+                                f"it was whole when it was opened; let nothing write to it, or {REPAIR}")
+            filled += got
         return out[:nbytes].view(getattr(torch, kind))
 
     def sha256(self) -> dict[str, str]:
@@ -115,14 +122,14 @@ class Checkpoint:
         Raises:
             UserError: a file cannot be read.
         """
-        found: dict[str, str] = {}
+        digests: dict[str, str] = {}
         problems: list[str] = []
         for file in self.files:
             with _collecting(problems, file):
-                found[file.name] = manifest.sha256(file)
+                digests[file.name] = manifest.sha256(file)
         if problems:
             raise UserError(*problems)
-        return found
+        return digests
 
     def close(self) -> None:
         self._closing.close()
@@ -140,9 +147,11 @@ def fingerprint(folder: Path) -> str:
     for file in sorted(f for f in folder.glob(f"*{_SUFFIX}") if f.is_file()):
         size = file.stat().st_size
         with file.open("rb") as stream:
+            # names and shapes decide, too: two files of equal samples may call them otherwise
             header = int.from_bytes(stream.read(8), "little")
             digest.update(stream.read(min(header, size)))
             for i in range(256):
+                # from the first byte to the last: 255 steps between 256 blocks; short files are read more than once
                 stream.seek(max(0, i * (size - _SAMPLE) // 255))
                 digest.update(stream.read(_SAMPLE))
     return digest.hexdigest()
@@ -182,6 +191,7 @@ def _indexed(index: Path, problems: list[str]) -> tuple[tuple[Path, ...], dict[s
     placed = _json(index).get("weight_map")
     if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
         raise UserError(f"{index}: weight_map is {shown(placed)}, must map tensors to files; {REPAIR}")
+    # an index lists a file once for each of its tensors
     names = sorted(set(placed.values()))
     wrong = {name: fault for name in names if (fault := _name_fault(index.parent, name))}
     problems += few(index, (f"names {shown(name)}, {fault}" for name, fault in wrong.items()))
@@ -198,10 +208,10 @@ def _name_fault(folder: Path, name: str) -> str | None:
 def _together(folder: Path, shards: Mapping[str, dict[str, TensorInfo]], problems: list[str]) -> dict[str, TensorInfo]:
     """The tensors of all files; one that is in two of them, or none at all, is a problem."""
     tensors: dict[str, TensorInfo] = {}
-    for found in shards.values():
+    for shard in shards.values():
         problems += few(folder, (f"tensor {shown(name)} is in {tensors[name].file.name} and in {info.file.name}"
-                                 for name, info in found.items() if name in tensors))
-        tensors |= found
+                                 for name, info in shard.items() if name in tensors))
+        tensors |= shard
     if not tensors and not problems:
         problems.append(f"{folder}: holds no tensors; {REPAIR}")
     return tensors
@@ -210,7 +220,7 @@ def _together(folder: Path, shards: Mapping[str, dict[str, TensorInfo]], problem
 def _against_index(index: Path, placed: Mapping[str, str], shards: Mapping[str, dict[str, TensorInfo]]) -> list[str]:
     """Tensors that the index and the shards that could be read disagree about."""
     lost = [f"{shown(name)} in {file}" for name, file in placed.items() if file in shards and name not in shards[file]]
-    extra = [f"{shown(name)} in {file}" for file, found in shards.items() for name in found if name not in placed]
+    extra = [f"{shown(name)} in {file}" for file, tensors in shards.items() for name in tensors if name not in placed]
     return few(index, (f"{len(names)} tensors {what} (e.g. {', '.join(names[:3])})" for names, what in (
         (lost, "are not in the files that it names"), (extra, "of the files are not in it")) if names))
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _PART, _NEW = ".part", ".new"
+#: Bytes of a checksum's read.
 _BLOCK = 1 << 22
 #: What a file system answers that cannot reserve space ahead.
 _NO_RESERVE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
@@ -65,6 +66,7 @@ def plan_layout(tensors: Sequence[tuple[str, str, tuple[int, ...]]], max_shard_b
     filled = 0
     for name, dtype, shape in tensors:
         nbytes = prod(shape) * KINDS[dtype][0]
+        # a tensor is never split: one that is larger than the limit gets a shard of its own
         if shards[-1] and filled + nbytes > max_shard_bytes:
             shards.append([])
             filled = 0
@@ -82,6 +84,7 @@ def plan_layout(tensors: Sequence[tuple[str, str, tuple[int, ...]]], max_shard_b
             entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
             offset = end
         text = json.dumps(entries, separators=(",", ":")).encode()
+        # blanks to a multiple of 8, so that the data behind it is aligned for whoever maps the file
         text += b" " * (-len(text) % 8)
         headers[file] = len(text).to_bytes(8, "little") + text
         sizes[file] = len(headers[file]) + offset
@@ -112,16 +115,20 @@ class Writer:
             folder.mkdir(parents=True, exist_ok=True)
             kept = _kept(folder, layout, resume)
             missing = [file for file in layout.headers if file not in kept]
+            # asked even where space is reserved below: a file system without posix_fallocate would fail hours later
             if shutil.disk_usage(folder).free < sum(layout.sizes[file] for file in missing):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             (folder / INDEX).unlink(missing_ok=True)  # what an earlier writer finished becomes parts again, index first
             for file, path in kept.items():
                 path.replace(folder / (file + _PART))
             for file in missing:
+                # before the file is made: an error halfway through must not leave one
                 undo.callback((folder / (file + _PART)).unlink, missing_ok=True)
                 _create(folder / file, layout.sizes[file], layout.headers[file])
             for file in layout.headers:
+                # unbuffered: pwrite goes past Python's buffers anyway
                 self._streams[file] = self._closing.enter_context((folder / (file + _PART)).open("r+b", buffering=0))
+            # all there: nothing is undone any more
             undo.pop_all()
 
     def write(self, name: str, first: int, data: Tensor) -> None:
@@ -138,25 +145,28 @@ class Writer:
 
         place = self.layout.places[name]
         size, kind = KINDS[place.dtype]
+        # as bytes: numpy has no bfloat16
         view = memoryview(data.reshape(-1).contiguous().view(torch.uint8).numpy())
         if data.dtype != getattr(torch, kind) or not 0 <= first * size <= first * size + len(view) <= place.nbytes:
             raise ValueError(f"{name}: {data.numel()} {data.dtype} from {first} on, planned {place.nbytes // size} {kind}")
         handle, offset = self._streams[place.file].fileno(), place.start + first * size
         with _explained(self.folder, self.layout.total):
             while view:
-                done = os.pwrite(handle, view, offset)
-                view, offset = view[done:], offset + done
+                # a write may be short; at a given place, so that workers need no lock on a position
+                written = os.pwrite(handle, view, offset)
+                view, offset = view[written:], offset + written
 
     def checksum(self, name: str) -> int:
         """Adler-32 of the bytes that are in a tensor's place now."""
-        place, total, done = self.layout.places[name], 1, 0
+        # Adler-32 starts at 1; it need only tell torn writes, not an enemy's
+        place, total, checked = self.layout.places[name], 1, 0
         handle = self._streams[place.file].fileno()
         with _explained(self.folder, self.layout.total):
-            while done < place.nbytes:
-                block = os.pread(handle, min(_BLOCK, place.nbytes - done), place.start + done)
+            while checked < place.nbytes:
+                block = os.pread(handle, min(_BLOCK, place.nbytes - checked), place.start + checked)
                 if not block:
                     raise UserError(f"{self.folder / place.file}{_PART}: was cut short by something else; delete its folder")
-                total, done = zlib.adler32(block, total), done + len(block)
+                total, checked = zlib.adler32(block, total), checked + len(block)
         return total
 
     def finish(self) -> None:
@@ -167,12 +177,14 @@ class Writer:
         """
         with _explained(self.folder, self.layout.total):
             for stream in self._streams.values():
+                # data before names: after a power cut a final name must not stand over holes
                 os.fsync(stream.fileno())
             self.close()
             for file in self.layout.headers:
                 (self.folder / (file + _PART)).replace(self.folder / file)
             _flush_folder(self.folder)
             if len(self.layout.headers) > 1:
+                # last: without an index shards are no model, so a reader never sees half of one
                 self._write_index()
 
     def close(self) -> None:
@@ -197,12 +209,13 @@ def _kept(folder: Path, layout: Layout, resume: bool) -> dict[str, Path]:
     Raises:
         UserError: something else is there, or anything without ``resume``.
     """
+    # .new files are ours and not whole: ``_create`` makes them again
     there = {path.name for path in folder.glob("model*.safetensors*") if path.suffix != _NEW}
     if there and not resume:
         raise UserError(f"{folder}: holds {min(there)} already; move it away or write to another folder")
-    found = {file: folder / name for file in layout.headers for name in (file, file + _PART) if name in there}
-    strange = [folder / name for name in there - {path.name for path in found.values()} - {INDEX, INDEX + _PART}]
-    for file, path in found.items():
+    ours = {file: folder / name for file in layout.headers for name in (file, file + _PART) if name in there}
+    strange = [folder / name for name in there - {path.name for path in ours.values()} - {INDEX, INDEX + _PART}]
+    for file, path in ours.items():
         header = layout.headers[file]
         with path.open("rb") as stream:
             if os.fstat(stream.fileno()).st_size != layout.sizes[file] or stream.read(len(header)) != header:
@@ -210,7 +223,7 @@ def _kept(folder: Path, layout: Layout, resume: bool) -> dict[str, Path]:
     if strange:
         raise UserError(*(f"{path}: is not what this run writes, so it cannot be resumed; move it away or write to another "
                           "folder" for path in sorted(strange)))
-    return found
+    return ours
 
 
 @contextmanager
@@ -232,6 +245,7 @@ def _create(path: Path, size: int, header: bytes) -> None:
     try:
         with new.open("wb", buffering=0) as stream:
             _reserve(stream.fileno(), size)
+            # where nothing could be reserved the file still gets its size, as a hole
             os.truncate(stream.fileno(), size)
             stream.write(header)
         new.replace(path.with_name(path.name + _PART))
@@ -251,6 +265,7 @@ def _reserve(handle: int, size: int) -> None:
 
 def _flush_folder(folder: Path) -> None:
     """Make renames outlast a power cut."""
+    # a rename is an entry of its folder, and that is what must reach the disk
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
