@@ -18,7 +18,7 @@ from models.adapters.files import CONFIG, WEIGHTS, Adapter, read_adapter
 from models.base.loading import base_path
 from models.checkpoints.header import KINDS
 from models.checkpoints.reader import Checkpoint, fingerprint
-from models.operators.low_rank import Pair
+from models.operators.low_rank import Pair, product
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -55,9 +55,8 @@ class Model:
         pair = self.pair(name)
         if pair is None:
             return None
-        a, b = pair
         # fan_in_fan_out layers (Conv1D) store their weight as (in, out)
-        return (b @ a).T if self.adapter.config.get("fan_in_fan_out") else b @ a
+        return product(pair).T if self.adapter.config.get("fan_in_fan_out") else product(pair)
 
     def weight(self, name: str) -> Tensor:
         """The model's weight, fp32."""
@@ -77,12 +76,13 @@ def vector(model: Model, other: Model, name: str) -> Tensor | None:
         mine, its = model.change(name), other.change(name)
         if mine is None and its is None:
             return None
-        found = mine if its is None else -its if mine is None else mine - its
+        delta = mine if its is None else -its if mine is None else mine - its
     else:
-        found = model.weight(name) - other.weight(name)
-    if not torch.isfinite(found.sum()):
+        delta = model.weight(name) - other.weight(name)
+    # a sum is finite only if every term is: one pass and no mask of the tensor's size
+    if not torch.isfinite(delta.sum()):
         raise UserError(f"{model.name}: {name} holds NaN or infinity; train or save it again")
-    return found
+    return delta
 
 
 def differing(models: Sequence[Model], other: Model) -> list[str]:
@@ -90,6 +90,7 @@ def differing(models: Sequence[Model], other: Model) -> list[str]:
     names = other.checkpoint.tensors
     wanted: set[str] = set()
     for model in models:
+        # of another checkpoint every tensor may differ; on the same one only what an adapter trains can
         if model.checkpoint.folder != other.checkpoint.folder:
             return [name for name, info in names.items() if info.dtype in FLOATS]
         for adapter in filter(None, (model.adapter, other.adapter)):

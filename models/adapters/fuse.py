@@ -30,9 +30,9 @@ from models.adapters.files import (
 )
 from models.adapters.methods import ADAPTER_METHODS, PEFT_EQUAL_RANKS, PEFT_METHODS, AdapterMethod
 from models.adapters.weights import matched
-from models.operators.blocks import uniform
 from models.operators.core_space import cut, project
-from models.operators.low_rank import Fused, inner, low_rank
+from models.operators.low_rank import Fused, low_rank, pair_norm
+from models.operators.noise import uniform
 
 TRUNCATION = "truncation.json"
 _FLAGS = ("rank", "energy", "density", "space", "majority_sign_method")
@@ -120,11 +120,11 @@ def fuse(adapters: Sequence[Adapter], row: AdapterMethod, parameters: Any, weigh
         shares = weights if layer is None else by_layer.get(layer, weights)
         there = [(adapter, w) for adapter, w in zip(adapters, shares, strict=True) if module in adapter.modules]
         try:
-            done = _fuse_module(function, row, module, *zip(*there, strict=True), parameters, partial(_draw, seed, module))
+            change = _fuse_module(function, row, module, *zip(*there, strict=True), parameters, partial(_draw, seed, module))
         except ValueError as error:
             raise UserError(f"--method: {module}: {error}") from None
-        a, b = done.pair
-        fused[module] = replace(done, pair=(a, b * scale), norm=done.norm * abs(scale))
+        a, b = change.pair
+        fused[module] = replace(change, pair=(a, b * scale), norm=change.norm * abs(scale))
     return fused
 
 
@@ -136,16 +136,19 @@ def _fuse_module(function: Callable, row: AdapterMethod, module: str, adapters: 
         pairs = [(a, b / s) for (a, b), s in zip(pairs, scales, strict=True)]
         weights = [w * s for w, s in zip(weights, scales, strict=True)]
     if row.on != "tasks":
+        # what gives factors cuts nothing off that it could report: cat is exact, the others define their result
         pair = function(pairs, weights, parameters, draw)
-        return Fused(pair, max(inner(pair, pair), 0.0) ** 0.5, 0.0)
+        return Fused(pair, pair_norm(pair), 0.0)
     core = project(pairs, getattr(parameters, "space", row.space))
     merged = function(core.tasks, weights, parameters, draw)
+    # the sum of the ranks holds every sum of the changes without loss
     ranks = [a.shape[0] for a, _ in pairs]
     rank, energy = parameters.rank or (max(ranks) if row.largest else sum(ranks)), getattr(parameters, "energy", None)
     return low_rank(merged, rank, energy) if core.left is None else cut(core, merged, rank, energy)
 
 
 def _draw(seed: int, module: str, which: int, shape: tuple[int, ...]) -> Tensor:
+    """Uniform numbers that depend on seed, module, adapter and place alone: not on which modules came before."""
     return uniform(seed, module, which, 0, prod(shape)).view(shape)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from errors import UserError
 from models.merging.methods import Method
-from models.merging.plan import Job, Match
+from models.merging.plan import Job, MergePlan
 from models.operators.spans import spans
 
 _PROBE = 16 << 20
@@ -34,21 +34,21 @@ class Budget:
         return self.bytes_read / self.read_per_second + self.bytes_written / self.write_per_second
 
 
-def budget(match: Match, method: Method, memory_gb: float, asked: int, target: Path) -> Budget:
+def budget(plan: MergePlan, method: Method, memory_gb: float, asked: int, target: Path) -> Budget:
     """How many workers fit the promise, and what the merge will move.
 
     Raises:
         UserError: not even one worker fits; names the least that would.
     """
-    each = max((worker_bytes(job) for job in match.jobs), default=0)
+    each = max((worker_bytes(job) for job in plan.jobs), default=0)
     workers = asked or len(os.sched_getaffinity(0))
     if memory_gb:
         workers = min(workers, int(memory_gb * 2**30) // max(each, 1))
         if not workers:
             raise UserError(f"--memory_gb {memory_gb}: one worker needs {each / 2**30:.2f} GB for this recipe; "
                             f"give {each / 2**30 + 0.005:.2f} or more")
-    read, write = _bandwidth(match, target)
-    return Budget(workers, workers * each, method.walks * match.bytes_in, match.bytes_out, read, write)
+    read, write = _bandwidth(plan, target)
+    return Budget(workers, workers * each, method.walks * plan.bytes_in, plan.bytes_out, read, write)
 
 
 def worker_bytes(job: Job) -> int:
@@ -58,10 +58,10 @@ def worker_bytes(job: Job) -> int:
     return largest * (72 + 12 * len(job.pieces)) + (2 << 20)
 
 
-def _bandwidth(match: Match, target: Path) -> tuple[float, float]:
+def _bandwidth(plan: MergePlan, target: Path) -> tuple[float, float]:
     """(read, write) bytes per second: 16 MB of the first input, 16 MB beside the output, synced and removed."""
     existing = next(folder for folder in (target, *target.parents) if folder.is_dir())
-    source = match.jobs[0].pieces[0].info.file
+    source = plan.jobs[0].pieces[0].info.file
     start, done = time.perf_counter(), 0
     with source.open("rb", buffering=0) as file:
         while done < _PROBE and (block := file.read(_READ)):

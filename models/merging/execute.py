@@ -27,7 +27,8 @@ from models.checkpoints.writer import Writer
 from models.merging.methods import Method
 from models.merging.plan import Job, Piece
 from models.merging.prepare import PREPARE
-from models.operators.blocks import Block, uniform
+from models.operators.blocks import Block
+from models.operators.noise import uniform
 from models.operators.spans import spans
 
 log = logging.getLogger(__name__)

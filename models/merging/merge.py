@@ -20,10 +20,11 @@ from models.checkpoints.reader import INDEX, Checkpoint, fingerprint
 from models.checkpoints.writer import Layout, Writer, plan_layout
 from models.merging import vocabulary
 from models.merging.budget import Budget, budget
-from models.merging.methods import METHODS, Method, checked, scalar
-from models.merging.plan import HEAD, Match, Policies, anchor, match, models
+from models.merging.methods import METHODS, Method
+from models.merging.plan import HEAD, MergePlan, Policies, anchor, match, models
 from models.merging.recipe_values import nearest
 from models.merging.recipes import Recipe, Slice, Source, read_recipe
+from models.operators.declared import assignments, scalar
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -81,7 +82,7 @@ def recipe_of_flags(args: MergeArgs) -> Recipe:
     if not low <= len(names) <= high:
         problems.append(f"--models {args.models}: {args.method} takes {low if low == high else f'{low} to {high}'}")
     values = _parameters(args.parameters, row, len(names), problems)
-    missing = [k for k, f in row.fields().items() if f.default is None and k not in values]
+    missing = row.missing(values)
     if missing and not problems:
         problems.append(f"--parameters {args.parameters}: {args.method} needs {', '.join(missing)}, e.g. "
                         f"--parameters \"{missing[0]}=0.5\"")
@@ -94,24 +95,25 @@ def recipe_of_flags(args: MergeArgs) -> Recipe:
 
 
 def _parameters(text: str, row: Method, count: int, problems: list[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for pair in filter(None, (part.strip() for part in text.split(";"))):
-        name, equals, given = (part.strip() for part in pair.partition("="))
-        if name not in row.fields() or not equals:
-            problems.append(f"--parameters {pair}: not a parameter of this method{nearest(name, row.fields())}; "
+    """Name -> value, or a tuple of one per model, from the flag's text; what is wrong with it goes to ``problems``."""
+    settings: dict[str, Any] = {}
+    for written, name, given in assignments(text):
+        if name not in row.fields():
+            meant = nearest(name or written, row.fields())
+            problems.append(f"--parameters {written}: not a parameter of this method{meant}; "
                             f"allowed: {', '.join(row.fields()) or 'none'}")
             continue
         values = tuple(scalar(word.strip()) for word in given.split(","))
         each = row.fields()[name].metadata["each"]
         if len(values) > 1 and (not each or len(values) != count):
-            problems.append(f"--parameters {pair}: takes one value{f', or {count}, one for each model' if each else ''}")
+            problems.append(f"--parameters {written}: takes one value{f', or {count}, one for each model' if each else ''}")
             continue
         try:
-            kept = tuple(checked(row, name, value) for value in values)
-            found[name] = kept if len(kept) > 1 else kept[0]
+            accepted = tuple(row.checked(name, value) for value in values)
+            settings[name] = accepted if len(accepted) > 1 else accepted[0]
         except ValueError as error:
-            problems.append(f"--parameters {pair}: {error}")
-    return found
+            problems.append(f"--parameters {written}: {error}")
+    return settings
 
 
 def _help() -> str:
@@ -163,7 +165,7 @@ def _opened(folders: Mapping[str, Path], stack: ExitStack) -> dict[str, Checkpoi
     return found
 
 
-def describe(recipe: Recipe, found: Match, layout: Layout, cost: Budget) -> str:
+def describe(recipe: Recipe, found: MergePlan, layout: Layout, cost: Budget) -> str:
     """The plan as text: what is matched, moved and kept in memory."""
     inputs = len({id(p.checkpoint) for job in found.jobs for p in job.pieces})
     weights = sum(prod(job.shape) for job in found.jobs)
@@ -180,7 +182,7 @@ def describe(recipe: Recipe, found: Match, layout: Layout, cost: Budget) -> str:
 
 
 def _run(args: MergeArgs, settings: dict[str, Any], recipe: Recipe, method: Method, checkpoints: Mapping[str, Checkpoint],
-         found: Match, layout: Layout, cost: Budget, target: Path) -> None:
+         found: MergePlan, layout: Layout, cost: Budget, target: Path) -> None:
     import torch
 
     from models.merging.execute import JOURNAL, execute
@@ -215,7 +217,7 @@ def _run(args: MergeArgs, settings: dict[str, Any], recipe: Recipe, method: Meth
                                      **run.metrics})
 
 
-def _companions(first: Checkpoint, found: Match, folder: Path) -> None:
+def _companions(first: Checkpoint, found: MergePlan, folder: Path) -> None:
     """The anchor's configuration, adapted to what changed, and its tokenizer."""
     config = dict(first.config)
     names = {v: k for k, v in DTYPES.items()}

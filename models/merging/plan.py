@@ -61,7 +61,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Match:
+class MergePlan:
     """What was matched: jobs in order of name, remarks for the user, the output's rows and layers."""
 
     jobs: tuple[Job, ...]
@@ -90,7 +90,7 @@ class Policies:
 
 
 def match(recipe: Recipe, method: Method, checkpoints: Mapping[str, Checkpoint], policies: Policies,
-          defaults: Mapping[str, Any]) -> Match:
+          defaults: Mapping[str, Any]) -> MergePlan:
     """Pair the tensors of the inputs by name and layer.
 
     Args:
@@ -138,7 +138,7 @@ def match(recipe: Recipe, method: Method, checkpoints: Mapping[str, Checkpoint],
     kinds = Counter(piece.info.dtype for job in jobs for piece in job.pieces)
     if len(kinds) > 1:
         notes.append("input types: " + ", ".join(f"{k} x {n}" for k, n in sorted(kinds.items())) + "; summed in fp32")
-    return Match(tuple(jobs), tuple(notes), rows, None if recipe.whole else _layer_count(recipe), drop_head)
+    return MergePlan(tuple(jobs), tuple(notes), rows, None if recipe.whole else _layer_count(recipe), drop_head)
 
 
 def anchor(recipe: Recipe) -> str:
@@ -245,6 +245,11 @@ def _job(recipe: Recipe, method: Method, part: Slice, name: str, t: float, piece
                  for source in (members if item.metadata["each"] else members[:1])]
         if any(value is None for value in given):
             problems.append(f"{key}: not given for {name}; give it in the recipe or with --{key}")
+            return None
+        # types and ranges were checked with the recipe, which knows nothing of the words that a method takes
+        choices = item.metadata["choices"]
+        if choices and given[0] not in choices:
+            problems.append(f"{key}: {given[0]} is not known; allowed: {', '.join(choices)}")
             return None
         values[item.name] = tuple(map(float, given)) if item.metadata["each"] else given[0]
     parameters = method.parameters(**values)

@@ -24,10 +24,10 @@ from models.checkpoints.header import KINDS
 from models.checkpoints.reader import INDEX, fingerprint
 from models.checkpoints.writer import Writer, plan_layout
 from models.merging.merge import COMPANIONS, DTYPES
-from models.operators.low_rank import Fused, Pair, inner, low_rank
+from models.operators.low_rank import Fused, Pair, low_rank, pair_norm
 from models.realign.masks import open_masked
 from models.realign.methods import METHODS, RULES, parameter_help
-from models.realign.walk import Change, Inputs, Recipe, changes
+from models.realign.walk import Change, Inputs, Realignment, changes
 from models.task_vectors import FLOATS, Model, open_model, provenance, raw, same_tensors
 
 DETAILS = "realign.json"
@@ -41,7 +41,7 @@ def realign(args: RealignArgs) -> str:
     """
     if args.parameters.strip() == "help":
         return parameter_help()
-    recipe = recipe_of(args)
+    realignment = realignment_of(args)
     target = args.results / "outputs" / args.run_name
     with ExitStack() as stack:
         masked = open_masked(args, stack) if args.mask else None
@@ -53,11 +53,11 @@ def realign(args: RealignArgs) -> str:
         if not args.overwrite and manifest.finished(target, settings):
             return f"{target}: already realigned"
         exact = masked.adapter() if masked and args.output == "adapter" and not args.rank else None
-        rank = 0 if exact else rank_of(inputs, recipe, args)
+        rank = 0 if exact else rank_of(inputs, realignment, args)
         set_up_torch(args)
         with manifest.writing(target, "realign", settings, overwrite=args.overwrite) as run:
             summary = Summary()
-            found = summary.over(masked.changes() if masked else changes(inputs, recipe))
+            found = summary.over(masked.changes() if masked else changes(inputs, realignment))
             if args.output == "dense":
                 said = write_dense(found, inputs.aligned, args, run)
             else:
@@ -73,15 +73,15 @@ def realign(args: RealignArgs) -> str:
     return f"{target}: {args.method}{f' + {args.rule}' if args.rule else ''}, {summary.said()}{said}"
 
 
-def recipe_of(args: RealignArgs) -> Recipe:
+def realignment_of(args: RealignArgs) -> Realignment:
     """Method, rule and their parameters from the flags; a UserError with everything that is wrong with them."""
     problems: list[str] = []
     method, rule = METHODS[args.method], RULES[args.rule]
-    p = method.configured(args.parameters, "--parameters", problems)
-    q = rule.configured(args.rule_parameters, "--rule_parameters", problems)
+    parameters = method.configured(args.parameters, "--parameters", problems)
+    rule_parameters = rule.configured(args.rule_parameters, "--rule_parameters", problems)
     if problems:
         raise UserError(*problems)
-    return Recipe(method, p, rule, q, args.seed)
+    return Realignment(method, parameters, rule, rule_parameters, args.seed)
 
 
 def open_inputs(args: RealignArgs, stack: ExitStack) -> Inputs:
@@ -121,7 +121,7 @@ def hashes_of(inputs: Inputs) -> dict[str, str]:
     return found
 
 
-def rank_of(inputs: Inputs, recipe: Recipe, args: RealignArgs) -> int:
+def rank_of(inputs: Inputs, realignment: Realignment, args: RealignArgs) -> int:
     """The rank that an adapter needs: --rank, or what holds the result without loss; 0 for a checkpoint.
 
     Raises:
@@ -129,7 +129,9 @@ def rank_of(inputs: Inputs, recipe: Recipe, args: RealignArgs) -> int:
     """
     if args.output == "dense":
         return 0
-    bounded = recipe.method.low_rank and recipe.rule.low_rank and not getattr(recipe.p, "drop", 0)
+    # entries dropped at random leave a matrix of full rank, whatever the rank of the change was
+    drops = getattr(realignment.parameters, "drop", 0)
+    bounded = realignment.method.low_rank and realignment.rule.low_rank and not drops
     adapters = [model.adapter for model in (inputs.aligned, *inputs.others)]
     on_one = all(model.checkpoint.folder == inputs.aligned.checkpoint.folder for model in inputs.others)
     if args.rank:
@@ -227,7 +229,7 @@ def write_low_rank(found: Iterable[Change], inputs: Inputs, rank: int, exact: Ma
     """
     modules = _cut(found, inputs.aligned, rank, args.seed)
     if exact:
-        modules = {name: Fused(pair, max(inner(pair, pair), 0.0) ** 0.5, 0.0) for name, pair in exact.items()}
+        modules = {name: Fused(pair, pair_norm(pair), 0.0) for name, pair in exact.items()}
     if not modules:
         raise UserError(f"--tasks {args.tasks}: nothing is left of their change; there is no adapter to write")
     sources = [model.adapter for model in (inputs.aligned, *inputs.others) if model.adapter]

@@ -16,7 +16,7 @@ import manifest
 from models.adapters.files import read_adapter
 from models.checkpoints.reader import fingerprint
 from models.fuse import main
-from models.operators.blocks import uniform
+from models.operators.noise import uniform
 
 IDS = torch.arange(10, 40)[None]
 
