@@ -104,6 +104,7 @@ def place(name: str, args: Any, flag: str) -> Path:
     Raises:
         UserError: there is none.
     """
+    # a run goes before a folder of the same name: names without a slash mean runs everywhere
     run = args.results / "outputs" / name
     if "/" not in name and run.is_dir():
         return run.resolve()
@@ -113,6 +114,7 @@ def place(name: str, args: Any, flag: str) -> Path:
     try:
         return base_path(name, args.cache_dir)
     except UserError as error:
+        # the loader speaks of the flag that most commands have; this one may have another
         raise UserError(*(p.replace("--model_name_or_path", flag) for p in error.problems)) from None
 
 
@@ -129,6 +131,7 @@ def open_model(name: str, args: Any, flag: str, stack: ExitStack, base: Checkpoi
     if base is None:
         base = stack.enter_context(Checkpoint.open(base_path(args.model_name_or_path, args.cache_dir)))
     model = Model(name, folder, base, adapter)
+    # checked here and not while reading: before any work, and with the flag's name
     transposed = bool(adapter.config.get("fan_in_fan_out"))
     for module, (a, b) in adapter.modules.items():
         info = base.tensors.get(f"{module}.weight")
@@ -156,6 +159,7 @@ def provenance(model: Model, aligned: Model, flag: str, trust: bool) -> list[str
                         "model; name that adapter's run with --aligned")
     for key, value in want.items():
         have = inputs.get(key)
+        # a wrong record is never trusted, only a missing one
         if have == value or (have is None and trust):
             continue
         problems.append(
@@ -171,6 +175,7 @@ def same_tensors(model: Model, aligned: Model, flag: str) -> list[str]:
     if model.checkpoint.folder == aligned.checkpoint.folder:
         return []
     mine, its = model.checkpoint.tensors, aligned.checkpoint.tensors
+    # one example and the count: architectures differ in all tensors or in the vocabulary's two
     odd = [name for name in sorted(mine.keys() | its.keys())
            if name not in mine or name not in its or mine[name].shape != its[name].shape]
     if not odd:

@@ -57,16 +57,19 @@ def extract(args: ExtractArgs) -> str:
     with ExitStack() as stack:
         base, tuned = (stack.enter_context(Checkpoint.open(folder)) for folder in folders)
         tensors = match(base, tuned, family_of(SimpleNamespace(**base.config)))
+        # found before the work starts: a tuned norm or embedding means that no LoRA is the whole change
         left_out = changed_others(base, tuned, tensors)
         if left_out and not args.ignore_other:
             raise UserError(f"--tuned {args.tuned}: {len(left_out)} tensors changed that no LoRA can hold: "
                             f"{', '.join(left_out[:8])}{' ...' if left_out[8:] else ''}; --ignore_other leaves their change "
                             "out of the adapter")
         with manifest.writing(target, "extract", asdict(args), overwrite=args.overwrite) as run:
+            # module by module: one dense difference stands in memory at a time
             modules = factors(base, tuned, tensors.linear, args.fixed_rank, args.energy, args.seed, device)
             if not modules:
                 raise UserError(f"--tuned {args.tuned}: no linear layer differs from --model_name_or_path "
                                 f"{args.model_name_or_path}; there is nothing to extract")
+            # all linear layers and not those that changed: short names in target_modules may match no others
             known = [name.removesuffix(".weight") for name in tensors.linear]
             rank = write_adapter(run.folder, {m: f.pair for m, f in modules.items()}, complete_targets(modules, known),
                                  {"task_type": "CAUSAL_LM", "base_model_name_or_path": args.model_name_or_path})
@@ -112,6 +115,7 @@ def match(base: Checkpoint, tuned: Checkpoint, family: Family) -> SharedTensors:
         UserError: a linear layer that only one has, or has in another shape or no float type.
     """
     names = "|".join((*family.projections, *family.attention))
+    # projections by the family's names; a head or an embedding is a matrix too, but PEFT treats it apart
     linear = re.compile(rf"{re.escape(family.layers)}\.\d+\.(.+\.)?({names})\.weight")
     tensors, problems = SharedTensors([], [], []), []
     for name in sorted(base.tensors.keys() | tuned.tensors.keys()):
@@ -137,6 +141,7 @@ def factors(base: Checkpoint, tuned: Checkpoint, names: Sequence[str], rank: int
     changes = {}
     for name in tqdm(names, "extract", disable=None):
         change = difference(base, tuned, name).to(device)
+        # frozen layers are equal to the last bit: no rank is spent on them
         if change.any():
             nearest = low_rank(change, rank, energy, seed)
             changes[name.removesuffix(".weight")] = replace(nearest, pair=tuple(t.cpu() for t in nearest.pair))
@@ -151,9 +156,11 @@ def difference(base: Checkpoint, tuned: Checkpoint, name: str) -> Tensor:
     """
     infos = [checkpoint.tensors[name] for checkpoint in (base, tuned)]
     change = torch.empty(prod(infos[0].shape))
-    for first, parts in _blocks(base, tuned, infos):
-        torch.sub(parts[1].float(), parts[0].float(), out=change[first:first + len(parts[0])])
+    # fp32 minus fp32 of two 16-bit values is exact where they are within a factor of 2 (Sterbenz)
+    for first, values in _blocks(base, tuned, infos):
+        torch.sub(values[1].float(), values[0].float(), out=change[first:first + len(values[0])])
     change = change.view(infos[0].shape)
+    # one number in fp64 tells it for the whole matrix
     if not torch.isfinite(squared_norm(change)):
         raise UserError(f"{infos[1].file} or {infos[0].file}: {name} holds NaN or infinity; save the checkpoint again")
     return change

@@ -1,6 +1,6 @@
 """The table of ways to fuse adapters: name, function, parameters. Reads no file and loads no torch.
 
-A method is a pure function ``(parts, weights, parameters, draw) -> fused``. On "tasks" its parts are the changes of one
+A method is a pure function ``(changes, weights, parameters, draw) -> fused``. On "tasks" these are the changes of one
 module as equal matrices in one space (``core_space.project``) and it returns one such matrix; on "pairs" they are factors
 (A (r, in), B (out, r), scale applied) and it returns factors. ``draw(i, shape)`` gives uniform numbers that depend on seed,
 adapter, module and place alone. A new method is one function and one row; which flags it takes follows from its dataclass.
@@ -123,11 +123,13 @@ def _peft(name: str, parameters: type, on: str = "factors") -> AdapterMethod:
 ADAPTER_METHODS: dict[str, AdapterMethod] = {
     "cat": AdapterMethod(("merges", "concatenate"), Cat, "pairs", "arXiv 2501.06208"),
     "svd": _tasks("weighted", RankOrEnergy, "QR, then SVD of the core: Core Space, arXiv 2509.17786"),
+    # the same sum as svd, cut to the rank that an adapter had: what PEFT's linear is often taken for
     "linear": _tasks("weighted", RankOrEnergy, "task arithmetic on B A, arXiv 2212.04089", largest=True),
     "ties": _tasks("ties", Sparse, "arXiv 2306.01708"),
     "dare_linear": _tasks("dare_linear", Sparse, "arXiv 2311.03099"),
     "dare_ties": _tasks("dare_ties", Sparse, "arXiv 2311.03099"),
     "magnitude_prune": _tasks("magnitude_prune", Sparse, "TIES without the election"),
+    # KnOTS is TIES in other axes, hence no function of its own
     "knots": _tasks("ties", Knots, "KnOTS-TIES, arXiv 2410.19735", space="left"),
     "tsv": _tasks("tsv", Tsv, "TSV-M, arXiv 2412.00081"),
     "isotropic": _tasks("isotropic", Rank, "Iso-C, arXiv 2502.04959"),

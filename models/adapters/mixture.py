@@ -30,6 +30,7 @@ def read_parts(results: Path, parts: Parts) -> list[Adapter]:
         UserError: with the problems of all of them; or they belong to different bases.
     """
     adapters, problems = [], []
+    # all of them, so that a sum of five with two mistakes takes one try and not three
     for name, _ in parts:
         try:
             adapters.append(read_adapter(run_folder(results, name), name))
@@ -75,6 +76,7 @@ def add_to(model: PreTrainedModel, pairs: dict[str, Pair], transposed: bool = Fa
         raise UserError(f"--adapters: {len(wrong)} modules do not fit this base, e.g. {wrong[0]}; give the adapters' own "
                         "base with --model_name_or_path")
     for name, (a, b) in pairs.items():
+        # in place: the model is loaded already, and a second copy may not fit
         weight = there[name].weight
         change = product((a.to(weight), b.to(weight)))
         weight += change.T if transposed else change

@@ -35,6 +35,7 @@ def concatenate(pairs: Sequence[Pair], weights: Sequence[float], parameters: met
 
 def svd(pairs: Sequence[Pair], weights: Sequence[float], parameters: methods.Rank, draw: Draw) -> Pair:
     """The SVD of sum_i c_i B_i A_i cut to a rank (default: the largest of the inputs), singular values all in B."""
+    # PEFT forms the dense sum and takes its SVD; of the core it is the same, to rounding
     core = project(pairs, "core")
     merged = sum(c * task for task, c in zip(core.tasks, weights, strict=True))
     return _values_in_b(cut(core, merged, parameters.rank or max(a.shape[0] for a, _ in pairs)).pair)

@@ -14,6 +14,7 @@ from models.merging.methods import Method
 from models.merging.plan import Job, MergePlan
 from models.operators.spans import spans
 
+#: Bytes moved to learn the disk's bandwidth: enough to outlast a seek, little to wait for.
 _PROBE = 16 << 20
 _READ = 8 << 20
 
@@ -40,6 +41,7 @@ def budget(plan: MergePlan, method: Method, memory_gb: float, asked: int, target
     Raises:
         UserError: not even one worker fits; names the least that would.
     """
+    # buffers grow to the largest block and stay: the largest job decides, not the mean
     each = max((worker_bytes(job) for job in plan.jobs), default=0)
     workers = asked or len(os.sched_getaffinity(0))
     if memory_gb:
@@ -62,16 +64,18 @@ def _bandwidth(plan: MergePlan, target: Path) -> tuple[float, float]:
     """(read, write) bytes per second: 16 MB of the first input, 16 MB beside the output, synced and removed."""
     existing = next(folder for folder in (target, *target.parents) if folder.is_dir())
     source = plan.jobs[0].pieces[0].info.file
-    start, done = time.perf_counter(), 0
+    start, bytes_read = time.perf_counter(), 0
+    # unbuffered: Python's own copy would be timed with the disk
     with source.open("rb", buffering=0) as file:
-        while done < _PROBE and (block := file.read(_READ)):
-            done += len(block)
-    read = max(done, 1) / max(time.perf_counter() - start, 1e-6)
+        while bytes_read < _PROBE and (block := file.read(_READ)):
+            bytes_read += len(block)
+    read = max(bytes_read, 1) / max(time.perf_counter() - start, 1e-6)
     block = bytes(_READ)
     with tempfile.TemporaryFile(dir=existing, buffering=0) as file:
         start = time.perf_counter()
         for _ in range(_PROBE // _READ):
             file.write(block)
+        # without it the page cache's speed would be taken for the disk's
         os.fdatasync(file.fileno())
         write = _PROBE / (time.perf_counter() - start)
     return read, write

@@ -38,6 +38,7 @@ class MemoryBlocks:
         self.shape = tuple((experts[0] if experts else base).shape)
 
     def __iter__(self) -> Iterator[Block]:
+        # the same blocks as from files: a test on tensors in memory speaks for both
         for first, shape in spans(self.shape, self.by_rows):
             def cut(tensor: Tensor, first: int = first, shape: tuple[int, ...] = shape) -> Tensor:
                 # a copy in fp32, for methods overwrite their blocks and sum in fp32 whatever the stored type

@@ -73,8 +73,10 @@ def cut(core: Core, merged: Tensor, rank: int, energy: float | None = None) -> F
         energy: share of the squared norm to keep, with as few ranks as that takes.
     """
     u, values, vh = torch.linalg.svd(merged.double(), full_matrices=False)
+    # the core has the changes' own singular values: what is cut here is cut from the whole
     kept = pick_rank(values, rank, energy)
     root = values[:kept].sqrt()
+    # back to out and in last: the large axes meet a matrix of the final rank only
     b, a = u[:, :kept] * root, root[:, None] * vh[:kept]
     total, lost = float(values.norm()), float(values[kept:].norm())
     pair = ((a if core.right is None else a @ core.right.T).float(), (core.left @ b).float())

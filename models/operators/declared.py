@@ -59,6 +59,7 @@ class Declared:
             ValueError: it has not; says what would.
         """
         kind, low, high = self.rule(name)
+        # bool passes for a number in Python, and NaN for one in any range
         if kind is float and (isinstance(value, bool | str) or value != value):
             raise ValueError(f"{value} is not a number")
         if kind is not float and not isinstance(value, kind):

@@ -162,11 +162,13 @@ class Row(Declared):
 
 METHODS: dict[str, Row] = {
     "merge": Row(NoParameters, "the task vectors as they are"),
+    # no function: the mask's own code applies it (models/realign/masks.py)
     "mask": Row(Readout, "SOMF, arXiv 2405.09055", needs=("mask",), low_rank=False),
     "random_mask": Row(RandomMask, "control", edit="random_mask", low_rank=False),
     "magnitude": Row(Magnitude, "control", edit="magnitude", low_rank=False, largest=True),
     "wise_ft": Row(WiseFt, "Wortsman et al. 2022, arXiv 2109.01903", finish="shrink"),
     "dare": Row(Dare, "Yu et al. 2024, arXiv 2311.03099", edit="dare", low_rank=False),
+    # low rank unless drop is given, which realign.rank_of looks at
     "resta": Row(Resta, "Bhardwaj et al. 2024, arXiv 2402.11746", edit="dare", finish="add_safety", needs=("unaligned",)),
     "safe_lora": Row(SafeLora, "Hsu et al. 2024, arXiv 2405.16833", finish="project", needs=("unaligned",)),
     "safe_merge": Row(SafeMerge, "Djuhera et al. 2025, arXiv 2503.17239", finish="merge_unsafe",

@@ -116,6 +116,7 @@ class Passes:
             self._add_references(weight, name)
             asked = float(sum(weight.deltas[1:], weight.deltas[0]).double().square().sum())
             vectors = self._edited(weight, cuts)
+            # the rule selects from what the method left, not from what the tasks brought
             weight.rule_cuts = _cuts_here(realignment.rule, realignment.rule_parameters, vectors, rule_cuts)
             fused = merged(vectors, weight, realignment.method, realignment.parameters, realignment.rule,
                            realignment.rule_parameters)
@@ -125,6 +126,7 @@ class Passes:
         """A cut per task over all weights together, in two passes of ``walk``."""
         if not row.largest or _by_tensor(row, parameters):
             return None
+        # weights that an adapter leaves alone count as zeros, as long as another task changes them
         total = sum(prod(self._info(name).shape) for name in self.names)
         wanted = [[count(parameters.density, total)]] * len(self.inputs.tasks)
         return [cut for (cut,) in find_cuts(walk, wanted, total)]
@@ -149,12 +151,14 @@ class Passes:
         aligned, unaligned, safe = self.inputs.aligned, self.inputs.unaligned, self.inputs.safe
         if unaligned:
             back = vector(unaligned, aligned, name)
+            # vector() is told from the other side
             weight.alignment = None if back is None else -back
             weight.floor = _rounding(aligned.stored(name), getattr(torch, KINDS[self._info(name).dtype][1]))
         if safe:
             weight.safe = vector(safe, aligned, name)
 
     def _draw(self, name: str, purpose: str, which: int, shape: tuple[int, ...]) -> Tensor:
+        # the purpose is part of the key: mask, edit and rule must not share draws
         return uniform(self.realignment.seed, f"{purpose}/{name}", which, 0, prod(shape)).view(shape)
 
 
