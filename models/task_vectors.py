@@ -18,7 +18,7 @@ from models.adapters.files import CONFIG, WEIGHTS, Adapter, read_adapter
 from models.base.loading import base_path
 from models.checkpoints.header import KINDS
 from models.checkpoints.reader import Checkpoint, fingerprint
-from models.operators.low_rank import Pair
+from models.operators.low_rank import Pair, product
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -55,9 +55,8 @@ class Model:
         pair = self.pair(name)
         if pair is None:
             return None
-        a, b = pair
         # fan_in_fan_out layers (Conv1D) store their weight as (in, out)
-        return (b @ a).T if self.adapter.config.get("fan_in_fan_out") else b @ a
+        return product(pair).T if self.adapter.config.get("fan_in_fan_out") else product(pair)
 
     def weight(self, name: str) -> Tensor:
         """The model's weight, fp32."""
@@ -77,12 +76,13 @@ def vector(model: Model, other: Model, name: str) -> Tensor | None:
         mine, its = model.change(name), other.change(name)
         if mine is None and its is None:
             return None
-        found = mine if its is None else -its if mine is None else mine - its
+        delta = mine if its is None else -its if mine is None else mine - its
     else:
-        found = model.weight(name) - other.weight(name)
-    if not torch.isfinite(found.sum()):
+        delta = model.weight(name) - other.weight(name)
+    # a sum is finite only if every term is: one pass and no mask of the tensor's size
+    if not torch.isfinite(delta.sum()):
         raise UserError(f"{model.name}: {name} holds NaN or infinity; train or save it again")
-    return found
+    return delta
 
 
 def differing(models: Sequence[Model], other: Model) -> list[str]:
@@ -90,6 +90,7 @@ def differing(models: Sequence[Model], other: Model) -> list[str]:
     names = other.checkpoint.tensors
     wanted: set[str] = set()
     for model in models:
+        # of another checkpoint every tensor may differ; on the same one only what an adapter trains can
         if model.checkpoint.folder != other.checkpoint.folder:
             return [name for name, info in names.items() if info.dtype in FLOATS]
         for adapter in filter(None, (model.adapter, other.adapter)):
@@ -103,6 +104,7 @@ def place(name: str, args: Any, flag: str) -> Path:
     Raises:
         UserError: there is none.
     """
+    # a run goes before a folder of the same name: names without a slash mean runs everywhere
     run = args.results / "outputs" / name
     if "/" not in name and run.is_dir():
         return run.resolve()
@@ -112,6 +114,7 @@ def place(name: str, args: Any, flag: str) -> Path:
     try:
         return base_path(name, args.cache_dir)
     except UserError as error:
+        # the loader speaks of the flag that most commands have; this one may have another
         raise UserError(*(p.replace("--model_name_or_path", flag) for p in error.problems)) from None
 
 
@@ -128,6 +131,7 @@ def open_model(name: str, args: Any, flag: str, stack: ExitStack, base: Checkpoi
     if base is None:
         base = stack.enter_context(Checkpoint.open(base_path(args.model_name_or_path, args.cache_dir)))
     model = Model(name, folder, base, adapter)
+    # checked here and not while reading: before any work, and with the flag's name
     transposed = bool(adapter.config.get("fan_in_fan_out"))
     for module, (a, b) in adapter.modules.items():
         info = base.tensors.get(f"{module}.weight")
@@ -155,6 +159,7 @@ def provenance(model: Model, aligned: Model, flag: str, trust: bool) -> list[str
                         "model; name that adapter's run with --aligned")
     for key, value in want.items():
         have = inputs.get(key)
+        # a wrong record is never trusted, only a missing one
         if have == value or (have is None and trust):
             continue
         problems.append(
@@ -170,6 +175,7 @@ def same_tensors(model: Model, aligned: Model, flag: str) -> list[str]:
     if model.checkpoint.folder == aligned.checkpoint.folder:
         return []
     mine, its = model.checkpoint.tensors, aligned.checkpoint.tensors
+    # one example and the count: architectures differ in all tensors or in the vocabulary's two
     odd = [name for name in sorted(mine.keys() | its.keys())
            if name not in mine or name not in its or mine[name].shape != its[name].shape]
     if not odd:

@@ -44,7 +44,9 @@ def draw(conflicts: Sequence[Conflict], path: Path) -> None:
         for axis, (name, title, colours, centre, least) in zip(row, PANELS, strict=True):
             values, names = grid(own, name)
             if name == "norm_ratio":
+                # halved and doubled lie equally far from 0; a zero or infinite norm must not take the whole scale
                 values = np.log2(np.clip(values, 1 / 8, 8))
+            # symmetric around the centre, whose colour then always means "none"
             reach = max(least, float(np.nanmax(np.abs(values - (centre or 0)))))
             image = axis.imshow(values, aspect="auto", cmap=colours, vmin=0 if centre is None else centre - reach,
                                 vmax=(centre or 0) + reach, interpolation="nearest")
@@ -58,8 +60,8 @@ def draw(conflicts: Sequence[Conflict], path: Path) -> None:
 
 
 def _place(module: str) -> tuple[int, str]:
-    found = _PLACE.match(module)
-    return (int(found["layer"]), found["kind"]) if found else (0, module)
+    place = _PLACE.match(module)
+    return (int(place["layer"]), place["kind"]) if place else (0, module)
 
 
 def _short(name: str) -> str:

@@ -31,6 +31,7 @@ def write_report(conflicts: Sequence[Conflict], folder: Path) -> None:
 
 
 def _plain(conflict: Conflict) -> dict:
+    # JSON has no infinity, and Python would write one that other readers refuse
     return {k: (None if v == math.inf else v) for k, v in asdict(conflict).items()}
 
 

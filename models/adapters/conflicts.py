@@ -16,9 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.adapters.files import Adapter, in_order
-from models.operators.blocks import uniform
 from models.operators.core_space import project
-from models.operators.low_rank import pick_rank
+from models.operators.low_rank import pick_rank, product
+from models.operators.noise import uniform
 
 SIGN_ROWS = 256
 
@@ -58,18 +58,21 @@ def measure(adapters: Sequence[Adapter], seed: int) -> list[Conflict]:
 def _module(module: str, adapters: Sequence[Adapter], seed: int) -> list[Conflict]:
     there = [adapter for adapter in adapters if module in adapter.modules]
     pairs = [adapter.modules[module] for adapter in there]
+    # norms, cosines and angles do not change with the axes, and these are k x k instead of out x in
     tasks = project(pairs, "core").tasks
     norms = [float(task.norm()) for task in tasks]
     spaces = [_spaces(task) for task in tasks]
     rows = _rows(module, pairs[0][1].shape[0], seed)
-    signs = [(b[rows] @ a).sign_() for a, b in pairs]
-    found = []
+    signs = [product((a, b[rows])).sign_() for a, b in pairs]
+    conflicts = []
     for i, j in combinations(range(len(there)), 2):
         both = norms[i] * norms[j]
+        # cosines of the principal angles: singular values of Q_1^T Q_2 (Bjoerck & Golub 1973); rounding may pass 1
         cosines, cosines_in = (torch.linalg.svdvals(spaces[i][side].T @ spaces[j][side]).clamp(max=1) for side in (0, 1))
+        # zeros have no sign: entries that one of the two leaves alone are no conflict
         met = signs[i] * signs[j]
         entries = int(met.count_nonzero())
-        found.append(Conflict(
+        conflicts.append(Conflict(
             module, there[i].name, there[j].name, norms[i], norms[j],
             cosine=float((tasks[i] * tasks[j]).sum()) / both if both else 0.0,
             norm_ratio=norms[j] / norms[i] if norms[i] else math.inf if norms[j] else 1.0,
@@ -77,7 +80,7 @@ def _module(module: str, adapters: Sequence[Adapter], seed: int) -> list[Conflic
             angle=math.degrees(math.acos(float(cosines[0]))) if both else 90.0,
             overlap_in=float(cosines_in.square().mean()) if both else 0.0,
             sign=int((met < 0).sum()) / entries if entries else 0.0))
-    return found
+    return conflicts
 
 
 def _spaces(task: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,12 +26,13 @@ from models.operators.low_rank import Fused, low_rank, squared_norm
 
 RESIDUALS = "residuals.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
+#: Values per read: enough to keep the disk busy, little beside a layer.
 _BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
-class Match:
-    """The tensors of two checkpoints.
+class SharedTensors:
+    """The tensors of two checkpoints, by what a LoRA can hold of them.
 
     Args:
         linear: weights of linear layers that both have: what a LoRA can hold.
@@ -55,18 +56,21 @@ def extract(args: ExtractArgs) -> str:
         raise UserError(f"--run_name {args.run_name}: {target} is an input; choose another name")
     with ExitStack() as stack:
         base, tuned = (stack.enter_context(Checkpoint.open(folder)) for folder in folders)
-        found = match(base, tuned, family_of(SimpleNamespace(**base.config)))
-        left_out = changed_others(base, tuned, found)
+        tensors = match(base, tuned, family_of(SimpleNamespace(**base.config)))
+        # found before the work starts: a tuned norm or embedding means that no LoRA is the whole change
+        left_out = changed_others(base, tuned, tensors)
         if left_out and not args.ignore_other:
             raise UserError(f"--tuned {args.tuned}: {len(left_out)} tensors changed that no LoRA can hold: "
                             f"{', '.join(left_out[:8])}{' ...' if left_out[8:] else ''}; --ignore_other leaves their change "
                             "out of the adapter")
         with manifest.writing(target, "extract", asdict(args), overwrite=args.overwrite) as run:
-            modules = factors(base, tuned, found.linear, args.fixed_rank, args.energy, args.seed, device)
+            # module by module: one dense difference stands in memory at a time
+            modules = factors(base, tuned, tensors.linear, args.fixed_rank, args.energy, args.seed, device)
             if not modules:
                 raise UserError(f"--tuned {args.tuned}: no linear layer differs from --model_name_or_path "
                                 f"{args.model_name_or_path}; there is nothing to extract")
-            known = [name.removesuffix(".weight") for name in found.linear]
+            # all linear layers and not those that changed: short names in target_modules may match no others
+            known = [name.removesuffix(".weight") for name in tensors.linear]
             rank = write_adapter(run.folder, {m: f.pair for m, f in modules.items()}, complete_targets(modules, known),
                                  {"task_type": "CAUSAL_LM", "base_model_name_or_path": args.model_name_or_path})
             run.parents.append(str(folders[1]))
@@ -104,42 +108,44 @@ def _residuals(modules: Mapping[str, Fused], left_out: Sequence[str], folder: Pa
     return {"residual": (lost / whole) ** 0.5, "worst_module": worst["module"], "worst_residual": worst["residual"]}
 
 
-def match(base: Checkpoint, tuned: Checkpoint, family: Family) -> Match:
+def match(base: Checkpoint, tuned: Checkpoint, family: Family) -> SharedTensors:
     """Sort the tensors by what a LoRA can hold.
 
     Raises:
         UserError: a linear layer that only one has, or has in another shape or no float type.
     """
     names = "|".join((*family.projections, *family.attention))
+    # projections by the family's names; a head or an embedding is a matrix too, but PEFT treats it apart
     linear = re.compile(rf"{re.escape(family.layers)}\.\d+\.(.+\.)?({names})\.weight")
-    found, problems = Match([], [], []), []
+    tensors, problems = SharedTensors([], [], []), []
     for name in sorted(base.tensors.keys() | tuned.tensors.keys()):
         infos = [checkpoint.tensors.get(name) for checkpoint in (base, tuned)]
         equal = all(infos) and infos[0].shape == infos[1].shape
         if not linear.fullmatch(name):
-            (found.other if equal else found.reshaped).append(name)
+            (tensors.other if equal else tensors.reshaped).append(name)
         elif equal and all(info.dtype in _FLOATS and len(info.shape) == 2 for info in infos):
-            found.linear.append(name)
+            tensors.linear.append(name)
         else:
             kinds = [f"{info.dtype} {list(info.shape)}" if info else "absent" for info in infos]
             problems.append(f"--tuned: {name}: {kinds[1]}, but {kinds[0]} in the base; give the base that it was tuned from")
-    if not found.linear and not problems:
+    if not tensors.linear and not problems:
         problems.append(f"--tuned: no weights of linear layers ({family.layers}.*: {names}) in both models")
     if problems:
         raise UserError(*problems[:20])
-    return found
+    return tensors
 
 
 def factors(base: Checkpoint, tuned: Checkpoint, names: Sequence[str], rank: int | None, energy: float | None, seed: int,
             device: torch.device) -> dict[str, Fused]:
     """Module -> low-rank change and its residual; modules that did not change are left out."""
-    done = {}
+    changes = {}
     for name in tqdm(names, "extract", disable=None):
         change = difference(base, tuned, name).to(device)
+        # frozen layers are equal to the last bit: no rank is spent on them
         if change.any():
-            found = low_rank(change, rank, energy, seed)
-            done[name.removesuffix(".weight")] = Fused(tuple(t.cpu() for t in found.pair), found.norm, found.error)
-    return done
+            nearest = low_rank(change, rank, energy, seed)
+            changes[name.removesuffix(".weight")] = replace(nearest, pair=tuple(t.cpu() for t in nearest.pair))
+    return changes
 
 
 def difference(base: Checkpoint, tuned: Checkpoint, name: str) -> Tensor:
@@ -150,18 +156,20 @@ def difference(base: Checkpoint, tuned: Checkpoint, name: str) -> Tensor:
     """
     infos = [checkpoint.tensors[name] for checkpoint in (base, tuned)]
     change = torch.empty(prod(infos[0].shape))
-    for first, parts in _blocks(base, tuned, infos):
-        torch.sub(parts[1].float(), parts[0].float(), out=change[first:first + len(parts[0])])
+    # fp32 minus fp32 of two 16-bit values is exact where they are within a factor of 2 (Sterbenz)
+    for first, values in _blocks(base, tuned, infos):
+        torch.sub(values[1].float(), values[0].float(), out=change[first:first + len(values[0])])
     change = change.view(infos[0].shape)
+    # one number in fp64 tells it for the whole matrix
     if not torch.isfinite(squared_norm(change)):
         raise UserError(f"{infos[1].file} or {infos[0].file}: {name} holds NaN or infinity; save the checkpoint again")
     return change
 
 
-def changed_others(base: Checkpoint, tuned: Checkpoint, found: Match) -> list[str]:
+def changed_others(base: Checkpoint, tuned: Checkpoint, tensors: SharedTensors) -> list[str]:
     """Names of the tensors beside the linear layers that differ in any value, shape or presence."""
-    changed = list(found.reshaped)
-    for name in found.other:
+    changed = list(tensors.reshaped)
+    for name in tensors.other:
         infos = [checkpoint.tensors[name] for checkpoint in (base, tuned)]
         # compared in fp32: a change of storage type alone is none
         if any(not torch.equal(one.float(), two.float()) for _, (one, two) in _blocks(base, tuned, infos)):

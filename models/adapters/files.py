@@ -24,6 +24,7 @@ from models.operators.low_rank import Pair, inner
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 #: The largest rank that vLLM serves, and the ranks that its --max-lora-rank takes (vllm/config/lora.py).
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+#: PEFT's names of the two factors; anything else in the file is part of the change and not of the sum.
 _KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight$")
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 #: What a weighted sum of B A cannot hold: (pattern of a tensor's name, what it is).
@@ -86,13 +87,15 @@ def read_adapter(folder: Path, name: str | None = None) -> Adapter:
     halves: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = _KEY.match(key)
+        # fp32 from here on: sums of 16-bit factors would round at every step
         halves.setdefault(match["module"], {})[match["part"]] = tensor.float()
-    problems = [f"{folder / WEIGHTS}: {module}: {fault}" for module, parts in halves.items() if (fault := _fault(parts))]
+    problems = [f"{folder / WEIGHTS}: {module}: {fault}" for module, factors in halves.items() if (fault := _fault(factors))]
     if not halves:
         problems.append(f"{folder / WEIGHTS}: holds no tensors; train the adapter again")
     if problems:
         raise UserError(*problems)
     scales = {m: _scale(config, m, p["A"].shape[0]) for m, p in sorted(halves.items())}
+    # the scale goes into B once, so that everything after this file may forget about alpha and r
     modules = {m: (halves[m]["A"], halves[m]["B"] * scale) for m, scale in scales.items()}
     return Adapter(name, folder, config, modules, scales)
 
@@ -112,10 +115,12 @@ def _read_config(path: Path) -> dict[str, Any]:
                  if config.get(option)]
     if config.get("bias", "none") != "none":
         problems.append(f"{path}: bias is {config['bias']!r}: trained biases cannot be fused; train with bias='none'")
+    # their B A is the adapter's difference from a changed base, which is nowhere in the folder
     if str(config.get("init_lora_weights")).startswith(_MUTATING):
         problems.append(f"{path}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base too; save it "
                         "again with path_initial_model_for_weight_conversion, which makes it a plain LoRA")
     patterns = config.get("alpha_pattern") or {}
+    # JSON holds true and NaN where a number should be; either would pass a plain comparison
     alphas = [config.get("lora_alpha"), *(patterns.values() if isinstance(patterns, dict) else [None])]
     if not all(isinstance(a, int | float) and not isinstance(a, bool) and math.isfinite(a) and a for a in alphas):
         problems.append(f"{path}: lora_alpha and the values of alpha_pattern must be numbers other than 0")
@@ -139,12 +144,12 @@ def _described(foreign: Sequence[str]) -> str:
                      for what, keys in kinds.items())
 
 
-def _fault(parts: dict[str, Tensor]) -> str | None:
+def _fault(factors: dict[str, Tensor]) -> str | None:
     """What is wrong with a module's pair, None when nothing is."""
-    if set(parts) != {"A", "B"} or any(p.dim() != 2 for p in parts.values()) or \
-            parts["A"].shape[0] != parts["B"].shape[1] or not all(p.numel() for p in parts.values()):
+    if set(factors) != {"A", "B"} or any(factor.dim() != 2 for factor in factors.values()) or \
+            factors["A"].shape[0] != factors["B"].shape[1] or not all(factor.numel() for factor in factors.values()):
         return "lora_A and lora_B do not form a pair"
-    if not all(torch.isfinite(part).all() for part in parts.values()):
+    if not all(torch.isfinite(factor).all() for factor in factors.values()):
         return "holds NaN or infinity; train the adapter again"
     return None
 
@@ -153,6 +158,7 @@ def _scale(config: dict, module: str, rank: int) -> float:
     """alpha / r of a module, or alpha / sqrt(r) for rsLoRA; patterns match the end of the name, as in PEFT."""
     alpha = config["lora_alpha"]
     for pattern, value in (config.get("alpha_pattern") or {}).items():
+        # the first pattern that fits, as PEFT takes it: their order in the file counts
         if re.match(rf"(.*\.)?({pattern})$", module):
             alpha = value
             break
@@ -169,6 +175,7 @@ def write_adapter(folder: Path, modules: Mapping[str, Pair], targets: Iterable[s
         the largest rank.
     """
     ranks = {module: a.shape[0] for module, (a, _) in modules.items()}
+    # as r, for servers size their buffers by it: vLLM compares it with --max-lora-rank
     largest = max(ranks.values())
     other = {module: rank for module, rank in ranks.items() if rank != largest}
     write_json(folder / CONFIG, {
@@ -188,8 +195,8 @@ def write_adapter(folder: Path, modules: Mapping[str, Pair], targets: Iterable[s
 
 def layer_of(module: str) -> int | None:
     """The number of the decoder layer that a module belongs to: the first number in its name; None without one."""
-    found = _LAYER.search(module)
-    return int(found[1]) if found else None
+    number = _LAYER.search(module)
+    return int(number[1]) if number else None
 
 
 def in_order(adapters: Iterable[Adapter]) -> list[str]:
@@ -200,6 +207,7 @@ def in_order(adapters: Iterable[Adapter]) -> list[str]:
 
 def vllm_note(rank: int) -> str:
     """What vLLM needs to be told to serve an adapter of this rank; empty at its default of 16."""
+    # vLLM's flag takes the ranks of its list only, is 16 unless given, and refuses every adapter above it
     fitting = [r for r in VLLM_RANKS if r >= rank]
     if not fitting:
         return f"; vLLM serves ranks up to {VLLM_RANKS[-1]}: give a smaller --rank to serve it there"
@@ -225,6 +233,7 @@ def targets_of(adapters: Sequence[Adapter]) -> set[str]:
     """
     lists = [adapter.config.get("target_modules") for adapter in adapters]
     picky = ("layers_to_transform", "layers_pattern", "exclude_modules")
+    # target_modules may be a regular expression (text), or be narrowed by layers: then names must be whole
     plain = all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists)
     if plain and not any(adapter.config.get(key) for adapter in adapters for key in picky):
         return set().union(*lists)
@@ -264,6 +273,7 @@ def delta_distance(one: Adapter, two: Adapter) -> float:
         norms = [inner(f, f) if f else 0.0 for f in pair]
         cross = inner(*pair) if all(pair) else 0.0
         first, second = first + norms[0], second + norms[1]
+        # ||D1 - D2||^2 by inner products of factors, added up over modules: no dense matrix
         between += norms[0] + norms[1] - 2 * cross
     largest = max(first, second)
     return (max(between, 0.0) / largest) ** 0.5 if largest else 0.0

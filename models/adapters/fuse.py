@@ -30,9 +30,9 @@ from models.adapters.files import (
 )
 from models.adapters.methods import ADAPTER_METHODS, PEFT_EQUAL_RANKS, PEFT_METHODS, AdapterMethod
 from models.adapters.weights import matched
-from models.operators.blocks import uniform
 from models.operators.core_space import cut, project
-from models.operators.low_rank import Fused, inner, low_rank
+from models.operators.low_rank import Fused, low_rank, pair_norm
+from models.operators.noise import uniform
 
 TRUNCATION = "truncation.json"
 _FLAGS = ("rank", "energy", "density", "space", "majority_sign_method")
@@ -42,6 +42,7 @@ def fuse_adapters(args: FuseAdaptersArgs) -> str:
     """Read the adapters, report their conflicts, fuse them, write ``results/outputs/RUN``; returns what to say."""
     target = args.results / "outputs" / args.run_name
     row, parameters = choose(args)
+    # the weights as read and not the flag, which may name a file that changes
     settings = asdict(args) | {"layer_weights": {str(k): list(v) for k, v in args.weights_by_layer.items()}}
     if not args.overwrite and manifest.finished(target, settings):
         return f"{target}: already fused"
@@ -57,9 +58,11 @@ def fuse_adapters(args: FuseAdaptersArgs) -> str:
     if args.match_norms:
         adapters, factors = matched(adapters, args.match_norms)
     with manifest.writing(target, "fuse adapters", settings, overwrite=args.overwrite) as run:
+        # before the fusion: the report is about what goes in
         if args.report and len(adapters) > 1:
             write_report(measure(adapters, args.seed), run.folder)
         fused = fuse(adapters, row, parameters, args.adapter_weights, args.weights_by_layer, args.seed, args.scale)
+        # of an adapter's configuration only base and task go over; scale and rank are the result's own
         rank = write_adapter(run.folder, {m: f.pair for m, f in fused.items()}, targets_of(adapters), adapters[0].config)
         run.parents.extend(map(str, folders))
         run.inputs.update({adapter.name: adapter.sha256 for adapter in adapters}, **({"base": base} if base else {}))
@@ -118,13 +121,14 @@ def fuse(adapters: Sequence[Adapter], row: AdapterMethod, parameters: Any, weigh
     for module in tqdm(in_order(adapters), "fuse", disable=None):
         layer = layer_of(module)
         shares = weights if layer is None else by_layer.get(layer, weights)
+        # an adapter that does not train the module changes it by zero, and zeros have no vote in TIES
         there = [(adapter, w) for adapter, w in zip(adapters, shares, strict=True) if module in adapter.modules]
         try:
-            done = _fuse_module(function, row, module, *zip(*there, strict=True), parameters, partial(_draw, seed, module))
+            change = _fuse_module(function, row, module, *zip(*there, strict=True), parameters, partial(_draw, seed, module))
         except ValueError as error:
             raise UserError(f"--method: {module}: {error}") from None
-        a, b = done.pair
-        fused[module] = replace(done, pair=(a, b * scale), norm=done.norm * abs(scale))
+        a, b = change.pair
+        fused[module] = replace(change, pair=(a, b * scale), norm=change.norm * abs(scale))
     return fused
 
 
@@ -133,19 +137,23 @@ def _fuse_module(function: Callable, row: AdapterMethod, module: str, adapters: 
     pairs = [adapter.modules[module] for adapter in adapters]
     if row.on == "factors":
         scales = [adapter.scales[module] for adapter in adapters]
+        # PEFT weighs with the scale and sparsifies without it: the scale moves from B to the weight
         pairs = [(a, b / s) for (a, b), s in zip(pairs, scales, strict=True)]
         weights = [w * s for w, s in zip(weights, scales, strict=True)]
     if row.on != "tasks":
+        # what gives factors cuts nothing off that it could report: cat is exact, the others define their result
         pair = function(pairs, weights, parameters, draw)
-        return Fused(pair, max(inner(pair, pair), 0.0) ** 0.5, 0.0)
+        return Fused(pair, pair_norm(pair), 0.0)
     core = project(pairs, getattr(parameters, "space", row.space))
     merged = function(core.tasks, weights, parameters, draw)
+    # the sum of the ranks holds every sum of the changes without loss
     ranks = [a.shape[0] for a, _ in pairs]
     rank, energy = parameters.rank or (max(ranks) if row.largest else sum(ranks)), getattr(parameters, "energy", None)
     return low_rank(merged, rank, energy) if core.left is None else cut(core, merged, rank, energy)
 
 
 def _draw(seed: int, module: str, which: int, shape: tuple[int, ...]) -> Tensor:
+    """Uniform numbers that depend on seed, module, adapter and place alone: not on which modules came before."""
     return uniform(seed, module, which, 0, prod(shape)).view(shape)
 
 
@@ -172,14 +180,15 @@ def common_base(adapters: Sequence[Adapter]) -> str | None:
         there = (adapter.folder / manifest.MANIFEST).is_file()
         prints[adapter.name] = manifest.read(adapter.folder).get("inputs", {}).get("base") if there else None
         names[adapter.name] = str(adapter.config.get("base_model_name_or_path") or "")
+    # fingerprints where all have one; names are what adapters from elsewhere have
     if None not in prints.values():
         if len(set(prints.values())) > 1:
-            short = _listed({name: found[:12] for name, found in prints.items()})
+            short = _listed({name: base[:12] for name, base in prints.items()})
             raise UserError(f"--adapters: they were trained on different bases ({short}); fuse those of one base")
     elif len({Path(name).name for name in names.values()}) > 1:
         raise UserError(f"--adapters: they name different bases ({_listed(names)}); fuse those of one base, or, if it is "
                         f"one base under several names, write one into base_model_name_or_path of each {CONFIG}")
-    return next((found for found in prints.values() if found), None)
+    return next((base for base in prints.values() if base), None)
 
 
 def _listed(values: Mapping[str, str]) -> str:
@@ -193,7 +202,7 @@ def check(adapters: Sequence[Adapter], args: FuseAdaptersArgs, row: AdapterMetho
         for module, (a, b) in adapter.modules.items():
             shapes.setdefault(module, {})[adapter.name] = (b.shape[0], a.shape[1])
             ranks.setdefault(module, {})[adapter.name] = a.shape[0]
-    odd = [module for module, found in shapes.items() if len(set(found.values())) > 1]
+    odd = [module for module, own in shapes.items() if len(set(own.values())) > 1]
     if odd:
         problems.append(f"--adapters: {len(odd)} modules have other shapes in other adapters (e.g. {odd[0]}: "
                         f"{_listed({k: str(v) for k, v in shapes[odd[0]].items()})}); they belong to different bases")
@@ -203,7 +212,7 @@ def check(adapters: Sequence[Adapter], args: FuseAdaptersArgs, row: AdapterMetho
     if absent := sorted(args.weights_by_layer.keys() - layers):
         problems.append(f"--layer_weights: no adapter trains layer {', '.join(map(str, absent))}; allowed: "
                         f"{', '.join(map(str, sorted(layers))) or 'none, no module has a layer number'}")
-    unequal = [module for module, found in ranks.items() if len(set(found.values())) > 1]
+    unequal = [module for module, own in ranks.items() if len(set(own.values())) > 1]
     if args.compat and row in [PEFT_METHODS[name] for name in PEFT_EQUAL_RANKS] and unequal:
         problems.append(f"--compat peft --method {args.method}: adds factors up, so ranks must be equal ("
                         f"{unequal[0]}: {_listed({k: str(v) for k, v in ranks[unequal[0]].items()})}); use cat or svd, or "
@@ -216,6 +225,7 @@ def truncation(fused: Mapping[str, Fused], folder: Path) -> dict[str, Any]:
     """Write what was cut off of each module; returns the sum over modules and the worst."""
     rows = [{"module": m, "rank": f.pair[0].shape[0], "norm": f.norm, "error": f.error} for m, f in fused.items()]
     manifest.write_json(folder / TRUNCATION, rows)
+    # squares add up over modules, relative errors do not
     whole = sum(f.norm**2 for f in fused.values())
     lost = sum((f.norm * f.error) ** 2 for f in fused.values())
     worst = max(rows, key=lambda r: r["error"])

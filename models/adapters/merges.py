@@ -12,66 +12,51 @@ import torch
 from torch import Tensor
 
 from models.adapters import methods as methods
-from models.operators.low_rank import Pair, inner, pick_rank
-from models.operators.selection import count, find_cuts, magnitude_bits
+from models.operators.drop import drop, kept_below
+from models.operators.election import elect
+from models.operators.low_rank import Pair, pair_norm, pick_rank
+from models.operators.selection import count, trim
 
+#: (adapter, shape) -> numbers from U[0, 1).
 Draw = Callable[[int, tuple[int, ...]], Tensor]
 
 
-def concatenate(pairs: Sequence[Pair], weights: Sequence[float], p: methods.Cat, draw: Draw) -> Pair:
+def concatenate(pairs: Sequence[Pair], weights: Sequence[float], parameters: methods.Cat, draw: Draw) -> Pair:
     """The exact weighted sum: sum_i w_i B_i A_i = [w_1 B_1, w_2 B_2, ..] [A_1; A_2; ..]."""
     return torch.cat([a for a, _ in pairs]), torch.cat([w * b for (_, b), w in zip(pairs, weights, strict=True)], 1)
 
 
-def weighted(tasks: Sequence[Tensor], weights: Sequence[float], p: object, draw: Draw) -> Tensor:
+def weighted(tasks: Sequence[Tensor], weights: Sequence[float], parameters: object, draw: Draw) -> Tensor:
     """sum_i w_i M_i: the exact sum of the changes, without the cross terms B_i A_j of a sum of factors."""
     return sum((w * task for task, w in zip(tasks, weights, strict=True)), torch.zeros_like(tasks[0]))
 
 
-def trim(task: Tensor, density: float) -> Tensor:
-    """The k = density x size (rounded down, at least 1) entries of largest magnitude; ties go to the lowest flat index."""
-    bits = magnitude_bits(task.float().contiguous())
-    ((cut,),) = find_cuts(lambda: [[bits]], [[count(density, bits.numel())]], bits.numel())
-    return task * cut.fresh().mask(bits)
+def _dropped(tasks: Sequence[Tensor], density: float, draw: Draw) -> list[Tensor]:
+    """DARE on every task with draws of its own."""
+    return [drop(task, kept_below(draw(i, tuple(task.shape)), density), density) for i, task in enumerate(tasks)]
 
 
-def elect(tasks: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """TIES' elect and disjoint merge: the mean, weighted by |w_i|, of the entries w_i M_i that have the sign of their sum.
-
-    A sum of 0 counts as positive; zeros do not count. Only the weights' proportions matter (their size: ``--scale``).
-    """
-    signed = torch.stack([w * task for task, w in zip(tasks, weights, strict=True)])
-    agree = torch.where(signed.sum(0) < 0, signed < 0, signed > 0)
-    shares = torch.einsum("n,n...->...", torch.tensor([abs(w) for w in weights], dtype=signed.dtype), agree.to(signed.dtype))
-    return (signed * agree).sum(0) / shares.masked_fill(shares == 0, 1)
-
-
-def drop(tasks: Sequence[Tensor], density: float, draw: Draw) -> list[Tensor]:
-    """DARE: an entry stays with probability ``density`` and is then divided by it (Yu et al. 2024, equation 3)."""
-    return [task * (draw(i, tuple(task.shape)) < density) / density for i, task in enumerate(tasks)]
-
-
-def ties(tasks: Sequence[Tensor], weights: Sequence[float], p: methods.Sparse, draw: Draw) -> Tensor:
+def ties(tasks: Sequence[Tensor], weights: Sequence[float], parameters: methods.Sparse, draw: Draw) -> Tensor:
     """Trim, elect sign, disjoint merge (Yadav et al. 2023); in the space "left" this is KnOTS-TIES (Stoica et al. 2024)."""
-    return elect([trim(task, p.density) for task in tasks], weights)
+    return elect([trim(task, parameters.density) for task in tasks], weights)
 
 
-def dare_linear(tasks: Sequence[Tensor], weights: Sequence[float], p: methods.Sparse, draw: Draw) -> Tensor:
+def dare_linear(tasks: Sequence[Tensor], weights: Sequence[float], parameters: methods.Sparse, draw: Draw) -> Tensor:
     """Drop and rescale, then the weighted sum (Yu et al. 2024)."""
-    return weighted(drop(tasks, p.density, draw), weights, p, draw)
+    return weighted(_dropped(tasks, parameters.density, draw), weights, parameters, draw)
 
 
-def dare_ties(tasks: Sequence[Tensor], weights: Sequence[float], p: methods.Sparse, draw: Draw) -> Tensor:
+def dare_ties(tasks: Sequence[Tensor], weights: Sequence[float], parameters: methods.Sparse, draw: Draw) -> Tensor:
     """Drop and rescale, then TIES' election."""
-    return elect(drop(tasks, p.density, draw), weights)
+    return elect(_dropped(tasks, parameters.density, draw), weights)
 
 
-def magnitude_prune(tasks: Sequence[Tensor], weights: Sequence[float], p: methods.Sparse, draw: Draw) -> Tensor:
+def magnitude_prune(tasks: Sequence[Tensor], weights: Sequence[float], parameters: methods.Sparse, draw: Draw) -> Tensor:
     """Trim, then the weighted sum."""
-    return weighted([trim(task, p.density) for task in tasks], weights, p, draw)
+    return weighted([trim(task, parameters.density) for task in tasks], weights, parameters, draw)
 
 
-def tsv(tasks: Sequence[Tensor], weights: Sequence[float], p: methods.Tsv, draw: Draw) -> Tensor:
+def tsv(tasks: Sequence[Tensor], weights: Sequence[float], parameters: methods.Tsv, draw: Draw) -> Tensor:
     """TSV-M (Gargiulo et al. 2024, algorithm 1): the leading 1/n of each task's singular triples, made orthogonal.
 
     U = [U_1 .. U_n] and V are replaced by their nearest orthogonal matrices (Procrustes), so that tasks interfere no more;
@@ -80,30 +65,32 @@ def tsv(tasks: Sequence[Tensor], weights: Sequence[float], p: methods.Tsv, draw:
     lefts, values, rights = [], [], []
     for task, weight in zip(tasks, weights, strict=True):
         u, s, vh = torch.linalg.svd(task, full_matrices=False)
-        kept = count(p.density or 1 / len(tasks), pick_rank(s, len(s)))
+        # 1/n of the directions that there are: an adapter of rank 4 has no more to give than 4
+        kept = count(parameters.density or 1 / len(tasks), pick_rank(s, len(s)))
         lefts.append(u[:, :kept])
         values.append(weight * s[:kept])
         rights.append(vh[:kept].T)
-    left, right = (_nearest_orthogonal(torch.cat(parts, 1)) for parts in (lefts, rights))
+    left, right = (_nearest_orthogonal(torch.cat(vectors, 1)) for vectors in (lefts, rights))
     return left * torch.cat(values) @ right.T
 
 
 def _nearest_orthogonal(matrix: Tensor) -> Tensor:
+    """The orthogonal factor of the polar decomposition: the solution of the Procrustes problem (Schoenemann 1966)."""
     u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
     return u @ vh
 
 
-def isotropic(tasks: Sequence[Tensor], weights: Sequence[float], p: methods.Rank, draw: Draw) -> Tensor:
+def isotropic(tasks: Sequence[Tensor], weights: Sequence[float], parameters: methods.Rank, draw: Draw) -> Tensor:
     """Iso-C (Marczak et al. 2025, equation 6): the weighted sum with its singular values replaced by their mean.
 
     The mean is over the values that a LoRA of ``rank`` can hold, or over all that are not negligible.
     """
-    u, values, vh = torch.linalg.svd(weighted(tasks, weights, p, draw), full_matrices=False)
-    kept = pick_rank(values, p.rank or len(values))
+    u, values, vh = torch.linalg.svd(weighted(tasks, weights, parameters, draw), full_matrices=False)
+    kept = pick_rank(values, parameters.rank or len(values))
     return values[:kept].mean() * u[:, :kept] @ vh[:kept]
 
 
-def lego(pairs: Sequence[Pair], weights: Sequence[float], p: methods.Rank, draw: Draw) -> Pair:
+def lego(pairs: Sequence[Pair], weights: Sequence[float], parameters: methods.Rank, draw: Draw) -> Pair:
     """LoRA-LEGO (Zhao et al. 2024): rank-1 units (a_j, b_j) of all adapters, clustered by k-means, centroids as a LoRA.
 
     Units are taken as trained, with ||a_j|| = ||b_j|| (the same unit, and no side outweighs the other): unlike the other
@@ -122,12 +109,13 @@ def lego(pairs: Sequence[Pair], weights: Sequence[float], p: methods.Rank, draw:
     units, shares = [], []
     for (a, b), weight in zip(pairs, weights, strict=True):
         size_a, size_b = a.norm(dim=1).double(), b.norm(dim=0).double()
-        there = (size_a > 0) & (size_b > 0) & (weight > 0)
-        balance = (size_b / size_a)[there].sqrt()[:, None]
-        units.append(torch.cat([a.double()[there] * balance, b.T.double()[there] / balance], 1))
+        # a unit of zeros, and one that counts nothing, would make a cluster of its own
+        counted = (size_a > 0) & (size_b > 0) & (weight > 0)
+        balance = (size_b / size_a)[counted].sqrt()[:, None]
+        units.append(torch.cat([a.double()[counted] * balance, b.T.double()[counted] / balance], 1))
         shares.append(torch.full((len(units[-1]),), float(weight), dtype=torch.float64))
     points, share = torch.cat(units), torch.cat(shares)
-    k = min(p.rank or max(a.shape[0] for a, _ in pairs), len(points))
+    k = min(parameters.rank or max(a.shape[0] for a, _ in pairs), len(points))
     inputs = pairs[0][0].shape[1]
     if not k:
         return pairs[0][0][:1] * 0, pairs[0][1][:, :1] * 0
@@ -146,15 +134,14 @@ def lego(pairs: Sequence[Pair], weights: Sequence[float], p: methods.Rank, draw:
     return centroids[:, :inputs].float(), centroids[:, inputs:].T.float().contiguous()
 
 
-def random_directions(pairs: Sequence[Pair], weights: Sequence[float], p: methods.Rank, draw: Draw) -> Pair:
+def random_directions(pairs: Sequence[Pair], weights: Sequence[float], parameters: methods.Rank, draw: Draw) -> Pair:
     """The control of every fusion: Gaussian factors with the Frobenius norm of the weighted sum, and nothing else of it.
 
     What it does to a model, any change of that size does.
     """
-    a, b = concatenate(pairs, weights, p, draw)
-    rank = p.rank or max(first.shape[0] for first, _ in pairs)
-    # 0 and 1 have no quantile
+    a, b = concatenate(pairs, weights, parameters, draw)
+    rank = parameters.rank or max(first.shape[0] for first, _ in pairs)
+    # Gaussian by quantiles of the counted draws; 0 and 1 have none
     left, right = (torch.special.ndtri(draw(which, shape).double().clamp(1e-9, 1 - 1e-9)) for which, shape in (
         (0, (rank, a.shape[1])), (1, (b.shape[0], rank))))
-    size, wanted = inner((left, right), (left, right)) ** 0.5, max(inner((a, b), (a, b)), 0.0) ** 0.5
-    return left.float(), (right * (wanted / size)).float()
+    return left.float(), (right * (pair_norm((a, b)) / pair_norm((left, right)))).float()

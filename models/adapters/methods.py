@@ -1,6 +1,6 @@
 """The table of ways to fuse adapters: name, function, parameters. Reads no file and loads no torch.
 
-A method is a pure function ``(parts, weights, parameters, draw) -> fused``. On "tasks" its parts are the changes of one
+A method is a pure function ``(changes, weights, parameters, draw) -> fused``. On "tasks" these are the changes of one
 module as equal matrices in one space (``core_space.project``) and it returns one such matrix; on "pairs" they are factors
 (A (r, in), B (out, r), scale applied) and it returns factors. ``draw(i, shape)`` gives uniform numbers that depend on seed,
 adapter, module and place alone. A new method is one function and one row; which flags it takes follows from its dataclass.
@@ -8,11 +8,12 @@ adapter, module and place alone. A new method is one function and one row; which
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from models.operators.declared import Declared
 
 
 @dataclass(frozen=True)
@@ -21,26 +22,26 @@ class Cat:
 
 
 @dataclass(frozen=True)
-class Cut:
-    """``rank`` None: as much as there is; ``energy``: share of the squared norm instead."""
+class RankOrEnergy:
+    """Where the fused change is cut: at a ``rank`` (None: not at all) or at an ``energy``, a share of the squared norm."""
 
     rank: int | None = None
     energy: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sparse(Cut):
+class Sparse(RankOrEnergy):
     density: float
     space: str = "core"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Knots(Cut):
+class Knots(RankOrEnergy):
     density: float
 
 
 @dataclass(frozen=True)
-class Tsv(Cut):
+class Tsv(RankOrEnergy):
     """``density``: share of each task's directions that is kept, None: 1 / number of tasks."""
 
     density: float | None = None
@@ -72,7 +73,7 @@ class PeftDenseTies(PeftDense):
 
 
 @dataclass(frozen=True)
-class AdapterMethod:
+class AdapterMethod(Declared):
     """A row.
 
     Args:
@@ -102,11 +103,12 @@ class AdapterMethod:
         Args:
             problems: gets a sentence for every flag that this method does not take, or needs and has not.
         """
-        fields = {f.name: f for f in dataclasses.fields(self.parameters)}
+        fields = self.fields()
         there = {flag: value for flag, value in given.items() if value is not None}
         problems += [f"--{flag} {there[flag]}: {name} takes none; drop it" for flag in there if flag not in fields]
-        missing = [flag for flag, f in fields.items() if f.default is dataclasses.MISSING and flag not in there]
+        missing = self.missing(there)
         problems += [f"--{flag}: {name} needs one, e.g. --{flag} 0.5" for flag in missing]
+        # types and ranges are the flags' own (flags/fuse.py): only presence is left to judge
         return None if missing else self.parameters(**{flag: there[flag] for flag in fields if flag in there})
 
 
@@ -120,12 +122,14 @@ def _peft(name: str, parameters: type, on: str = "factors") -> AdapterMethod:
 
 ADAPTER_METHODS: dict[str, AdapterMethod] = {
     "cat": AdapterMethod(("merges", "concatenate"), Cat, "pairs", "arXiv 2501.06208"),
-    "svd": _tasks("weighted", Cut, "QR, then SVD of the core: Core Space, arXiv 2509.17786"),
-    "linear": _tasks("weighted", Cut, "task arithmetic on B A, arXiv 2212.04089", largest=True),
+    "svd": _tasks("weighted", RankOrEnergy, "QR, then SVD of the core: Core Space, arXiv 2509.17786"),
+    # the same sum as svd, cut to the rank that an adapter had: what PEFT's linear is often taken for
+    "linear": _tasks("weighted", RankOrEnergy, "task arithmetic on B A, arXiv 2212.04089", largest=True),
     "ties": _tasks("ties", Sparse, "arXiv 2306.01708"),
     "dare_linear": _tasks("dare_linear", Sparse, "arXiv 2311.03099"),
     "dare_ties": _tasks("dare_ties", Sparse, "arXiv 2311.03099"),
     "magnitude_prune": _tasks("magnitude_prune", Sparse, "TIES without the election"),
+    # KnOTS is TIES in other axes, hence no function of its own
     "knots": _tasks("ties", Knots, "KnOTS-TIES, arXiv 2410.19735", space="left"),
     "tsv": _tasks("tsv", Tsv, "TSV-M, arXiv 2412.00081"),
     "isotropic": _tasks("isotropic", Rank, "Iso-C, arXiv 2502.04959"),
@@ -148,5 +152,5 @@ PEFT_METHODS: dict[str, AdapterMethod] = {
     "dare_ties_svd": _peft("dare_ties_svd", PeftDenseTies, "pairs"),
     "magnitude_prune_svd": _peft("magnitude_prune_svd", PeftDense, "pairs"),
 }
-#: Those that add factors up, and so need equal ranks.
+#: Those that add factors up, entry by entry, and so need equal ranks.
 PEFT_EQUAL_RANKS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")

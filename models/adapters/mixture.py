@@ -19,7 +19,7 @@ from models.adapters.files import Adapter, read_adapter
 from models.adapters.fuse import check, common_base, fuse
 from models.adapters.methods import ADAPTER_METHODS, Cat
 from models.base.loading import check_base, load_base, settled
-from models.operators.low_rank import Pair
+from models.operators.low_rank import Pair, product
 from models.run_folders import run_folder
 
 
@@ -30,6 +30,7 @@ def read_parts(results: Path, parts: Parts) -> list[Adapter]:
         UserError: with the problems of all of them; or they belong to different bases.
     """
     adapters, problems = [], []
+    # all of them, so that a sum of five with two mistakes takes one try and not three
     for name, _ in parts:
         try:
             adapters.append(read_adapter(run_folder(results, name), name))
@@ -55,7 +56,7 @@ def load_mix(results: Path, parts: Parts, base: Path, dtype: torch.dtype, device
     fused = fuse(adapters, ADAPTER_METHODS["cat"], Cat(), [weight for _, weight in parts], {}, 0)
     # summed in fp32 where there is room for it: a device that holds the 16-bit model may not hold twice that
     model = load_base(base, torch.float32, torch.device("cpu"))
-    add_to(model, {module: done.pair for module, done in fused.items()},
+    add_to(model, {module: change.pair for module, change in fused.items()},
            transposed=bool(adapters[0].config.get("fan_in_fan_out")))
     return settled(model, dtype, device)
 
@@ -75,8 +76,9 @@ def add_to(model: PreTrainedModel, pairs: dict[str, Pair], transposed: bool = Fa
         raise UserError(f"--adapters: {len(wrong)} modules do not fit this base, e.g. {wrong[0]}; give the adapters' own "
                         "base with --model_name_or_path")
     for name, (a, b) in pairs.items():
+        # in place: the model is loaded already, and a second copy may not fit
         weight = there[name].weight
-        change = b.to(weight) @ a.to(weight)
+        change = product((a.to(weight), b.to(weight)))
         weight += change.T if transposed else change
 
 

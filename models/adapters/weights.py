@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from errors import UserError
 from models.adapters.files import Adapter
-from models.operators.low_rank import inner
+from models.operators.low_rank import pair_squared_norm
 
 
 def matched(adapters: Sequence[Adapter], scope: str) -> tuple[list[Adapter], dict[str, list[float]]]:
@@ -26,8 +26,9 @@ def matched(adapters: Sequence[Adapter], scope: str) -> tuple[list[Adapter], dic
     Raises:
         UserError: an adapter that must be rescaled is zero.
     """
+    # squared, for those of the modules add up to the whole change's
     first = _squared_norms(adapters[0])
-    done, factors = [adapters[0]], {}
+    rescaled, factors = [adapters[0]], {}
     for adapter in adapters[1:]:
         mine = _squared_norms(adapter)
         shared = [module for module in mine if module in first]
@@ -42,13 +43,14 @@ def matched(adapters: Sequence[Adapter], scope: str) -> tuple[list[Adapter], dic
             ratios = {module: (first[module] / size) ** 0.5 if module in first and size else 1.0
                       for module, size in mine.items()}
         factors[adapter.name] = [ratios[module] for module in shared]
-        done.append(replace(adapter, modules={m: (a, b * ratios[m]) for m, (a, b) in adapter.modules.items()},
-                            scales={m: scale * ratios[m] for m, scale in adapter.scales.items()}))
-    return done, factors
+        # the scale goes with B: who needs the raw factors (--compat peft) divides it out again
+        rescaled.append(replace(adapter, modules={m: (a, b * ratios[m]) for m, (a, b) in adapter.modules.items()},
+                                scales={m: scale * ratios[m] for m, scale in adapter.scales.items()}))
+    return rescaled, factors
 
 
 def _squared_norms(adapter: Adapter) -> dict[str, float]:
-    return {module: max(inner(pair, pair), 0.0) for module, pair in adapter.modules.items()}
+    return {module: pair_squared_norm(pair) for module, pair in adapter.modules.items()}
 
 
 def norm(adapter: Adapter) -> float:

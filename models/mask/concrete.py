@@ -12,42 +12,17 @@ Noise is a function of (key, index) alone, Philox by counter, and is drawn again
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 import torch
 from torch import Tensor
 
-#: One step of numpy's Philox counter gives four 64-bit words: sixteen draws of 16 bits.
-_DRAWS = 16
+from models.operators.noise import midpoints, random_bits
+
+#: 16 random bits per logit, and the numbers in (0, 1) that they stand for.
+noise, uniform = random_bits, midpoints
 #: Entries that are summed in the mask's own type before sums are added in fp64.
 _PART = 1 << 20
 RESCALES = ("none", "tensor", "detached", "global", "expected")
-
-
-def noise(key: str, first: int, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """16 random bits for each of the elements first .. first + count, (count,) int16: a function of (key, index) alone.
-
-    They stand for u = (bits + 32768.5) / 65536, which is never 0 or 1 and symmetric: ``~bits`` is 1 - u. On a CPU they are
-    numpy's Philox4x64-10 (Salmon et al. 2011); on a GPU the device's own Philox, another stream that starts at 0 only.
-
-    Raises:
-        ValueError: a GPU's stream is asked for from the middle.
-    """
-    digest = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=16).digest(), "little")
-    if torch.device(device).type != "cpu":
-        if first:
-            raise ValueError("a device's stream is drawn from its start")
-        generator = torch.Generator(device).manual_seed(digest & (2**63 - 1))
-        return torch.empty(count, dtype=torch.int16, device=device).random_(-(1 << 15), 1 << 15, generator=generator)
-    skip = first % _DRAWS
-    words = np.random.Philox(key=digest, counter=first // _DRAWS).random_raw(-(-(skip + count) // 4))
-    return torch.from_numpy(words.view(np.int16)[skip:skip + count])
-
-
-def uniform(bits: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The numbers in (0, 1) that the bits stand for."""
-    return bits.to(dtype).add_(32768.5).div_(65536)
 
 
 def soft_mask(logits: Tensor, bits: Tensor, temperature: float, out: Tensor | None = None) -> Tensor:

@@ -7,21 +7,23 @@ every task contributes to it.
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from models.mask.concrete import noise, uniform
 from models.mask.settings import Rule
-from models.operators.selection import EVERYTHING, NOTHING, count, find_cuts
+from models.operators.drop import kept_above
+from models.operators.election import disjoint_sum
+from models.operators.noise import midpoints, random_bits
+from models.operators.selection import EVERYTHING, NOTHING, count, find_cuts, magnitude_of
 
 
 def combined(rule: Rule, deltas: Sequence[Tensor]) -> list[Tensor]:
     """lambda sum_i delta_i in one tensor where the rule is linear; else the task vectors as they are."""
     if not rule.linear:
         return list(deltas)
+    # summed once before training instead of in every forward pass: one tensor to hold and to read, however many tasks
     total = deltas[0]
     for delta in deltas[1:]:
         total = total + delta
@@ -43,21 +45,17 @@ def effective(rule: Rule, deltas: Sequence[Tensor], mask: Tensor, thresholds: Se
         (total,) = deltas
         return total
     if rule.name == "dare":
+        density = 1 - rule.drop  # settings say p, as the paper does; the operators know the share kept
         total = torch.zeros_like(deltas[0], dtype=mask.dtype)
         for i, delta in enumerate(deltas):
-            bits = noise(f"{draw}|dare{i}", first, delta.numel(), delta.device).view(delta.shape)
-            total += delta * (uniform(bits, mask.dtype) >= rule.drop)
-        return total.mul_(rule.lambda_ / (1 - rule.drop))
+            # 16 bits a draw: it is repeated in the backward pass, and half the bits are half the time
+            bits = random_bits(f"{draw}|dare{i}", first, delta.numel(), delta.device).view(delta.shape)
+            total += delta * kept_above(midpoints(bits, mask.dtype), density)
+        # DARE's 1 / density goes with lambda: one product for all tasks
+        return total.mul_(rule.lambda_ / density)
     masked = [delta * mask for delta in deltas]
-    kept = [v * (v.abs() >= t) for v, t in zip(masked, thresholds, strict=True)]
-    total = kept[0].clone()
-    for v in kept[1:]:
-        total += v
-    positive = total >= 0  # a sum of exactly 0 counts as positive, as in models/operators/sparse.py
-    fused = torch.zeros_like(total)
-    for delta, v in zip(deltas, kept, strict=True):
-        fused += delta * ((v > 0) & positive | (v < 0) & ~positive)
-    return fused.mul_(rule.lambda_)
+    trimmed = [v * (v.abs() >= t) for v, t in zip(masked, thresholds, strict=True)]
+    return disjoint_sum(deltas, trimmed).mul_(rule.lambda_)
 
 
 def ties_thresholds(rule: Rule, walk: Callable[[], Iterable[Sequence[Tensor]]], tasks: int, size: int) -> list[float]:
@@ -65,11 +63,11 @@ def ties_thresholds(rule: Rule, walk: Callable[[], Iterable[Sequence[Tensor]]], 
 
     Entries equal to it are all kept: with continuous masks there is one.
     """
-    cuts = [c for (c,) in find_cuts(walk, [[count(rule.density, size)]] * tasks, size)]
+    cuts = [cut for (cut,) in find_cuts(walk, [[count(rule.density, size)]] * tasks, size)]
     return [_magnitude(cut.threshold) for cut in cuts]
 
 
 def _magnitude(bits: int) -> float:
     if bits == EVERYTHING.threshold:
         return 0.0
-    return math.inf if bits == NOTHING.threshold else struct.unpack("<f", struct.pack("<i", bits))[0]
+    return math.inf if bits == NOTHING.threshold else magnitude_of(bits)

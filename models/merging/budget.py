@@ -11,9 +11,10 @@ from pathlib import Path
 
 from errors import UserError
 from models.merging.methods import Method
-from models.merging.plan import Job, Match
+from models.merging.plan import Job, MergePlan
 from models.operators.spans import spans
 
+#: Bytes moved to learn the disk's bandwidth: enough to outlast a seek, little to wait for.
 _PROBE = 16 << 20
 _READ = 8 << 20
 
@@ -34,21 +35,22 @@ class Budget:
         return self.bytes_read / self.read_per_second + self.bytes_written / self.write_per_second
 
 
-def budget(match: Match, method: Method, memory_gb: float, asked: int, target: Path) -> Budget:
+def budget(plan: MergePlan, method: Method, memory_gb: float, asked: int, target: Path) -> Budget:
     """How many workers fit the promise, and what the merge will move.
 
     Raises:
         UserError: not even one worker fits; names the least that would.
     """
-    each = max((worker_bytes(job) for job in match.jobs), default=0)
+    # buffers grow to the largest block and stay: the largest job decides, not the mean
+    each = max((worker_bytes(job) for job in plan.jobs), default=0)
     workers = asked or len(os.sched_getaffinity(0))
     if memory_gb:
         workers = min(workers, int(memory_gb * 2**30) // max(each, 1))
         if not workers:
             raise UserError(f"--memory_gb {memory_gb}: one worker needs {each / 2**30:.2f} GB for this recipe; "
                             f"give {each / 2**30 + 0.005:.2f} or more")
-    read, write = _bandwidth(match, target)
-    return Budget(workers, workers * each, method.walks * match.bytes_in, match.bytes_out, read, write)
+    read, write = _bandwidth(plan, target)
+    return Budget(workers, workers * each, method.walks * plan.bytes_in, plan.bytes_out, read, write)
 
 
 def worker_bytes(job: Job) -> int:
@@ -58,20 +60,22 @@ def worker_bytes(job: Job) -> int:
     return largest * (72 + 12 * len(job.pieces)) + (2 << 20)
 
 
-def _bandwidth(match: Match, target: Path) -> tuple[float, float]:
+def _bandwidth(plan: MergePlan, target: Path) -> tuple[float, float]:
     """(read, write) bytes per second: 16 MB of the first input, 16 MB beside the output, synced and removed."""
     existing = next(folder for folder in (target, *target.parents) if folder.is_dir())
-    source = match.jobs[0].pieces[0].info.file
-    start, done = time.perf_counter(), 0
+    source = plan.jobs[0].pieces[0].info.file
+    start, bytes_read = time.perf_counter(), 0
+    # unbuffered: Python's own copy would be timed with the disk
     with source.open("rb", buffering=0) as file:
-        while done < _PROBE and (block := file.read(_READ)):
-            done += len(block)
-    read = max(done, 1) / max(time.perf_counter() - start, 1e-6)
+        while bytes_read < _PROBE and (block := file.read(_READ)):
+            bytes_read += len(block)
+    read = max(bytes_read, 1) / max(time.perf_counter() - start, 1e-6)
     block = bytes(_READ)
     with tempfile.TemporaryFile(dir=existing, buffering=0) as file:
         start = time.perf_counter()
         for _ in range(_PROBE // _READ):
             file.write(block)
+        # without it the page cache's speed would be taken for the disk's
         os.fdatasync(file.fileno())
         write = _PROBE / (time.perf_counter() - start)
     return read, write

@@ -27,7 +27,8 @@ from models.checkpoints.writer import Writer
 from models.merging.methods import Method
 from models.merging.plan import Job, Piece
 from models.merging.prepare import PREPARE
-from models.operators.blocks import Block, uniform
+from models.operators.blocks import Block
+from models.operators.noise import uniform
 from models.operators.spans import spans
 
 log = logging.getLogger(__name__)
@@ -68,11 +69,13 @@ class FileBlocks:
 
     def __iter__(self) -> Iterator[Block]:
         for first, shape in spans(self.job.shape, self.job.by_rows):
-            parts = [self._read(i, piece, first, shape) for i, piece in enumerate(self.job.pieces)]
+            # every input has a buffer of its own; the next block overwrites them all
+            values = [self._read(i, piece, first, shape) for i, piece in enumerate(self.job.pieces)]
+            # only the inputs together can say what a row that one of them lacks should be
             if any(piece.rows is not None for piece in self.job.pieces):
-                _fill_missing(self.job, parts, first, shape)
-            parts = [part.to(self.device) for part in parts]
-            yield Block(first, None if self.job.base is None else parts[0], parts[len(parts) - len(self.job.experts):])
+                _fill_missing(self.job, values, first, shape)
+            values = [block.to(self.device) for block in values]
+            yield Block(first, None if self.job.base is None else values[0], values[len(values) - len(self.job.experts):])
         self.checked = True
 
     def uniform(self, which: int, block: Block) -> Tensor:
@@ -86,6 +89,7 @@ class FileBlocks:
             out.view(-1).copy_(self._values(piece, first, count))
         else:
             self._read_rows(piece, first // shape[1], out)
+        # a finite sum proves every value finite, in one pass; the exact look is for the rare other case
         if not self.checked and not torch.isfinite(out.sum()) and not torch.isfinite(out).all():
             place = int((~torch.isfinite(out.view(-1))).nonzero()[0]) + first
             raise UserError(f"{piece.info.file}: tensor {piece.info.name}: NaN or infinity at element {place}; "
@@ -102,6 +106,7 @@ class FileBlocks:
         start = 0
         while start < len(wanted):
             stop = start + 1
+            # neighbours in the input make one read; of missing rows (-1) the run goes on while the number stays
             while stop < len(wanted) and wanted[stop] == wanted[stop - 1] + (wanted[start] >= 0):
                 stop += 1
             if wanted[start] < 0:
@@ -112,18 +117,18 @@ class FileBlocks:
             start = stop
 
 
-def _fill_missing(job: Job, parts: list[Tensor], first: int, shape: tuple[int, ...]) -> None:
+def _fill_missing(job: Job, inputs: list[Tensor], first: int, shape: tuple[int, ...]) -> None:
     """A row that an input lacks takes the base's (or first input's) row; if that is missing too, the mean of the others."""
     row = first // shape[1]
     absent = [torch.zeros(shape[0], dtype=torch.bool) if piece.rows is None
               else torch.from_numpy(piece.rows[row:row + shape[0]] < 0) for piece in job.pieces]
     for r in torch.stack(absent).any(0).nonzero().flatten().tolist():
-        there = [part[r] for part, gone in zip(parts, absent, strict=True) if not gone[r]]
+        known = [values[r] for values, gone in zip(inputs, absent, strict=True) if not gone[r]]
         if absent[0][r]:
-            parts[0][r] = torch.stack(there).mean(0) if there else 0
-        for part, gone in zip(parts[1:], absent[1:], strict=True):
+            inputs[0][r] = torch.stack(known).mean(0) if known else 0
+        for values, gone in zip(inputs[1:], absent[1:], strict=True):
             if gone[r]:
-                part[r] = parts[0][r]
+                values[r] = inputs[0][r]
 
 
 def execute(jobs: tuple[Job, ...], method: Method, writer: Writer, folder: Path, *, workers: int, seed: int,
@@ -136,10 +141,10 @@ def execute(jobs: tuple[Job, ...], method: Method, writer: Writer, folder: Path,
         UserError: an input holds NaN or infinity, or a result leaves the range of the output's type.
     """
     buffers, lock = Buffers(), threading.Lock()
-    done = _finished(jobs, folder / JOURNAL, writer)
-    left = [job for job in jobs if job.name not in done]
-    if done:
-        log.info("resuming: %d of %d tensors are finished", len(done), len(jobs))
+    finished = _finished(jobs, folder / JOURNAL, writer)
+    left = [job for job in jobs if job.name not in finished]
+    if finished:
+        log.info("resuming: %d of %d tensors are finished", len(finished), len(jobs))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # one thread per worker: tensors are the unit of parallel work
     stop = threading.Event()
@@ -154,13 +159,16 @@ def execute(jobs: tuple[Job, ...], method: Method, writer: Writer, folder: Path,
     def run(job: Job, context: Any, journal: Any) -> None:
         checksum, first = 1, 0
         for fused in _results(job, method, blocks(job), context):
+            # another worker failed: its error is the one to show, and no time goes into what will be thrown away
             if stop.is_set():
                 return
             data = _stored(job, fused)
             writer.write(job.name, first, data)
+            # adler32 finds a torn write, which is all it must, and is the cheapest that does
             checksum = zlib.adler32(_bytes(data), checksum)
             first += data.numel()
             bar.update(data.numel())
+        # one line per tensor and flushed: a line in the journal is a tensor on the disk
         with lock:
             journal.write(f"{checksum:08x} {job.name}\n")
             journal.flush()
@@ -173,6 +181,7 @@ def execute(jobs: tuple[Job, ...], method: Method, writer: Writer, folder: Path,
     try:
         prepare = PREPARE.get(method.function[1])
         contexts = prepare(jobs, walk) if prepare and left else {}
+        # a large tensor at the end would leave every other worker idle
         largest_first = sorted(left, key=lambda job: (-prod(job.shape), job.name))
         with (folder / JOURNAL).open("a", encoding="utf-8") as journal, ThreadPoolExecutor(workers) as pool:
             futures = [pool.submit(run, job, contexts.get(job.name), journal) for job in largest_first]
@@ -182,6 +191,7 @@ def execute(jobs: tuple[Job, ...], method: Method, writer: Writer, folder: Path,
                     future.result()
             except BaseException:
                 stop.set()
+                # Ctrl-C comes through here as well: nothing may go on writing
                 pool.shutdown(cancel_futures=True)
                 raise
     finally:
@@ -198,6 +208,7 @@ def _results(job: Job, method: Method, blocks: FileBlocks, context: Any) -> Iter
 
 
 def _copies(job: Job) -> Iterator[Tensor]:
+    # index buffers are the same in all inputs that share an architecture, and a mean of them means nothing
     piece, size = job.experts[0], prod(job.shape)
     for first, (count,) in spans(job.shape, by_rows=False):
         raw = torch.empty(min(count, size) * KINDS[job.dtype][0], dtype=torch.uint8)
@@ -212,6 +223,7 @@ def _stored(job: Job, fused: Tensor) -> Tensor:
     """
     if job.copied:
         return fused
+    # the one rounding of a merge: everything before it was fp32
     data = fused.reshape(-1).to(getattr(torch, KINDS[job.dtype][1])).cpu()
     if job.dtype == "F16" and not torch.isfinite(data).all():
         raise UserError(f"{job.name}: the result is beyond float16's range; use --out_dtype bfloat16 or float32")
@@ -227,10 +239,10 @@ def _finished(jobs: tuple[Job, ...], journal: Path, writer: Writer) -> set[str]:
     if not journal.is_file():
         return set()
     known: Mapping[str, Job] = {job.name: job for job in jobs}
-    done = set()
+    intact = set()
     for line in journal.read_text(encoding="utf-8").splitlines():
         checksum, _, name = line.partition(" ")
         # a line that the kill cut short names no tensor, or has a checksum that cannot match
         if name in known and f"{writer.checksum(name):08x}" == checksum:
-            done.add(name)
-    return done
+            intact.add(name)
+    return intact

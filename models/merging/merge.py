@@ -20,10 +20,11 @@ from models.checkpoints.reader import INDEX, Checkpoint, fingerprint
 from models.checkpoints.writer import Layout, Writer, plan_layout
 from models.merging import vocabulary
 from models.merging.budget import Budget, budget
-from models.merging.methods import METHODS, Method, checked, scalar
-from models.merging.plan import HEAD, Match, Policies, anchor, match, models
+from models.merging.methods import METHODS, Method
+from models.merging.plan import HEAD, MergePlan, Policies, anchor, match, models
 from models.merging.recipe_values import nearest
 from models.merging.recipes import Recipe, Slice, Source, read_recipe
+from models.operators.declared import assignments, scalar
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -43,25 +44,28 @@ def merge(args: MergeArgs) -> str:
     recipe = read_recipe(Path(args.recipe).expanduser(), specs) if args.recipe else recipe_of_flags(args)
     method = METHODS[recipe.method]
     target = args.results / "outputs" / args.run_name
+    # the text and not the path: an edited recipe is another merge
     settings = asdict(args) | {"recipe_text": recipe.text}
     if not (args.overwrite or args.dry_run) and manifest.finished(target, settings):
         return f"{target}: already merged"
     folders = _folders(recipe, args)
+    # writing starts by clearing the target
     if target.resolve() in [folder.resolve() for folder in folders.values()]:
         raise UserError(f"--run_name {args.run_name}: {target} is an input of this merge; choose another name")
     with ExitStack() as stack:
         checkpoints = _opened(folders, stack)
         policies = Policies(args.vocab or recipe.vocab or "", args.tied_heads,
                             DTYPES.get(args.out_dtype or recipe.out_dtype or recipe.dtype, ""))
-        found = match(recipe, method, checkpoints, policies, _MERGEKIT if recipe.mergekit else {})
-        layout = plan_layout([(job.name, job.dtype, job.shape) for job in found.jobs], int(args.shard_gb * 1e9))
-        cost = budget(found, method, args.memory_gb, args.threads, target.parent)
-        plan = describe(recipe, found, layout, cost)
+        # from here on only headers are read, until the plan is known to fit
+        plan = match(recipe, method, checkpoints, policies, _MERGEKIT if recipe.mergekit else {})
+        layout = plan_layout([(job.name, job.dtype, job.shape) for job in plan.jobs], int(args.shard_gb * 1e9))
+        cost = budget(plan, method, args.memory_gb, args.threads, target.parent)
+        description = describe(recipe, plan, layout, cost)
         if args.dry_run:
-            return plan
-        log.info(plan)
-        _run(args, settings, recipe, method, checkpoints, found, layout, cost, target)
-    return f"{target}: {recipe.method}, {len(found.jobs)} tensors"
+            return description
+        log.info(description)
+        _run(args, settings, recipe, method, checkpoints, plan, layout, cost, target)
+    return f"{target}: {recipe.method}, {len(plan.jobs)} tensors"
 
 
 def recipe_of_flags(args: MergeArgs) -> Recipe:
@@ -81,12 +85,14 @@ def recipe_of_flags(args: MergeArgs) -> Recipe:
     if not low <= len(names) <= high:
         problems.append(f"--models {args.models}: {args.method} takes {low if low == high else f'{low} to {high}'}")
     values = _parameters(args.parameters, row, len(names), problems)
-    missing = [k for k, f in row.fields().items() if f.default is None and k not in values]
+    # after other problems it would only repeat them: a misspelt name is missing too
+    missing = row.missing(values)
     if missing and not problems:
         problems.append(f"--parameters {args.parameters}: {args.method} needs {', '.join(missing)}, e.g. "
                         f"--parameters \"{missing[0]}=0.5\"")
     if problems:
         raise UserError(*problems)
+    # flags make the same recipe as a file would, so that everything behind them exists once
     own = {k: v for k, v in values.items() if isinstance(v, tuple)}
     sources = tuple(Source(name, None, {k: v[i] for k, v in own.items()}) for i, name in enumerate(names))
     return Recipe(args.method, args.base_model or None, (Slice(sources, None, {}),), True,
@@ -94,24 +100,25 @@ def recipe_of_flags(args: MergeArgs) -> Recipe:
 
 
 def _parameters(text: str, row: Method, count: int, problems: list[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for pair in filter(None, (part.strip() for part in text.split(";"))):
-        name, equals, given = (part.strip() for part in pair.partition("="))
-        if name not in row.fields() or not equals:
-            problems.append(f"--parameters {pair}: not a parameter of this method{nearest(name, row.fields())}; "
+    """Name -> value, or a tuple of one per model, from the flag's text; what is wrong with it goes to ``problems``."""
+    settings: dict[str, Any] = {}
+    for written, name, given in assignments(text):
+        if name not in row.fields():
+            meant = nearest(name or written, row.fields())
+            problems.append(f"--parameters {written}: not a parameter of this method{meant}; "
                             f"allowed: {', '.join(row.fields()) or 'none'}")
             continue
         values = tuple(scalar(word.strip()) for word in given.split(","))
         each = row.fields()[name].metadata["each"]
         if len(values) > 1 and (not each or len(values) != count):
-            problems.append(f"--parameters {pair}: takes one value{f', or {count}, one for each model' if each else ''}")
+            problems.append(f"--parameters {written}: takes one value{f', or {count}, one for each model' if each else ''}")
             continue
         try:
-            kept = tuple(checked(row, name, value) for value in values)
-            found[name] = kept if len(kept) > 1 else kept[0]
+            accepted = tuple(row.checked(name, value) for value in values)
+            settings[name] = accepted if len(accepted) > 1 else accepted[0]
         except ValueError as error:
-            problems.append(f"--parameters {pair}: {error}")
-    return found
+            problems.append(f"--parameters {written}: {error}")
+    return settings
 
 
 def _help() -> str:
@@ -127,16 +134,16 @@ def _help() -> str:
 
 def _folders(recipe: Recipe, args: MergeArgs) -> dict[str, Path]:
     """The folder of every input: a finished run, a local folder, the embedded model, or a hub name's snapshot."""
-    found, problems = {}, []
+    folders, problems = {}, []
     for name in models(recipe):
         run = args.results / "outputs" / name
         try:
-            found[name] = run if "/" not in name and run.is_dir() else _local(name, args)
+            folders[name] = run if "/" not in name and run.is_dir() else _local(name, args)
         except UserError as error:
             problems += [str(error)]
     if problems:
         raise UserError(*problems)
-    return found
+    return folders
 
 
 def _local(name: str, args: MergeArgs) -> Path:
@@ -149,38 +156,39 @@ def _local(name: str, args: MergeArgs) -> Path:
 
 
 def _opened(folders: Mapping[str, Path], stack: ExitStack) -> dict[str, Checkpoint]:
-    found, problems = {}, []
+    checkpoints, problems = {}, []
     for name, folder in folders.items():
+        # such a folder may hold a checkpoint beside the adapter; merging that would leave the adapter out
         if (folder / "adapter_config.json").is_file():
             problems.append(f"{name}: {folder} holds a LoRA adapter, not a model; fuse it with models/fuse.py adapters")
             continue
         try:
-            found[name] = stack.enter_context(Checkpoint.open(folder))
+            checkpoints[name] = stack.enter_context(Checkpoint.open(folder))
         except UserError as error:
             problems += error.problems
     if problems:
         raise UserError(*problems)
-    return found
+    return checkpoints
 
 
-def describe(recipe: Recipe, found: Match, layout: Layout, cost: Budget) -> str:
+def describe(recipe: Recipe, plan: MergePlan, layout: Layout, cost: Budget) -> str:
     """The plan as text: what is matched, moved and kept in memory."""
-    inputs = len({id(p.checkpoint) for job in found.jobs for p in job.pieces})
-    weights = sum(prod(job.shape) for job in found.jobs)
+    inputs = len({id(p.checkpoint) for job in plan.jobs for p in job.pieces})
+    weights = sum(prod(job.shape) for job in plan.jobs)
     lines = [
-        f"{recipe.method} of {inputs} models: {len(found.jobs)} tensors matched, {weights / 1e6:,.1f} M weights",
-        f"read    {cost.bytes_read / 1e9:.2f} GB ({found.bytes_in / 1e9:.2f} GB of inputs, "
+        f"{recipe.method} of {inputs} models: {len(plan.jobs)} tensors matched, {weights / 1e6:,.1f} M weights",
+        f"read    {cost.bytes_read / 1e9:.2f} GB ({plan.bytes_in / 1e9:.2f} GB of inputs, "
         f"{METHODS[recipe.method].walks} x at most)",
         f"write   {layout.total / 1e9:.2f} GB in {len(layout.headers)} file(s)",
         f"memory  {cost.peak_bytes / 2**30:.2f} GB at most, beyond the interpreter ({cost.workers} workers)",
         f"time    {cost.seconds:.1f} s at least, at the {cost.read_per_second / 1e9:.1f} GB/s read and "
         f"{cost.write_per_second / 1e9:.1f} GB/s written just now",
     ]
-    return "\n".join([*lines, *(f"note: {note}" for note in found.notes)])
+    return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
 
 
 def _run(args: MergeArgs, settings: dict[str, Any], recipe: Recipe, method: Method, checkpoints: Mapping[str, Checkpoint],
-         found: Match, layout: Layout, cost: Budget, target: Path) -> None:
+         plan: MergePlan, layout: Layout, cost: Budget, target: Path) -> None:
     import torch
 
     from models.merging.execute import JOURNAL, execute
@@ -191,53 +199,58 @@ def _run(args: MergeArgs, settings: dict[str, Any], recipe: Recipe, method: Meth
     with ThreadPoolExecutor(cost.workers) as pool:  # reading and hashing both leave the interpreter's lock
         hashes = pool.map(fingerprint, [checkpoint.folder for checkpoint in checkpoints.values()])
         inputs = dict(zip(checkpoints, hashes, strict=True))
-    plan = {"config": {k: v for k, v in settings.items() if k not in manifest.PLACE}, "inputs": inputs}
+    settled = {"config": {k: v for k, v in settings.items() if k not in manifest.PLACE}, "inputs": inputs}
     with manifest.writing(target, "merge", settings, overwrite=args.overwrite, resume=True) as run:
-        resume = manifest.same_plan(run.folder / PLAN, plan)
+        # a resumed merge may trust finished tensors only if every input still has the bytes it had
+        resume = manifest.same_plan(run.folder / PLAN, settled)
         if not resume:
             for file in run.folder.iterdir():
                 file.unlink()
-            manifest.write_json(run.folder / PLAN, plan)
+            manifest.write_json(run.folder / PLAN, settled)
         writer = Writer(run.folder, layout, resume)
         try:
-            done = execute(found.jobs, method, writer, run.folder, workers=cost.workers, seed=args.seed, device=device)
+            tensors_run = execute(plan.jobs, method, writer, run.folder, workers=cost.workers, seed=args.seed, device=device)
             writer.finish()
         finally:
             writer.close()
-        _companions(checkpoints[anchor(recipe)], found, run.folder)
+        _companions(checkpoints[anchor(recipe)], plan, run.folder)
+        # the manifest holds all of it; what is left of a run's folder is a model
         for name in (PLAN, JOURNAL):
             (run.folder / name).unlink()
         run.parents.extend(str(checkpoint.folder) for checkpoint in checkpoints.values())
         run.inputs.update(inputs)
-        run.metrics.update(method=recipe.method, tensors=len(found.jobs), tensors_run=done, bytes_read=cost.bytes_read,
+        run.metrics.update(method=recipe.method, tensors=len(plan.jobs), tensors_run=tensors_run, bytes_read=cost.bytes_read,
                            bytes_written=layout.total, workers=cost.workers, promised_gb=args.memory_gb)
     manifest.register(args.results, {"kind": "run", "command": "merge", "run": args.run_name, "seed": args.seed,
                                      **run.metrics})
 
 
-def _companions(first: Checkpoint, found: Match, folder: Path) -> None:
+def _companions(first: Checkpoint, plan: MergePlan, folder: Path) -> None:
     """The anchor's configuration, adapted to what changed, and its tokenizer."""
     config = dict(first.config)
     names = {v: k for k, v in DTYPES.items()}
-    kinds = {job.dtype for job in found.jobs if job.dtype in names}
+    kinds = {job.dtype for job in plan.jobs if job.dtype in names}
+    # of mixed types the configuration keeps what it said
     if config and len(kinds) == 1:
         config.pop("torch_dtype", None)
         config["dtype"] = names[kinds.pop()]
-    if found.rows:
-        config["vocab_size"] = found.rows.rows
-    if found.layers:
-        config["num_hidden_layers"] = found.layers
+    if plan.rows:
+        config["vocab_size"] = plan.rows.rows
+    if plan.layers:
+        config["num_hidden_layers"] = plan.layers
+        # stacked slices have more or fewer layers than the anchor, which transformers compares with this list
         if isinstance(config.get("layer_types"), list):
-            config["layer_types"] = config["layer_types"][:1] * found.layers
+            config["layer_types"] = config["layer_types"][:1] * plan.layers
     if config:
-        config["tie_word_embeddings"] = not any(job.name == HEAD for job in found.jobs)
+        # what was written decides: transformers would tie over a head that is there
+        config["tie_word_embeddings"] = not any(job.name == HEAD for job in plan.jobs)
         manifest.write_json(folder / "config.json", config)
     for pattern in COMPANIONS:
         for file in first.folder.glob(pattern):
             if file.is_file() and file.name != INDEX:
                 shutil.copyfile(file, folder / file.name)
-    if found.rows and found.rows.new_tokens:
+    if plan.rows and plan.rows.new_tokens:
         path = folder / vocabulary.FILE
         content = json.loads(path.read_text(encoding="utf-8"))
-        manifest.write_json(path, vocabulary.with_tokens(content, found.rows.new_tokens))
+        manifest.write_json(path, vocabulary.with_tokens(content, plan.rows.new_tokens))
 

@@ -7,13 +7,13 @@ one row here; parameters, their ranges and their help follow from the row's data
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from models.merging.recipe_values import MethodSpec
+from models.operators.declared import Declared
 from models.operators.parameters import (
     Breadcrumbs,
     Dare,
@@ -33,7 +33,7 @@ from models.operators.parameters import (
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(Declared):
     """A row: where its function is, its parameters, how many inputs it takes beside the base, how it walks a tensor.
 
     Args:
@@ -59,27 +59,20 @@ class Method:
         module, name = self.function
         return getattr(importlib.import_module(f"models.operators.{module}"), name)
 
-    def fields(self) -> dict[str, dataclasses.Field]:
-        """Parameters by the name that recipes and flags use (``lambda``, not ``lambda_``)."""
-        return {f.name.rstrip("_"): f for f in dataclasses.fields(self.parameters)}
-
-    def rule(self, name: str) -> tuple[type, float | None, float | None]:
-        """(type, lowest, highest) of a parameter."""
-        item = self.fields()[name]
-        kind = type(item.default) if isinstance(item.default, bool | str) else float
-        return kind, item.metadata["low"], item.metadata["high"]
-
     def spec(self) -> MethodSpec:
         """What recipes may say about it."""
         fields = self.fields()
         each = frozenset(name for name, item in fields.items() if item.metadata["each"])
+        # recipes are read without this table, for they load neither torch nor the operators: they get what they need
         return MethodSpec({name: self.rule(name) for name in fields}, each, min_inputs=self.inputs[0],
                           max_inputs=self.inputs[1], needs_base=self.base == "yes", takes_base=self.base != "no")
 
     def rows(self, parameters: Any) -> bool:
+        """Whether, with these parameters, a block must hold whole rows."""
         return bool(getattr(parameters, self.by_rows)) if isinstance(self.by_rows, str) else self.by_rows
 
 
+#: No method has a bound of its own; this one keeps the buffers of a worker, one per input, within reason.
 MANY = 64
 METHODS: dict[str, Method] = {
     "linear": Method(("dense", "linear"), Linear, "no", (1, MANY), 1, "Wortsman et al. 2022, arXiv 2203.05482"),
@@ -100,29 +93,3 @@ METHODS: dict[str, Method] = {
     "breadcrumbs_ties": Method(("sparse", "breadcrumbs_ties"), Breadcrumbs, "yes", (1, MANY), 3, "arXiv 2312.06795"),
     "sce": Method(("sparse", "sce"), Sce, "yes", (1, MANY), 5, "arXiv 2408.07990"),
 }
-
-
-def scalar(word: str) -> float | bool | str:
-    """A value as it was written on a command line."""
-    if word.lower() in ("true", "false"):
-        return word.lower() == "true"
-    try:
-        return float(word)
-    except ValueError:
-        return word
-
-
-def checked(row: Method, name: str, value: float | bool | str) -> float | bool | str:
-    """A parameter's value as given on a command line, if it has the type and range that the method's row asks for.
-
-    Raises:
-        ValueError: it has not; says what would.
-    """
-    kind, low, high = row.rule(name)
-    if kind is float and (isinstance(value, bool | str) or value != value):
-        raise ValueError(f"{value} is not a number")
-    if kind is not float and not isinstance(value, kind):
-        raise ValueError(f"{value} is not {'true or false' if kind is bool else 'a word'}")
-    if kind is float and not ((low is None or value >= low) and (high is None or value <= high)):
-        raise ValueError(f"{value} is out of range; allowed: {low} to {high}")
-    return value

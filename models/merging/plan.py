@@ -61,7 +61,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Match:
+class MergePlan:
     """What was matched: jobs in order of name, remarks for the user, the output's rows and layers."""
 
     jobs: tuple[Job, ...]
@@ -90,7 +90,7 @@ class Policies:
 
 
 def match(recipe: Recipe, method: Method, checkpoints: Mapping[str, Checkpoint], policies: Policies,
-          defaults: Mapping[str, Any]) -> Match:
+          defaults: Mapping[str, Any]) -> MergePlan:
     """Pair the tensors of the inputs by name and layer.
 
     Args:
@@ -102,13 +102,14 @@ def match(recipe: Recipe, method: Method, checkpoints: Mapping[str, Checkpoint],
     """
     first = anchor(recipe)
     order = [first, *(name for name in checkpoints if name != first)]
+    # models of other architectures differ in every tensor: one sentence instead of a hundred
     problems, notes = _compare_configs(checkpoints, order)
     if problems:
         raise UserError(*problems)
     rows = _rows(checkpoints, order, policies.vocab, problems, notes)
     drop_head = _heads(checkpoints, order, policies.tied_heads, problems, notes)
     jobs, unmatched = [], []
-    for name, position, part, sources in _outputs(recipe, checkpoints[first]):
+    for name, position, slice_, sources in _outputs(recipe, checkpoints[first]):
         if drop_head and name == HEAD:
             continue
         pieces = {}
@@ -118,27 +119,31 @@ def match(recipe: Recipe, method: Method, checkpoints: Mapping[str, Checkpoint],
                 unmatched.append(f"{model} has no tensor {tensor}")
             else:
                 pieces[model] = piece
+        # go on: all tensors without a partner are told together
         if len(pieces) < len(sources):
             continue
         shape = _shape(name, pieces, rows, problems)
         job = None if shape is None else (
-            _job(recipe, method, part, name, position, pieces, shape, policies, defaults, problems))
+            _job(recipe, method, slice_, name, position, pieces, shape, policies, defaults, problems))
         if job is not None:
             jobs.append(job)
+    # a recipe of slices leaves layers out on purpose; whole models must be used up
     used = {(id(p.checkpoint), p.info.name) for job in jobs for p in job.pieces}
     if recipe.whole and not unmatched:
         unmatched += [f"{model} has {name}, the output has no place for it" for model in order
                       for name in checkpoints[model].tensors
                       if (id(checkpoints[model]), name) not in used and not (drop_head and name == HEAD)]
+    # after other problems, tensors that do not match are their consequence
     if unmatched and not problems:
         problems += [*unmatched[:_SHOWN], f"{len(unmatched)} tensors have no partner: the inputs must share one base "
                      "(the same layers, the same biases); merge models fine-tuned from the same checkpoint"]
     if problems:
         raise UserError(*dict.fromkeys(problems))
+    # not an error: fp32 holds every 16-bit value, so that mixing loses nothing
     kinds = Counter(piece.info.dtype for job in jobs for piece in job.pieces)
     if len(kinds) > 1:
         notes.append("input types: " + ", ".join(f"{k} x {n}" for k, n in sorted(kinds.items())) + "; summed in fp32")
-    return Match(tuple(jobs), tuple(notes), rows, None if recipe.whole else _layer_count(recipe), drop_head)
+    return MergePlan(tuple(jobs), tuple(notes), rows, None if recipe.whole else _layer_count(recipe), drop_head)
 
 
 def anchor(recipe: Recipe) -> str:
@@ -148,26 +153,26 @@ def anchor(recipe: Recipe) -> str:
 
 def models(recipe: Recipe) -> list[str]:
     """Every input's name, the anchor first."""
-    found = [anchor(recipe)]
-    for part in recipe.slices:
-        found += [part.base_model] if part.base_model else []
-        found += [source.model for source in part.sources]
-    return list(dict.fromkeys(found))
+    names = [anchor(recipe)]
+    for slice_ in recipe.slices:
+        names += [slice_.base_model] if slice_.base_model else []
+        names += [source.model for source in slice_.sources]
+    return list(dict.fromkeys(names))
 
 
 def layer_of(tensor: str) -> int | None:
     """The layer number in a tensor's name; None for embeddings, final norm and head."""
-    found = _LAYER.match(tensor)
-    return int(found["index"]) if found else None
+    place = _LAYER.match(tensor)
+    return int(place["index"]) if place else None
 
 
 def _at_layer(tensor: str, layer: int) -> str:
-    found = _LAYER.match(tensor)
-    return f"{found['before']}{layer}{found['after']}"
+    place = _LAYER.match(tensor)
+    return f"{place['before']}{layer}{place['after']}"
 
 
 def _layer_count(recipe: Recipe) -> int:
-    return sum(part.sources[0].layer_range[1] - part.sources[0].layer_range[0] for part in recipe.slices)
+    return sum(slice_.sources[0].layer_range[1] - slice_.sources[0].layer_range[0] for slice_ in recipe.slices)
 
 
 def _outputs(recipe: Recipe, first: Checkpoint) -> Iterable[tuple[str, float, Slice, dict[str, str]]]:
@@ -176,30 +181,33 @@ def _outputs(recipe: Recipe, first: Checkpoint) -> Iterable[tuple[str, float, Sl
     As in mergekit, t runs from 0 to 1 over the layers of a slice; it is 0 before the layers and 1 behind them.
     """
     count = 1 + max((n for n in map(layer_of, first.tensors) if n is not None), default=-1)
+    # embeddings belong to the first slice, final norm and head to the last
     outside = [name for name in first.tensors if layer_of(name) is None]
     for name in outside:
         early = bool(_EMBEDDING.search(name))
-        part = recipe.slices[0 if early else -1]
-        yield name, 0.0 if early else 1.0, part, {model: name for model in _members(part, recipe)}
+        slice_ = recipe.slices[0 if early else -1]
+        yield name, 0.0 if early else 1.0, slice_, {model: name for model in _members(slice_, recipe)}
     start = 0
-    for part in recipe.slices:
-        ranges = {source.model: source.layer_range or (0, count) for source in part.sources}
+    for slice_ in recipe.slices:
+        ranges = {source.model: source.layer_range or (0, count) for source in slice_.sources}
         own = next(iter(ranges.values()))
-        for model in _members(part, recipe):
+        for model in _members(slice_, recipe):
+            # a base that the slice does not list is compared at the layers of the first source
             ranges.setdefault(model, own)
         length = own[1] - own[0]
+        # all layers of a decoder have the names of layer 0; those of a slice are numbered anew
         template = [name for name in first.tensors if layer_of(name) == 0]
         for i in range(length):
             t = i / (length - 1) if length > 1 else 1.0
             for name in template:
-                yield (_at_layer(name, start + i), t, part,
+                yield (_at_layer(name, start + i), t, slice_,
                        {model: _at_layer(name, low + i) for model, (low, _) in ranges.items()})
         start += length
 
 
-def _members(part: Slice, recipe: Recipe) -> list[str]:
-    base = part.base_model or recipe.base_model
-    return list(dict.fromkeys([*([base] if base else []), *(source.model for source in part.sources)]))
+def _members(slice_: Slice, recipe: Recipe) -> list[str]:
+    base = slice_.base_model or recipe.base_model
+    return list(dict.fromkeys([*([base] if base else []), *(source.model for source in slice_.sources)]))
 
 
 def _piece(checkpoint: Checkpoint, tensor: str, rows: tuple[RowMap, int] | None) -> Piece | None:
@@ -209,6 +217,7 @@ def _piece(checkpoint: Checkpoint, tensor: str, rows: tuple[RowMap, int] | None)
         info = next((i for n, i in checkpoint.tensors.items() if _EMBEDDING.search(n)), None)
     if info is None:
         return None
+    # rows that stand where they should are read as one piece, which is much faster
     if rows and _by_vocabulary(tensor) and not rows[0].trivial(rows[1]):
         return Piece(checkpoint, info, rows[0].sources[rows[1]])
     return Piece(checkpoint, info)
@@ -229,22 +238,28 @@ def _shape(name: str, pieces: Mapping[str, Piece], rows: RowMap | None, problems
     return None
 
 
-def _job(recipe: Recipe, method: Method, part: Slice, name: str, t: float, pieces: dict[str, Piece],
+def _job(recipe: Recipe, method: Method, slice_: Slice, name: str, t: float, pieces: dict[str, Piece],
          shape: tuple[int, ...], policies: Policies, defaults: Mapping[str, Any], problems: list[str]) -> Job | None:
-    base = part.base_model or recipe.base_model
+    base = slice_.base_model or recipe.base_model
     # a method of the sphere or the plain mean takes the base as one more input, where the recipe lists it
-    members = [s for s in part.sources if method.base == "no" or s.model != base]
+    members = [s for s in slice_.sources if method.base == "no" or s.model != base]
     if method.base == "no":
         base = None
     dtype = pieces[base].info.dtype if base else next(iter(pieces.values())).info.dtype
+    # index buffers keep their type whatever the weights get
     if dtype in FLOATS and policies.out_dtype:
         dtype = policies.out_dtype
     values = {}
     for key, item in method.fields().items():
-        given = [parameter(recipe, part, source, key, name, t, defaults.get(key, item.default))
+        given = [parameter(recipe, slice_, source, key, name, t, defaults.get(key, item.default))
                  for source in (members if item.metadata["each"] else members[:1])]
         if any(value is None for value in given):
             problems.append(f"{key}: not given for {name}; give it in the recipe or with --{key}")
+            return None
+        # types and ranges were checked with the recipe, which knows nothing of the words that a method takes
+        choices = item.metadata["choices"]
+        if choices and given[0] not in choices:
+            problems.append(f"{key}: {given[0]} is not known; allowed: {', '.join(choices)}")
             return None
         values[item.name] = tuple(map(float, given)) if item.metadata["each"] else given[0]
     parameters = method.parameters(**values)
@@ -261,6 +276,7 @@ def _compare_configs(checkpoints: Mapping[str, Checkpoint], order: Sequence[str]
         other = checkpoints[name].config
         if not first or not other:
             continue
+        # depth alone may differ: slices pick layers
         differ = [f"{k} {first.get(k)} and {other.get(k)}" for k in SHAPE_KEYS if first.get(k) != other.get(k)]
         if differ and not ("num_hidden_layers" in differ[0] and len(differ) == 1):
             problems.append(f"{order[0]} and {name} are different architectures ({'; '.join(differ)}); "
@@ -277,6 +293,7 @@ def _rows(checkpoints: Mapping[str, Checkpoint], order: Sequence[str], policy: s
     sizes = [next((i.shape[0] for n, i in checkpoints[m].tensors.items() if _EMBEDDING.search(n)), 0) for m in order]
     tokens = [read_tokens(checkpoints[m].folder) for m in order]
     reasons = [f"{order[0]} has {sizes[0]} rows, {m} has {n}" for m, n in zip(order, sizes, strict=True) if n != sizes[0]]
+    # equal sizes prove nothing: two tokenizers may number their pieces otherwise
     for model, known in zip(order[1:], tokens[1:], strict=True):
         if tokens[0] and known and (why := differing(tokens[0], known)):
             reasons.append(f"{order[0]} and {model}: {why}")

@@ -60,6 +60,7 @@ def value_at(setting: Setting, tensor: str, t: float) -> Scalar | None:
         return setting
     if isinstance(setting[0], Condition):
         return next((value_at(c.value, tensor, t) for c in setting if c.matches(tensor)), None)
+    # gradients have a point per anchor, not per layer: layers lie between them
     place = t * (len(setting) - 1)
     low = int(place)
     high, share = min(low + 1, len(setting) - 1), place - low
@@ -108,6 +109,7 @@ class _Loader(yaml.SafeLoader):
     composed = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        # counted while composing: aliases of aliases ("billion laughs") expand later, in _Tree, with a count of its own
         self.composed += 1
         if self.composed > MAX_NODES:
             raise yaml.MarkedYAMLError(problem=f"more than {MAX_NODES} values", problem_mark=self.peek_event().start_mark)
@@ -131,6 +133,7 @@ def read_yaml(text: str, report: Report) -> Item:
         mark = getattr(error, "problem_mark", None)
         what = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UserError(f"{report.path}:{mark.line + 1 if mark else 1}: cannot be read as YAML: {what}") from None
+    # yaml composes by recursion; MAX_DEPTH is checked after it, when a deep file has failed already
     except RecursionError:
         raise UserError(f"{report.path}: nested deeper than {MAX_DEPTH} levels") from None
     if node is None:
@@ -145,6 +148,7 @@ class _Tree:
     left: int = MAX_NODES
 
     def item(self, node: yaml.Node, name: str, line: int, depth: int) -> Item:
+        # every visit counts, so that an alias costs as much as what it stands for
         self.left -= 1
         if self.left < 0 or depth > MAX_DEPTH:
             limit = f"{MAX_NODES} values" if self.left < 0 else f"{MAX_DEPTH} levels"
@@ -161,29 +165,32 @@ class _Tree:
         return Item(value, line, name)
 
     def mapping(self, node: yaml.MappingNode, name: str, depth: int) -> dict[str, Item]:
-        found: dict[str, Item] = {}
+        items: dict[str, Item] = {}
         merged: list[yaml.Node] = []
         for key, value in node.value:
             line = key.start_mark.line + 1
             place = Item(None, line, name)
             if not isinstance(key, yaml.ScalarNode) or len(key.value) > MAX_WORD:
                 self.report.error(place, f"a key must be text of {MAX_WORD} characters or less")
+            # applied at the end, below: a key of the mapping itself goes before a merged one, wherever it stands
             elif key.tag == _TAG + "merge":
                 merged += value.value if isinstance(value, yaml.SequenceNode) else [value]
-            elif key.value in found:
-                self.report.error(place, f"key '{key.value}' stands twice, first in line {found[key.value].line}; keep one")
+            # YAML keeps the last of two equal keys without a word; half a recipe would vanish
+            elif key.value in items:
+                self.report.error(place, f"key '{key.value}' stands twice, first in line {items[key.value].line}; keep one")
             else:
                 full = f"{name}.{key.value}" if name else key.value
-                found[key.value] = self.item(value, full, line, depth + 1)
+                items[key.value] = self.item(value, full, line, depth + 1)
         for part in merged:
             item = self.item(part, name, part.start_mark.line + 1, depth + 1)
             if isinstance(item.value, dict):
-                found = {**item.value, **found}
+                items = {**item.value, **items}
             else:
                 self.report.error(item, "<< takes a mapping")
-        return found
+        return items
 
     def scalar(self, node: yaml.Node, place: Item) -> Scalar | None:
+        # dates and "=" are text in a recipe: model names look like them
         if node.tag in _TEXT:
             return node.value
         try:
@@ -224,13 +231,13 @@ def _filter(entry: Item, report: Report) -> tuple[str | None, Item]:
 
 
 def _conditions(entries: list[tuple[Item, str | None, Item]], rule: Rule, report: Report) -> tuple[Condition, ...] | None:
-    found: list[Condition] = []
+    conditions: list[Condition] = []
     for entry, text, item in entries:
         value = _plain(item, rule, report)
-        if any(c.filter in _ALL or (isinstance(text, str) and c.filter in text) for c in found):
+        if any(c.filter in _ALL or (isinstance(text, str) and c.filter in text) for c in conditions):
             report.note(entry, "never used: an earlier filter matches the same tensors")
-        found.append(Condition(text, 0.0 if value is None else value))
-    return tuple(found)
+        conditions.append(Condition(text, 0.0 if value is None else value))
+    return tuple(conditions)
 
 
 def _plain(item: Item, rule: Rule, report: Report) -> Scalar | tuple[float, ...] | None:
@@ -263,14 +270,17 @@ def _scalar(item: Item, rule: Rule, report: Report) -> Scalar | None:
 
 
 def _cast(kind: type, value: Any) -> Scalar:
+    # no number is read from quoted text: '0.5' in quotes is more often a slip than meant
     if kind is str or isinstance(value, str | None):
         if kind is str and isinstance(value, str):
             return value
         raise TypeError(value)
+    # public recipes write normalize: 1.0 as well as true
     if kind is bool:
         if value not in (0, 1):
             raise ValueError(value)
         return bool(value)
+    # bool is an int to Python; a weight of `yes` must not become 1
     if isinstance(value, bool) or not math.isfinite(value) or (kind is int and value != int(value)):
         raise ValueError(value)
     return kind(value)

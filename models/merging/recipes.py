@@ -105,13 +105,13 @@ class Recipe:
     mergekit: bool = False
 
 
-def parameter(recipe: Recipe, part: Slice, source: Source | None, name: str, tensor: str, t: float,
+def parameter(recipe: Recipe, slice_: Slice, source: Source | None, name: str, tensor: str, t: float,
               default: Any) -> Scalar | Any:
     """A parameter's value for one tensor at position t: the source's, else the slice's, else the recipe's, else the default.
 
     A setting none of whose filters matches the tensor gives way to the next, as in mergekit.
     """
-    for level in (source, part, recipe):
+    for level in (source, slice_, recipe):
         if level is not None and name in level.parameters:
             value = value_at(level.parameters[name], tensor, t)
             if value is not None:
@@ -133,6 +133,7 @@ def read_recipe(path: Path, methods: Mapping[str, MethodSpec]) -> Recipe:
     if not isinstance(top.value, dict):
         report.error(top, "a recipe is a mapping; it starts with merge_method: (mergekit's) or method: (ours)")
         report.raise_any()
+    # both at once would leave open whose rules hold; near misses name the key that was meant
     theirs = "merge_method" in top.value
     if theirs == ("method" in top.value):
         near = next((f"{key}{hint}; " for key in top.value if (hint := nearest(key, ("merge_method", "method")))), "")
@@ -148,8 +149,10 @@ def _text(path: Path) -> str:
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
+        # read one byte too many instead of asking for the size: a pipe or /dev/zero has none
         if len(content) > MAX_BYTES:
             raise UserError(f"{path}: larger than {MAX_BYTES // 1000} kB; not a recipe")
+        # editors on Windows put a mark before the text, which YAML would take for a key's first letter
         return content.decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the recipe's file") from None
@@ -182,10 +185,12 @@ class _Reader:
         if whole:
             slices = (self.whole(keys.get(name, top), entries, base),)
         else:
-            slices = tuple(part for entry in entries if (part := self.slice(entry, base)))
+            slices = tuple(slice_ for entry in entries if (slice_ := self.slice(entry, base)))
+        # not an error: with or without the base the sum is the same
         if base and self.spec and not self.spec.takes_base and not any(s.model == base for p in slices for s in p.sources):
             self.report.note(keys["base_model" if self.theirs else "base"], f"{self.method} takes no base: {base} lends "
                              "its configuration and tokenizer only")
+        # mergekit computes in dtype; fp32 throughout is never less exact
         if "dtype" in keys and "out_dtype" in keys:
             self.report.note(keys["dtype"], "no effect beside out_dtype: sums are fp32, out_dtype is written")
         first = next((p.base_model or p.sources[0].model for p in slices if p.sources), None)
@@ -195,19 +200,19 @@ class _Reader:
                     out_dtype=self.dtype(keys.get("out_dtype")), vocab=vocab, tokenizer_source=tokenizer)
 
     def whole(self, item: Item, entries: list[Item], base: str | None) -> Slice:
-        part = Slice(tuple(s for e in entries if (s := self.source(e, ranged=False))), None, {})
-        self.check(item, part, entries, base)
-        return part
+        slice_ = Slice(tuple(s for e in entries if (s := self.source(e, ranged=False))), None, {})
+        self.check(item, slice_, entries, base)
+        return slice_
 
     def slice(self, entry: Item, base: str | None) -> Slice | None:
         if not self.is_mapping(entry):
             return None
         keys = self.keys(entry, ("sources", "base_model", "parameters"))
         entries = self.entries(_given(keys, "sources", entry))
-        part = Slice(tuple(s for e in entries if (s := self.source(e, ranged=True))), self.model(keys.get("base_model")),
+        slice_ = Slice(tuple(s for e in entries if (s := self.source(e, ranged=True))), self.model(keys.get("base_model")),
                      self.parameters(keys.get("parameters")))
-        self.check(entry, part, entries, part.base_model or base)
-        return part
+        self.check(entry, slice_, entries, slice_.base_model or base)
+        return slice_
 
     def source(self, entry: Item, ranged: bool) -> Source | None:
         if not self.is_mapping(entry):
@@ -217,46 +222,49 @@ class _Reader:
             parameters = self.parameters(keys.get("parameters"), own=True)
         else:
             keys = entry.value
+            # ours has no parameters section within an input: what is not the model is a parameter
             inline = {key: value for key, value in keys.items() if key != "model"}
             parameters = self.parameters(Item(inline, entry.line, entry.name), own=True)
         model = self.model(_given(keys, "model", entry))
         layers = self.layers(_given(keys, "layer_range", entry)) if ranged else None
         return Source(model, layers, parameters) if model and (layers or not ranged) else None
 
-    def check(self, item: Item, part: Slice, entries: list[Item], base: str | None) -> None:
+    def check(self, item: Item, slice_: Slice, entries: list[Item], base: str | None) -> None:
         """Whether a slice's sources fit each other and the method."""
         missing = bool(entries and self.spec and self.spec.needs_base and not base)
         if missing:
             self.report.error(item, f"{self.method} needs a base; add {'base_model' if self.theirs else 'base'}: MODEL")
-        if len(part.sources) < len(entries) or not entries:
+        if len(slice_.sources) < len(entries) or not entries:
             return  # a source that could not be read has its own error, and counts would be wrong without it
-        lengths = {s.layer_range[1] - s.layer_range[0] for s in part.sources if s.layer_range}
+        lengths = {s.layer_range[1] - s.layer_range[0] for s in slice_.sources if s.layer_range}
         if len(lengths) > 1:
-            counts = ", ".join(f"{s.model} {s.layer_range[1] - s.layer_range[0]}" for s in part.sources)
+            counts = ", ".join(f"{s.model} {s.layer_range[1] - s.layer_range[0]}" for s in slice_.sources)
             self.report.error(item, f"sources of one slice need as many layers each; here: {counts}")
         seen: dict[str, Source] = {}
-        for source, entry in zip(part.sources, entries, strict=True):
+        for source, entry in zip(slice_.sources, entries, strict=True):
             if source.model in seen and seen[source.model].layer_range != source.layer_range:
                 self.report.error(entry, f"{source.model} stands twice in one slice, with other layers; "
                                          "not supported; give every slice a model once")
+            # a list counts as often as it says; mergekit keys its inputs by name and drops the second
             elif source.model in seen:
                 self.report.note(entry, f"{source.model} is listed twice and counts twice; in mergekit it would not")
             seen.setdefault(source.model, source)
         if self.spec and not missing:
-            self.check_method(item, part, entries, base, self.spec)
+            self.check_method(item, slice_, entries, base, self.spec)
 
-    def check_method(self, item: Item, part: Slice, entries: list[Item], base: str | None, spec: MethodSpec) -> None:
-        listed = [s for s in part.sources if spec.takes_base and s.model == base]
-        count = len(part.sources) - len(listed)
+    def check_method(self, item: Item, slice_: Slice, entries: list[Item], base: str | None, spec: MethodSpec) -> None:
+        # recipes of mergekit list the base among the models or leave it out; both mean the same
+        listed = [s for s in slice_.sources if spec.takes_base and s.model == base]
+        count = len(slice_.sources) - len(listed)
         beside = " beside the base" if listed or spec.needs_base else ""
         if count < spec.min_inputs or count > (spec.max_inputs or count):
             same = spec.max_inputs == spec.min_inputs
             most = "" if same else f" to {spec.max_inputs}" if spec.max_inputs else " or more"
             self.report.error(item, f"{self.method} takes {spec.min_inputs}{most} model(s){beside}; here: {count}")
-        for source, entry in zip(part.sources, entries, strict=True):
+        for source, entry in zip(slice_.sources, entries, strict=True):
             if source in listed and source.parameters:
                 self.report.note(entry, f"{', '.join(source.parameters)} of the base: no effect, its own difference is zero")
-        if base and spec.takes_base and not listed and len({s.layer_range for s in part.sources}) > 1:
+        if base and spec.takes_base and not listed and len({s.layer_range for s in slice_.sources}) > 1:
             self.report.error(item, f"the base {base} is not among the sources, and their layers differ; "
                                     "list it with the layer_range that they are compared with")
 
@@ -264,8 +272,9 @@ class _Reader:
         """A ``parameters`` section; ``own``: of one input, which may hold per-input parameters only."""
         if item is None or self.spec is None or not self.is_mapping(item):
             return {}
-        found: dict[str, Setting] = {}
+        settings: dict[str, Setting] = {}
         for name, entry in item.value.items():
+            # refusing what changes nothing would stop recipes that are right
             if self.theirs and name in _WITHOUT_EFFECT:
                 self.report.note(entry, f"no effect: {_WITHOUT_EFFECT[name]}")
             elif name not in self.spec.parameters:
@@ -277,8 +286,8 @@ class _Reader:
             else:
                 value = read_setting(entry, self.spec.parameters[name], self.report, mapping_is_filters=not self.theirs)
                 if value is not None:
-                    found[name] = value
-        return found
+                    settings[name] = value
+        return settings
 
     def vocabulary(self, keys: Mapping[str, Item], anchor: str | None) -> tuple[str | None, str | None]:
         """(vocab, tokenizer_source), each derived from the other where only one is given."""
@@ -329,6 +338,7 @@ class _Reader:
         name = item.value
         if not isinstance(name, str) or not name.strip():
             self.report.error(item, "needs a model: text that names a folder or run (a number in quotes)")
+        # mergekit's MODEL+LORA and MODEL@REVISION; read as folder names they would be "not found"
         elif self.theirs and "+" in name:
             self.report.error(item, f"{name}: an adapter on top of a model is not supported; merge it into the model first")
         elif self.theirs and "@" in name:

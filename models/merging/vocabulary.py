@@ -65,6 +65,7 @@ def read_tokens(folder: Path) -> Tokens | None:
 def differing(first: Tokens, second: Tokens) -> str | None:
     """One token whose id differs between two tokenizers, as a sentence; None when they agree."""
     one, two = first.all, second.all
+    # an id that moved is the dangerous kind: rows of other words would be averaged
     for text, i in one.items():
         if text in two and two[text] != i:
             return f"token {text!r} is {i} in one and {two[text]} in the other"
@@ -85,6 +86,7 @@ def match_rows(policy: str, rows: Sequence[int], tokens: Sequence[Tokens | None]
     """
     if policy == "pad":
         total = max(rows)
+        # index by index: for models whose embeddings were padded to different multiples of one vocabulary
         return RowMap(total, tuple(np.where(np.arange(total) < n, np.arange(total), -1) for n in rows))
     missing = [name for name, t in zip(names, tokens, strict=True) if t is None]
     if missing:
@@ -93,6 +95,7 @@ def match_rows(policy: str, rows: Sequence[int], tokens: Sequence[Tokens | None]
     base, new = tokens[0], []
     if policy == "union":
         for name, other in zip(names[1:], tokens[1:], strict=True):
+            # added tokens are matched before the pieces, so that adding one changes no other cut
             strange = [t for t in other.pieces if t not in base.pieces and t not in base.added]
             if strange:
                 raise UserError(f"--vocab union: {name} has {len(strange)} word pieces that {names[0]} lacks (e.g. "
@@ -106,6 +109,7 @@ def match_rows(policy: str, rows: Sequence[int], tokens: Sequence[Tokens | None]
     sources = []
     for n, known in zip(rows, tokens, strict=True):
         own, order = known.all, np.full(total, -1, np.int64)
+        # a row without a token (padding) has no text to match by: it is taken by index
         for i in range(total):
             place = own.get(ids[i], -1) if i in ids else i
             order[i] = place if place < n else -1
@@ -115,6 +119,7 @@ def match_rows(policy: str, rows: Sequence[int], tokens: Sequence[Tokens | None]
 
 def with_tokens(tokenizer: dict, new: Sequence[str]) -> dict:
     """A tokenizer.json with added tokens appended after its last id."""
+    # after the largest id in use, which need not be the number of tokens: ids may have gaps
     ids = [*tokenizer["model"]["vocab"].values()] if isinstance(tokenizer["model"]["vocab"], dict) else \
         [*range(len(tokenizer["model"]["vocab"]))]
     added = tokenizer.get("added_tokens") or []

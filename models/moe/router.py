@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.operators.low_rank import differentiable_norm
+
 #: Added under the square root of a norm: at zero drift the gradient must be 0, not 0/0.
 _TINY = 1e-20
 
@@ -101,9 +103,7 @@ def low_rank_norm(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         (...): the norm; its gradient at zero is zero.
     """
-    a, b = a.float(), b.float()
-    squared = ((b.mT @ b) * (a @ a.mT)).sum((-1, -2))
-    return (squared.clamp_min(0) + _TINY).sqrt() - _TINY**0.5
+    return differentiable_norm(a, b)
 
 
 def drift(norms: Tensor, base_norms: Tensor, mode: str) -> Tensor:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from models.operators.noise import uniform
 from models.operators.spans import spans
-
-#: One step of numpy's Philox counter gives four 64-bit words, that is eight 32-bit draws.
-_DRAWS = 8
 
 
 @dataclass
@@ -33,17 +29,6 @@ class Block:
     experts: list[Tensor]
 
 
-def uniform(seed: int, name: str, which: int, first: int, count: int) -> Tensor:
-    """Draws from U[0, 1) for elements first .. first + count of a tensor, a function of (seed, input, tensor, index) alone.
-
-    Philox4x64-10 (Salmon et al. 2011) keyed by a hash of seed, tensor name and input; the counter is the index.
-    """
-    key = int.from_bytes(hashlib.blake2b(f"{seed}|{which}|{name}".encode(), digest_size=16).digest(), "little")
-    skip = first % _DRAWS
-    generator = np.random.Generator(np.random.Philox(key=key, counter=first // _DRAWS))
-    return torch.from_numpy(generator.random(skip + count, dtype=np.float32)[skip:])
-
-
 class MemoryBlocks:
     """Blocks of tensors that are in memory already. The executor has its twin for files (``execute.FileBlocks``)."""
 
@@ -53,14 +38,17 @@ class MemoryBlocks:
         self.shape = tuple((experts[0] if experts else base).shape)
 
     def __iter__(self) -> Iterator[Block]:
+        # the same blocks as from files: a test on tensors in memory speaks for both
         for first, shape in spans(self.shape, self.by_rows):
             def cut(tensor: Tensor, first: int = first, shape: tuple[int, ...] = shape) -> Tensor:
+                # a copy in fp32, for methods overwrite their blocks and sum in fp32 whatever the stored type
                 flat = tensor.reshape(-1)[first:first + prod(shape)]
                 return flat.to(torch.float32, copy=True).view(shape)
 
             yield Block(first, None if self.base is None else cut(self.base), [cut(e) for e in self.experts])
 
     def uniform(self, which: int, block: Block) -> Tensor:
+        """Draws for the entries of one input's block, of its shape: the same whatever the block's size."""
         like = block.experts[which]
         return uniform(self.seed, self.name, which, block.first, like.numel()).view(like.shape).to(like.device)
 
@@ -77,5 +65,6 @@ def fuse_tensors(method: BlockMethod, base: Tensor | None, experts: Sequence[Ten
                  seed: int = 0) -> Tensor:
     """A method on whole tensors: (base, experts, parameters) -> fused tensor, fp32, of the same shape."""
     blocks = MemoryBlocks(base, experts, name, seed, method.rows(parameters))
-    done = [fused.reshape(-1).clone() for fused in method.load()(blocks, parameters)]
-    return torch.cat(done).view(blocks.shape) if done else torch.empty(blocks.shape)
+    # a method may yield the buffer of its block, which the next step overwrites
+    fused = [block.reshape(-1).clone() for block in method.load()(blocks, parameters)]
+    return torch.cat(fused).view(blocks.shape) if fused else torch.empty(blocks.shape)

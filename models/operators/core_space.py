@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.operators.low_rank import Fused, Pair, pick_rank
+from models.operators.low_rank import Fused, Pair, pick_rank, product
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,13 @@ def project(pairs: Sequence[Pair], space: str) -> Core:
         space: core: shared axes on both sides; left: shared output axes, plain inputs (KnOTS); dense: B A itself.
     """
     if space == "dense":
-        return Core(None, [b @ a for a, b in pairs], None)
+        return Core(None, [product(pair) for pair in pairs], None)
     ranks = [a.shape[0] for a, _ in pairs]
+    # fp64: axes of singular values close to each other turn with the rounding, and entry-wise rules see it
     out_axes, out_parts = torch.linalg.qr(torch.cat([b for _, b in pairs], 1).double())
     in_axes, in_parts = torch.linalg.qr(torch.cat([a for a, _ in pairs]).double().T)
     tasks = [b @ a.T for b, a in zip(out_parts.split(ranks, 1), in_parts.split(ranks, 1), strict=True)]
+    # from the QR's axes, which depend on how factors are written, to the changes' own
     left = _axes(torch.cat(tasks, 1))
     if space == "left":
         return Core(out_axes @ left, [left.T @ task @ in_axes.T for task in tasks], None)
@@ -71,8 +73,10 @@ def cut(core: Core, merged: Tensor, rank: int, energy: float | None = None) -> F
         energy: share of the squared norm to keep, with as few ranks as that takes.
     """
     u, values, vh = torch.linalg.svd(merged.double(), full_matrices=False)
+    # the core has the changes' own singular values: what is cut here is cut from the whole
     kept = pick_rank(values, rank, energy)
     root = values[:kept].sqrt()
+    # back to out and in last: the large axes meet a matrix of the final rank only
     b, a = u[:, :kept] * root, root[:, None] * vh[:kept]
     total, lost = float(values.norm()), float(values[kept:].norm())
     pair = ((a if core.right is None else a @ core.right.T).float(), (core.left @ b).float())

@@ -17,6 +17,9 @@ _ROWS = 512
 #: Singular values below this share of the largest are rounding: they are not worth a rank.
 NEGLIGIBLE = 1e-7
 
+#: Added under the square root of ``differentiable_norm``: at zero change the gradient must be 0, not 0/0.
+_TINY = 1e-20
+
 #: A change B A of one module: (A (r, in), B (out, r)).
 Pair = tuple[Tensor, Tensor]
 
@@ -37,7 +40,9 @@ class Fused:
 
 
 @dataclass(frozen=True)
-class _Triple:
+class _Triples:
+    """Singular triples: u (out, k), values (k,) descending, vh (k, in)."""
+
     u: Tensor
     values: Tensor
     vh: Tensor
@@ -58,16 +63,18 @@ def low_rank(matrix: Tensor, rank: int | None, energy: float | None = None, seed
         factors (singular values split evenly), the matrix' norm, and its true relative residual ||D - B A|| / ||D||.
     """
     size = min(matrix.shape)
+    # the residual is a difference of squares: it needs the norm in fp64
     total = float(squared_norm(matrix))
     if not total:
         return Fused((matrix.new_zeros(1, matrix.shape[1]), matrix.new_zeros(matrix.shape[0], 1)), 0.0, 0.0)
     width = (FIRST_WIDTH if rank is None else rank) + OVERSAMPLE
     while True:
         exact = size <= _SMALL or width >= size / 2
-        found = _exact(matrix) if exact else _sampled(matrix, width, rank, total, seed)
-        kept = pick_rank(found.values, rank or size, energy, total)
-        root = found.values[:kept].sqrt()
-        pair = (root[:, None] * found.vh[:kept], found.u[:, :kept] * root)
+        triples = _exact(matrix) if exact else _sampled(matrix, width, rank, total, seed)
+        kept = pick_rank(triples.values, rank or size, energy, total)
+        # split evenly, the factors are of one size: neither overflows fp16, and a LoRA optimiser may go on from them
+        root = triples.values[:kept].sqrt()
+        pair = (root[:, None] * triples.vh[:kept], triples.u[:, :kept] * root)
         error = (residual(matrix, pair) / total) ** 0.5
         if exact or energy is None or kept == rank or 1 - error**2 >= energy:
             return Fused(pair, total**0.5, error)
@@ -81,17 +88,44 @@ def pick_rank(values: Tensor, rank: int, energy: float | None = None, total: flo
         values: descending.
         total: squared norm of the whole matrix, where ``values`` are only its largest.
     """
-    there = int((values > NEGLIGIBLE * values[0]).sum())
+    enough = int((values > NEGLIGIBLE * values[0]).sum())
     if energy is not None:
-        kept = values.double().square().cumsum(0)
-        there = min(there, int((kept < energy * (kept[-1] if total is None else total)).sum()) + 1)
-    return max(1, min(there, rank))
+        captured = values.double().square().cumsum(0)
+        enough = min(enough, int((captured < energy * (captured[-1] if total is None else total)).sum()) + 1)
+    # a file cannot hold a LoRA of rank 0: a change of zero keeps one direction of zeros
+    return max(1, min(enough, rank))
+
+
+def product(pair: Pair) -> Tensor:
+    """B A, (out, in): the change itself, in the factors' type."""
+    a, b = pair
+    return b @ a
 
 
 def inner(one: Pair, two: Pair) -> float:
     """<B1 A1, B2 A2> by r x r products, in fp64 because equal adapters cancel."""
     (a1, b1), (a2, b2) = ((a.double(), b.double()) for a, b in (one, two))
     return float(((b1.T @ b2) * (a1 @ a2.T)).sum())
+
+
+def pair_squared_norm(pair: Pair) -> float:
+    """||B A||_F^2 without forming B A; rounding may carry the inner product of a tiny change below 0, which is 0 here."""
+    return max(inner(pair, pair), 0.0)
+
+
+def pair_norm(pair: Pair) -> float:
+    """||B A||_F without forming B A."""
+    return pair_squared_norm(pair) ** 0.5
+
+
+def differentiable_norm(a: Tensor, b: Tensor) -> Tensor:
+    """(..., r, in), (..., out, r) -> (...): ||B A||_F as ``pair_norm``, in fp32 with a gradient, which is 0 at zero.
+
+    sqrt(trace((B^T B)(A A^T))) needs r x r matrices only. For training: fp64 would cost as much as the layer.
+    """
+    a, b = a.float(), b.float()
+    squared = ((b.mT @ b) * (a @ a.mT)).sum((-1, -2))
+    return (squared.clamp_min(0) + _TINY).sqrt() - _TINY**0.5
 
 
 def squared_norm(matrix: Tensor) -> Tensor:
@@ -102,16 +136,17 @@ def squared_norm(matrix: Tensor) -> Tensor:
 def residual(matrix: Tensor, pair: Pair) -> float:
     """||D - B A||^2 by blocks of rows: the dense product never stands in memory."""
     a, b = pair
-    parts = (squared_norm(rows - part @ a) for rows, part in zip(matrix.split(_ROWS), b.split(_ROWS), strict=True))
-    return float(sum(parts))
+    return float(sum(squared_norm(rows - rows_of_b @ a)
+                     for rows, rows_of_b in zip(matrix.split(_ROWS), b.split(_ROWS), strict=True)))
 
 
-def _exact(matrix: Tensor) -> _Triple:
-    return _Triple(*torch.linalg.svd(matrix, full_matrices=False))
+def _exact(matrix: Tensor) -> _Triples:
+    return _Triples(*torch.linalg.svd(matrix, full_matrices=False))
 
 
-def _sampled(matrix: Tensor, width: int, rank: int | None, total: float, seed: int) -> _Triple:
+def _sampled(matrix: Tensor, width: int, rank: int | None, total: float, seed: int) -> _Triples:
     """The leading ``width`` singular triples as far as subspace iteration finds them."""
+    # drawn on the CPU, so that a result does not depend on the device
     generator = torch.Generator().manual_seed(seed)
     probe = torch.randn(matrix.shape[1], width, generator=generator).to(matrix.device)
     left = torch.linalg.qr(matrix @ probe).Q
@@ -125,4 +160,4 @@ def _sampled(matrix: Tensor, width: int, rank: int | None, total: float, seed: i
             break
         captured = now
         left = torch.linalg.qr(matrix @ right).Q
-    return _Triple(left @ u, values, vh @ right.T)
+    return _Triples(left @ u, values, vh @ right.T)

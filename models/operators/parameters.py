@@ -6,16 +6,15 @@ Flags, recipes and their checks follow from these dataclasses, so that one param
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from models.operators.declared import number
+
+#: A value for every input, in order.
 PerInput = tuple[float, ...]
-
-
-def number(default: Any, help: str, low: float | None = None, high: float | None = None, each: bool = False) -> Any:
-    """A parameter: its default (None: it must be given), range and help; ``each`` when every input may have its own."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high, "each": each})
-
+#: Where the k largest entries are sought: in each tensor alone, or in all of them together.
+SCOPES = ("tensor", "model")
 
 _WEIGHT = number(1.0, "weight of an input", each=True)
 _DENSITY = number(None, "share of a task vector that is kept", 0, 1, each=True)
@@ -74,9 +73,10 @@ class TaskArithmetic:
 class Ties:
     weight: PerInput = _WEIGHT
     density: PerInput = _DENSITY
+    # the papers' own: TIES averages what agrees, DARE and task arithmetic add up
     normalize: bool = _normalize(True)
     lambda_: float = _LAMBDA
-    scope: str = number("tensor", "where the k largest are sought: tensor or model")
+    scope: str = number("tensor", "where the k largest are sought: tensor or model", choices=SCOPES)
 
 
 @dataclass(frozen=True)

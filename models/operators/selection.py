@@ -1,4 +1,9 @@
-"""Exact selection by magnitude over tensors that are only seen in blocks."""
+"""The k entries of largest magnitude, exactly k, over tensors that are only seen in blocks.
+
+Radix selection on the bits of fp32 magnitudes: one walk counts the upper 15 bits and finds the bin of the k-th largest, a
+second counts the lower 16 within that bin. Two walks and two small tables, whatever the size, and no sorting. Published
+code takes a quantile, which keeps a few entries more or less than k where magnitudes tie; bf16 weights tie everywhere.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +15,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+#: Bins of the two tables. The sign bit is masked off, so the upper half of a magnitude has 15 bits.
 _HIGH, _LOW = 1 << 15, 1 << 16
 _ALL = -1
 
+#: Starts a walk; every step gives one block of fp32 values per tensor.
 Walk = Callable[[], Iterable[Sequence[Tensor]]]
 
 
 @dataclass
-class Cut:
+class MagnitudeCut:
     """The k largest values of a tensor: those above a threshold, and the first ``ties`` of those equal to it.
 
     Args:
@@ -31,7 +38,7 @@ class Cut:
     ties: int
     all_ties: bool = False
 
-    def fresh(self) -> Cut:
+    def fresh(self) -> MagnitudeCut:
         """A copy that starts at the tensor's first element: masks consume ``ties`` as they go."""
         return replace(self)
 
@@ -41,41 +48,42 @@ class Cut:
             return values
         if self.threshold == NOTHING.threshold:
             return values.zero_()
+        # hardshrink is one pass where a mask takes several; it keeps what is strictly above its threshold
         if self.all_ties:
-            return torch.hardshrink(values, _value(self.threshold - 1))
+            return torch.hardshrink(values, magnitude_of(self.threshold - 1))
         if not self.ties:
             # from the block on where the ties are used up, all that equals the threshold goes
-            return torch.hardshrink(values, _value(self.threshold))
+            return torch.hardshrink(values, magnitude_of(self.threshold))
         return values.mul_(self.mask(values))
 
     def mask(self, values: Tensor) -> Tensor:
-        """Which of a block's values are kept; as ``keep``."""
+        """Which of a block's values are kept, bool of their shape; as ``keep``."""
         bits = magnitude_bits(values)
         if self.threshold == _ALL:
             return torch.ones_like(bits, dtype=torch.bool)
         keep = bits > self.threshold
         if self.ties:
             equal = bits == self.threshold
-            found = int(equal.sum())
-            if found > self.ties:
+            there = int(equal.sum())
+            if there > self.ties:
                 places = equal.view(-1).nonzero().squeeze(1)
                 equal.view(-1)[places[self.ties:]] = False
-            self.ties -= min(found, self.ties)
+            self.ties -= min(there, self.ties)
             keep |= equal
         return keep
 
 
-NOTHING = Cut(torch.iinfo(torch.int32).max, 0)
-EVERYTHING = Cut(_ALL, 0)
+NOTHING = MagnitudeCut(torch.iinfo(torch.int32).max, 0)
+EVERYTHING = MagnitudeCut(_ALL, 0)
 
 
-def count(share: float, size: int) -> int:
+def count(density: float, size: int) -> int:
     """How many of ``size`` a share is: rounded down, but never to nothing for a share above 0."""
     # the small term undoes the last bit of products such as 0.29 * 100
-    return min(size, max(math.floor(share * size + 1e-6), 1 if share > 0 and size else 0))
+    return min(size, max(math.floor(density * size + 1e-6), 1 if density > 0 and size else 0))
 
 
-def _value(bits: int) -> float:
+def magnitude_of(bits: int) -> float:
     """The magnitude with this bit pattern; -1, the neighbour below 0: any negative number."""
     return -1.0 if bits < 0 else struct.unpack("<f", struct.pack("<i", bits))[0]
 
@@ -116,6 +124,7 @@ class LowHistogram:
         self.size += len(inside)
 
     def total(self) -> Tensor:
+        """(2**16,) int64."""
         self.counts += torch.bincount(self.waiting[:self.size], minlength=_LOW)
         self.size = 0
         return self.counts
@@ -129,36 +138,73 @@ def descend(histogram: Tensor, k: int) -> tuple[int, int]:
     return len(histogram) - 1 - place, k - above
 
 
-def find_cuts(walk: Walk, sizes: Sequence[Sequence[int]], total: int) -> list[list[Cut]]:
+def cut_at(high: int, low: Tensor, rest: int) -> MagnitudeCut:
+    """The cut that keeps ``rest`` of the values in bin ``high``, whose lower bits have the counts ``low``."""
+    value, ties = descend(low, rest)
+    return MagnitudeCut(high << 16 | value, ties, int(low[value]) == ties)
+
+
+def find_cuts(walk: Walk, sizes: Sequence[Sequence[int]], total: int) -> list[list[MagnitudeCut]]:
     """The exact k-th largest magnitudes, for several tensors and several k each, in two walks and no sorting.
 
     Args:
-        walk: starts a walk; every step gives one block of fp32 values per tensor.
         sizes: per tensor, the k wanted.
         total: elements per tensor.
 
     Returns:
-        A Cut for each k: radix selection, first on the upper 15 bits, then on the lower 16 within the bin found.
+        a cut for each k. No walk is started when every k is nothing or everything.
     """
-    wanted = [(i, j, k) for i, ks in enumerate(sizes) for j, k in enumerate(ks) if 0 < k < total]
+    wanted = [(tensor, place, k) for tensor, ks in enumerate(sizes) for place, k in enumerate(ks) if 0 < k < total]
     cuts = [[EVERYTHING if k >= total else NOTHING for k in ks] for ks in sizes]
     if not wanted:
         return cuts
-    high = {i: torch.zeros(_HIGH, dtype=torch.int64) for i, _, _ in wanted}
-    for blocks in walk():
-        for i, histogram in high.items():
-            histogram += high_histogram(blocks[i]).cpu()
-    bins = {(i, j): descend(high[i], k) for i, j, k in wanted}
-    low = {(i, b): LowHistogram(b) for (i, _), (b, _) in bins.items()}
-    for blocks in walk():
-        for (i, _), histogram in low.items():
-            histogram.add(blocks[i])
-    for (i, j), (b, rest) in bins.items():
-        cuts[i][j] = cut_at(b, low[i, b].total(), rest)
+    high = _count_high_bits(walk, {tensor for tensor, _, _ in wanted})
+    bins = {(tensor, place): descend(high[tensor], k) for tensor, place, k in wanted}
+    # two k of one tensor may end in the same bin, which is then counted once
+    low = _count_low_bits(walk, {(tensor, bin_) for (tensor, _), (bin_, _) in bins.items()})
+    for (tensor, place), (bin_, rest) in bins.items():
+        cuts[tensor][place] = cut_at(bin_, low[tensor, bin_], rest)
     return cuts
 
 
-def cut_at(high: int, low: Tensor, rest: int) -> Cut:
-    """The cut that keeps ``rest`` of the values in bin ``high``, whose lower bits have the counts ``low``."""
-    value, ties = descend(low, rest)
-    return Cut(high << 16 | value, ties, int(low[value]) == ties)
+def _count_high_bits(walk: Walk, tensors: Iterable[int]) -> dict[int, Tensor]:
+    """The first walk: tensor -> counts of its upper bits."""
+    counts = {tensor: torch.zeros(_HIGH, dtype=torch.int64) for tensor in sorted(tensors)}
+    for blocks in walk():
+        for tensor, histogram in counts.items():
+            histogram += high_histogram(blocks[tensor]).cpu()
+    return counts
+
+
+def _count_low_bits(walk: Walk, bins: Iterable[tuple[int, int]]) -> dict[tuple[int, int], Tensor]:
+    """The second walk: (tensor, bin of upper bits) -> counts of the lower bits in that bin."""
+    counts = {(tensor, bin_): LowHistogram(bin_) for tensor, bin_ in sorted(bins)}
+    for blocks in walk():
+        for (tensor, _), histogram in counts.items():
+            histogram.add(blocks[tensor])
+    return {key: histogram.total() for key, histogram in counts.items()}
+
+
+def trim(values: Tensor, density: float) -> Tensor:
+    """TIES' trim of one tensor in memory: its ``count(density, size)`` largest entries, ties to the lowest flat index.
+
+    Args:
+        values: any shape and float type; magnitudes are compared in fp32, as everywhere.
+    """
+    # bit patterns stand for the values here: the masked-off sign leaves a non-negative float with the same magnitude
+    bits = magnitude_bits(values.float().contiguous())
+    ((cut,),) = find_cuts(lambda: [[bits]], [[count(density, bits.numel())]], bits.numel())
+    return values * cut.fresh().mask(bits)
+
+
+def trim_as_peft(stacked: Tensor, density: float) -> Tensor:
+    """(n, ..) -> (n, ..): PEFT 0.21's ``prune`` of each tensor of a stack, for --compat peft.
+
+    Differs from ``trim`` twice: int(density x size) may be one less (0.29 x 100 is 28 there) or 0, and which of equal
+    magnitudes stay is torch.topk's choice.
+    """
+    if density >= 1:
+        return stacked
+    flat = stacked.flatten(1)
+    places = flat.abs().topk(int(density * flat.shape[1]), dim=1).indices
+    return torch.zeros_like(flat).scatter(1, places, flat.gather(1, places)).view_as(stacked)

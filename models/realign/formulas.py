@@ -9,15 +9,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from models.operators.selection import Cut
-from models.operators.sparse import elect
+from models.operators.drop import drop, kept_above, kept_below
+from models.operators.election import elect_
+from models.operators.selection import MagnitudeCut
 from models.realign import methods as methods
 
+#: (purpose, task, shape) -> numbers from U[0, 1).
 Draw = Callable[[str, int, tuple[int, ...]], Tensor]
 
 
 @dataclass
-class Part:
+class WeightInputs:
     """One weight of all models, fp32.
 
     Args:
@@ -36,94 +38,98 @@ class Part:
     alignment: Tensor | None = None
     floor: float = 0.0
     safe: Tensor | None = None
-    cuts: list[Cut] | None = None
-    rule_cuts: list[Cut] | None = None
+    cuts: list[MagnitudeCut] | None = None
+    rule_cuts: list[MagnitudeCut] | None = None
     notes: dict[str, float] = field(default_factory=dict)
 
 
-# ---- edits: (part, p) -> task vectors
+# ---- edits: (weight, parameters) -> task vectors
 
 
-def random_mask(part: Part, p: methods.RandomMask) -> list[Tensor]:
+def random_mask(weight: WeightInputs, parameters: methods.RandomMask) -> list[Tensor]:
     """m * delta_i with one random mask for all tasks: what a trained mask must beat.
 
     Hard: Bernoulli(kept). Soft: sigmoid((logit(kept) + logistic noise) / temperature), SOMF's draw at constant logits.
     """
-    like = part.deltas[0]
-    draws = part.draw("mask", 0, tuple(like.shape)).to(like)
-    if p.soft:
-        draws = draws.clamp(1e-6, 1 - 1e-6)
-        offset = math.log(p.kept / (1 - p.kept)) if p.kept < 1 else math.inf
-        mask = torch.sigmoid((draws.logit() + offset) / p.temperature)
+    like = weight.deltas[0]
+    draws = weight.draw("mask", 0, tuple(like.shape)).to(like)
+    if parameters.soft:
+        draws = draws.clamp(1e-6, 1 - 1e-6)  # 0 has no logit
+        offset = math.log(parameters.density / (1 - parameters.density)) if parameters.density < 1 else math.inf
+        mask = torch.sigmoid((draws.logit() + offset) / parameters.temperature)
     else:
-        mask = (draws < p.kept).to(like)
+        mask = kept_below(draws, parameters.density).to(like)
     mean = float(mask.mean()) if mask.numel() else 1.0
-    part.notes["kept"] = mean
+    weight.notes["kept"] = mean
     # a small tensor may lose every entry: 0 / 0 must not become NaN
-    scale = 1 / mean if p.rescale and mean else 1.0
-    return [delta * mask * scale for delta in part.deltas]
+    scale = 1 / mean if parameters.rescale and mean else 1.0
+    return [delta * mask * scale for delta in weight.deltas]
 
 
-def magnitude(part: Part, p: methods.Magnitude) -> list[Tensor]:
-    """The largest entries of each task vector (``Part.cuts``)."""
-    done = []
-    for delta, cut in zip(part.deltas, part.cuts, strict=True):
+def magnitude(weight: WeightInputs, parameters: methods.Magnitude) -> list[Tensor]:
+    """The largest entries of each task vector (``WeightInputs.cuts``)."""
+    pruned = []
+    for delta, cut in zip(weight.deltas, weight.cuts, strict=True):
         mask = cut.mask(delta)
+        # of a cut over the model, the share that this weight keeps is its own
         kept = float(mask.float().mean()) if mask.numel() else 1.0
-        done.append(delta * mask * (1 / kept if p.rescale and kept else 1.0))
-    return done
+        pruned.append(delta * mask * (1 / kept if parameters.rescale and kept else 1.0))
+    return pruned
 
 
-def dare(part: Part, p: methods.Dare | methods.Resta | methods.DareSum, purpose: str = "dare") -> list[Tensor]:
+def dare(weight: WeightInputs, parameters: methods.Dare | methods.Resta | methods.DareSum, purpose: str = "dare",
+         ) -> list[Tensor]:
     """Each entry is dropped with probability ``drop``, the others divided by 1 - drop (Yu et al. 2024, equation 3)."""
-    if not p.drop:
-        return part.deltas
-    return [delta * (part.draw(purpose, i, tuple(delta.shape)).to(delta) >= p.drop) / (1 - p.drop)
-            for i, delta in enumerate(part.deltas)]
+    if not parameters.drop:
+        return weight.deltas
+    density = parameters.density
+    return [drop(delta, kept_above(weight.draw(purpose, i, tuple(delta.shape)).to(delta), density), density)
+            for i, delta in enumerate(weight.deltas)]
 
 
-# ---- rules: (task vectors, part, p) -> fused
+# ---- rules: (task vectors, weight, parameters) -> fused
 
 
-def single(vectors: Sequence[Tensor], part: Part, p: methods.Single) -> Tensor:
+def single(vectors: Sequence[Tensor], weight: WeightInputs, parameters: methods.Single) -> Tensor:
     """The only task's vector, coefficient 1."""
     (vector,) = vectors
     return vector
 
 
-def add_up(vectors: Sequence[Tensor], part: Part, p: methods.TaskArithmetic) -> Tensor:
+def add_up(vectors: Sequence[Tensor], weight: WeightInputs, parameters: methods.TaskArithmetic) -> Tensor:
     """lambda sum_i v_i (Ilharco et al. 2023)."""
-    return p.lambda_ * sum(vectors[1:], vectors[0])
+    return parameters.lambda_ * sum(vectors[1:], vectors[0])
 
 
-def average(vectors: Sequence[Tensor], part: Part, p: methods.NoParameters) -> Tensor:
+def average(vectors: Sequence[Tensor], weight: WeightInputs, parameters: methods.NoParameters) -> Tensor:
     """1/K sum_i v_i."""
     return sum(vectors[1:], vectors[0]) / len(vectors)
 
 
-def ties(vectors: Sequence[Tensor], part: Part, p: methods.Ties) -> Tensor:
+def ties(vectors: Sequence[Tensor], weight: WeightInputs, parameters: methods.Ties) -> Tensor:
     """Trim over the whole vector, elect the sign of the sum, add up what agrees (not its mean): SOMF's TIES."""
-    kept = [vector * cut.mask(vector) for vector, cut in zip(vectors, part.rule_cuts, strict=True)]
-    return p.lambda_ * elect(kept, [1.0] * len(kept), normalize=False)
+    kept = [vector * cut.mask(vector) for vector, cut in zip(vectors, weight.rule_cuts, strict=True)]
+    return parameters.lambda_ * elect_(kept, [1.0] * len(kept), normalize=False)
 
 
-def drop_and_add(vectors: Sequence[Tensor], part: Part, p: methods.DareSum) -> Tensor:
+def drop_and_add(vectors: Sequence[Tensor], weight: WeightInputs, parameters: methods.DareSum) -> Tensor:
     """lambda sum_i DARE(v_i)."""
-    dropped = dare(Part(list(vectors), part.draw), p, "rule")
-    return p.lambda_ * sum(dropped[1:], dropped[0])
+    # a purpose of its own: after an edit by DARE the same draws would drop the same entries again
+    dropped = dare(WeightInputs(list(vectors), weight.draw), parameters, "rule")
+    return parameters.lambda_ * sum(dropped[1:], dropped[0])
 
 
-# ---- finishes: (fused, part, p) -> fused
+# ---- finishes: (fused, weight, parameters) -> fused
 
 
-def shrink(fused: Tensor, part: Part, p: methods.WiseFt) -> Tensor:
+def shrink(fused: Tensor, weight: WeightInputs, parameters: methods.WiseFt) -> Tensor:
     """alpha delta: theta = (1 - alpha) theta_aligned + alpha theta_tuned."""
-    return p.alpha * fused
+    return parameters.alpha * fused
 
 
-def add_safety(fused: Tensor, part: Part, p: methods.Resta) -> Tensor:
+def add_safety(fused: Tensor, weight: WeightInputs, parameters: methods.Resta) -> Tensor:
     """theta_tuned + gamma (theta_aligned - theta_unaligned)."""
-    return fused if part.alignment is None else fused + p.gamma * part.alignment
+    return fused if weight.alignment is None else fused + parameters.gamma * weight.alignment
 
 
 def projected(change: Tensor, alignment: Tensor, exact: bool, floor: float = 0.0) -> Tensor:
@@ -134,6 +140,7 @@ def projected(change: Tensor, alignment: Tensor, exact: bool, floor: float = 0.0
         floor: singular values of ``alignment`` up to this are rounding and span nothing (``exact`` only).
     """
     if exact:
+        # fp64: beside a large change, rounding in fp32 would open directions that the alignment does not have
         u, values, _ = torch.linalg.svd(alignment.double(), full_matrices=False)
         u = u[:, values > max(1e-6 * float(values[0]), floor)]
         return (u @ (u.T @ change.double())).to(change)
@@ -143,36 +150,53 @@ def projected(change: Tensor, alignment: Tensor, exact: bool, floor: float = 0.0
     return alignment @ (alignment.T @ change) / alignment.norm()
 
 
-def _strays(fused: Tensor, part: Part, tau: float, exact: bool) -> Tensor | None:
+def _strays(fused: Tensor, weight: WeightInputs, tau: float, exact: bool) -> Tensor | None:
     """The projection of a change whose cosine with it is below tau; None where it is not, or there is no subspace."""
-    v = part.alignment
-    if v is None or fused.dim() != 2 or not float(v.norm()) or not float(fused.norm()):
+    alignment = weight.alignment
+    # norms and biases have no subspace, and the paper's C divides by ||V||
+    if alignment is None or fused.dim() != 2 or not float(alignment.norm()) or not float(fused.norm()):
         return None
-    inside = projected(fused, v, exact, part.floor)
+    inside = projected(fused, alignment, exact, weight.floor)
     size = float(inside.norm()) * float(fused.norm())
-    part.notes["cosine"] = float((inside * fused).sum()) / size if size else 0.0
-    if part.notes["cosine"] >= tau:
+    weight.notes["cosine"] = float((inside * fused).sum()) / size if size else 0.0
+    if weight.notes["cosine"] >= tau:
         return None
-    part.notes["changed"] = 1.0
+    weight.notes["changed"] = 1.0
     return inside
 
 
-def project(fused: Tensor, part: Part, p: methods.SafeLora) -> Tensor:
+def project(fused: Tensor, weight: WeightInputs, parameters: methods.SafeLora) -> Tensor:
     """Safe LoRA: C change where cos(C change, change) < tau, layer by layer; data-free."""
-    inside = _strays(fused, part, p.tau, p.exact)
+    inside = _strays(fused, weight, parameters.tau, parameters.exact)
     return fused if inside is None else inside
 
 
-def merge_unsafe(fused: Tensor, part: Part, p: methods.SafeMerge) -> Tensor:
+def merge_unsafe(fused: Tensor, weight: WeightInputs, parameters: methods.SafeMerge) -> Tensor:
     """SafeMERGE: alpha change + (1 - alpha) safe change where cos(C change, change) < tau; other layers stay."""
-    if _strays(fused, part, p.tau, exact=False) is None:
+    if _strays(fused, weight, parameters.tau, exact=False) is None:
         return fused
-    return p.alpha * fused + (1 - p.alpha) * (torch.zeros_like(fused) if part.safe is None else part.safe)
+    # where the safety tuning left the weight alone, its change is zero
+    safe = torch.zeros_like(fused) if weight.safe is None else weight.safe
+    return parameters.alpha * fused + (1 - parameters.alpha) * safe
 
 
-def realigned(part: Part, method: methods.Row, p: object, rule: methods.Row, q: object) -> Tensor:
+# ---- a weight through all three
+
+
+def edited(weight: WeightInputs, method: methods.Row, parameters: object) -> list[Tensor]:
+    """The task vectors as the method leaves them; uses ``weight.cuts`` up to this weight."""
+    edit = method.load("edit")
+    return edit(weight, parameters) if edit else weight.deltas
+
+
+def merged(vectors: Sequence[Tensor], weight: WeightInputs, method: methods.Row, parameters: object, rule: methods.Row,
+           rule_parameters: object) -> Tensor:
+    """finish(rule(vectors)): the fused change, from edited task vectors; uses ``weight.rule_cuts`` up to this weight."""
+    fused, finish = rule.load("finish")(vectors, weight, rule_parameters), method.load("finish")
+    return finish(fused, weight, parameters) if finish else fused
+
+
+def realigned(weight: WeightInputs, method: methods.Row, parameters: object, rule: methods.Row, rule_parameters: object,
+              ) -> Tensor:
     """finish(rule(edit(deltas))): the fused change of one weight."""
-    edit, finish = method.load("edit"), method.load("finish")
-    vectors = edit(part, p) if edit else part.deltas
-    fused = rule.load("finish")(vectors, part, q)
-    return finish(fused, part, p) if finish else fused
+    return merged(edited(weight, method, parameters), weight, method, parameters, rule, rule_parameters)

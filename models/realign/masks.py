@@ -53,10 +53,12 @@ def open_masked(args: RealignArgs, stack: ExitStack) -> Masked:
     Raises:
         UserError: no mask, an unknown read-out, models that are gone or are not those it was trained on.
     """
+    # sigmoid(s) needs no draw, so that the default result is one model and not a sample of many
     readout = parse_readout(args.readout or "expected")
     run = args.results / "outputs" / args.mask
     folder = run if "/" not in args.mask else Path(args.mask).expanduser()
     mask, aligned, tasks = open_mask(folder, args, stack, args.aligned or None, args.task_names or None)
+    # the control shares values, read-out and models with the mask; only the places differ
     if args.method == "random_mask":
         mask = shuffled(mask, args.seed)
     return Masked(folder, mask, readout, args.seed, Inputs(aligned, tuple(tasks)))
@@ -69,8 +71,10 @@ def shuffled(mask: Mask, seed: int) -> Mask:
                         "moves; give --parameters kept=SHARE instead of --mask")
     logits = {}
     for name, values in mask.logits.items():
+        # a seed of its own per tensor, of 56 bits: torch takes 63
         key = hashlib.blake2b(f"{seed}|shuffle|{name}".encode(), digest_size=7).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key, "big"))
+        # within a tensor: across tensors the control would also move mass between layers
         order = torch.randperm(values.numel(), generator=generator)
         logits[name] = values.reshape(-1)[order].view(values.shape)
     return replace(mask, logits=logits)

@@ -24,10 +24,10 @@ from models.checkpoints.header import KINDS
 from models.checkpoints.reader import INDEX, fingerprint
 from models.checkpoints.writer import Writer, plan_layout
 from models.merging.merge import COMPANIONS, DTYPES
-from models.operators.low_rank import Fused, Pair, inner, low_rank
+from models.operators.low_rank import Fused, Pair, low_rank, pair_norm
 from models.realign.masks import open_masked
 from models.realign.methods import METHODS, RULES, parameter_help
-from models.realign.walk import Change, Inputs, Recipe, changes
+from models.realign.walk import Change, Inputs, Realignment, changes
 from models.task_vectors import FLOATS, Model, open_model, provenance, raw, same_tensors
 
 DETAILS = "realign.json"
@@ -41,27 +41,30 @@ def realign(args: RealignArgs) -> str:
     """
     if args.parameters.strip() == "help":
         return parameter_help()
-    recipe = recipe_of(args)
+    realignment = realignment_of(args)
     target = args.results / "outputs" / args.run_name
     with ExitStack() as stack:
         masked = open_masked(args, stack) if args.mask else None
         inputs = masked.inputs if masked else open_inputs(args, stack)
         hashes = hashes_of(inputs) | ({"mask": masked.sha256} if masked else {})
+        # by content: the same run name over retrained tasks is another realignment
         settings = asdict(args) | {"inputs": hashes}
         if target.resolve() in [model.folder for model in (inputs.aligned, *inputs.others)]:
             raise UserError(f"--run_name {args.run_name}: {target} is an input; choose another name")
         if not args.overwrite and manifest.finished(target, settings):
             return f"{target}: already realigned"
+        # a mask on the factors themselves leaves a LoRA: no SVD, no error
         exact = masked.adapter() if masked and args.output == "adapter" and not args.rank else None
-        rank = 0 if exact else rank_of(inputs, recipe, args)
+        rank = 0 if exact else rank_of(inputs, realignment, args)
         set_up_torch(args)
         with manifest.writing(target, "realign", settings, overwrite=args.overwrite) as run:
             summary = Summary()
-            found = summary.over(masked.changes() if masked else changes(inputs, recipe))
+            # one weight at a time from here to the file; nothing has been computed yet
+            stream = summary.over(masked.changes() if masked else changes(inputs, realignment))
             if args.output == "dense":
-                said = write_dense(found, inputs.aligned, args, run)
+                said = write_dense(stream, inputs.aligned, args, run)
             else:
-                said = write_low_rank(found, inputs, rank, exact, args, run)
+                said = write_low_rank(stream, inputs, rank, exact, args, run)
             manifest.write_json(run.folder / DETAILS, summary.rows)
             run.parents.extend(str(model.folder) for model in (inputs.aligned, *inputs.others))
             run.inputs.update(hashes)
@@ -73,20 +76,21 @@ def realign(args: RealignArgs) -> str:
     return f"{target}: {args.method}{f' + {args.rule}' if args.rule else ''}, {summary.said()}{said}"
 
 
-def recipe_of(args: RealignArgs) -> Recipe:
+def realignment_of(args: RealignArgs) -> Realignment:
     """Method, rule and their parameters from the flags; a UserError with everything that is wrong with them."""
     problems: list[str] = []
     method, rule = METHODS[args.method], RULES[args.rule]
-    p = method.configured(args.parameters, "--parameters", problems)
-    q = rule.configured(args.rule_parameters, "--rule_parameters", problems)
+    parameters = method.configured(args.parameters, "--parameters", problems)
+    rule_parameters = rule.configured(args.rule_parameters, "--rule_parameters", problems)
     if problems:
         raise UserError(*problems)
-    return Recipe(method, p, rule, q, args.seed)
+    return Realignment(method, parameters, rule, rule_parameters, args.seed)
 
 
 def open_inputs(args: RealignArgs, stack: ExitStack) -> Inputs:
     """Every model that the flags name, opened and checked against the aligned one."""
     problems: list[str] = []
+    # first and alone: every other model is read on its checkpoint and compared with it
     aligned = open_model(args.aligned or args.model_name_or_path, args,
                          "--aligned" if args.aligned else "--model_name_or_path", stack)
 
@@ -97,6 +101,7 @@ def open_inputs(args: RealignArgs, stack: ExitStack) -> Inputs:
             problems.extend(error.problems)
             return None
         problems.extend(same_tensors(model, aligned, flag))
+        # the unaligned and the safe model lie elsewhere by intention: only tasks must come from the aligned one
         if tuned:
             problems.extend(provenance(model, aligned, flag, args.trust_base))
         return model
@@ -111,17 +116,18 @@ def open_inputs(args: RealignArgs, stack: ExitStack) -> Inputs:
 
 def hashes_of(inputs: Inputs) -> dict[str, str]:
     """What the result depends on: the base's fingerprint, and a hash per input."""
-    found = {"base": fingerprint(inputs.aligned.checkpoint.folder)}
+    hashes = {"base": fingerprint(inputs.aligned.checkpoint.folder)}
     if inputs.aligned.adapter:
-        found["init_adapter"] = manifest.sha256(inputs.aligned.folder / WEIGHTS)
+        hashes["init_adapter"] = manifest.sha256(inputs.aligned.folder / WEIGHTS)
+    # of an adapter the file, of a checkpoint its fingerprint: both change with any value
     named = {task.name: task for task in inputs.tasks} | {"unaligned": inputs.unaligned, "safe": inputs.safe}
     for key, model in named.items():
         if model:
-            found[key] = manifest.sha256(model.folder / WEIGHTS) if model.adapter else fingerprint(model.folder)
-    return found
+            hashes[key] = manifest.sha256(model.folder / WEIGHTS) if model.adapter else fingerprint(model.folder)
+    return hashes
 
 
-def rank_of(inputs: Inputs, recipe: Recipe, args: RealignArgs) -> int:
+def rank_of(inputs: Inputs, realignment: Realignment, args: RealignArgs) -> int:
     """The rank that an adapter needs: --rank, or what holds the result without loss; 0 for a checkpoint.
 
     Raises:
@@ -129,8 +135,11 @@ def rank_of(inputs: Inputs, recipe: Recipe, args: RealignArgs) -> int:
     """
     if args.output == "dense":
         return 0
-    bounded = recipe.method.low_rank and recipe.rule.low_rank and not getattr(recipe.p, "drop", 0)
+    # entries dropped at random leave a matrix of full rank, whatever the rank of the change was
+    drops = getattr(realignment.parameters, "drop", 0)
+    bounded = realignment.method.low_rank and realignment.rule.low_rank and not drops
     adapters = [model.adapter for model in (inputs.aligned, *inputs.others)]
+    # the difference of two checkpoints has full rank, whatever was trained
     on_one = all(model.checkpoint.folder == inputs.aligned.checkpoint.folder for model in inputs.others)
     if args.rank:
         return args.rank
@@ -147,8 +156,10 @@ class Summary:
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
 
-    def over(self, found: Iterable[Change]) -> Iterator[Change]:
-        for change in found:
+    def over(self, changed: Iterable[Change]) -> Iterator[Change]:
+        """The changes as they pass, each noted."""
+        for change in changed:
+            # fp64: squares of small changes vanish beside a large sum in fp32
             size = float(change.fused.double().square().sum())
             self.rows.append({"tensor": change.name, "change": size**0.5, "tasks": change.asked**0.5, **change.notes})
             yield change
@@ -167,7 +178,7 @@ class Summary:
                 + (f", {m['layers_changed']} layers below tau" if "layers_changed" in m else ""))
 
 
-def write_dense(found: Iterable[Change], aligned: Model, args: RealignArgs, run: manifest.Run) -> str:
+def write_dense(changed: Iterable[Change], aligned: Model, args: RealignArgs, run: manifest.Run) -> str:
     """The aligned checkpoint with the changes added in fp32, rounded once; tensors without one are copied."""
     tensors = aligned.checkpoint.tensors
     wanted = DTYPES.get(args.out_dtype, "")
@@ -175,13 +186,15 @@ def write_dense(found: Iterable[Change], aligned: Model, args: RealignArgs, run:
     layout = plan_layout([(name, kinds[name], info.shape) for name, info in tensors.items()], int(args.shard_gb * 1e9))
     writer, left, lost, size = Writer(run.folder, layout), set(tensors), 0.0, 0.0
     try:
-        for change in found:
+        for change in changed:
+            # summed in fp32 and rounded once; what the rounding took is told at the end
             exact = aligned.weight(change.name) + change.fused
             kept = _stored(exact, kinds[change.name], change.name)
             lost += float((kept.float() - exact).double().square().sum())
             size += float(change.fused.double().square().sum())
             writer.write(change.name, 0, kept)
             left.discard(change.name)
+        # bytes as they are where nothing changed; an aligned adapter or another type makes even these anew
         for name in sorted(left):
             same = aligned.change(name) is None and kinds[name] == tensors[name].dtype
             writer.write(name, 0, raw(aligned, name) if same else _stored(aligned.weight(name), kinds[name], name))
@@ -215,21 +228,22 @@ def companions(aligned: Model, kinds: set[str], folder: Path) -> None:
                 shutil.copyfile(file, folder / file.name)
 
 
-def write_low_rank(found: Iterable[Change], inputs: Inputs, rank: int, exact: Mapping[str, Pair] | None, args: RealignArgs,
+def write_low_rank(changed: Iterable[Change], inputs: Inputs, rank: int, exact: Mapping[str, Pair] | None, args: RealignArgs,
                    run: manifest.Run) -> str:
     """The changes as a LoRA on the aligned model's checkpoint, each cut to the rank; what was cut off is reported.
 
     Args:
-        exact: the LoRA itself, where a mask's factors give it; ``found`` is then only gone through for the summary.
+        exact: the LoRA itself, where a mask's factors give it; ``changed`` is then only gone through for the summary.
 
     Raises:
         UserError: a weight changes that no LoRA on a linear layer holds.
     """
-    modules = _cut(found, inputs.aligned, rank, args.seed)
+    modules = _cut(changed, inputs.aligned, rank, args.seed)
     if exact:
-        modules = {name: Fused(pair, max(inner(pair, pair), 0.0) ** 0.5, 0.0) for name, pair in exact.items()}
+        modules = {name: Fused(pair, pair_norm(pair), 0.0) for name, pair in exact.items()}
     if not modules:
         raise UserError(f"--tasks {args.tasks}: nothing is left of their change; there is no adapter to write")
+    # task type and flags as the inputs had them; between checkpoints there is nothing to take over
     sources = [model.adapter for model in (inputs.aligned, *inputs.others) if model.adapter]
     origin = sources[0].config if sources else {"task_type": "CAUSAL_LM"}
     base = str(inputs.aligned.checkpoint.folder)
@@ -244,15 +258,16 @@ def write_low_rank(found: Iterable[Change], inputs: Inputs, rank: int, exact: Ma
             f"{run.metrics['worst_module']}, {run.metrics['worst_error']:.2%}; all in {TRUNCATION})" + vllm_note(largest))
 
 
-def _cut(found: Iterable[Change], aligned: Model, rank: int, seed: int) -> dict[str, Fused]:
+def _cut(changed: Iterable[Change], aligned: Model, rank: int, seed: int) -> dict[str, Fused]:
     """Module -> the change on the checkpoint, cut to the rank (0: not at all, for the caller has it already)."""
     family = family_of(SimpleNamespace(**aligned.checkpoint.config))
     linear = (*family.projections, *family.attention)
     modules: dict[str, Fused] = {}
-    for change in found:
+    for change in changed:
         own = aligned.change(change.name)
         whole = change.fused if own is None else change.fused + own
         module = change.name.removesuffix(".weight")
+        # an aligned adapter stays in the result: a LoRA on the checkpoint holds both changes
         if not whole.any() or not rank:
             continue
         if whole.dim() != 2 or module.rpartition(".")[2] not in linear:

@@ -9,13 +9,16 @@ import torch
 
 from models.adapters import merges as adapter_merges
 from models.adapters.fuse import _draw
-from models.adapters.merges import concatenate, elect, lego, trim
-from models.adapters.methods import ADAPTER_METHODS, Cat, Cut, Knots, Rank, Sparse, Tsv
+from models.adapters.merges import concatenate, lego
+from models.adapters.methods import ADAPTER_METHODS, Cat, Knots, Rank, RankOrEnergy, Sparse, Tsv
 from models.operators.core_space import cut, project
+from models.operators.election import elect
 from models.operators.low_rank import pick_rank
+from models.operators.selection import trim
 
 OUT, IN = 40, 30
-PARAMETERS = {"svd": Cut(), "linear": Cut(), "ties": Sparse(density=0.3), "dare_linear": Sparse(density=0.5),
+PARAMETERS = {"svd": RankOrEnergy(), "linear": RankOrEnergy(), "ties": Sparse(density=0.3),
+              "dare_linear": Sparse(density=0.5),
               "dare_ties": Sparse(density=0.5), "magnitude_prune": Sparse(density=0.3), "knots": Knots(density=0.3),
               "tsv": Tsv(), "isotropic": Rank()}
 draw = partial(_draw, 0, "layer")

@@ -296,9 +296,19 @@ def test_flags_that_do_not_fit(merge_fails, words, says):
 @pytest.mark.parametrize(("parameters", "says"), [
     ("", "density"), ("density=1.5", "out of range"), ("densty=0.2", "did you mean density"), ("density=x", "not a number"),
     ("density=0.2,0.3", "one for each model"), ("density=0.2; normalize=maybe", "true or false"),
+    ("density=0.2; scope=modle", "modle is not known; allowed: tensor, model"),
 ])
 def test_parameters_that_do_not_fit(merge_inputs, merge_fails, parameters, says):
     assert says in merge_fails(*merge_flags(merge_inputs, parameters=parameters))
+
+
+def test_a_recipe_s_word_that_the_method_does_not_know(merge_inputs, merge_fails):
+    text = f"""method: ties
+base: {merge_inputs / 'base'}
+inputs: [{{model: {merge_inputs / 'a'}}}]
+parameters: {{density: 0.3, scope: modle}}
+"""
+    assert "scope: modle is not known; allowed: tensor, model" in merge_fails(*recipe(merge_inputs, text))
 
 
 def test_different_architectures_and_missing_tensors(merge_inputs, merge_fails, tmp_path):

@@ -11,9 +11,10 @@ from torch import Tensor
 from models.merging.methods import METHODS
 from models.operators import blocks as blocks_module
 from models.operators import spans as spans_module
-from models.operators.blocks import fuse_tensors, uniform
+from models.operators.blocks import fuse_tensors
 from models.operators.dense import karcher_coefficients
-from models.operators.selection import Cut, count, find_cuts, magnitude_bits
+from models.operators.noise import uniform
+from models.operators.selection import MagnitudeCut, count, find_cuts, magnitude_bits
 
 SHAPE = (23, 37)
 
@@ -300,7 +301,7 @@ def test_cuts_are_exact_for_every_k(size):
 
 
 def test_cut_counts_its_ties_over_blocks():
-    cut = Cut(int(magnitude_bits(torch.tensor([1.0]))), 3).fresh()
+    cut = MagnitudeCut(int(magnitude_bits(torch.tensor([1.0]))), 3).fresh()
     masks = [cut.mask(torch.tensor([1.0, -1.0, 0.5, 2.0])) for _ in range(3)]
     assert [m.tolist() for m in masks] == [[True, True, False, True], [True, False, False, True],
                                            [False, False, False, True]]

@@ -16,7 +16,8 @@ import manifest
 from models.adapters.files import read_adapter
 from models.checkpoints.reader import fingerprint
 from models.fuse import main
-from models.operators.blocks import uniform
+from models.operators.noise import uniform
+from models.realign import walk
 
 IDS = torch.arange(10, 40)[None]
 
@@ -258,3 +259,22 @@ def test_an_input_is_not_overwritten_and_a_changed_one_is_noticed(home, realign,
     with pytest.raises(SystemExit):
         realign("--tasks", "safety")
     assert "another configuration (inputs:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flags", "passes"), [
+    ((), 1),
+    (("--method", "magnitude", "--parameters", "kept=0.5"), 3),
+    (("--method", "magnitude", "--parameters", "kept=0.5; scope=tensor"), 1),
+    (("--rule", "ties"), 3),
+    (("--rule", "ties", "--rule_parameters", "scope=tensor"), 1),
+    (("--method", "magnitude", "--parameters", "kept=0.5", "--rule", "ties"), 5),
+])
+def test_models_are_read_as_often_as_the_selection_needs(home, realign, monkeypatch, flags, passes):
+    reads, read = [], walk.vector
+    monkeypatch.setattr(walk, "vector", lambda model, other, name: reads.append(name) or read(model, other, name))
+    tasks = ("safety", "helpfulness") if "--rule" in flags else ("safety",)
+    realign("--tasks", ",".join(tasks), *flags)
+    assert len(reads) == passes * len(tasks) * len(modules(home))
+    # one weight at a time, in the same order in every pass
+    once = list(dict.fromkeys(reads))
+    assert reads == [name for name in once for _ in tasks] * passes

@@ -8,7 +8,7 @@ import torch
 from flags.realign import REALIGN_METHODS, REALIGN_RULES
 from models.operators.selection import count, find_cuts
 from models.realign import methods as rows
-from models.realign.formulas import Part, projected, realigned
+from models.realign.formulas import WeightInputs, projected, realigned
 from models.realign.methods import METHODS, RULES, parameter_help
 
 
@@ -28,7 +28,7 @@ def largest(tensors, share):
 
 def apply(method, p=None, rule="", q=None, tensors=None, **inputs):
     tensors = deltas(1) if tensors is None else tensors
-    part = Part([t.clone() for t in tensors], draw, **inputs)
+    part = WeightInputs([t.clone() for t in tensors], draw, **inputs)
     p, q = p or METHODS[method].parameters(), q or RULES[rule].parameters()
     return realigned(part, METHODS[method], p, RULES[rule], q), part
 
