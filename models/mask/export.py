@@ -22,8 +22,9 @@ from errors import UserError
 from models.mask.concrete import mean_of, scale_for
 from models.mask.files import Mask, check_models, read_mask
 from models.mask.readout import read_out
+from models.mask.rescale import RESCALINGS
 from models.mask.rules import combined, effective, ties_thresholds
-from models.mask.settings import Readout, parse_readout
+from models.mask.settings import Readout, Settings, parse_readout
 from models.mask.slots import Spec, aligned_factors, components, down_factor, plan, tensors_of
 from models.operators.low_rank import Pair
 from models.task_vectors import Model, open_model
@@ -135,7 +136,7 @@ def _parts(mask_dir: Path, readout: str | Readout, seed: int, aligned: Model, ta
         odd = sorted(set(wanted.items()) ^ set(have.items()))[0]
         raise UserError(f"{mask_dir}: its logits do not fit these models (e.g. {odd[0]}); give the models it was trained on")
     logits = {s.name: mask.logits[s.name] for s in specs if s.units is not None}
-    scales = _scales(logits, specs, settings.rescale, readout, settings, seed)
+    scales = _scales(logits, specs, settings, readout, seed)
 
     def walk() -> Iterator[tuple[Spec, Tensor, list[Tensor], Tensor, Tensor | None]]:
         masks = read_out(logits, settings, readout, seed)
@@ -157,16 +158,17 @@ def _parts(mask_dir: Path, readout: str | Readout, seed: int, aligned: Model, ta
         yield _Part(spec, base, (change * drawn).view(base.shape), down)
 
 
-def _scales(logits: dict[str, Tensor], specs: Sequence[Spec], rescale: str, readout: Readout, settings: Any, seed: int,
+def _scales(logits: dict[str, Tensor], specs: Sequence[Spec], settings: Settings, readout: Readout, seed: int,
             ) -> dict[str, float]:
     """What each tensor's mask is multiplied by; a mask that is zero throughout stays zero."""
-    if rescale == "none":
+    rescaling = RESCALINGS[settings.rescale]
+    if rescaling.measured is None:
         return dict.fromkeys(logits, 1.0)
     counts = {s.name: s.units.counts for s in specs if s.units is not None}
-    source = Readout("expected") if rescale == "expected" else readout
+    source = Readout("expected") if rescaling.expected else readout
     sizes = {name: float(logits[name].numel() if c is None else c.sum()) for name, c in counts.items()}
     means = {name: mean_of(values, counts[name]) for name, values in read_out(logits, settings, source, seed)}
-    if rescale == "global":
+    if rescaling.joint:
         whole = sum(sizes.values())
         return dict.fromkeys(logits, scale_for(sum(means[n] * sizes[n] for n in means) / whole))
     return {name: scale_for(mean) for name, mean in means.items()}
