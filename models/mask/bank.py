@@ -94,7 +94,8 @@ class MaskBank(nn.Module):
             if units is None:
                 continue
             slot.logits_index = len(self.names)
-            slot.counts = None if units.counts is None else units.counts.to(device)
+            counts = units.counts  # counted anew at every call, so called once
+            slot.counts = None if counts is None else counts.to(device)
             self.names.append(slot.spec.name)
             self.logits.append(nn.Parameter(torch.full((units.size,), init, dtype=logit_dtype, device=device)))
         self.masked = [slot for slot in self.slots if slot.logits_index is not None]
@@ -236,6 +237,7 @@ class MaskBank(nn.Module):
         # a soft mask tells its slope, block by block; a hard one does not, and its soft draw is gone
         mask, slope = self._drawn(slot, draw, with_slope=draw.hard)
         scale = self._scale(slot, mask)
+        # with a logit per entry a sum over its unit is a view: G's own memory becomes the logits' gradient
         mask_gradient = slot.spec.units.reduce(self._entry_gradient(slot, mask, scale, draw).view(slot.spec.matrix))
         gradient = self._logit_gradient(slot, mask_gradient, mask, slope, scale, draw.temperature)
         if self.weight != 1:
@@ -248,7 +250,7 @@ class MaskBank(nn.Module):
 
     def _entry_gradient(self, slot: Slot, mask: Tensor, scale: float, draw: Draw) -> Tensor:
         """G D of every entry, flat and in the mask's type; takes G off the live parameter, and its memory where it fits."""
-        gradient, slot.live.grad = slot.live.grad, None  # now freed when this function returns, if it is not reused
+        gradient, slot.live.grad = slot.live.grad, None  # this name alone keeps it: gone on return unless reused
         fits = gradient.dtype == mask.dtype and gradient.is_contiguous()
         product = gradient.view(-1) if fits else mask.new_empty(slot.live.numel())
         for block in blocks(slot.live):

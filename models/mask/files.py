@@ -52,6 +52,7 @@ def save_mask(folder: Path, settings: Settings, logits: Mapping[str, Tensor], al
               tasks: Sequence[dict[str, Any]], training: Mapping[str, Any]) -> None:
     """Write logits and facts; the facts last, so that a folder with mask.json is whole."""
     folder.mkdir(parents=True, exist_ok=True)
+    # in the type that they train in: a resumed run goes on from the same numbers
     save_file({name: value.detach().cpu().contiguous() for name, value in logits.items()}, folder / LOGITS)
     manifest.write_json(folder / FACTS, {
         "version": VERSION, "settings": settings.to_json(), "aligned": aligned, "tasks": list(tasks),

@@ -17,6 +17,7 @@ from models.mask.units import RankLayout, Units, matrix_of, units_of
 from models.operators.low_rank import Pair
 from models.task_vectors import Model, differing, vector
 
+# as transformers' families spell them: Llama and its kin, OPT, GPT-2, BLOOM, GPT-NeoX
 _EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|embed_positions|wte|wpe|word_embeddings)\.")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.")
 _NORM = re.compile(r"(^|\.)[^.]*norm[^.]*\.|(^|\.)ln_[^.]*\.")
@@ -53,6 +54,7 @@ class Spec:
 
 def kind_of(name: str) -> str:
     """"embeddings", "head", "norms" or "matrix"."""
+    # word_embeddings_layernorm. is a norm: "word_embeddings." needs its dot
     for kind, pattern in (("embeddings", _EMBEDDINGS), ("head", _HEAD), ("norms", _NORM)):
         if pattern.search(name):
             return kind
@@ -66,6 +68,7 @@ def plan(settings: Settings, aligned: Model, tasks: Sequence[Model]) -> list[Spe
         UserError: factors or rank components of models that have none, or of shapes that differ; nothing to mask.
     """
     config = aligned.checkpoint.config
+    # from headers and shapes: refusals must not wait for weights to be read
     if settings.space == "weights" and settings.granularity != "rank":
         specs = []
         for name in differing(tasks, aligned):
@@ -103,6 +106,7 @@ def _check_adapters(aligned: Model, tasks: Sequence[Model]) -> None:
 def _factor_specs(module: str, settings: Settings, aligned: Model, tasks: Sequence[Model]) -> list[Spec]:
     """The specs of a module's A and B, each with logits of its own."""
     config = aligned.checkpoint.config
+    # theta_i - theta_s of factors means something only where A_i and B_i started from A_s and B_s (spec section 4.1)
     example = _some_factors(module, (*tasks, aligned))
     shapes = [factor.shape for factor in example]
     odd = [model.name for model in (aligned, *tasks) if [f.shape for f in factors(model, module, example)] != shapes]
@@ -161,6 +165,7 @@ def components(module: str, aligned: Model, tasks: Sequence[Model]) -> list[Pair
     example = _some_factors(module, (*tasks, aligned))
     pairs = [_singular_pair(*_stacked_difference(module, aligned, task, example)) for task in tasks]
     rank = max(a.shape[0] for a, _ in pairs)
+    # to fp32 last: split square roots lose nothing more
     return [(_padded(a, rank, 0).float(), _padded(b, rank, 1).float()) for a, b in pairs]
 
 
@@ -176,6 +181,7 @@ def _singular_pair(a: Tensor, b: Tensor) -> Pair:
     """B A, (out, r) by (r, in), as (sqrt(S) V^T, U sqrt(S)): QR of both factors, an SVD of r x r, never of out x in."""
     basis_out, core_b = torch.linalg.qr(b)
     basis_in, core_a = torch.linalg.qr(a.T)
+    # B = Q_b R_b and A^T = Q_a R_a, so that B A = Q_b (R_b R_a^T) Q_a^T, and the Qs keep singular vectors orthonormal
     u, singular_values, vh = torch.linalg.svd(core_b @ core_a.T, full_matrices=False)
     root = singular_values.sqrt()
     return root[:, None] * (vh @ basis_in.T), (basis_out @ u) * root
