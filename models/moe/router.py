@@ -109,9 +109,7 @@ def low_rank_norm(a: Tensor, b: Tensor) -> Tensor:
         (...): the norm; its gradient at zero is zero.
     """
     a, b = a.float(), b.float()
-    # the trace of a product of symmetric matrices is the sum of their elementwise product
     squared = ((b.mT @ b) * (a @ a.mT)).sum((-1, -2))
-    # rounding may leave a small negative sum; what is added under the root comes off behind it, so that zero stays zero
     return (squared.clamp_min(0) + _TINY).sqrt() - _TINY**0.5
 
 
