@@ -44,6 +44,7 @@ def answer_batch(loaded: Loaded, prompts: Sequence[str], decoding: Decoding, see
     tokenizer, device = loaded.tokenizer, loaded.device
     rows = [prompt_ids(prompt, tokenizer, loaded.template) for prompt in prompts]
     ids, mask = left_pad(rows, tokenizer.pad_token_id, device)
+    # top_k 0: transformers' default of 50 would cut the distribution that --temperature and --top_p describe
     sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0} if decoding.do_sample else {}
     stops = {"stop_strings": [loaded.template.stop], "tokenizer": tokenizer} if loaded.template.stop else {}
     torch.manual_seed(seed)
@@ -51,13 +52,16 @@ def answer_batch(loaded: Loaded, prompts: Sequence[str], decoding: Decoding, see
         input_ids=ids, attention_mask=mask, max_new_tokens=decoding.max_new_tokens, do_sample=decoding.do_sample,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **sampling, **stops,
     )
+    # rows were padded on the left to one length: answers begin at the same place
     return [_answer(row, loaded) for row in output[:, ids.shape[1]:].tolist()]
 
 
 def _answer(ids: list[int], loaded: Loaded) -> Answer:
+    """The answer in a row of new tokens, which goes on with padding after its end."""
     eos, end = loaded.tokenizer.eos_token_id, loaded.template.stop
     stopped = eos in ids
     text = loaded.tokenizer.decode(ids[: ids.index(eos)] if stopped else ids, skip_special_tokens=True)
+    # the last token may hold more than the end marker, so the text is cut, not the ids
     if end and end in text:
         text, stopped = text[: text.index(end)], True
     return Answer(text.strip(), "stop" if stopped else "length")
@@ -74,9 +78,10 @@ def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -
 
 @torch.inference_mode()
 def router_shares(loaded: Loaded, texts: Sequence[str], batch_size: int = 16) -> np.ndarray:
-    """Mean router probability of each expert in each layer over the tokens of ``texts``: (layers, experts)."""
+    """Mean router probability of each expert in each layer, each text counting the same: (layers, experts), fp64."""
     layers = moe_layers(loaded.model)
     tokenizer = loaded.tokenizer
+    # texts of a length together, so that little is padded; a sum does not ask for their order
     rows = sorted((prompt_ids(text, tokenizer, loaded.template) for text in texts), key=len)
     total = np.zeros((len(layers), layers[0].num_experts))
     try:
@@ -85,9 +90,10 @@ def router_shares(loaded: Loaded, texts: Sequence[str], batch_size: int = 16) ->
         for start in range(0, len(rows), batch_size):
             ids, mask = left_pad(rows[start : start + batch_size], tokenizer.pad_token_id, loaded.device)
             loaded.model.model(input_ids=ids, attention_mask=mask, use_cache=False)
-            means = mean_probabilities([layer.probabilities for layer in layers], mask)
+            means = mean_probabilities([layer.probabilities for layer in layers], mask)  # (layers, batch, experts)
             total += means.sum(1).float().cpu().numpy()
     finally:
+        # what a layer recorded would live as long as the model
         for layer in layers:
             layer.record, layer.probabilities = False, None
     return total / len(rows)

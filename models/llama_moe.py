@@ -10,7 +10,7 @@ that train anything but the FFN, and experts that turn out to be the same are re
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 #: Experts nearer than this (relative to their own size) are the same expert.
 _SAME = 1e-4
+#: A router from data reads samples cut at so many tokens, so many at a time: a mean needs neither long ones nor speed.
+_LONGEST, _BATCH = 256, 8
 
 
 def stack_experts(adapters: Sequence[Adapter], family: Family, num_layers: int
@@ -44,16 +46,17 @@ def stack_experts(adapters: Sequence[Adapter], family: Family, num_layers: int
     from models.adapters.files import ffn_factors
 
     per_expert = [ffn_factors(adapter, family, num_layers) for adapter in adapters]
-    stacked = []
-    for i in range(num_layers):
-        layer = {}
-        for kind in ("gate", "up", "down"):
-            pairs = [expert[i][kind] for expert in per_expert]
+    layers = []
+    for layer in range(num_layers):
+        stacked = {}
+        for projection in ("gate", "up", "down"):
+            pairs = [factors[layer][projection] for factors in per_expert]
             rank = max(a.shape[0] for a, _ in pairs)
-            layer[kind] = (torch.stack([pad(a, (0, 0, 0, rank - a.shape[0])) for a, _ in pairs]),
-                           torch.stack([pad(b, (0, rank - b.shape[1])) for _, b in pairs]))
-        stacked.append(layer)
-    return stacked
+            # pad counts from the last dimension: rows of A (r, in) are the second pair, columns of B (out, r) the first
+            stacked[projection] = (torch.stack([pad(a, (0, 0, 0, rank - a.shape[0])) for a, _ in pairs]),
+                                   torch.stack([pad(b, (0, rank - b.shape[1])) for _, b in pairs]))
+        layers.append(stacked)
+    return layers
 
 
 def refuse_equal_experts(adapters: Sequence[Adapter]) -> None:
@@ -67,53 +70,57 @@ def refuse_equal_experts(adapters: Sequence[Adapter]) -> None:
 
 
 def data_routers(model: Any, tokenizer: Any, args: FuseMoeArgs, device: Any) -> list[Tensor]:
-    """A router per layer from the FFN inputs of training prompts and answers of each objective (spec section 9.7.3)."""
+    """A router (experts, hidden) per layer from the FFN inputs of each objective's prompts and answers (spec section 9.7.3).
+
+    Raises:
+        UserError: experts that do not match the known objectives one to one.
+    """
+    import torch
+
+    from models.base.families import decoder_layers, family_of
+    from models.moe.input_statistics import InputStatistics, recorded_inputs
+
+    objectives = _objectives_of(args)
+    family = family_of(model.config)
+    ffns = [getattr(layer, family.ffn) for layer in decoder_layers(model, family)]
+    statistics = InputStatistics(len(ffns), len(objectives), model.config.hidden_size)
+    with recorded_inputs(ffns) as inputs, torch.no_grad():
+        for place, objective in enumerate(objectives):
+            for batch in _batches_of(objective, tokenizer, args):
+                mask = batch["attention_mask"].to(device)
+                # the body alone: FFN inputs need no logits over the vocabulary
+                model.model(input_ids=batch["input_ids"].to(device), attention_mask=mask, use_cache=False)
+                statistics.add(place, [inputs[layer] for layer in range(len(ffns))], mask)
+    return statistics.routers(args.router_sharpness)
+
+
+def _objectives_of(args: FuseMoeArgs) -> list[str]:
+    """The objective whose data each expert reads: the one it is named after, else the one at its place."""
+    from data.records import OBJECTIVES
+
+    objectives = [name if name in OBJECTIVES else OBJECTIVES[place] if place < len(OBJECTIVES) else ""
+                  for place, name in enumerate(args.expert_names)]
+    if "" in objectives or len(set(objectives)) < len(objectives):
+        raise UserError(f"--router_init data: knows the objectives {', '.join(OBJECTIVES)}, which do not match "
+                        f"--experts {args.experts} one to one; use --router_init random")
+    return objectives
+
+
+def _batches_of(objective: str, tokenizer: Any, args: FuseMoeArgs) -> Iterator[dict[str, Tensor]]:
+    """Padded batches of --router_rows training samples of an objective, drawn by the seed."""
     import torch
 
     from data.collate import pad_rows
     from data.encode import encode
     from data.prompts import template
-    from data.records import OBJECTIVES
     from data.sources import load_records
-    from models.base.families import decoder_layers, family_of
-    from models.moe.router import discriminant_router
 
-    # experts that are named after an objective read its data; others go by position
-    names = [n if n in OBJECTIVES else OBJECTIVES[i] if i < len(OBJECTIVES) else "" for i, n in
-             enumerate(args.expert_names)]
-    if "" in names or len(set(names)) < len(names):
-        raise UserError(f"--router_init data: knows the objectives {', '.join(OBJECTIVES)}, which do not match "
-                        f"--experts {args.experts} one to one; use --router_init random")
-    family = family_of(model.config)
-    ffns = [getattr(layer, family.ffn) for layer in decoder_layers(model, family)]
-    inputs: dict[int, Tensor] = {}
-    hooks = [ffn.register_forward_pre_hook(lambda _, x, i=i: inputs.__setitem__(i, x[0])) for i, ffn in enumerate(ffns)]
-    hidden = model.config.hidden_size
-    sums = torch.zeros(len(ffns), len(names), hidden, dtype=torch.double)
-    squares = torch.zeros(len(ffns), hidden, hidden, dtype=torch.double)
-    counts = torch.zeros(len(names), dtype=torch.double)
-    try:
-        for e, name in enumerate(names):
-            records = load_records(name, "train")
-            picked = [records[j] for j in torch.randperm(
-                len(records), generator=torch.Generator().manual_seed(args.seed))[: args.router_rows].tolist()]
-            rows = encode(picked, tokenizer, template(args.template, tokenizer), 256).rows
-            for start in range(0, len(rows), 8):
-                batch = pad_rows(rows[start : start + 8], tokenizer.pad_token_id)
-                mask = batch["attention_mask"].to(device)
-                with torch.no_grad():
-                    model.model(input_ids=batch["input_ids"].to(device), attention_mask=mask, use_cache=False)
-                for i in range(len(ffns)):
-                    x = inputs[i][mask.bool()].float().cpu()
-                    sums[i, e] += x.sum(0).double()
-                    squares[i] += (x.T @ x).double()
-                counts[e] += float(mask.sum())
-    finally:
-        for hook in hooks:
-            hook.remove()
-    means = sums / counts[None, :, None]
-    within = squares - torch.einsum("led,lef,e->ldf", means, means, counts)
-    return [discriminant_router(means[i], within[i] / counts.sum(), args.router_sharpness) for i in range(len(ffns))]
+    records = load_records(objective, "train")
+    # the same seed for every objective, so that one's sample does not depend on which others there are
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(args.seed))[: args.router_rows].tolist()
+    rows = encode([records[place] for place in order], tokenizer, template(args.template, tokenizer), _LONGEST).rows
+    for start in range(0, len(rows), _BATCH):
+        yield pad_rows(rows[start : start + _BATCH], tokenizer.pad_token_id)
 
 
 def build(args: FuseMoeArgs, run: manifest.Run) -> None:
@@ -127,9 +134,11 @@ def build(args: FuseMoeArgs, run: manifest.Run) -> None:
     from models.moe.files import MoeConfig, install, save_moe
     from models.moe.router import random_router
 
+    # a path needs its slash: a folder that happens to be called as a run is not meant
     folders = [Path(n) if Path(n).is_dir() and "/" in n else args.results / "outputs" / n for n in args.expert_names]
     adapters = [read_adapter(folder, name) for folder, name in zip(folders, args.expert_names, strict=True)]
     base = base_path(args.model_name_or_path, args.cache_dir)
+    # cheap refusals first: none of them needs the base's weights
     base_hash = [check_base(folder, base) for folder in folders][0]
     refuse_equal_experts(adapters)
     device, dtype = set_up_torch(args)
@@ -143,15 +152,17 @@ def build(args: FuseMoeArgs, run: manifest.Run) -> None:
     else:
         routers = [random_router(len(adapters), model.config.hidden_size, args.router_std, generator) for _ in factors]
     install(model, factors, routers, args.expert_topk)
-    names = tuple(Path(n).name for n in args.expert_names)
+    names = tuple(Path(name).name for name in args.expert_names)
     sources = {name: adapter.sha256 for name, adapter in zip(names, adapters, strict=True)}
     save_moe(run.folder, model, MoeConfig(names, args.expert_topk, args.model_name_or_path, base_hash, sources))
     tokenizer.save_pretrained(run.folder)
     run.parents.extend(map(str, folders))
     run.inputs.update(base=base_hash, **sources)
-    dense = sum(p.numel() for p in model.parameters())
-    run.metrics.update(experts=len(names), rank=factors[0]["gate"][0].shape[1], parameters=dense,
-                       expert_parameters=sum(t.numel() for layer in factors for pair in layer.values() for t in pair))
+    # a model's expert factors are buffers, so that its parameters are the base and the routers
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    expert_parameters = sum(factor.numel() for layer in factors for pair in layer.values() for factor in pair)
+    run.metrics.update(experts=len(names), rank=factors[0]["gate"][0].shape[1], parameters=parameters,
+                       expert_parameters=expert_parameters)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

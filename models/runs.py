@@ -20,7 +20,7 @@ from models.run_folders import ADAPTER, MOE, parts_of, run_folder
 
 @dataclass
 class Loaded:
-    """A model ready to answer, with its tokenizer and template."""
+    """A model ready to answer, with its tokenizer and template; ``name`` is the run's, "base" for the base itself."""
 
     model: PreTrainedModel
     tokenizer: Any
@@ -45,7 +45,9 @@ def load_run(run: str, args: Any) -> Loaded:
     if parts := parts_of(run):
         base = base_path(args.model_name_or_path, args.cache_dir)
         return _loaded(load_mix(args.results, parts, base, dtype, device), base, args, run, device)
+    # commands without --checkpoint_number ask for the finished run
     folder = run_folder(args.results, run, getattr(args, "checkpoint_number", -1))
+    # a folder is what the file in it says: of a full model neither is there
     if (folder / MOE).is_file():
         model = load_moe(folder, args, dtype, device)
     elif (folder / ADAPTER).is_file():
@@ -64,6 +66,7 @@ def _load_adapter(folder: Path, args: Any, dtype: torch.dtype, device: torch.dev
 
 
 def _loaded(model: PreTrainedModel, folder: Path, args: Any, name: str, device: torch.device) -> Loaded:
+    # an adapter may have been saved without one; then it speaks its base's
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(folder if has_tokenizer else base_path(args.model_name_or_path, args.cache_dir))
     return Loaded(model, tokenizer, template(args.template, tokenizer), name, device)

@@ -1,7 +1,8 @@
 """A model whose weights are theta_s + mask * D, written in place before each forward pass, without a graph through the mask.
 
-Hooks turn each weight's gradient into that of its logits as soon as it is there (``concrete.logit_gradient``) and free
-it. Masks are never stored between the passes: their noise is counted, and drawn again.
+Hooks turn each weight's gradient into that of its logits as soon as it is there (``rescale``: the equations) and free it.
+Masks are never stored between the passes: their noise is counted, and drawn again. So beside weights, task vectors and
+logits a step holds one tensor's gradient, mask and slope, whatever the model's size (spec section 4.7).
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from models.mask.concrete import logit_gradient, mean_of, noise, prior_gradient, scale_for, slope, soft_mask
+from models.mask.blocks import blocks, length, piece, spread
+from models.mask.concrete import mean_of, noise, prior_gradient, scale_for, soft_mask, soft_slope
+from models.mask.rescale import RESCALINGS, LogitBlock, Scale, joint_mean_part
 from models.mask.rules import combined, effective, ties_thresholds
 from models.mask.settings import Settings
 from models.mask.slots import Spec
-from models.operators.spans import BLOCK
 
 
 @dataclass(frozen=True)
@@ -47,57 +49,74 @@ class Slot:
         live: the model's parameter; what the bank writes.
         base: theta_s, of the live type.
         deltas: theta_i - theta_s, or their weighted sum where the rule is linear.
-        logits: place among the bank's logits; None: not masked.
+        logits_index: place among the bank's logits, which sets it; None: not masked.
+        counts: entries per unit, (units,); None: one each.
     """
 
     spec: Spec
     live: nn.Parameter
     base: Tensor
     deltas: list[Tensor]
-    logits: int | None
+    logits_index: int | None
     counts: Tensor | None = None
+
+    @property
+    def entries(self) -> float:
+        """How many entries of the tensor its logits govern."""
+        return float(self.spec.units.size if self.counts is None else self.counts.sum())
+
+    def counts_as(self, dtype: torch.dtype, block: slice = slice(None)) -> Tensor | float:
+        """Entries of each unit of a block of logits; 1.0: one each."""
+        return 1.0 if self.counts is None else self.counts[block].to(dtype)
 
 
 class MaskBank(nn.Module):
     """Logits and the slots they govern.
 
     Args:
-        slots: as ``make_slot`` gives them; ``logits`` is set here.
+        slots: as ``make_slot`` gives them; ``logits_index`` and ``counts`` are set here.
         logit_dtype: of the parameters that train.
+
+    ``weight`` multiplies every gradient (1 / draws, where a step averages several); ``scales`` (tensor name -> what its mask
+    was multiplied by) and ``thresholds`` (TIES, per task) are the last ``write``'s; ``zero_masks`` counts masks that were
+    zero throughout.
     """
 
     def __init__(self, slots: Sequence[Slot], settings: Settings, init: float = 0.0,
                  logit_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.slots, self.settings = list(slots), settings
+        self.rescaling = RESCALINGS[settings.rescale]
         self.logits = nn.ParameterList()
         self.names: list[str] = []
         for slot in self.slots:
-            if slot.spec.units is None:
+            units, device = slot.spec.units, slot.live.device
+            if units is None:
                 continue
-            slot.logits = len(self.names)
-            slot.counts = slot.spec.units.counts
-            if slot.counts is not None:
-                slot.counts = slot.counts.to(slot.live.device)
+            slot.logits_index = len(self.names)
+            counts = units.counts  # counted anew at every call, so called once
+            slot.counts = None if counts is None else counts.to(device)
             self.names.append(slot.spec.name)
-            self.logits.append(nn.Parameter(torch.full((slot.spec.units.size,), init, dtype=logit_dtype,
-                                                       device=slot.live.device)))
+            self.logits.append(nn.Parameter(torch.full((units.size,), init, dtype=logit_dtype, device=device)))
+        self.masked = [slot for slot in self.slots if slot.logits_index is not None]
         self.draw: Draw | None = None
         self.weight = 1.0
         self.scales: dict[str, float] = {}
         self.thresholds: list[float] | None = None
         self.zero_masks = 0
-        self._total = 0.0
-        self._masked = sum(slot.live.numel() for slot in self.slots if slot.logits is not None)
+        self._joint_scale_gradient = 0.0
 
     # ---- forward
 
     @torch.no_grad()
     def write(self, draw: Draw) -> None:
         """theta_s + fused task vectors under this draw's mask, into the live parameters."""
-        self.draw, self._total, self.scales = draw, 0.0, {}
-        if self.settings.rescale == "global" or self.settings.rule.name == "ties":
-            self._measure(draw)
+        self.draw, self.scales, self._joint_scale_gradient = draw, {}, 0.0
+        # both need every tensor's mask before the first is written; the order matters: TIES cuts rescaled masks
+        if self.rescaling.joint:
+            self._measure_joint_scale(draw)
+        if self.settings.rule.name == "ties":
+            self._measure_thresholds(partial(self._masked_vectors, draw))
         for slot in self.slots:
             self._write(slot, draw)
 
@@ -106,12 +125,12 @@ class MaskBank(nn.Module):
         """theta_s + the fused task vectors as they are."""
         self.draw = None
         if self.settings.rule.name == "ties":
-            self.thresholds = ties_thresholds(self.settings.rule, self._plain, len(self.slots[0].deltas), self._size)
+            self._measure_thresholds(self._unmasked_vectors)
         for slot in self.slots:
-            for first, count in _blocks(slot.live):
-                one = torch.ones(1, device=slot.live.device)
-                change = self._effective(slot, first, count, one, 1.0, "unmasked")
-                _cut(slot.live, first, count).copy_(_cut(slot.base, first, count) + change)
+            no_mask = torch.ones(1, device=slot.live.device)
+            for block in blocks(slot.live):
+                change = self._fused_change(slot, block, no_mask, 1.0, "unmasked")
+                piece(slot.live, block).copy_(piece(slot.base, block) + change)
 
     @torch.no_grad()
     def write_given(self, source: Callable[[Spec], Tensor]) -> None:
@@ -120,156 +139,171 @@ class MaskBank(nn.Module):
         for slot in self.slots:
             slot.live.copy_(source(slot.spec))
 
-    @property
-    def _size(self) -> int:
-        return sum(slot.live.numel() for slot in self.slots)
-
-    def _plain(self) -> Iterator[list[Tensor]]:
-        for slot in self.slots:
-            for first, count in _blocks(slot.live):
-                yield [_cut(d, first, count).float() for d in slot.deltas]
-
     def _write(self, slot: Slot, draw: Draw) -> None:
-        flat = slot.live.detach().view(-1)
-        # a mask is drawn where its weights will be: no second buffer
-        mask, _ = self._drawn(slot, draw, room=flat if slot.spec.units and slot.spec.units.single else None)
+        weights = slot.live.detach().view(-1)
+        # a mask with a logit per entry is drawn where its weights will be: no second buffer
+        mask, _ = self._drawn(slot, draw, room=weights if slot.spec.units and slot.spec.units.single else None)
         scale = self._scale(slot, mask)
-        for first, count in _blocks(slot.live):
-            m = _spread(slot, mask, first, count)
-            change = self._effective(slot, first, count, m, scale, draw.key)
-            torch.addcmul(_cut(slot.base, first, count), m, change, value=scale, out=flat[first:first + count])
+        for block in blocks(slot.live):
+            block_mask = spread(slot.spec.units, mask, block, slot.live.device)
+            change = self._fused_change(slot, block, block_mask, scale, draw.key)
+            # elementwise, so that it may write over the mask that it reads
+            torch.addcmul(piece(slot.base, block), block_mask, change, value=scale, out=weights[block])
 
-    def _effective(self, slot: Slot, first: int, count: int, mask: Tensor, scale: float, key: str) -> Tensor:
-        """D of a block, where the mask is ``scale`` times ``mask``."""
-        deltas = [_cut(d, first, count) for d in slot.deltas]
+    def _fused_change(self, slot: Slot, block: slice, mask: Tensor, scale: float, key: str) -> Tensor:
+        """D of a block, (block,), where the mask is ``scale`` times ``mask`` ((block,) or (1,))."""
+        deltas = [piece(delta, block) for delta in slot.deltas]
         if self.settings.rule.linear:
             return deltas[0]
-        return effective(self.settings.rule, deltas, (mask * scale).expand(count), self.thresholds,
-                         f"{key}|{slot.spec.name}", first)
+        return effective(self.settings.rule, deltas, (mask * scale).expand(length(block)), self.thresholds,
+                         f"{key}|{slot.spec.name}", block.start)
 
     def _drawn(self, slot: Slot, draw: Draw, with_slope: bool = False, room: Tensor | None = None,
                ) -> tuple[Tensor | None, Tensor | None]:
-        """(mask of the slot's units, its slope where asked for), in ``room`` where it fits; None for a slot without mask."""
-        if slot.logits is None:
+        """A slot's mask and its slope dm/ds where asked for, (units,) each; None for a slot without a mask.
+
+        Args:
+            room: where the mask shall be; taken when its type fits.
+        """
+        if slot.logits_index is None:
             return None, None
-        logits = self.logits[slot.logits]
-        kind = torch.promote_types(logits.dtype, torch.float32)
-        if room is None or room.dtype != kind:
-            room = torch.empty(logits.numel(), dtype=kind, device=logits.device)
-        rise = torch.empty_like(room) if with_slope else None
-        for first, count in _blocks(logits):
-            bits = noise(f"{draw.key}|{slot.spec.name}", first, count, logits.device)
-            if draw.mirrored:
-                bits = ~bits
-            values = logits.detach()[first:first + count]
-            part = soft_mask(values if draw.trained else torch.zeros_like(values), bits, draw.temperature,
-                             room[first:first + count])
-            if rise is not None:
-                rise[first:first + count] = slope(part, draw.temperature)
+        logits = self.logits[slot.logits_index]
+        # as wide as soft_mask computes: fp32 also for logits and weights in bfloat16
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        fits = room is not None and room.dtype == dtype
+        mask = room if fits else torch.empty(logits.numel(), dtype=dtype, device=logits.device)
+        slope = torch.empty_like(mask) if with_slope else None
+        for block in blocks(logits):
+            bits = noise(f"{draw.key}|{slot.spec.name}", block.start, length(block), logits.device)
+            values = piece(logits, block)
+            drawn = soft_mask(values if draw.trained else torch.zeros_like(values), ~bits if draw.mirrored else bits,
+                              draw.temperature, out=mask[block])
+            if slope is not None:
+                slope[block] = soft_slope(drawn, draw.temperature)
             if draw.hard:
-                part.gt_(0.5)
-        return room, rise
+                drawn.gt_(0.5)  # after the slope, which is the soft draw's: straight through
+        return mask, slope
 
     def _scale(self, slot: Slot, mask: Tensor | None) -> float:
-        name, rescale = slot.spec.name, self.settings.rescale
-        if mask is None or rescale == "none":
+        """1 / mu, what the slot's mask is multiplied by; measured once a draw, then remembered for the backward pass."""
+        if mask is None or self.rescaling.measured is None:
             return 1.0
+        name = slot.spec.name
         if name not in self.scales:
-            values = torch.sigmoid(self.logits[slot.logits].detach().to(mask.dtype)) if rescale == "expected" else mask
-            mean = mean_of(values, slot.counts)
+            mean = mean_of(self.rescaling.measured(mask, self.logits[slot.logits_index].detach()), slot.counts)
             self.zero_masks += mean == 0
             self.scales[name] = scale_for(mean)
         return self.scales[name]
 
-    def _measure(self, draw: Draw) -> None:
-        """Scales and TIES thresholds, which need every tensor before the first is written."""
-        if self.settings.rescale == "global":
-            total = 0.0
-            for slot in (s for s in self.slots if s.logits is not None):
-                total += mean_of(self._drawn(slot, draw)[0], slot.counts) * _entries(slot)
-            whole = sum(_entries(s) for s in self.slots if s.logits is not None)
-            self.zero_masks += total == 0
-            self.scales = dict.fromkeys(self.names, scale_for(total / whole))
-        if self.settings.rule.name == "ties":
-            self.thresholds = ties_thresholds(self.settings.rule, partial(self._walk, draw), len(self.slots[0].deltas),
-                                              self._size)
+    def _measure_joint_scale(self, draw: Draw) -> None:
+        """1 / the mean over all masks, one for all tensors."""
+        total = sum(mean_of(self._drawn(slot, draw)[0], slot.counts) * slot.entries for slot in self.masked)
+        self.zero_masks += total == 0
+        self.scales = dict.fromkeys(self.names, scale_for(total / self._masked_entries))
 
-    def _walk(self, draw: Draw) -> Iterator[list[Tensor]]:
+    def _measure_thresholds(self, vectors: Callable[[], Iterator[list[Tensor]]]) -> None:
+        """TIES' cuts; ``vectors`` walks over (block,) of every task, and is walked more than once."""
+        self.thresholds = ties_thresholds(self.settings.rule, vectors, len(self.slots[0].deltas),
+                                          sum(slot.live.numel() for slot in self.slots))
+
+    def _masked_vectors(self, draw: Draw) -> Iterator[list[Tensor]]:
         for slot in self.slots:
             mask, _ = self._drawn(slot, draw)
             scale = self._scale(slot, mask)
-            for first, count in _blocks(slot.live):
-                m = _spread(slot, mask, first, count) * scale
-                yield [(_cut(d, first, count) * m).float() for d in slot.deltas]
+            for block in blocks(slot.live):
+                block_mask = spread(slot.spec.units, mask, block, slot.live.device) * scale
+                yield [(piece(delta, block) * block_mask).float() for delta in slot.deltas]
+
+    def _unmasked_vectors(self) -> Iterator[list[Tensor]]:
+        for slot in self.slots:
+            for block in blocks(slot.live):
+                yield [piece(delta, block).float() for delta in slot.deltas]
 
     # ---- backward
 
     def attach(self) -> None:
         """Let the masked parameters' gradients flow into the logits' from now on."""
-        for slot in self.slots:
-            if slot.logits is not None:
-                slot.live.requires_grad_(True)
-                slot.live.register_post_accumulate_grad_hook(partial(self._backward, slot))
+        for slot in self.masked:
+            slot.live.requires_grad_(True)
+            slot.live.register_post_accumulate_grad_hook(partial(self._backward, slot))
 
     @torch.no_grad()
     def _backward(self, slot: Slot, live: nn.Parameter) -> None:
-        draw, gradient = self.draw, live.grad
-        live.grad = None  # freed as soon as the next operation has read it
+        """The gradient of one tensor's logits, as soon as G = live.grad is there (equations: ``rescale``)."""
+        draw = self.draw
         if draw is None or not draw.trained:
+            live.grad = None
             raise RuntimeError("a backward pass needs the draw that its forward pass saw: call write() first")
-        rescale, logits, units = self.settings.rescale, self.logits[slot.logits], slot.spec.units
-        mask, rise = self._drawn(slot, draw, with_slope=draw.hard)
-        scale, kind = self._scale(slot, mask), mask.dtype
-        # the gradient's own memory becomes G D, and with one logit per entry the logits' gradient
-        reused = gradient.dtype == kind and gradient.is_contiguous()
-        inner = gradient.view(-1) if reused else mask.new_empty(live.numel())
-        for first, count in _blocks(live):
-            change = self._effective(slot, first, count, _spread(slot, mask, first, count), scale, draw.key)
-            torch.mul(_cut(gradient, first, count).to(kind), change, out=inner[first:first + count])
-        del gradient
-        inner = units.reduce(inner.view(units.matrix))
-        total = sum(float(torch.dot(inner[first:first + count], mask[first:first + count]))
-                    for first, count in _blocks(logits))
-        self._total += total
-        for first, count in _blocks(logits):
-            block = slice(first, first + count)
-            keep = torch.sigmoid(logits.detach()[block].to(kind)) if rescale == "expected" else None
-            rising = slope(mask[block], draw.temperature, scale) if rise is None else rise[block].mul_(scale)
-            logit_gradient(inner[block], mask[block], rising, scale, "detached" if rescale == "global" else rescale,
-                           None if slot.counts is None else slot.counts[block], keep, total, int(_entries(slot)))
+        # a soft mask tells its slope, block by block; a hard one does not, and its soft draw is gone
+        mask, slope = self._drawn(slot, draw, with_slope=draw.hard)
+        scale = self._scale(slot, mask)
+        # with a logit per entry a sum over its unit is a view: G's own memory becomes the logits' gradient
+        mask_gradient = slot.spec.units.reduce(self._entry_gradient(slot, mask, scale, draw).view(slot.spec.matrix))
+        gradient = self._logit_gradient(slot, mask_gradient, mask, slope, scale, draw.temperature)
         if self.weight != 1:
-            inner.mul_(self.weight)
+            gradient.mul_(self.weight)
+        logits = self.logits[slot.logits_index]
         if logits.grad is None:
-            logits.grad = inner.to(logits.dtype)
+            logits.grad = gradient.to(logits.dtype)
         else:
-            logits.grad.add_(inner)
+            logits.grad.add_(gradient)
+
+    def _entry_gradient(self, slot: Slot, mask: Tensor, scale: float, draw: Draw) -> Tensor:
+        """G D of every entry, flat and in the mask's type; takes G off the live parameter, and its memory where it fits."""
+        gradient, slot.live.grad = slot.live.grad, None  # this name alone keeps it: gone on return unless reused
+        fits = gradient.dtype == mask.dtype and gradient.is_contiguous()
+        product = gradient.view(-1) if fits else mask.new_empty(slot.live.numel())
+        for block in blocks(slot.live):
+            block_mask = spread(slot.spec.units, mask, block, slot.live.device)
+            change = self._fused_change(slot, block, block_mask, scale, draw.key)
+            # the product in the mask's type, so that a bfloat16 G is rounded no more
+            torch.mul(piece(gradient, block).to(mask.dtype), change, out=product[block])
+        return product
+
+    def _logit_gradient(self, slot: Slot, mask_gradient: Tensor, mask: Tensor, slope: Tensor | None, scale: float,
+                        temperature: float) -> Tensor:
+        """dL/ds of a slot's units, in place of their mask gradient; all tensors (units,).
+
+        Args:
+            slope: dm/ds where the mask does not tell it; scaled in place.
+        """
+        logits = self.logits[slot.logits_index].detach()
+        # a dot product a block: fp32 sums stay short, and add up in double precision
+        scale_gradient = sum(float(torch.dot(mask_gradient[block], mask[block])) for block in blocks(logits))
+        self._joint_scale_gradient += scale_gradient
+        own_scale = Scale(scale, scale_gradient, slot.entries)
+        for block in blocks(logits):
+            scaled_slope = soft_slope(mask[block], temperature, scale) if slope is None else slope[block].mul_(scale)
+            self.rescaling.gradient(LogitBlock(mask_gradient[block], scaled_slope, logits[block],
+                                               slot.counts_as(mask.dtype, block)), own_scale)
+        return mask_gradient
 
     @torch.no_grad()
     def finish(self) -> None:
-        """After a backward pass: what only all tensors together tell (``global``)."""
-        if self.settings.rescale != "global" or self.draw is None:
+        """After a backward pass: the part of a joint mean, whose gradient only all tensors together tell."""
+        if not self.rescaling.joint or self.draw is None:
             return
-        for slot in (s for s in self.slots if s.logits is not None):
-            _, rise = self._drawn(slot, self.draw, with_slope=True)
-            scale = self.scales[slot.spec.name]
-            sizes = 1.0 if slot.counts is None else slot.counts.to(rise.dtype)
-            self.logits[slot.logits].grad.sub_(rise.mul_(scale * scale * self._total / self._masked_entries).mul_(sizes),
-                                               alpha=self.weight)
+        entries = self._masked_entries
+        for slot in self.masked:
+            _, slope = self._drawn(slot, self.draw, with_slope=True)
+            joint_scale = Scale(self.scales[slot.spec.name], self._joint_scale_gradient, entries)
+            mean_part = joint_mean_part(slope, joint_scale, slot.counts_as(slope.dtype))
+            self.logits[slot.logits_index].grad.sub_(mean_part, alpha=self.weight)
 
     @property
     def _masked_entries(self) -> float:
-        return sum(_entries(s) for s in self.slots if s.logits is not None)
+        return sum(slot.entries for slot in self.masked)
 
     @torch.no_grad()
     def add_prior_gradient(self, prior: float, weight: float) -> None:
         """weight x mean over entries of KL(Bernoulli(sigmoid(s)) || Bernoulli(prior)): pulls the kept share to ``prior``."""
-        for slot in (s for s in self.slots if s.logits is not None):
-            logits = self.logits[slot.logits]
-            sizes = 1.0 if slot.counts is None else slot.counts.float()
-            found = prior_gradient(logits.detach(), prior).mul_(sizes).mul_(weight / self._masked_entries)
+        entries = self._masked_entries
+        for slot in self.masked:
+            logits = self.logits[slot.logits_index]
+            gradient = prior_gradient(logits.detach(), prior).mul_(slot.counts_as(torch.float32)).mul_(weight / entries)
             if logits.grad is None:
                 logits.grad = torch.zeros_like(logits)
-            logits.grad.add_(found)
+            logits.grad.add_(gradient)
 
     # ---- state
 
@@ -292,43 +326,11 @@ class MaskBank(nn.Module):
 
 def make_slot(spec: Spec, live: nn.Parameter, base: Tensor, deltas: Sequence[Tensor], settings: Settings) -> Slot:
     """A slot with its tensors in the live parameter's type, on its device; linear rules keep one tensor for all tasks."""
-    kept = [d.to(live.device, live.dtype).contiguous() for d in combined(settings.rule, deltas)]
-    return Slot(spec, live, base.to(live.device, live.dtype).contiguous(), kept, None)
+    # summed in fp32, then rounded to the live type once; contiguous: ``blocks`` walks over them flat
+    stored = [delta.to(live.device, live.dtype).contiguous() for delta in combined(settings.rule, deltas)]
+    return Slot(spec, live, base.to(live.device, live.dtype).contiguous(), stored, None)
 
 
 def mirrored(draw: Draw) -> Draw:
     """The antithetic twin of a draw."""
     return replace(draw, mirrored=not draw.mirrored)
-
-
-def _entries(slot: Slot) -> float:
-    return float(slot.spec.units.size if slot.counts is None else slot.counts.sum())
-
-
-def _blocks(tensor: Tensor) -> Iterator[tuple[int, int]]:
-    """(first, count) of blocks that fit a core's cache; on a GPU one block, which is one kernel per operation."""
-    size = tensor.numel()
-    step = BLOCK if tensor.device.type == "cpu" else max(size, 1)
-    for first in range(0, size, step):
-        yield first, min(step, size - first)
-
-
-def _cut(tensor: Tensor, first: int, count: int) -> Tensor:
-    return tensor.detach().view(-1)[first:first + count]
-
-
-def _spread(slot: Slot, mask: Tensor | None, first: int, count: int) -> Tensor:
-    """The mask of a block's entries, (count,) or (1,)."""
-    if mask is None:
-        return torch.ones(1, device=slot.live.device)
-    if slot.spec.units.single:
-        return mask[first:first + count]
-    matrix = slot.spec.matrix
-    whole = slot.spec.units.expand(mask)
-    if whole.numel() == 1:
-        return whole.reshape(1)
-    columns = matrix[1]
-    top, bottom = first // columns, -(-(first + count) // columns)
-    rows = whole if whole.shape[0] == 1 else whole[top:bottom]
-    start = first - top * columns
-    return rows.expand(bottom - top, columns).reshape(-1)[start:start + count]

@@ -43,22 +43,23 @@ def mask_numbers(mask: Mask, label: str = "") -> dict[str, Any]:
         UserError: the mask holds no logits, or some that are no numbers.
     """
     _check_logits(mask, label)
+    # a row of numbers per tensor; coarser groups are means of rows weighed by their logits, so that each is read once
     rows: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
     for name, logits in mask.logits.items():
         if not logits.numel():
             continue  # a factor of rank 0 has none
         layer = layer_of(name)
-        rows["none" if layer is None else str(layer), module_of(name)].append(_of(logits))
+        rows["none" if layer is None else str(layer), module_of(name)].append(_numbers_of(logits))
     groups: dict[str, dict[str, list]] = {"layers": defaultdict(list), "modules": defaultdict(list)}
     grid: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
-    for (layer, module), found in rows.items():
-        groups["layers"][layer] += found
-        groups["modules"][module] += found
-        both = _together(found)
-        grid[module][layer] = {key: both[key] for key in ("kept", "entropy")}
-    everything = [row for found in rows.values() for row in found]
-    return {"whole": _together(everything), **{kind: {name: _together(found) for name, found in group.items()}
-                                               for kind, group in groups.items()}, "grid": dict(grid)}
+    for (layer, module), cell in rows.items():
+        groups["layers"][layer] += cell
+        groups["modules"][module] += cell
+        numbers = _pooled(cell)
+        grid[module][layer] = {key: numbers[key] for key in ("kept", "entropy")}
+    everything = [row for cell in rows.values() for row in cell]
+    pooled = {kind: {name: _pooled(members) for name, members in group.items()} for kind, group in groups.items()}
+    return {"whole": _pooled(everything), **pooled, "grid": dict(grid)}
 
 
 def _check_logits(mask: Mask, label: str) -> None:
@@ -70,19 +71,22 @@ def _check_logits(mask: Mask, label: str) -> None:
                         "lower --learning_rate")
 
 
-def _of(logits: Tensor) -> dict[str, float]:
+def _numbers_of(logits: Tensor) -> dict[str, float]:
+    """One tensor's numbers; "mean" and "square" are of the logits, for the spread of any group it is pooled into."""
     values = logits.double()
     return {"count": values.numel(), "kept": float(torch.sigmoid(values).mean()), "entropy": float(entropy(values).mean()),
             "positive": float((values > 0).double().mean()), "mean": float(values.mean()),
             "square": float(values.square().mean()), "largest": float(values.abs().max())}
 
 
-def _together(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def _pooled(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The numbers of several tensors as of one."""
     count = sum(row["count"] for row in rows)
-    found = {key: sum(row[key] * row["count"] for row in rows) / count
+    means = {key: sum(row[key] * row["count"] for row in rows) / count
              for key in ("kept", "entropy", "positive", "mean", "square")}
-    found["spread"] = max(found.pop("square") - found["mean"] ** 2, 0.0) ** 0.5
-    return {"count": count, **found, "largest": max(row["largest"] for row in rows)}
+    # E s^2 - (E s)^2, in fp64; equal logits may come out a little below 0
+    means["spread"] = max(means.pop("square") - means["mean"] ** 2, 0.0) ** 0.5
+    return {"count": count, **means, "largest": max(row["largest"] for row in rows)}
 
 
 def agreement(masks: Mapping[str, Mask], readout: Readout | None = None) -> dict[str, Any]:
@@ -111,22 +115,30 @@ def agreement(masks: Mapping[str, Mask], readout: Readout | None = None) -> dict
                         "on the same weights")
     readout = readout or Readout("top", 0.5)
     # each with noise of its own: shared uniforms would look like agreement
-    kept = {label: torch.cat([m.reshape(-1) > 0.5 for _, m in read_out(mask.logits, mask.settings, readout, seed)])
+    kept = {label: torch.cat([values.reshape(-1) > 0.5 for _, values in read_out(mask.logits, mask.settings, readout, seed)])
             for seed, (label, mask) in enumerate(masks.items())}
     ranks = {label: _ranks(mask) for label, mask in masks.items()}
-    pairs = []
-    for one, two in itertools.combinations(masks, 2):
-        a, b = kept[one], kept[two]
-        either = int((a | b).sum())
-        p, q = float(a.double().mean()), float(b.double().mean())
-        pairs.append({"one": one, "two": two, "jaccard": int((a & b).sum()) / either if either else 1.0,
-                      "chance": p * q / (p + q - p * q) if p + q else 1.0, "spearman": _correlation(ranks[one], ranks[two])})
+    pairs = [{"one": one, "two": two, **_jaccard(kept[one], kept[two]), "spearman": _correlation(ranks[one], ranks[two])}
+             for one, two in itertools.combinations(masks, 2)]
     return {"readout": str(readout), "pairs": pairs}
+
+
+def _jaccard(kept: Tensor, other: Tensor) -> dict[str, float]:
+    """|A and B| / |A or B| of what two masks keep, (units,) booleans, and of independent masks; 1 for two masks of nothing.
+
+    Independent masks that keep shares p and q meet in p q of the units and cover p + q - p q.
+    """
+    either = int((kept | other).sum())
+    share, other_share = float(kept.double().mean()), float(other.double().mean())
+    both_by_chance = share * other_share
+    return {"jaccard": int((kept & other).sum()) / either if either else 1.0,
+            "chance": both_by_chance / (share + other_share - both_by_chance) if share + other_share else 1.0}
 
 
 def _ranks(mask: Mask) -> Tensor:
     from scipy.stats import rankdata
 
+    """Ranks of the logits, ties sharing their mean rank, fp64."""
     flat = torch.cat([value.float().reshape(-1) for value in mask.logits.values()])
     step = max(1, flat.numel() // SAMPLE)
     return torch.from_numpy(rankdata(flat[::step].numpy()))
@@ -134,9 +146,9 @@ def _ranks(mask: Mask) -> Tensor:
 
 def _correlation(one: Tensor, two: Tensor) -> float | None:
     """Pearson's r of ranks, which is Spearman's; None for a mask whose logits are all equal."""
-    a, b = one - one.mean(), two - two.mean()
-    norm = float(a.norm() * b.norm())
-    return float(a @ b) / norm if norm else None
+    centred, other = one - one.mean(), two - two.mean()
+    norms = float(centred.norm() * other.norm())
+    return float(centred @ other) / norms if norms else None
 
 
 def task_overlap(mask: Mask, aligned: Model, tasks: Sequence[Model], readout: Readout | None = None) -> dict[str, Any]:
@@ -146,26 +158,29 @@ def task_overlap(mask: Mask, aligned: Model, tasks: Sequence[Model], readout: Re
         {"kept_energy": {task: share}, "pairs": [{"one", "two", "cosine", "same_sign"}]}: ``same_sign`` is the share of
         entries, weighted by the product of their magnitudes, on which two tasks agree.
     """
-    values = dict(read_out(mask.logits, mask.settings, readout or Readout("expected")))
+    masks = dict(read_out(mask.logits, mask.settings, readout or Readout("expected")))
     energy = torch.zeros(len(tasks), dtype=torch.float64)
-    kept = torch.zeros_like(energy)
-    inner = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
-    size = torch.zeros_like(inner)
+    kept_energy = torch.zeros_like(energy)
+    # below the diagonal: sum of d_i d_j, and of |d_i d_j|
+    products = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
+    magnitudes = torch.zeros_like(products)
     for spec in plan(mask.settings, aligned, tasks):
         _, deltas = tensors_of(spec, aligned, tasks)
-        whole = torch.ones(1, 1) if spec.units is None else spec.units.expand(values[spec.name])
-        flat = [d.view(spec.matrix).double() for d in deltas]
-        for i, one in enumerate(flat):
-            energy[i] += float(one.square().sum())
-            kept[i] += float((one.square() * whole).sum())
+        values = torch.ones(1, 1) if spec.units is None else spec.units.expand(masks[spec.name])
+        matrices = [delta.view(spec.matrix).double() for delta in deltas]
+        for i, matrix in enumerate(matrices):
+            energy[i] += float(matrix.square().sum())
+            kept_energy[i] += float((matrix.square() * values).sum())
             for j in range(i):
-                product = one * flat[j]
-                inner[i, j] += float(product.sum())
-                size[i, j] += float(product.abs().sum())
+                product = matrix * matrices[j]
+                products[i, j] += float(product.sum())
+                magnitudes[i, j] += float(product.abs().sum())
     names = [task.name for task in tasks]
+    # same sign + opposite sign = 1 and same - opposite = products / magnitudes
     pairs = [{"one": names[j], "two": names[i],
-              "cosine": float(inner[i, j] / (energy[i] * energy[j]).sqrt()) if energy[i] * energy[j] else None,
-              "same_sign": float((1 + inner[i, j] / size[i, j]) / 2) if size[i, j] else None}
+              "cosine": float(products[i, j] / (energy[i] * energy[j]).sqrt()) if energy[i] * energy[j] else None,
+              "same_sign": float((1 + products[i, j] / magnitudes[i, j]) / 2) if magnitudes[i, j] else None}
              for i in range(len(tasks)) for j in range(i)]
-    return {"kept_energy": {name: float(k / e) if e else 1.0 for name, k, e in zip(names, kept, energy, strict=True)},
-            "pairs": pairs}
+    shares = {name: float(kept / whole) if whole else 1.0
+              for name, kept, whole in zip(names, kept_energy, energy, strict=True)}
+    return {"kept_energy": shares, "pairs": pairs}

@@ -20,6 +20,7 @@ from models.mask.settings import Settings
 from models.task_vectors import Model, open_model, provenance, same_tensors
 
 LOGITS, FACTS = "mask.safetensors", "mask.json"
+#: Of both files together; a reader refuses every other.
 VERSION = 1
 
 
@@ -51,6 +52,7 @@ def save_mask(folder: Path, settings: Settings, logits: Mapping[str, Tensor], al
               tasks: Sequence[dict[str, Any]], training: Mapping[str, Any]) -> None:
     """Write logits and facts; the facts last, so that a folder with mask.json is whole."""
     folder.mkdir(parents=True, exist_ok=True)
+    # in the type that they train in: a resumed run goes on from the same numbers
     save_file({name: value.detach().cpu().contiguous() for name, value in logits.items()}, folder / LOGITS)
     manifest.write_json(folder / FACTS, {
         "version": VERSION, "settings": settings.to_json(), "aligned": aligned, "tasks": list(tasks),
@@ -67,14 +69,15 @@ def read_mask(folder: Path) -> Mask:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         settings = Settings.from_json(facts["settings"])
         logits = load_file(folder / LOGITS)
-        known = Mask(settings, logits, facts["aligned"], tuple(facts["tasks"]), facts["training"])
+        mask = Mask(settings, logits, facts["aligned"], tuple(facts["tasks"]), facts["training"])
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder}: damaged mask ({type(error).__name__}: {error}); train it again") from None
     if facts.get("version") != VERSION:
         raise UserError(f"{folder / FACTS}: version {facts.get('version')}, this program reads {VERSION}")
+    # another run's logits would fit, and mean something else
     if facts.get("logits_sha256") != manifest.sha256(folder / LOGITS):
         raise UserError(f"{folder}: {LOGITS} is not the file that {FACTS} was written with; train the mask again")
-    return known
+    return mask
 
 
 def open_models(args: Any, aligned: str, tasks: Sequence[str], trust: bool, stack: ExitStack,
@@ -88,19 +91,20 @@ def open_models(args: Any, aligned: str, tasks: Sequence[str], trust: bool, stac
     Raises:
         UserError: with every problem of every model.
     """
-    known = open_model(aligned or args.model_name_or_path, args, "--aligned" if aligned else "--model_name_or_path", stack)
-    found, problems = [], []
+    flag = "--aligned" if aligned else "--model_name_or_path"
+    aligned_model = open_model(aligned or args.model_name_or_path, args, flag, stack)
+    task_models, problems = [], []
     for name in tasks:
         try:
-            task = open_model(name, args, "--tasks", stack, base=known.checkpoint)
+            task = open_model(name, args, "--tasks", stack, base=aligned_model.checkpoint)
         except UserError as error:
             problems += error.problems
             continue
-        found.append(task)
-        problems += [*provenance(task, known, "--tasks", trust), *same_tensors(task, known, "--tasks")]
+        task_models.append(task)
+        problems += [*provenance(task, aligned_model, "--tasks", trust), *same_tensors(task, aligned_model, "--tasks")]
     if problems:
         raise UserError(*problems)
-    return known, found
+    return aligned_model, task_models
 
 
 def check_models(mask: Mask, aligned: Model, tasks: Sequence[Model], where: str) -> None:
@@ -113,13 +117,14 @@ def check_models(mask: Mask, aligned: Model, tasks: Sequence[Model], where: str)
     if len(tasks) != len(mask.tasks):
         problems.append(f"{where}: was trained for {len(mask.tasks)} tasks "
                         f"({', '.join(t['name'] for t in mask.tasks)}), but {len(tasks)} are given")
-    pairs = [("aligned model", mask.aligned, aligned), *(("task", want, task) for want, task in
-                                                         zip(mask.tasks, tasks, strict=False))]
-    for what, want, model in pairs:
-        have = identity(model)
+    # not strict: a wrong number of tasks is a problem of its own, and those that are there are checked all the same
+    expected = [("aligned model", mask.aligned, aligned),
+                *(("task", facts, task) for facts, task in zip(mask.tasks, tasks, strict=False))]
+    for role, facts, model in expected:
+        hashes = identity(model)
         for key in ("base", "adapter"):
-            if want[key] != have[key]:
-                problems.append(f"{where}: was trained on another {what} ('{want['name']}', {key} {str(want[key])[:12]}), "
-                                f"but '{model.name}' has {str(have[key])[:12]}; give the models that mask.json names")
+            if facts[key] != hashes[key]:
+                problems.append(f"{where}: was trained on another {role} ('{facts['name']}', {key} {str(facts[key])[:12]}), "
+                                f"but '{model.name}' has {str(hashes[key])[:12]}; give the models that mask.json names")
     if problems:
         raise UserError(*problems)

@@ -29,17 +29,18 @@ class Plan:
     @property
     def per_scalar(self) -> float:
         """Bytes held per masked entry, the rest of the model left out."""
-        return sum(b for name, b in self.held.items() if name != "frozen weights") / max(self.masked, 1)
+        return sum(size for name, size in self.held.items() if name != "frozen weights") / max(self.masked, 1)
 
     @property
     def total(self) -> int:
+        """Bytes at the highest point, activations left out."""
         return sum(self.held.values()) + self.passing
 
     def lines(self) -> list[str]:
         """For a person."""
         gib = 2**30
-        parts = ", ".join(f"{name} {b / gib:.3f}" for name, b in self.held.items() if b)
-        return [f"memory plan: {self.masked} masked entries, {self.logits} logits; GiB: {parts}; tensor by tensor "
+        purposes = ", ".join(f"{name} {size / gib:.3f}" for name, size in self.held.items() if size)
+        return [f"memory plan: {self.masked} masked entries, {self.logits} logits; GiB: {purposes}; tensor by tensor "
                 f"{self.passing / gib:.3f}; in all {self.total / gib:.3f} beside activations",
                 f"memory plan: {self.per_scalar:.1f} bytes per masked entry"]
 
@@ -56,12 +57,15 @@ def memory_plan(specs: Sequence[Spec], rule: Rule, tasks: int, storage: int, log
     sizes = [prod(spec.shape) for spec in specs]
     masked = [prod(spec.shape) for spec in specs if spec.units is not None]
     logits = sum(spec.units.size for spec in specs if spec.units is not None)
-    weights = sum(sizes) if specs and specs[0].part == "weight" else 0
+    # masked factors come beside the model's weights, masked weights are some of them
+    replaced = sum(sizes) if specs and specs[0].part == "weight" else 0
     live = sum(sizes) * storage
+    # a linear rule's task vectors are summed once and for all (rules.combined)
     held = {"live weights": live, "base": live, "task vectors": live * (1 if rule.linear else tasks),
             "logits": logits * logit, "their gradient": logits * logit, "optimiser": logits * logit * states,
-            "frozen weights": max(parameters - weights, 0) * frozen}
-    # the gradient, G D, and mask and slope (fp32) of one tensor at a time
-    largest = max(masked, default=0)
-    passing = largest * (storage + 4) + max((spec.units.size for spec in specs if spec.units is not None), default=0) * 8
+            "frozen weights": max(parameters - replaced, 0) * frozen}
+    # one tensor at a time: its gradient and G D (fp32) by entry, mask and slope (fp32) by unit
+    most_entries = max(masked, default=0)
+    most_units = max((spec.units.size for spec in specs if spec.units is not None), default=0)
+    passing = most_entries * (storage + 4) + most_units * (4 + 4)
     return Plan(sum(masked), logits, held, passing)

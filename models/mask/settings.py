@@ -40,6 +40,7 @@ class Rule:
 
 def rule_for(name: str, tasks: int, lambda_: float | None = None, density: float = 0.2, drop: float = 0.2) -> Rule:
     """The rule of a run, its published coefficients filled in; of one task only DARE changes anything."""
+    # as published: task arithmetic and TIES leave one task as it is, coefficient 1; DARE drops and multiplies all the same
     if tasks == 1 and name != "dare":
         return Rule()
     if name == "average":
@@ -72,10 +73,13 @@ class Settings:
     seed: int = 42
 
     def to_json(self) -> dict[str, Any]:
+        """As mask.json holds it."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Settings:
+        """From mask.json; a TypeError or KeyError for anything that ``to_json`` did not write."""
+        # JSON knows neither dataclasses nor tuples
         return cls(**{**content, "rule": Rule(**content["rule"]), "exclude": tuple(content["exclude"])})
 
 
@@ -88,6 +92,7 @@ class Readout:
 
     @property
     def random(self) -> bool:
+        """Whether a seed belongs to it."""
         return self.kind in ("soft", "hard", "average")
 
     def __str__(self) -> str:
@@ -113,7 +118,7 @@ def parse_readout(text: str, flag: str = "--readout") -> Readout:
         value = float(given)
     except ValueError:
         raise problem from None
-    wrong = {"top": not 0 < value <= 1, "average": value < 1 or value % 1 != 0}
-    if value != value or wrong.get(kind):
+    out_of_range = {"top": not 0 < value <= 1, "average": value < 1 or value % 1 != 0}
+    if value != value or out_of_range.get(kind):  # NaN is the one number that differs from itself
         raise UserError(f"{flag} {text}: out of range; top takes a share in (0, 1], average a whole number from 1")
     return Readout(kind, value)

@@ -1,109 +1,192 @@
 """The weighted sum of low-rank experts as one differentiable function with a hand-written gradient.
 
-Autograd would keep a dozen (tokens, intermediate) tensors per expert and fill as many zero buffers on the way back; this
-keeps two per expert, adds in place, and reads its inputs once.
+Autograd would keep a dozen (N, f) tensors per expert and fill as many zero buffers on the way back; this keeps two per
+expert, adds in place, and reads its inputs once.
+
+Forward, for expert e ("shrunk" is what a LoRA factor A leaves, r numbers a token):
+
+    g_e = gate + B^g_e z^g_e        u_e = up + B^u_e z^u_e        h_e = act(g_e) u_e
+    mixed = sum_e w_e h_e           shrunk_e = A_e (w_e h_e)
+
+Backward, by the chain rule from the bottom line up, d for dL/d:
+
+    d(w_e h_e) = d mixed + A_e^T d shrunk_e        dA_e = d shrunk_e^T (w_e h_e)
+    dw_e = <d(w_e h_e), h_e>                       dh_e = w_e d(w_e h_e)
+    du_e = dh_e act(g_e)                           dg_e = dh_e u_e act'(g_e)
+    dB^g_e = dg_e^T z^g_e     dz^g_e = dg_e B^g_e     d gate = sum_e dg_e     and so for u
+
+Shapes: N tokens, n those of one expert (N unless gathered), E experts, f intermediate size, r rank of gate and up, q of
+down.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
-class ExpertSum(torch.autograd.Function):
-    """sum_e w_e h_e and the inner products A_e (w_e h_e), with h_e = act(gate + B^g_e z^g_e) * (up + B^u_e z^u_e).
+class ExpertInputs(NamedTuple):
+    """What the sum is differentiated by, in the order in which autograd sees it; its gradients come in the same bundle.
 
-    Shapes: gate, up (tokens, f); inner (tokens, 2, experts, r), the z of gate and up; weights (tokens, experts), zero
-    where an expert is not chosen; gate_b, up_b (experts, f, r); down_a (experts, r', f). Returns (tokens, f) in the
-    dtype of gate, accumulated in fp32, and (tokens, experts, r'). With dropout, ``mask`` (tokens, f) is applied to
-    what the rows of A from ``dropped_from`` on read.
+    Args:
+        gate, up: (N, f), the base's products, which all experts share.
+        shrunk_inputs: (N, 2, E, r), z: A x of gate (0) and up (1) for every expert.
+        weights: (N, E), zero where a token did not choose the expert.
+        gate_b, up_b: (E, f, r), B of gate and up.
+        down_a: (E, q, f), A of down.
     """
 
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, inner: Tensor, weights: Tensor, gate_b: Tensor, up_b: Tensor,
-                down_a: Tensor, act: Callable[[Tensor], Tensor], gather: bool,
-                mask: Tensor | None = None, dropped_from: int = 0) -> tuple[Tensor, Tensor]:
-        experts = weights.shape[1]
-        total = torch.zeros(gate.shape, dtype=_wide(gate), device=gate.device)
-        shrunk = gate.new_zeros(len(gate), experts, down_a.shape[1])
-        kept: list[Tensor] = []
-        rows_of = [weights[:, e].nonzero().squeeze(-1) if gather else None for e in range(experts)]
-        for e, rows in enumerate(rows_of):
-            g = torch.addmm(_pick(gate, rows), _pick(inner[:, 0, e], rows), gate_b[e].mT)
-            u = torch.addmm(_pick(up, rows), _pick(inner[:, 1, e], rows), up_b[e].mT)
-            h = act(g) * u
-            h *= _pick(weights[:, e], rows).to(h.dtype)[:, None]
-            _add(total, rows, h)
-            _put(shrunk, e, rows, _shrink(h, down_a[e], mask if mask is None else _pick(mask, rows), dropped_from))
-            kept += [g, u]
-        ctx.save_for_backward(inner, weights, gate_b, up_b, down_a, *kept, *(r for r in rows_of if r is not None))
-        ctx.act, ctx.gather, ctx.mask, ctx.dropped_from = act, gather, mask, dropped_from
-        return total.to(gate.dtype), shrunk
+    gate: Tensor
+    up: Tensor
+    shrunk_inputs: Tensor
+    weights: Tensor
+    gate_b: Tensor
+    up_b: Tensor
+    down_a: Tensor
+
+
+@dataclass(frozen=True)
+class SumOptions:
+    """How the sum is computed; nothing of it has a gradient.
+
+    Args:
+        activation: of the FFN, elementwise.
+        gather: compute each expert on its own tokens only, instead of on all with weight zero.
+        dropout_mask: (N, f), zeros and 1 / (1 - p); what rows of A from ``dropped_from`` on read is multiplied by it.
+    """
+
+    activation: Callable[[Tensor], Tensor]
+    gather: bool = False
+    dropout_mask: Tensor | None = None
+    dropped_from: int = 0
+
+
+def expert_sum(inputs: ExpertInputs, options: SumOptions) -> tuple[Tensor, Tensor]:
+    """sum_e w_e h_e, (N, f) in the dtype of gate and accumulated in fp32 or wider, and A_e (w_e h_e), (N, E, q)."""
+    return ExpertSum.apply(options, *inputs)
+
+
+class ExpertSum(torch.autograd.Function):
+    """The formulas at the head of this file; call ``expert_sum``."""
 
     @staticmethod
-    def backward(ctx: Any, d_total: Tensor, d_shrunk: Tensor) -> tuple[Tensor | None, ...]:
-        inner, weights, gate_b, up_b, down_a, *kept = ctx.saved_tensors
-        experts = weights.shape[1]
-        d_gate = torch.zeros(d_total.shape, dtype=_wide(d_total), device=d_total.device)
-        d_up = torch.zeros_like(d_gate)
-        d_inner, d_weights = torch.zeros_like(inner), torch.zeros_like(weights)
-        d_gate_b, d_up_b, d_down_a = (torch.zeros_like(t) for t in (gate_b, up_b, down_a))
+    def forward(ctx: Any, options: SumOptions, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, f) and (N, E, q)."""
+        inputs = ExpertInputs(*tensors)
+        experts = inputs.weights.shape[1]
+        # of many experts each adds a little: a running sum in bfloat16 would round the last ones away
+        mixed = torch.zeros(inputs.gate.shape, dtype=_wide(inputs.gate), device=inputs.gate.device)
+        shrunk = inputs.gate.new_zeros(len(inputs.gate), experts, inputs.down_a.shape[1])
+        gates: list[Tensor] = []
+        ups: list[Tensor] = []
+        rows_of = [inputs.weights[:, e].nonzero().squeeze(-1) for e in range(experts)] if options.gather else []
         for e in range(experts):
-            rows = kept[2 * experts + e] if ctx.gather else None
-            w = _pick(weights[:, e], rows).to(inner.dtype)[:, None]
-            ds = _pick(d_shrunk[:, e], rows)
-            u = kept[2 * e + 1]
-            # the activation's own gradient, whatever the activation
-            with torch.enable_grad():
-                g = kept[2 * e].detach().requires_grad_()
-                a = ctx.act(g)
-            h = a.detach() * u
-            mask = None if ctx.mask is None else _pick(ctx.mask, rows)
-            through, d_down_a[e] = _shrink_backward(ds, h * w, down_a[e], mask, ctx.dropped_from)
-            dh = _pick(d_total, rows) + through
-            _put(d_weights, e, rows, (dh * h).sum(-1, dtype=_wide(h)).to(weights.dtype))
-            dh *= w
-            du = dh * a.detach()
-            (dg,) = torch.autograd.grad(a, g, dh * u)
-            z = _pick(inner[:, :, e], rows)
-            d_gate_b[e], d_up_b[e] = dg.mT @ z[:, 0], du.mT @ z[:, 1]
-            _put(d_inner[:, 0], e, rows, dg @ gate_b[e])
-            _put(d_inner[:, 1], e, rows, du @ up_b[e])
-            _add(d_gate, rows, dg)
-            _add(d_up, rows, du)
-        return (d_gate.to(d_total.dtype), d_up.to(d_total.dtype), d_inner, d_weights, d_gate_b, d_up_b, d_down_a,
-                None, None, None, None)
+            rows = rows_of[e] if options.gather else None
+            gate, up = _gate_and_up(inputs, e, rows)
+            hidden = options.activation(gate) * up
+            # in place: from here on w_e h_e; the backward pass makes h_e anew from the two tensors that are kept
+            hidden *= _expert_weight(inputs, e, rows).to(hidden.dtype)
+            _add(mixed, rows, hidden)
+            _put(shrunk, e, rows, _shrink(hidden, inputs.down_a[e], _mask_of(options, rows), options.dropped_from))
+            gates.append(gate)
+            ups.append(up)
+        # the base's own gate and up are not needed again: their sums with the low-rank parts are
+        ctx.save_for_backward(*inputs[2:], *gates, *ups, *rows_of)
+        ctx.options = options
+        return mixed.to(inputs.gate.dtype), shrunk
+
+    @staticmethod
+    def backward(ctx: Any, d_mixed: Tensor, d_shrunk: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of ``forward``'s arguments; d_mixed (N, f), d_shrunk (N, E, q)."""
+        shrunk_inputs, weights, gate_b, up_b, down_a, *per_expert = ctx.saved_tensors
+        experts = weights.shape[1]
+        gates, ups, rows_of = per_expert[:experts], per_expert[experts:2 * experts], per_expert[2 * experts:]
+        # every expert adds to these two, as to ``mixed`` in the forward pass
+        d_gate = torch.zeros(d_mixed.shape, dtype=_wide(d_mixed), device=d_mixed.device)
+        d_up = torch.zeros_like(d_gate)
+        # zeros, not empty: gathered experts leave the rows of other tokens untouched
+        d_inputs, d_weights, d_gate_b, d_up_b, d_down_a = (
+            torch.zeros_like(t) for t in (shrunk_inputs, weights, gate_b, up_b, down_a))
+        for e in range(experts):
+            rows = rows_of[e] if ctx.options.gather else None
+            weight = _pick(weights[:, e], rows).to(shrunk_inputs.dtype)[:, None]
+            activated, gate = _activated(ctx.options.activation, gates[e])
+            hidden = activated.detach() * ups[e]
+            d_weighted, d_down_a[e] = _shrink_backward(_pick(d_shrunk[:, e], rows), hidden * weight, down_a[e],
+                                                       _mask_of(ctx.options, rows), ctx.options.dropped_from)
+            d_weighted = _pick(d_mixed, rows) + d_weighted
+            # a dot product over f entries, f in the thousands
+            _put(d_weights, e, rows, (d_weighted * hidden).sum(-1, dtype=_wide(hidden)).to(weights.dtype))
+            d_hidden = d_weighted.mul_(weight)  # in place: d(w_e h_e) is not read again
+            d_own_up = d_hidden * activated.detach()
+            (d_own_gate,) = torch.autograd.grad(activated, gate, d_hidden * ups[e])
+            shrunk_gate, shrunk_up = _pick(shrunk_inputs[:, :, e], rows).unbind(1)
+            d_gate_b[e], d_up_b[e] = d_own_gate.mT @ shrunk_gate, d_own_up.mT @ shrunk_up
+            _put(d_inputs[:, 0], e, rows, d_own_gate @ gate_b[e])
+            _put(d_inputs[:, 1], e, rows, d_own_up @ up_b[e])
+            _add(d_gate, rows, d_own_gate)
+            _add(d_up, rows, d_own_up)
+        return None, *ExpertInputs(gate=d_gate.to(d_mixed.dtype), up=d_up.to(d_mixed.dtype), shrunk_inputs=d_inputs,
+                                   weights=d_weights, gate_b=d_gate_b, up_b=d_up_b, down_a=d_down_a)
 
 
-def _shrink(h: Tensor, a: Tensor, mask: Tensor | None, start: int) -> Tensor:
-    """A h; with a mask, rows of A from ``start`` on read the masked h."""
+def _gate_and_up(inputs: ExpertInputs, expert: int, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    """g_e and u_e, (n, f) each."""
+    shrunk_gate, shrunk_up = (_pick(inputs.shrunk_inputs[:, side, expert], rows) for side in (0, 1))
+    return (torch.addmm(_pick(inputs.gate, rows), shrunk_gate, inputs.gate_b[expert].mT),
+            torch.addmm(_pick(inputs.up, rows), shrunk_up, inputs.up_b[expert].mT))
+
+
+def _expert_weight(inputs: ExpertInputs, expert: int, rows: Tensor | None) -> Tensor:
+    """w_e, (n, 1)."""
+    return _pick(inputs.weights[:, expert], rows)[:, None]
+
+
+def _activated(activation: Callable[[Tensor], Tensor], gate: Tensor) -> tuple[Tensor, Tensor]:
+    """act(g_e) with a graph of its own, and the g_e at its root, (n, f) each: autograd gives act', whatever act is."""
+    with torch.enable_grad():
+        root = gate.detach().requires_grad_()
+        return activation(root), root
+
+
+def _shrink(hidden: Tensor, down_a: Tensor, mask: Tensor | None, dropped_from: int) -> Tensor:
+    """A h, (n, f), (q, f) -> (n, q); with a mask (n, f), rows of A from ``dropped_from`` on read the masked h."""
     if mask is None:
-        return h @ a.mT
-    return torch.cat([h @ a[:start].mT, (h * mask) @ a[start:].mT], 1)
+        return hidden @ down_a.mT
+    return torch.cat([hidden @ down_a[:dropped_from].mT, (hidden * mask) @ down_a[dropped_from:].mT], 1)
 
 
-def _shrink_backward(ds: Tensor, h: Tensor, a: Tensor, mask: Tensor | None, start: int) -> tuple[Tensor, Tensor]:
-    """Gradients of ``_shrink`` with respect to h and A."""
+def _shrink_backward(d_shrunk: Tensor, hidden: Tensor, down_a: Tensor, mask: Tensor | None, dropped_from: int,
+                     ) -> tuple[Tensor, Tensor]:
+    """Gradients of ``_shrink`` by h, (n, f), and by A, (q, f); d_shrunk (n, q)."""
     if mask is None:
-        return ds @ a, ds.mT @ h
-    first, second = ds[:, :start], ds[:, start:]
-    return (first @ a[:start] + (second @ a[start:]) * mask,
-            torch.cat([first.mT @ h, second.mT @ (h * mask)]))
+        return d_shrunk @ down_a, d_shrunk.mT @ hidden
+    d_plain, d_dropped = d_shrunk[:, :dropped_from], d_shrunk[:, dropped_from:]
+    return (d_plain @ down_a[:dropped_from] + (d_dropped @ down_a[dropped_from:]) * mask,
+            torch.cat([d_plain.mT @ hidden, d_dropped.mT @ (hidden * mask)]))
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def _mask_of(options: SumOptions, rows: Tensor | None) -> Tensor | None:
+    """The dropout mask of an expert's tokens, (n, f)."""
+    return None if options.dropout_mask is None else _pick(options.dropout_mask, rows)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
     """The dtype to accumulate in: fp32 or wider."""
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _pick(x: Tensor, rows: Tensor | None) -> Tensor:
-    return x if rows is None else x.index_select(0, rows)
+def _pick(tensor: Tensor, rows: Tensor | None) -> Tensor:
+    """tensor[rows]; the tensor itself, no copy, for all rows (None)."""
+    return tensor if rows is None else tensor.index_select(0, rows)
 
 
 def _add(target: Tensor, rows: Tensor | None, value: Tensor) -> None:
+    """target[rows] += value."""
     if rows is None:
         target += value
     else:
@@ -116,4 +199,3 @@ def _put(target: Tensor, expert: int, rows: Tensor | None, value: Tensor) -> Non
         target[:, expert] = value
     else:
         target[rows, expert] = value
-

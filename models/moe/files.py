@@ -28,7 +28,9 @@ from models.checkpoints.reader import fingerprint
 from models.moe.layer import PROJECTIONS, SharedMoe, TuningConfig
 
 WEIGHTS, CONFIG = "moe.safetensors", "moe_config.json"
+#: Version of the two files together; a reader refuses every other.
 FORMAT = 1
+#: What names of attention's LoRA tensors begin with, beside layers.{i}. of routers and experts.
 _ATTENTION = "attention."
 
 
@@ -64,8 +66,11 @@ def install(model: PreTrainedModel, factors: list[dict[str, tuple[Tensor, Tensor
     """Replace every FFN of a base model by a ``SharedMoe`` around that same FFN.
 
     Args:
-        factors: per layer, projection -> (a (experts, r, in), b (experts, out, r)), LoRA scale applied to b.
-        routers: per layer (experts, hidden).
+        factors: per layer, projection -> (a (E, r, in), b (E, out, r)), LoRA scale applied to b.
+        routers: per layer (E, hidden).
+
+    Returns:
+        the same model, changed in place: its attention, norms and embeddings are the base's own tensors.
     """
     family = family_of(model.config)
     device = next(model.parameters()).device
@@ -85,6 +90,7 @@ def add_tuning(model: PreTrainedModel, experts: TuningConfig | None, attention: 
         for moe in moe_layers(model):
             moe.add_tuning(experts, generator)
     if attention:
+        # PEFT draws from the global generator; the caller's stream goes on as if nothing had been drawn
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             inject_adapter_in_model(_attention_config(model, attention), model)
@@ -92,8 +98,10 @@ def add_tuning(model: PreTrainedModel, experts: TuningConfig | None, attention: 
 
 def save_moe(folder: Path, model: PreTrainedModel, config: MoeConfig) -> None:
     """Write routers, experts, attention LoRA and configuration into ``folder``."""
-    tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in _tensors(model)}
+    # fp32 whatever the run computed in: a step of the optimiser is smaller than bfloat16 can tell
+    tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in _saved_tensors(model)}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    # last, so that a folder with a configuration is whole
     write_json(folder / CONFIG, {"format": FORMAT, **asdict(config)})
 
 
@@ -133,13 +141,14 @@ def assemble(folder: Path, args: Any, dtype: torch.dtype, device: torch.device, 
     tensors = _read_tensors(folder / WEIGHTS)
     layers = range(model.config.num_hidden_layers)
     try:
-        factors = [{p: (tensors[f"layers.{i}.{p}.a"], tensors[f"layers.{i}.{p}.b"]) for p in PROJECTIONS}
+        factors = [{name: (tensors[f"layers.{i}.{name}.a"], tensors[f"layers.{i}.{name}.b"]) for name in PROJECTIONS}
                    for i in layers]
         routers = [tensors[f"layers.{i}.router"] for i in layers]
     except KeyError as error:
         raise UserError(f"{folder / WEIGHTS}: tensor {error} is missing; build the fused model again") from None
     _check_shapes(folder / WEIGHTS, model, factors, routers, len(config.experts))
     install(model, factors, routers, top_k or config.top_k)
+    # the seed is of no consequence: every tensor that it draws is read from the file next
     add_tuning(model, config.tuning, config.attention, seed=0)
     _load_trained(folder, model, tensors)
     return model, config
@@ -151,6 +160,7 @@ def load_moe(folder: Path, args: Any, dtype: torch.dtype, device: torch.device) 
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.merge()
+    # routers stay in fp32: rounding logits to bfloat16 would change which experts a token goes to
     routers = [moe.router.data.clone() for moe in moe_layers(model)]
     cast_parameters(model, dtype)
     for moe, router in zip(moe_layers(model), routers, strict=True):
@@ -160,7 +170,8 @@ def load_moe(folder: Path, args: Any, dtype: torch.dtype, device: torch.device) 
     return model.eval()
 
 
-def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+def _saved_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of everything that a fused model does not share with its base; the live tensors themselves."""
     for i, moe in enumerate(moe_layers(model)):
         yield f"layers.{i}.router", moe.router
         for name in PROJECTIONS:
@@ -184,11 +195,12 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def _check_shapes(path: Path, model: PreTrainedModel, factors: list[dict[str, tuple[Tensor, Tensor]]],
                   routers: list[Tensor], experts: int) -> None:
     """Every tensor against the base and the number of experts; a UserError names the first that differs."""
-    hidden, inner = model.config.hidden_size, model.config.intermediate_size
-    sizes = {"gate": (hidden, inner), "up": (hidden, inner), "down": (inner, hidden)}
+    hidden, intermediate = model.config.hidden_size, model.config.intermediate_size
+    sizes = {"gate": (hidden, intermediate), "up": (hidden, intermediate), "down": (intermediate, hidden)}  # (in, out)
     for i, (layer, router) in enumerate(zip(factors, routers, strict=True)):
         wanted = [(f"layers.{i}.router", router, (experts, hidden))]
         for name, (a, b) in layer.items():
+            # the rank is free: each of the two factors is held to the other's
             wanted += [(f"layers.{i}.{name}.a", a, (experts, b.shape[-1], sizes[name][0])),
                        (f"layers.{i}.{name}.b", b, (experts, sizes[name][1], a.shape[1]))]
         for name, tensor, shape in wanted:
@@ -199,14 +211,16 @@ def _check_shapes(path: Path, model: PreTrainedModel, factors: list[dict[str, tu
 
 @torch.no_grad()
 def _load_trained(folder: Path, model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
-    mine = dict(_tensors(model))
-    if set(mine) != set(tensors):
-        odd = sorted(set(mine) ^ set(tensors))[:5]
+    """Copy the second stage's tensors into the model; ``install`` has put routers and aligned factors there."""
+    targets = dict(_saved_tensors(model))
+    if set(targets) != set(tensors):
+        odd = sorted(set(targets) ^ set(tensors))[:5]
         raise UserError(f"{folder / WEIGHTS}: does not match {CONFIG}, e.g. {', '.join(odd)}; build it again")
     for name, tensor in tensors.items():
         if name.startswith("layers.") and "tuned_" in name:
-            mine[name].copy_(tensor)
-    attention = {n.removeprefix(_ATTENTION): t for n, t in tensors.items() if n.startswith(_ATTENTION)}
+            targets[name].copy_(tensor)
+    # PEFT renames its tensors on the way in and out, so that copying by our names would miss them
+    attention = {name.removeprefix(_ATTENTION): tensor for name, tensor in tensors.items() if name.startswith(_ATTENTION)}
     if attention:
         set_peft_model_state_dict(model, attention)
 

@@ -1,11 +1,13 @@
 """One FFN, many low-rank experts, a top-k router: the layer of the fused MoE.
 
 Every expert is the base FFN plus a rank-r change of its three matrices, W_e = W + B_e A_e. So the base products W x are
-computed once, each expert adds B_e (A_e x), and for the down projection
+computed once, each expert adds B_e (A_e x), and for the down projection with router weights w_e
 
-    sum_e g_e (W + B_e A_e) h_e = W (sum_e g_e h_e) + sum_e B_e (A_e g_e h_e).
+    sum_e w_e (W + B_e A_e) h_e = W (sum_e w_e h_e) + sum_e B_e (A_e w_e h_e).
 
 One dense FFN instead of k, one set of weights instead of E, the same function (spec section 9.7.1).
+
+Shapes: N tokens, E experts, d hidden size, f intermediate size, r rank, R rank with the tuned rows.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.moe.expert_sum import ExpertSum
+from models.moe.expert_sum import ExpertInputs, SumOptions, expert_sum
 from models.moe.router import low_rank_norm, route
 
 PROJECTIONS = ("gate", "up", "down")
@@ -24,7 +26,11 @@ PROJECTIONS = ("gate", "up", "down")
 
 @dataclass(frozen=True)
 class TuningConfig:
-    """Second-stage LoRA on every expert: W_e = W + B_e A_e + (alpha / r) B'_e A'_e, B' starting at zero."""
+    """Second-stage LoRA on every expert: W_e = W + B_e A_e + (alpha / r) B'_e A'_e, B' starting at zero.
+
+    Args:
+        r, alpha, dropout: as in PEFT; dropout is a share in [0, 1) of A' inputs.
+    """
 
     r: int
     alpha: float
@@ -39,12 +45,13 @@ class ExpertFactors(nn.Module):
     """The low-rank changes of one projection for all experts.
 
     Args:
-        a: (experts, rank, in), aligned factors, frozen.
-        b: (experts, out, rank), aligned factors with the LoRA scale already applied, frozen.
+        a: (E, r, in), aligned factors, frozen.
+        b: (E, out, r), aligned factors with the LoRA scale already applied, frozen.
     """
 
     def __init__(self, a: Tensor, b: Tensor) -> None:
         super().__init__()
+        # buffers: they move with the model and no optimiser finds them
         self.register_buffer("a", a.contiguous())
         self.register_buffer("b", b.contiguous())
         self.tuned_a: nn.Parameter | None = None
@@ -52,30 +59,33 @@ class ExpertFactors(nn.Module):
         self.scale = 0.0
 
     def add_tuning(self, tuning: TuningConfig, generator: torch.Generator) -> None:
-        """Add trainable factors: A Kaiming-uniform as PEFT draws it, B zero, so that the function is unchanged."""
+        """Add trainable A' (E, r', in), Kaiming-uniform as PEFT draws it, and B' (E, out, r'), zero: the same function."""
         experts, _, inputs = self.a.shape
+        # kaiming_uniform_ with a = sqrt(5): gain^2 = 1/3, and the bound is sqrt(3 gain^2 / in)
         bound = inputs**-0.5
-        draw = torch.rand(experts, tuning.r, inputs, generator=generator) * (2 * bound) - bound
-        self.tuned_a = nn.Parameter(draw.to(self.a.device))
+        # drawn on the CPU, so that a seed means the same start on every device
+        start = torch.rand(experts, tuning.r, inputs, generator=generator) * (2 * bound) - bound
+        self.tuned_a = nn.Parameter(start.to(self.a.device))
         self.tuned_b = nn.Parameter(torch.zeros(experts, self.b.shape[1], tuning.r, device=self.b.device))
         self.scale = tuning.scale
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Effective factors: (experts, R, in) and (experts, out, R), in the compute dtype."""
+        """Effective factors, aligned rows first: (E, R, in) and (E, out, R), in the compute dtype."""
         if self.tuned_a is None or self.tuned_b is None:
             return self.a.to(dtype), self.b.to(dtype)
         a = torch.cat([self.a.to(dtype), self.tuned_a.to(dtype)], 1)
+        # scaled in fp32 before the cast: bfloat16 then rounds the product once
         b = torch.cat([self.b.to(dtype), (self.tuned_b * self.scale).to(dtype)], 2)
         return a, b
 
     def change_norms(self) -> Tensor:
-        """(experts,): ||(alpha/r) B' A'||_F, the exact distance from the aligned weights."""
+        """||(alpha/r) B'_e A'_e||_F of each expert, (E,): the exact distance from the aligned weights (spec section 5.4)."""
         if self.tuned_a is None or self.tuned_b is None:
             return self.a.new_zeros(len(self.a), dtype=torch.float32)
         return self.scale * low_rank_norm(self.tuned_a, self.tuned_b)
 
     def fold_(self, dtype: torch.dtype) -> None:
-        """Make the tuned factors part of the fixed ones, in the compute dtype: for inference."""
+        """Make the tuned factors part of the fixed ones, in the compute dtype: answers need no casts and joins a token."""
         self.a, self.b = (t.detach().contiguous() for t in self.factors(dtype))
         self.tuned_a = self.tuned_b = None
 
@@ -91,11 +101,11 @@ class SharedMoe(nn.Module):
     Args:
         gate, up, down: the base projections; frozen and shared.
         activation: the FFN's non-linearity.
-        factors: aligned low-rank factors of each projection.
-        router: (experts, hidden) start values.
+        factors: projection -> aligned (a (E, r, in), b (E, out, r)).
+        router: (E, d) start values.
         top_k: experts per token.
 
-    The last forward's router probabilities (tokens, experts) stay in ``probabilities`` while ``record`` is on, so that
+    The last forward's router probabilities (..., E) stay in ``probabilities`` while ``record`` is on, so that
     losses and statistics need no hooks.
     """
 
@@ -120,36 +130,38 @@ class SharedMoe(nn.Module):
         self.dropout = tuning.dropout
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(..., hidden) -> (..., hidden)."""
-        x = hidden.reshape(-1, hidden.shape[-1])
+        """(..., d) -> (..., d)."""
+        x = hidden.reshape(-1, hidden.shape[-1])  # (N, d)
         # the router is small and decides discretely: always fp32, also under autocast
         with torch.autocast(x.device.type, enabled=False):
             probabilities, weights, chosen = route(F.linear(x.float(), self.router), self.top_k)
         if self.record:
             self.probabilities = probabilities.view(*hidden.shape[:-1], -1)
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        gate, up = self.gate_proj(x), self.up_proj(x)  # (N, f)
         (gate_a, gate_b), (up_a, up_b), (down_a, down_b) = (self.experts[n].factors(gate.dtype) for n in PROJECTIONS)
-        # one product for the A of every expert and both projections
-        inner = self._shrink(x, torch.cat([gate_a, up_a]), self.experts["gate"].a.shape[1])
-        inner = inner.view(len(x), 2, self.num_experts, -1)
-        share = torch.zeros_like(probabilities).scatter(1, chosen, weights)
+        # one product for the A of every expert and both projections: x, the largest operand, is read once
+        shrunk_inputs = self._shrink(x, torch.cat([gate_a, up_a]), self.experts["gate"].a.shape[1])
+        shrunk_inputs = shrunk_inputs.view(len(x), 2, self.num_experts, -1)  # (N, 2, E, R)
+        expert_weights = torch.zeros_like(probabilities).scatter(1, chosen, weights)  # (N, E)
         # gathering pays only when most experts are idle for most tokens
         gather = 2 * self.top_k <= self.num_experts and len(x) > 32
         with torch.autocast(x.device.type, enabled=False):
-            mask = F.dropout(torch.ones_like(gate), self.dropout) if self.training and self.dropout else None
-            mixed, shrunk = ExpertSum.apply(gate, up, inner, share, gate_b, up_b, down_a, self.act_fn, gather,
-                                            mask, self.experts["down"].a.shape[1])
-        low_rank = F.linear(shrunk.flatten(1), down_b.permute(1, 0, 2).flatten(1))
+            dropped = F.dropout(torch.ones_like(gate), self.dropout) if self.training and self.dropout else None
+            mixed, shrunk_hidden = expert_sum(
+                ExpertInputs(gate, up, shrunk_inputs, expert_weights, gate_b, up_b, down_a),
+                SumOptions(self.act_fn, gather, dropped, dropped_from=self.experts["down"].a.shape[1]))
+        # sum_e B_e shrunk_e as one product: (N, E R) with B of all experts side by side, (d, E R)
+        low_rank = F.linear(shrunk_hidden.flatten(1), down_b.permute(1, 0, 2).flatten(1))
         return (self.down_proj(mixed) + low_rank).view_as(hidden)
 
-    def _shrink(self, x: Tensor, a: Tensor, aligned_rank: int) -> Tensor:
-        """A x of several experts: (tokens, in), (n, R, in) -> (tokens, n * R). Dropout reaches the tuned rows only."""
-        z = F.linear(x, a.flatten(0, 1))
-        if not (self.training and self.dropout) or a.shape[1] == aligned_rank:
-            return z
-        dropped = F.linear(F.dropout(x, self.dropout), a[:, aligned_rank:].flatten(0, 1))
-        z = z.view(len(x), len(a), -1)
-        return torch.cat([z[..., :aligned_rank], dropped.view(len(x), len(a), -1)], -1).flatten(1)
+    def _shrink(self, x: Tensor, stacked_a: Tensor, aligned_rank: int) -> Tensor:
+        """A x of m matrices: (N, d), (m, R, d) -> (N, m R). Dropout, PEFT's rule, reaches the tuned rows only."""
+        shrunk = F.linear(x, stacked_a.flatten(0, 1))
+        if not (self.training and self.dropout) or stacked_a.shape[1] == aligned_rank:
+            return shrunk
+        tuned = F.linear(F.dropout(x, self.dropout), stacked_a[:, aligned_rank:].flatten(0, 1))
+        shrunk = shrunk.view(len(x), len(stacked_a), -1)  # (N, m, R)
+        return torch.cat([shrunk[..., :aligned_rank], tuned.view(len(x), len(stacked_a), -1)], -1).flatten(1)
 
     def materialise(self, expert: int) -> dict[str, Tensor]:
         """The dense fp32 matrices of one expert, for tests and export: name -> W + B_e A_e."""

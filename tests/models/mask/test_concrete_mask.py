@@ -10,7 +10,6 @@ import torch
 from errors import UserError
 from models.mask.bank import Draw, MaskBank, Slot
 from models.mask.concrete import (
-    RESCALES,
     entropy,
     hard_mask,
     mean_of,
@@ -21,6 +20,7 @@ from models.mask.concrete import (
     uniform,
 )
 from models.mask.readout import read_out
+from models.mask.rescale import RESCALES
 from models.mask.rules import combined
 from models.mask.settings import Readout, Rule, Settings, parse_readout, rule_for
 from models.mask.slots import Spec
@@ -59,7 +59,7 @@ def reference(bank, draw):
     """Logits that require a gradient, and theta as a graph through them: the published way."""
     settings, logits, masks = bank.settings, [], {}
     for slot in bank.slots:
-        s = bank.logits[slot.logits].detach().clone().requires_grad_(True)
+        s = bank.logits[slot.logits_index].detach().clone().requires_grad_(True)
         bits = noise(f"{draw.key}|{slot.spec.name}", 0, s.numel())
         u = uniform(~bits if draw.mirrored else bits, s.dtype)
         soft = torch.sigmoid((s + u.log() - (1 - u).log()) / draw.temperature)
@@ -165,7 +165,7 @@ def test_per_task_ties_terms_add_up():
     bank.write(Draw("k"))
     sum(slot.live.sum() for slot in bank.slots).backward()
     for slot in bank.slots:
-        p = bank.logits[slot.logits]
+        p = bank.logits[slot.logits_index]
         soft = soft_mask(p.detach(), noise(f"k|{slot.spec.name}", 0, p.numel()), 0.5)
         d = (p.grad / (soft * (1 - soft) / 0.5)).view(slot.base.shape) / 0.4
         options = torch.stack([torch.zeros_like(d), slot.deltas[0], slot.deltas[1], slot.deltas[0] + slot.deltas[1]])

@@ -14,8 +14,7 @@ from config import PRESETS, parse
 from errors import UserError
 from flags.mask import EXCLUDABLE, GRANULARITIES, RESCALES, RULES, MaskArgs, wants_mask
 from flags.mask_figures import MaskFiguresArgs
-from models.mask import concrete as concrete_mask
-from models.mask import settings, units
+from models.mask import rescale, settings, units
 from models.mask.diagnostics import agreement, mask_numbers, module_of, task_overlap
 from models.mask.files import Mask, identity, open_models, save_mask
 from models.mask.memory import memory_plan
@@ -216,7 +215,7 @@ def test_the_memory_plan_counts_bytes():
 
 def test_flags_name_what_the_models_know():
     assert (RULES, GRANULARITIES, RESCALES, EXCLUDABLE) == (
-        settings.RULES, units.GRANULARITIES, concrete_mask.RESCALES, settings.EXCLUDABLE)
+        settings.RULES, units.GRANULARITIES, rescale.RESCALES, settings.EXCLUDABLE)
     assert wants_mask(["--method", "mask"])
     assert wants_mask(["--method=mask", "--tasks", "x"])
     assert not wants_mask(["--method", "dpo", "--task_name", "mask"])

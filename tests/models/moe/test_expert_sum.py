@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.moe.expert_sum import ExpertSum
+from models.moe.expert_sum import ExpertInputs, SumOptions, expert_sum
 
 TOKENS, HIDDEN, RANK, DOWN_RANK = 5, 4, 2, 3
 CASES = list(itertools.product((False, True), ("none", "all", "some"), (1, 2, 3)))
 
 
 def make(tokens=TOKENS, f=HIDDEN, experts=3, top_k=2, seed=0, dtype=torch.float64):
-    """Inputs of ExpertSum; the weights of the chosen experts, and where they go."""
+    """Inputs of the expert sum; the weights of the chosen experts, and where they go."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -36,7 +36,7 @@ def scattered(kept, chosen, experts):
 
 def ours(tensors, weights, act, gather, mask, start):
     gate, up, inner, gate_b, up_b, down_a = tensors
-    return ExpertSum.apply(gate, up, inner, weights, gate_b, up_b, down_a, act, gather, mask, start)
+    return expert_sum(ExpertInputs(gate, up, inner, weights, gate_b, up_b, down_a), SumOptions(act, gather, mask, start))
 
 
 def naive(tensors, weights, act, mask, start):
@@ -130,7 +130,7 @@ def test_bfloat16_accumulates_in_fp32(gather):
     tensors, _, _, _ = make(tokens, f, experts, seed=5, dtype=torch.float32)
     gate, up, inner, gate_b, up_b, down_a = (t.detach().bfloat16() for t in tensors)
     weights = torch.full((tokens, experts), 1 / experts)
-    total, _ = ExpertSum.apply(gate, up, inner, weights, gate_b, up_b, down_a, F.silu, gather, None, 0)
+    total, _ = expert_sum(ExpertInputs(gate, up, inner, weights, gate_b, up_b, down_a), SumOptions(F.silu, gather))
     terms = []
     for e in range(experts):
         h = F.silu(torch.addmm(gate, inner[:, 0, e], gate_b[e].mT)) * torch.addmm(up, inner[:, 1, e], up_b[e].mT)
