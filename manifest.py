@@ -191,8 +191,9 @@ def peak_memory_mb() -> float:
 
 
 def _differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    # a flag that an older version recorded though the command does not read it decides nothing
     new = json.loads(json.dumps(new))
-    return [k for k in sorted({*old, *new} - PLACE) if old.get(k) != new.get(k)]
+    return [k for k in sorted(new.keys() - PLACE) if old.get(k) != new[k]]
 
 
 def _manifest(run: Run, start: float) -> dict[str, Any]:
