@@ -12,55 +12,38 @@ the run is finished and resumes from its last checkpoint when it is not.
 
 from __future__ import annotations
 
+import importlib
 import logging
-import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import config
 import manifest
 from errors import exit_on_user_error
-from flags import AlignArgs, MaskArgs
-from flags.align import FUSED
-from flags.mask import wants_mask
+from flags import AlignArgs, DpoArgs, ExpertArgs, FusedMoeArgs, MaskArgs, SearchArgs, SoupArgs
+
+#: Objective -> the module that trains it; flags/align.py says which words choose the objective.
+TRAINERS: dict[type[AlignArgs], str] = {
+    FusedMoeArgs: "training.moe", ExpertArgs: "training.sft", DpoArgs: "training.dpo", MaskArgs: "training.mask",
+    SoupArgs: "training.soup", SearchArgs: "training.soup"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
-        words = sys.argv[1:] if argv is None else argv
-        parsed = config.parse(MaskArgs if wants_mask(words) else AlignArgs, words)
+        parsed = config.parse(AlignArgs, argv)
         args: AlignArgs = parsed.args
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         config.short_waits()
         config.keep_freed_memory()
-        settings = {**_settings(args), "training_arguments": parsed.training}
+        settings = {**asdict(args), "training_arguments": parsed.training}
         target = args.results / "outputs" / args.name
         if not args.overwrite and manifest.finished(target, settings):
             print(f"{target}: already trained")
             return
         with manifest.writing(target, "align_basemodel", settings, overwrite=args.overwrite) as run:
-            _trainer(args)(args, parsed.training, run)
+            # torch is imported only now
+            importlib.import_module(TRAINERS[type(args)]).train(args, parsed.training, run)
         _finish(args, run)
-
-
-def _settings(args: AlignArgs) -> dict:
-    from dataclasses import asdict
-
-    return asdict(args)
-
-
-def _trainer(args: AlignArgs):
-    """The training function of a command line; imports torch only now."""
-    if args.moe_flag:
-        from training.moe import train
-    elif args.method == "mask":
-        from training.mask import train
-    elif args.method == "dpo":
-        from training.dpo import train
-    elif args.method in FUSED:
-        from training.soup import train
-    else:
-        from training.sft import train
-    return train
 
 
 def _finish(args: AlignArgs, run: manifest.Run) -> None:

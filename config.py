@@ -1,7 +1,8 @@
 """Command lines: one dataclass per command becomes its flags; presets fill in, flags win, every error comes at once.
 
 Order of precedence: dataclass default < preset (``scripts/presets/NAME.yaml``) < flag. Never imports torch, so that
-``--help`` is instant. The dataclasses themselves stand in ``flags/``.
+``--help`` is instant. The dataclasses themselves stand in ``flags/``: groups of flags (``flags.base.Flags``), and commands
+that are made of groups. ``--help`` prints by group, with the values that this command line would use.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import dataclasses
 import difflib
 import functools
 import importlib.util
+import inspect
+import logging
 import math
 import os
 import re
@@ -26,6 +29,7 @@ import yaml
 
 from errors import UserError
 
+log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent
 PRESETS = ROOT / "scripts" / "presets"
 DEFAULT_PRESET = "embedded"
@@ -87,37 +91,69 @@ class Parsed:
 
 
 def parse(command: type, argv: Sequence[str] | None = None) -> Parsed:
-    """Resolve a command line against preset and defaults.
+    """Resolve a command line against preset and defaults; ``--help`` prints what it would resolve to and leaves.
 
     Args:
-        command: a dataclass of ``flags/`` with ``sections(given)`` and ``problems(values)``.
+        command: a command of ``flags/``; one whose class depends on the words (``deciding``) is chosen by them first.
         argv: the words after the program name; None reads ``sys.argv``.
 
     Raises:
-        UserError: with every problem found: unknown flags (with the nearest known one), wrong types, values that are
-            not allowed, unknown preset keys, and what ``command.problems`` finds.
+        UserError: with every problem found: unknown flags (with the nearest known one, or whose they are), wrong
+            types, values that are not allowed, unknown preset keys, and what ``command.problems`` finds.
     """
-    parser = _parser(command)
-    known, rest = parser.parse_known_args(_words(command, sys.argv[1:] if argv is None else argv))
-    given = {k: v for k, v in vars(known).items() if k != "preset"}
-    preset = getattr(known, "preset", None) or DEFAULT_PRESET
-    problems: list[str] = []
+    words = sys.argv[1:] if argv is None else argv
+    path, content = _read_preset(words)
+    command, problems = _chosen(command, words, content)
+    known, rest = _parser(command).parse_known_args(_words(command, words))
+    given = {k: v for k, v in vars(known).items() if k not in ("preset", "help")}
     extra = _extra_flags(command, rest, problems)
-    path = preset_path(preset)
     values: dict[str, Any] = {}
     training: dict[str, Any] = {}
     texts = _convert(command, given, "--", problems)
-    for name, value in _preset_values(command, path, command.sections(texts), problems).items():
+    for name, value in _preset_values(command, path, content, command.sections(texts), problems).items():
         (values if name in _fields(command) else training)[name] = value
     values = _convert(command, values, f"{path.name}: ", problems)
+    preset = _named_preset(words)
+    if "help" in known:
+        where = {**dict.fromkeys({**values, **training}, f"preset {preset}"),
+                 **dict.fromkeys({**texts, **extra}, "command line")}
+        _parser(command, {**values, **texts}, {**training, **extra}, where).print_help()
+        sys.exit(0)
     values.update(texts)
     training.update(extra)
     # what did not convert keeps its default here, so that one typo does not hide the other errors
     args = command(**values)
-    problems += [*_range_problems(args), *command.problems(args)]
+    problems += [*_range_problems(args), *args.problems()]
     if problems:
         raise UserError(*problems)
+    for name in command.without_effect().keys() & given.keys():
+        _say_without_effect(command, name)
     return Parsed(args, training, preset, frozenset(given))
+
+
+def group_of(command: type, name: str) -> type:
+    """The group that declares a flag of a command: a command that only changes its default does not own it."""
+    return [kind for kind in command.__mro__ if name in inspect.get_annotations(kind)][-1]
+
+
+def _named_preset(words: Sequence[str]) -> str:
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset")
+    return parser.parse_known_args(list(words))[0].preset or DEFAULT_PRESET
+
+
+def _chosen(command: type, words: Sequence[str], content: dict[str, Any]) -> tuple[type, list[str]]:
+    """The class that a command's deciding flags ask for, here or in the preset, and what is wrong with them together."""
+    if not command.deciding:
+        return command, []
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    for name in command.deciding:
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS)
+    given = vars(parser.parse_known_args(_words(command, words))[0])
+    preset = {name: body[name] for section in command.sections({}) if (body := content.get(section))
+              for name in command.deciding if name in body}
+    # values that are not allowed are reported when the flags of the chosen class are read
+    return command.chosen(_convert(command, given, "--", []), _convert(command, preset, "", []))
 
 
 def preset_path(preset: str) -> Path:
@@ -131,21 +167,38 @@ def preset_path(preset: str) -> Path:
     return path
 
 
-def _parser(command: type) -> argparse.ArgumentParser:
-    parser = _Parser(
-        description=command.__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--preset", default=argparse.SUPPRESS, help=f"name or .yaml path (default: {DEFAULT_PRESET})")
-    for name, item in _fields(command).items():
-        kind = _kind(command, name)
+def _parser(command: type, values: dict[str, Any] | None = None, training: dict[str, Any] | None = None,
+            where: dict[str, str] | None = None) -> argparse.ArgumentParser:
+    """The parser of a command; for ``--help`` with the values in force and, by name, where they come from."""
+    values, training, where = values or {}, training or {}, where or {}
+    parser = _Parser(description=inspect.cleandoc(command.__doc__), allow_abbrev=False, add_help=False,
+                     usage="%(prog)s [--FLAG VALUE ...]", formatter_class=argparse.RawDescriptionHelpFormatter)
+    general = parser.add_argument_group("Help and presets")
+    general.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS,
+                         help="show these flags with the values that this command line and its preset give them")
+    general.add_argument("--preset", default=argparse.SUPPRESS, help=f"name or .yaml path (default: {DEFAULT_PRESET})")
+    groups: dict[str, Any] = {}
+    order = {kind: (kind.general, i) for i, kind in enumerate(command.__mro__[:-1])}
+    for name, item in sorted(_fields(command).items(), key=lambda pair: order[group_of(command, pair[0])]):
+        kind, owner = _kind(command, name), group_of(command, name)
         extra = {"nargs": "?", "const": "true"} if kind is bool else {}
         choices = item.metadata["choices"]
-        listed = f"; one of {', '.join(map(str, choices))}" if choices else ""
-        text = f"{item.metadata['help']}{listed} (default: {item.default})".replace("%", "%%")
-        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar=kind.__name__, help=text, **extra)
-    if command.takes_training_arguments:
-        parser.epilog = "Every field of transformers.TrainingArguments is a flag too, e.g. --weight_decay 0.01."
+        listed = f"; one of {', '.join(str(c) for c in choices if c != '')}" if choices else ""
+        text = f"{item.metadata['help']}{listed} ({_in_force(values.get(name, item.default), where.get(name))})"
+        if owner.heading not in groups:
+            groups[owner.heading] = parser.add_argument_group(owner.heading)
+        groups[owner.heading].add_argument(f"--{name}", default=argparse.SUPPRESS, metavar=kind.__name__,
+                                         help=text.replace("%", "%%"), **extra)
+    set_here = ", ".join(f"--{name} {value} ({where[name]})" for name, value in training.items())
+    parser.epilog = "\n\n".join(filter(None, (
+        "Every field of transformers.TrainingArguments is a flag too, e.g. --weight_decay 0.01." if
+        command.takes_training_arguments else "", set_here and f"Set here: {set_here}", command.epilog)))
     return parser
+
+
+def _in_force(value: Any, where: str | None) -> str:
+    shown = "empty" if value in (None, "") else str(value).lower() if isinstance(value, bool) else value
+    return f"given: {shown}" if where == "command line" else f"default: {shown}{f', {where}' if where else ''}"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -213,7 +266,9 @@ def _range_problems(args: Any) -> list[str]:
     return found
 
 
-def _preset_values(command: type, path: Path, sections: Iterable[str], problems: list[str]) -> dict[str, Any]:
+def _read_preset(words: Sequence[str]) -> tuple[Path, dict[str, Any]]:
+    """The preset that a command line names, and its sections."""
+    path = preset_path(_named_preset(words))
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
@@ -223,18 +278,21 @@ def _preset_values(command: type, path: Path, sections: Iterable[str], problems:
     for section, body in content.items():
         if not isinstance(body, dict | None):
             raise UserError(f"{path.name}: section '{section}' must hold 'key: value' lines, not {body!r}")
-        if section not in SECTIONS:
-            problems.append(f"{path.name}: unknown section '{section}'{_nearest(section, SECTIONS)}; "
-                            f"allowed: {', '.join(SECTIONS)}")
+    return path, content
+
+
+def _preset_values(command: type, path: Path, content: dict[str, Any], sections: Iterable[str],
+                   problems: list[str]) -> dict[str, Any]:
+    problems += [f"{path.name}: unknown section '{section}'{_nearest(section, SECTIONS)}; allowed: {', '.join(SECTIONS)}"
+                 for section in content if section not in SECTIONS]
     merged: dict[str, Any] = {}
     for section in sections:
         for name, value in (content.get(section) or {}).items():
-            # `common` serves every command: a key that another command owns is passed over here
             if name in _fields(command) or (section != "common" and _is_training_field(command, name)):
                 merged[name] = value if name in _fields(command) else _plain(value)
-            elif section != "common" or name not in command.names_everywhere():
-                near = _nearest(name, _fields(command))
-                problems.append(f"{path.name}: {section}.{name}: unknown key{near}")
+            elif not command.passes_over(section, name):
+                said = command.elsewhere(name) if section != "common" else None
+                problems.append(f"{path.name}: {section}.{name}: {said or f'unknown key{_nearest(name, _fields(command))}'}")
     return merged
 
 
@@ -253,10 +311,18 @@ def _extra_flags(command: type, rest: Sequence[str], problems: list[str]) -> dic
             value = words.pop(0)
         if _is_training_field(command, name):
             found[name] = _plain(yaml.safe_load(value)) if value else True
+        elif name in command.without_effect():
+            _say_without_effect(command, name)
+        elif said := command.elsewhere(name):
+            problems.append(f"--{name}{f' {value}' if value else ''}: {said}")
         else:
             allowed = [*_fields(command), *(training_fields() if command.takes_training_arguments else ())]
             problems.append(f"--{name}: unknown flag{_nearest(name, allowed)}; see --help")
     return found
+
+
+def _say_without_effect(command: type, name: str) -> None:
+    log.warning("--%s: has no effect here (%s)", name, command.without_effect()[name])
 
 
 def _words(command: type, argv: Sequence[str]) -> list[str]:

@@ -60,7 +60,7 @@ def answer_run(run: str, args: InferenceArgs) -> Path:
     wrapper, form = attack(args.attack, args.attack_file), style(args.prompt_style, args.prompt_style_file)
     settings = _settings(args, wrapper, form) | {"run": run, "model": _model_hash(run, args)}
     # before prompts and model are loaded: a finished run is told in a second
-    if not args.overwrite and manifest.finished(folder, settings):
+    if not args.overwrite and manifest.finished(folder, settings, _NEUTRAL):
         log.info("%s: already answered", folder)
         return folder
     # prompts before the model: what is wrong with them shows at once
@@ -71,7 +71,7 @@ def answer_run(run: str, args: InferenceArgs) -> Path:
     loaded = load_run(run, args)
     # beside the folder, not in it: the folder is made anew at each start, and what was answered must outlast that
     partial = folder.with_name(f".{folder.name}.answers.jsonl")
-    with manifest.writing(folder, "inference", settings, overwrite=args.overwrite) as out:
+    with manifest.writing(folder, "inference", settings, overwrite=args.overwrite, absent=_NEUTRAL) as out:
         rows = answer_all(loaded, records, args, partial, settings, wrapper, form)
         write_rows(out.folder, rows)
         stopped = sum(row["finish"] == "stop" for row in rows)

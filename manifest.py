@@ -19,7 +19,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,8 @@ class Run:
 
 
 @contextlib.contextmanager
-def writing(target: Path, command: str, config: dict[str, Any], *, overwrite: bool = False,
-            resume: bool = False) -> Iterator[Run]:
+def writing(target: Path, command: str, config: dict[str, Any], *, overwrite: bool = False, resume: bool = False,
+            absent: Mapping[str, Any] | None = None) -> Iterator[Run]:
     """Write a run folder that appears under ``target`` only when the block ends without an error.
 
     With ``resume`` the block finds what a killed run left behind (hidden, as ``.NAME.partial``) and what it leaves behind
@@ -59,7 +59,7 @@ def writing(target: Path, command: str, config: dict[str, Any], *, overwrite: bo
     """
     # raises here, before any work, where another configuration holds the name
     if not overwrite:
-        finished(target, config)
+        finished(target, config, absent)
     # beside the target, so that the rename stays within one file system; a name of its own for every rank
     staging = target.with_name(f".{target.name}.partial" + ("" if is_main() else f".{os.environ['RANK']}"))
     if not resume:
@@ -91,8 +91,11 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def finished(target: Path, config: dict[str, Any]) -> bool:
+def finished(target: Path, config: dict[str, Any], absent: Mapping[str, Any] | None = None) -> bool:
     """Whether ``target`` already holds this run, finished.
+
+    Args:
+        absent: settings that a configuration leaves out where they have these values.
 
     Raises:
         UserError: it holds a run of the same name with another configuration: names every setting that differs.
@@ -104,7 +107,7 @@ def finished(target: Path, config: dict[str, Any]) -> bool:
     old = read(target).get("config")
     if old is None:
         raise UserError(f"{target}: holds a checkpoint, not a finished run; move it away or choose another --run_name")
-    differ = _differing(old, config)
+    differ = _differing({**(absent or {}), **old}, {**(absent or {}), **config})
     if differ:
         listed = "; ".join(f"{k}: {old.get(k)} there, {config.get(k)} here" for k in differ)
         raise UserError(f"{target}: holds a run with another configuration ({listed}); "
@@ -202,9 +205,10 @@ def peak_memory_mb() -> float:
 
 
 def _differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    # what only the old run recorded decides nothing: an older version wrote down flags that its command did not read
     # through JSON as the old ones went: tuples become lists, paths would raise here
     new = json.loads(json.dumps(new))
-    return [k for k in sorted({*old, *new} - PLACE) if old.get(k) != new.get(k)]
+    return [k for k in sorted(new.keys() - PLACE) if old.get(k) != new[k]]
 
 
 def _manifest(run: Run, start: float) -> dict[str, Any]:

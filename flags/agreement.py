@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from config import flag
-from flags.base import Common, name_problems
+from flags.base import ResultsFlags, SeedFlags, name_problems
 from flags.inference import answers_problems
 
 
 @dataclass(frozen=True)
-class AgreementArgs(Common):
+class AgreementArgs(SeedFlags, ResultsFlags):
     """How far the offline judges agree (Cohen's kappa) on the answers of finished runs, and where they do not.
 
     python evaluator/agreement.py --runs "base,safety,mix"
     """
 
+    heading, general = "Agreement", False
     runs: str = flag("", "runs whose answers are judged, separated by commas; base: the raw base model")
     tasks: str = flag("safety,overrefusal", "whose answers: TASK or TASK+ATTACK of inference.py, separated by commas")
     dataset_type: str = flag("test", "split", choices=("train", "validation", "test"))

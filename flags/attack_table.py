@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from config import flag
-from flags.base import ATTACKS, Common, name_problems
+from flags.base import ATTACKS, ResultsFlags, name_problems
 from flags.inference import answers_problems
 
 
 @dataclass(frozen=True)
-class AttackTableArgs(Common):
+class AttackTableArgs(ResultsFlags):
     """Refusal of harmful prompts under attack wrappers, beside that of the same prompts as they are.
 
     python evaluator/attack_table.py --runs "aligned,SOMF=somf_1+somf_2+somf_3" --attacks cot,suffix
     """
 
+    heading, general = "Table", False
     runs: str = flag("", "rows of the table, LABEL=RUN or RUN, separated by commas; A+B+C: one row over several seeds")
     attacks: str = flag("cot,suffix", f"columns, commas: {', '.join(ATTACKS[1:])}")
     task_name: str = flag("safety", "whose harmful prompts were put in the wrappers, e.g. catqa")
     name: str = flag("attacks", "results/report/NAME.md and NAME.json")
-
-    @classmethod
-    def sections(cls, given: dict[str, Any]) -> tuple[str, ...]:
-        return ("common",)
 
     @property
     def named_attacks(self) -> tuple[str, ...]:

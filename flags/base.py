@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,46 +32,157 @@ PROTOCOLS = (
 ATTACKS = ("none", "cot", "cou", "suffix", "prefill")
 
 
-@dataclass(frozen=True)
-class Common:
-    """Flags that every command shares."""
+#: Flags that a command does not read and takes all the same, because a published command line or a script of ours has them;
+#: each says so on stderr. Command -> flag -> why.
+WITHOUT_EFFECT: dict[str, dict[str, str]] = {
+    "EvaluateSafetyArgs": {"model_name": "H3Fusion's command has it"},
+    "EvaluateTruthArgs": {"mode": "H3Fusion's command has it; one pass gives both"},
+    "FuseAdaptersArgs": {"model_name_or_path": "adapters are fused on their files alone"},
+    "MaskFiguresArgs": {"threads": "scripts/somf.sh passes it"},
+    "SafetySetArgs": {"threads": "scripts/lora_fusion.sh passes it"},
+}
 
-    model_name_or_path: str = flag("embedded", "base model: 'embedded', a local folder, or a hub name")
-    output_dir: str = flag(str(ROOT / "results"), "root of everything written")
+
+@dataclass(frozen=True)
+class Flags:
+    """What every group of flags and every command is. A command inherits the groups whose flags its code reads, no other.
+
+    Class variables:
+        heading: over the group's flags in --help; groups of one heading stand together.
+        general: whether commands of every kind have the group; it stands at the end of --help.
+        whose: of a group, what is said where its flag is given to a command that does not read it; empty: made from the
+            names of those that do.
+        takes_training_arguments: whether every field of transformers.TrainingArguments is a flag too.
+        deciding: flags that choose the command's class before anything else is read, through ``chosen``.
+        epilog: the end of --help.
+        everywhere: names of the flags of all commands, see ``declare``.
+    """
+
+    heading: ClassVar[str] = ""
+    general: ClassVar[bool] = False
+    whose: ClassVar[str] = ""
+    takes_training_arguments: ClassVar[bool] = False
+    deciding: ClassVar[tuple[str, ...]] = ()
+    epilog: ClassVar[str] = ""
+    everywhere: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def chosen(cls, given: dict[str, Any], preset: dict[str, Any]) -> tuple[type[Flags], list[str]]:
+        """The command's class for these values of its deciding flags, and what is wrong with them together."""
+        return cls, []
+
+    @classmethod
+    def sections(cls, given: dict[str, Any]) -> tuple[str, ...]:
+        """The sections of a preset that the command reads, later ones over earlier ones."""
+        return ("common",)
+
+    @classmethod
+    def passes_over(cls, section: str, name: str) -> bool:
+        """Whether a preset's key that is no flag of this command is fine there: another command reads the section too."""
+        return section == "common" and name in Flags.everywhere
+
+    @classmethod
+    def elsewhere(cls, name: str) -> str | None:
+        """What to say of a flag that is none of this command's; None for a flag that nobody has."""
+        return "this command does not read it; drop it" if name in Flags.everywhere else None
+
+    @classmethod
+    def without_effect(cls) -> dict[str, str]:
+        """Flags that are taken and not read -> why."""
+        return WITHOUT_EFFECT.get(cls.__name__, {})
+
+    def problems(self) -> list[str]:
+        """What is wrong with the values; each group says what concerns itself, a command what concerns several."""
+        return []
+
+
+def declare(commands: Iterable[type[Flags]]) -> None:
+    """Let a preset's section ``common`` hold the flags of these commands: each takes its own, the rest is passed over."""
+    Flags.everywhere = frozenset(item.name for command in commands for item in fields(command))
+
+
+@dataclass(frozen=True)
+class HubFlags(Flags):
+    """Where the hub's files lie."""
+
+    heading, general = "Base model", True
     cache_dir: str | None = flag(None, "hub cache folder; empty: the hub's own default")
-    dtype: str = flag("auto", "weights and matrix products; auto: bfloat16 where the processor computes in it",
-                      choices=("auto", "float32", "bfloat16", "float16"))
-    device: str = flag("auto", "auto: cuda when there is one, else cpu", choices=("auto", "cpu", "cuda"))
-    threads: int = flag(0, "torch threads on a CPU; 0: one per core that this process may use", low=0)
-    seed: int = flag(42, "seeds every random choice", low=0)
+
+
+@dataclass(frozen=True)
+class BaseModelFlags(HubFlags):
+    """The base model."""
+
+    heading, general = "Base model", True
+    model_name_or_path: str = flag("embedded", "base model: 'embedded', a local folder, or a hub name")
+
+
+@dataclass(frozen=True)
+class TemplateFlags(Flags):
+    """The form in which a prompt is put to the model."""
+
+    heading, general = "Base model", True
     template: str = flag("chat", "chat: the model's own chat template; alpaca: Stanford Alpaca plus an end marker; "
                                  "wizardlm: a bare response marker; llama2: Llama-2's chat format",
                          choices=("chat", "alpaca", "wizardlm", "llama2"))
-    overwrite: bool = flag(False, "replace a finished run of the same name")
 
-    takes_training_arguments: ClassVar[bool] = False
+
+@dataclass(frozen=True)
+class ThreadFlags(Flags):
+    """How many threads compute."""
+
+    heading, general = "Machine", True
+    threads: int = flag(0, "torch threads on a CPU; 0: one per core that this process may use", low=0)
+
+
+@dataclass(frozen=True)
+class DeviceFlags(ThreadFlags):
+    """What computes."""
+
+    heading, general = "Machine", True
+    device: str = flag("auto", "auto: cuda when there is one, else cpu", choices=("auto", "cpu", "cuda"))
+
+
+@dataclass(frozen=True)
+class MachineFlags(DeviceFlags):
+    """What computes, and in which type."""
+
+    heading, general = "Machine", True
+    dtype: str = flag("auto", "weights and matrix products; auto: bfloat16 where the processor computes in it",
+                      choices=("auto", "float32", "bfloat16", "float16"))
+
+
+@dataclass(frozen=True)
+class SeedFlags(Flags):
+    """Chance."""
+
+    heading, general = "Results", True
+    seed: int = flag(42, "seeds every random choice", low=0)
+
+
+@dataclass(frozen=True)
+class ResultsFlags(Flags):
+    """Where everything is written."""
+
+    heading, general = "Results", True
+    output_dir: str = flag(str(ROOT / "results"), "root of everything written")
 
     @property
     def results(self) -> Path:
         return Path(self.output_dir).expanduser().resolve()
 
-    @classmethod
-    def sections(cls, given: dict[str, Any]) -> tuple[str, ...]:
-        return ("common",)
 
-    @staticmethod
-    def names_everywhere() -> set[str]:
-        """Names of the flags of every command; a preset's section ``common`` may hold any of them."""
-        names: set[str] = set()
-        kinds: list[type] = [Common]
-        while kinds:
-            kind = kinds.pop()
-            names |= {item.name for item in fields(kind)}
-            kinds += kind.__subclasses__()
-        return names
+@dataclass(frozen=True)
+class RunFlags(ResultsFlags):
+    """Where a run is written that is found again when its command is given once more."""
 
-    def problems(self) -> list[str]:
-        return []
+    heading, general = "Results", True
+    overwrite: bool = flag(False, "replace a finished run of the same name")
+
+
+@dataclass(frozen=True)
+class ModelCommand(BaseModelFlags, TemplateFlags, MachineFlags, SeedFlags, RunFlags):
+    """What a command reads that puts prompts to a model and writes a run."""
 
 
 def name_problems(name: str, value: str | None) -> list[str]:

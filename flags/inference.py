@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from config import flag
-from flags.base import ATTACKS, PROTOCOLS, SKILLS, STYLES, Common, name_problems
+from flags.base import ATTACKS, PROTOCOLS, SKILLS, STYLES, ModelCommand, name_problems
 from flags.mixture import mixture_run, read_mixture
 
 #: Tasks with a test set of prompts of their own; the rest of --task_name are published protocols and SKILLS.
@@ -30,12 +30,13 @@ def answers_problems(name: str, value: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class InferenceArgs(Common):
+class InferenceArgs(ModelCommand):
     """Answer a test set with one or several trained runs.
 
     python inference.py --task_name safety --cross_task mix_moe_reg_00000_00000_00000_gate_00100 --dataset_type test
     """
 
+    heading, general = "Prompts and answers", False
     task_name: str = flag("helpfulness", "whose prompts: an objective's test set, over-refusal, a published protocol, or a "
                                          "task's held-out rows (maths)", choices=(*ANSWERED, *PROTOCOLS, *SKILLS))
     cross_task: str = flag("", "run to answer with (several: separated by commas); empty: the raw base model")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from config import flag
-from flags.base import Common
+from flags.base import ResultsFlags, SeedFlags
 
 OPENAI = "https://api.openai.com/v1"
 #: Upper case only: a key given here by mistake is recognised, refused and not repeated.
@@ -20,9 +20,10 @@ _MOST_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
-class ApiFlags(Common):
+class ApiFlags(SeedFlags, ResultsFlags):
     """Where API judges ask, how hard they try, and what they may cost."""
 
+    heading, general = "API judges", False
     judge_model: str = flag("", "model that api-* judges ask, as the endpoint calls it; with its date where it has one")
     judge_base_url: str = flag(OPENAI, "OpenAI-compatible endpoint of api-* judges, up to /v1")
     judge_key_variable: str = flag("OPENAI_API_KEY", "environment variable that holds the endpoint's key, e.g. MY_KEY")

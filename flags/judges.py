@@ -54,9 +54,10 @@ ASKED_BY = {"harm": "evaluate_safety.py", "refusal": "evaluate_safety.py", "cohe
 
 
 @dataclass(frozen=True)
-class JudgeArgs(ApiFlags):
+class JudgeFlags(ApiFlags):
     """Flags that choose judges beside a command's own scores, and those of the API judges among them."""
 
+    heading, general = "Judges", False
     judges: str = flag("", "more judges, NAME or NAME=MODEL separated by commas; MODEL: a folder, a hub name or 'embedded'")
     judge_max_length: int = flag(0, "longest input of a local judge in tokens, longer answers are cut on the right and "
                                     "counted; 0: 512 for moderation, else what the model takes, at most 4096", low=0)

@@ -1,41 +1,24 @@
-"""Flags of align_basemodel.py --method mask."""
+"""Groups of flags of align_basemodel.py --method mask: the mask itself, and the anchor that keeps the tasks' skill."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from config import flag
-from flags.align import AlignArgs
-from flags.base import name_problems
+from flags.base import Flags
 
 #: Twins of models/mask: this floor cannot import it; a test holds them together.
 RULES = ("single", "task_arithmetic", "ties", "dare", "average")
 GRANULARITIES = ("element", "row", "block", "head", "layer", "rank")
 RESCALES = ("none", "tensor", "detached", "global", "expected")
 EXCLUDABLE = ("embeddings", "norms", "head")
-#: Flags of AlignArgs that a mask's training does not read.
-_OTHER = ("tuning", "lora_targets", "init_adapter", "extra_data", "prompt_style", "lr_epoch_decay", "adapters")
-
-
-def wants_mask(words: Sequence[str]) -> bool:
-    """Whether a command line asks for --method mask."""
-    return any(word in ("--method=mask", "-method=mask") or (word == "--method" and after == "mask")
-               for word, after in zip(words, [*words[1:], ""], strict=True))
 
 
 @dataclass(frozen=True)
-class MaskArgs(AlignArgs):
-    """Learn which part of task vectors to keep (SOMF): DPO on safety pairs, only the mask's logits train.
+class MaskFlags(Flags):
+    """What is masked, how a mask is drawn, and what its loss compares with (SOMF)."""
 
-    python align_basemodel.py --method mask --aligned aligned --tasks english
-    python align_basemodel.py --method mask --aligned aligned --tasks english,maths --merge_rule ties --run_name m1
-    """
-
-    method: str = flag("mask", "training objective; the flags below belong to mask", choices=("mask",))
-    moe_flag: int = flag(0, "a mask needs a dense run", choices=(0,))
-    task_name: str = flag("safety", "preference pairs to train on: an objective or mix")
+    heading = "Mask"
     aligned: str = flag("", "the aligned model, where it is not --model_name_or_path itself: a run or folder")
     tasks: str = flag("", "what was tuned from the aligned model: runs or folders of adapters or full models, commas")
     trust_base: bool = flag(False, "take the user's word where nothing records what a task was tuned from")
@@ -65,13 +48,6 @@ class MaskArgs(AlignArgs):
                           choices=("aligned", "task", "merge", "random_mask"))
     keep_prior: float = flag(0.5, "share of entries that --keep_weight pulls the mask to", low=0)
     keep_weight: float = flag(0.0, "weight of KL(mask || Bernoulli(--keep_prior)), mean over entries", low=0)
-    anchor: str = flag("none", "keep the tasks' skill on their own samples: sft (their answers) or kl (their model)",
-                       choices=("none", "sft", "kl"))
-    anchor_tasks: str = flag("", "data of the anchor, one name per entry of --tasks, e.g. english,maths")
-    anchor_path: str | None = flag(None, "files of the anchor's data: english=FILE,maths=FILE; empty: --data_source")
-    anchor_weight: float = flag(0.1, "weight of the anchor's loss", low=0)
-    anchor_samples: int = flag(256, "samples per task", low=1)
-    anchor_batch_size: int = flag(4, "samples per micro-batch", low=1)
     storage: str = flag("float32", "masks on weights: type of live weights, their base and task vectors; bfloat16 rounds "
                                    "small task vectors away", choices=("float32", "bfloat16"))
     logit_dtype: str = flag("float32", "type of the logits and their optimiser state; with bfloat16 use --adam_beta2 0.95",
@@ -82,26 +58,12 @@ class MaskArgs(AlignArgs):
         return tuple(name.strip() for name in self.tasks.split(",") if name.strip())
 
     @property
-    def anchor_names(self) -> tuple[str, ...]:
-        return tuple(name.strip() for name in self.anchor_tasks.split(",") if name.strip())
-
-    @property
     def excluded(self) -> tuple[str, ...]:
         names = tuple(name.strip() for name in self.mask_exclude.split(",") if name.strip())
         return () if names == ("none",) else names
 
-    @property
-    def name(self) -> str:
-        return self.run_name or "_".join(["mask", *(name.rstrip("/").rpartition("/")[2] for name in self.task_names)])
-
-    @classmethod
-    def sections(cls, given: dict[str, Any]) -> tuple[str, ...]:
-        return ("common", "align", "align_mask")
-
     def problems(self) -> list[str]:
-        names, found = self.task_names, name_problems("--run_name", self.run_name)
-        found += [f"--{name} {getattr(self, name)}: is not for --method mask; drop it" for name in _OTHER
-                  if getattr(self, name)]
+        names, found = self.task_names, super().problems()
         if not names:
             found.append("--tasks: name what was tuned from the aligned model, separated by commas")
         if len(set(names)) < len(names):
@@ -127,13 +89,28 @@ class MaskArgs(AlignArgs):
             found.append(f"--keep_prior {self.keep_prior}: must be in (0, 1)")
         if self.reference == "task" and len(names) > 1:
             found.append(f"--reference task: there are {len(names)} tasks; use merge, the unmasked fusion")
-        return found + self._anchor_problems()
+        return found
 
-    def _anchor_problems(self) -> list[str]:
-        names = self.anchor_names
-        if self.anchor == "none":
-            return [f"--anchor_tasks {self.anchor_tasks}: add --anchor sft or kl, or drop it"] if names else []
-        if len(names) != len(self.task_names):
-            return [f"--anchor_tasks {self.anchor_tasks or '(empty)'}: name the data of each entry of --tasks, "
-                    f"{len(self.task_names)} in all"]
-        return []
+
+@dataclass(frozen=True)
+class AnchorFlags(Flags):
+    """Samples of the tasks themselves, beside the safety pairs."""
+
+    heading = "Anchor"
+    anchor: str = flag("none", "keep the tasks' skill on their own samples: sft (their answers) or kl (their model)",
+                       choices=("none", "sft", "kl"))
+    anchor_tasks: str = flag("", "data of the anchor, one name per entry of --tasks, e.g. english,maths")
+    anchor_path: str | None = flag(None, "files of the anchor's data: english=FILE,maths=FILE; empty: --data_source")
+    anchor_weight: float = flag(0.1, "weight of the anchor's loss", low=0)
+    anchor_samples: int = flag(256, "samples per task", low=1)
+    anchor_batch_size: int = flag(4, "samples per micro-batch", low=1)
+
+    @property
+    def anchor_names(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in self.anchor_tasks.split(",") if name.strip())
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.anchor == "none" and self.anchor_names:
+            found.append(f"--anchor_tasks {self.anchor_tasks}: add --anchor sft or kl, or drop it")
+        return found

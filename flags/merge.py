@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from config import flag
-from flags.base import Common, name_problems
+from flags.base import DeviceFlags, HubFlags, RunFlags, SeedFlags, name_problems
 
 
 @dataclass(frozen=True)
-class MergeArgs(Common):
+class MergeArgs(HubFlags, DeviceFlags, SeedFlags, RunFlags):
     """Merge full checkpoints into one, tensor by tensor, inside a memory promise.
 
     python models/fuse.py merge --recipe recipe.yml --run_name merged --memory_gb 4
     python models/fuse.py merge --method ties --base_model BASE --models A,B --parameters "density=0.2; weight=1,0.5"
     """
 
+    heading, general = "Merge", False
     recipe: str = flag("", "YAML file, our own or mergekit's; empty: --method, --models and --parameters say it all")
     method: str = flag("", "how to merge, without a recipe; --parameters help lists the methods and their parameters")
     base_model: str = flag("", "what the models were fine-tuned from: a run, a folder, a hub name, or 'embedded'")
@@ -32,10 +32,6 @@ class MergeArgs(Common):
     shard_gb: float = flag(5.0, "largest output file", low=1e-6)
     dry_run: bool = flag(False, "print the plan and its cost, write nothing")
     run_name: str = flag("merged", "name of the result under results/outputs")
-
-    @classmethod
-    def sections(cls, given: dict[str, Any]) -> tuple[str, ...]:
-        return ("common",)
 
     @property
     def model_names(self) -> tuple[str, ...]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from config import flag
-from flags.base import Common, name_problems
+from flags.base import BaseModelFlags, MachineFlags, RunFlags, SeedFlags, name_problems
 
 #: Rows of METHODS and RULES (models/realign/methods.py); a test holds them together.
 REALIGN_METHODS = ("merge", "mask", "random_mask", "magnitude", "wise_ft", "dare", "resta", "safe_lora", "safe_merge")
@@ -14,13 +13,14 @@ REALIGN_RULES = ("", "task_arithmetic", "ties", "dare", "average")
 
 
 @dataclass(frozen=True)
-class RealignArgs(Common):
+class RealignArgs(BaseModelFlags, MachineFlags, SeedFlags, RunFlags):
     """Realign models that were tuned from an aligned one: theta_aligned + what a method leaves of their task vectors.
 
     python models/fuse.py realign --model_name_or_path results/outputs/aligned --tasks english --method mask --mask m1
     python models/fuse.py realign --tasks english,maths --rule ties --method magnitude --parameters "kept=0.5"
     """
 
+    heading, general = "Realignment", False
     aligned: str = flag("", "the aligned model, where it is an adapter on --model_name_or_path: a run or folder; empty: "
                             "--model_name_or_path is the aligned model")
     tasks: str = flag("", "what was tuned from the aligned model: runs or folders of adapters or full models, commas")
@@ -41,10 +41,6 @@ class RealignArgs(Common):
     shard_gb: float = flag(5.0, "largest output file", low=1e-6)
     trust_base: bool = flag(False, "take the user's word where nothing records what a model was tuned from")
     run_name: str = flag("realigned", "name of the result under results/outputs")
-
-    @classmethod
-    def sections(cls, given: dict[str, Any]) -> tuple[str, ...]:
-        return ("common",)
 
     @property
     def task_names(self) -> tuple[str, ...]:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from config import flag
-from flags.base import STYLES, Common, name_problems
+from flags.base import STYLES, ResultsFlags, SeedFlags, name_problems
 
 
 @dataclass(frozen=True)
-class SafetySetArgs(Common):
+class SafetySetArgs(SeedFlags, ResultsFlags):
     """Make a safety set: harmful prompts with refusals, as dialogs that align_basemodel.py trains on.
 
     python -m data.safety_sets --size 60 --hard 0.4 --soft 0.4 --styles none,orbit --name safety_set
     python -m data.safety_sets --prompts mine.csv --against xstest.csv,hex_phi.csv --size 16
     """
 
+    heading, general = "Safety set", False
     prompts: str = flag("advbench", "advbench (embedded) or a file of harmful prompts: a column of texts or any known shape")
     size: int = flag(60, "prompts to take, drawn with the seed; -1: all that are clean", low=-1)
     hard: float = flag(0.4, "share of hard refusals", low=0)
@@ -28,10 +28,6 @@ class SafetySetArgs(Common):
     against: str = flag("", "files of test prompts to keep out, beside every embedded test set; commas")
     near: float = flag(0.6, "cosine of character n-grams from which two prompts count as near duplicates", low=0.05)
     name: str = flag("safety_set", "written: results/data/NAME.jsonl, and NAME.json that says what was left out")
-
-    @classmethod
-    def sections(cls, given: dict[str, Any]) -> tuple[str, ...]:
-        return ("common",)
 
     @property
     def style_names(self) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ class EvaluateSkillsArgs(EvaluateArgs):
     cd evaluator; python evaluate_skills.py --task_name cross_RUN --skills english,maths
     """
 
+    heading, general = "What is scored", False
     skills: str = flag("english", "tasks whose held-out rows are scored, separated by commas: TASK for their likelihood, "
                                  "maths_answers and summaries_answers for what inference.py answered to them")
 

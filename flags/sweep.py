@@ -4,21 +4,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from config import flag
-from flags.base import FILE_STYLES, PROTOCOLS, SKILLS, STYLES, Common, name_problems
+from flags.base import (
+    FILE_STYLES,
+    PROTOCOLS,
+    SKILLS,
+    STYLES,
+    BaseModelFlags,
+    MachineFlags,
+    ResultsFlags,
+    SeedFlags,
+    TemplateFlags,
+    name_problems,
+)
 from flags.utility import BENCHMARKS, PROBES, EvaluateUtilityArgs
 
 
 @dataclass(frozen=True)
-class SweepArgs(Common):
+class SweepArgs(BaseModelFlags, TemplateFlags, MachineFlags, SeedFlags, ResultsFlags):
     """Sweep the fusion weight lambda of a safety adapter, refine where harm breaks, compare with controls, draw the front.
 
     python scripts/sweep.py --task identity --safety safe --prompt_styles orbit,none,valet --controls "joint=joint,mix=mix3"
     python scripts/sweep.py --roots results/lora_fusion,results/lora_fusion/seed_43 --name identity
     """
 
+    heading, general = "Sweep", False
     task: str = flag("identity", "run of the task adapter")
     safety: str = flag("safe", "run of the safety adapter")
     grid: str = flag("0,0.1,0.2,0.3,0.4", "lambdas to begin with (published: these)")
@@ -47,10 +58,6 @@ class SweepArgs(Common):
     batch_size: int = flag(60, "prompts per batch", low=1)
     roots: str = flag("", "finished sweeps, one results folder per seed: write their common report, run nothing")
     name: str = flag("sweep", "results/report/NAME.md, .png, .json")
-
-    @classmethod
-    def sections(cls, given: dict[str, Any]) -> tuple[str, ...]:
-        return ("common",)
 
     @property
     def lambdas(self) -> tuple[float, ...]:

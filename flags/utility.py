@@ -30,6 +30,7 @@ class EvaluateUtilityArgs(EvaluateArgs):
     cd evaluator; python evaluate_utility.py --task_name cross_RUN --tasks probes
     """
 
+    heading, general = "Benchmarks and probes", False
     tasks: str = flag("probes", f"commas; of lm-eval: {', '.join(BENCHMARKS)}; embedded: probes (the first five), "
                                 f"{', '.join(PROBES)}")
     data_dir: str = flag("", "folder with TASK.jsonl, .json or .parquet (or TASK/SPLIT.*) of the lm-eval tasks; empty: the "

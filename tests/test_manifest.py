@@ -101,6 +101,13 @@ def test_places_and_threads_do_not_make_another_run(target, change):
     assert manifest.finished(target, CONFIG | change)
 
 
+def test_a_flag_that_only_an_older_version_recorded_decides_nothing(target):
+    write(target, CONFIG | {"expert_topk": 2})
+    assert manifest.finished(target, CONFIG)
+    with pytest.raises(UserError, match="expert_topk: 2 there, 3 here"):
+        manifest.finished(target, CONFIG | {"expert_topk": 3})
+
+
 def test_another_configuration_is_refused_naming_every_setting(target):
     write(target)
     other = {"seed": 2, "lora_r": 16, "new": "x"}

@@ -24,7 +24,7 @@ from data.encode import prompt_ids
 from data.prompts import Template, template
 from data.records import Pair
 from errors import UserError
-from flags import AlignArgs
+from flags import DpoArgs, MaskArgs
 from models.base.loading import base_path, load_tokenizer
 from models.base.placement import set_up_torch
 from models.checkpoints.reader import fingerprint
@@ -55,7 +55,7 @@ class SafeDPOTrainer(SafeCheckpoints, DPOTrainer):
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
 
-def train(args: AlignArgs, extra: dict[str, Any], run: manifest.Run) -> None:
+def train(args: DpoArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     """Train an adapter on preference pairs and write it, the tokenizer and the run's facts into ``run``."""
     base = base_path(args.model_name_or_path, args.cache_dir)
     tokenizer = load_tokenizer(base)
@@ -85,7 +85,7 @@ def train(args: AlignArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     run.inputs.update(base=base_hash, **started_from(args))
 
 
-def drawn_pairs(args: AlignArgs) -> list[Pair]:
+def drawn_pairs(args: DpoArgs | MaskArgs) -> list[Pair]:
     """The task's training pairs, ``--max_train_samples`` of them drawn with the seed: sources stand one after the other."""
     pairs = sources.load_pairs(args.task_name, "train", source=source_of(args))
     return mix(pairs, args.max_train_samples, "proportional", args.seed)
@@ -113,7 +113,7 @@ def encode_pairs(pairs: list[Pair], tokenizer: Any, form: Template, max_length: 
     return rows
 
 
-def on_disk(rows: list[dict[str, str]], args: AlignArgs) -> Dataset:
+def on_disk(rows: list[dict[str, str]], args: DpoArgs) -> Dataset:
     """The pairs as a Dataset with a cache folder, where TRL keeps the reference log-probabilities."""
     import hashlib
 

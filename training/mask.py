@@ -24,7 +24,7 @@ from trl import DPOConfig
 import manifest
 from data.prompts import template
 from errors import UserError
-from flags.mask import MaskArgs
+from flags import MaskArgs
 from models.base.loading import load_tokenizer
 from models.base.placement import set_up_torch
 from models.mask.bank import Draw, MaskBank

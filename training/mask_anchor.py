@@ -15,7 +15,7 @@ from data.collate import mix, pad_rows
 from data.encode import IGNORE, encode
 from data.prompts import Template
 from errors import UserError
-from flags.mask import MaskArgs
+from flags import MaskArgs
 
 log = logging.getLogger(__name__)
 #: Tokens of the teacher's distribution that are kept; the others count as one.

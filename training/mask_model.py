@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from errors import UserError
-from flags.mask import MaskArgs
+from flags import MaskArgs
 from models.base.loading import load_base
 from models.mask.bank import Slot, make_slot
 from models.mask.settings import Settings, rule_for

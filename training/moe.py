@@ -14,7 +14,7 @@ import manifest
 from data.encode import IGNORE
 from data.records import OBJECTIVES
 from errors import UserError
-from flags import AlignArgs
+from flags import FusedMoeArgs
 from models.base.loading import load_tokenizer
 from models.base.placement import set_up_torch
 from models.moe.files import MoeConfig, add_tuning, assemble, moe_layers, read_config, save_moe
@@ -35,7 +35,7 @@ class MoeLoss(AnswerModel):
     expert; and ``share_right``, the summed mean probability of each sample's own expert.
     """
 
-    def __init__(self, lm: nn.Module, dtype: torch.dtype, experts: tuple[str, ...], args: AlignArgs) -> None:
+    def __init__(self, lm: nn.Module, dtype: torch.dtype, experts: tuple[str, ...], args: FusedMoeArgs) -> None:
         super().__init__(lm, dtype)
         self.moe = moe_layers(lm)
         self.experts, self.published = experts, args.compat == "published"
@@ -98,7 +98,7 @@ def aligned_norms(layer: SharedMoe) -> list[Tensor]:
     return norms
 
 
-def train(args: AlignArgs, extra: dict[str, Any], run: manifest.Run) -> None:
+def train(args: FusedMoeArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     """Tune a raw MoE and write routers, experts, attention LoRA, configuration and tokenizer into ``run``."""
     raw = run_folder(args.results, args.raw_moe)
     config = read_config(raw)
@@ -133,7 +133,7 @@ def train(args: AlignArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     run.inputs.update(base=config.base_fingerprint, raw_moe=manifest.sha256(raw / "moe.safetensors"))
 
 
-def prepare(model: nn.Module, args: AlignArgs, experts: TuningConfig, attention: TuningConfig | None) -> None:
+def prepare(model: nn.Module, args: FusedMoeArgs, experts: TuningConfig, attention: TuningConfig | None) -> None:
     """Add the second-stage LoRA and set what trains: LoRA always, the router unless told otherwise."""
     add_tuning(model, experts, attention, args.seed)
     train_router = args.train_router and args.compat != "published"
@@ -164,7 +164,7 @@ class MoeTrainer(FusionTrainer):
         return super().create_optimizer(*args, **kwargs)
 
 
-def check(args: AlignArgs, config: MoeConfig) -> None:
+def check(args: FusedMoeArgs, config: MoeConfig) -> None:
     """Every disagreement between the flags and the raw MoE, before a model is loaded."""
     problems = []
     if args.expert_topk > len(config.experts):

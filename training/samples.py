@@ -14,7 +14,8 @@ from data.prompts import template
 from data.readers.dialog_files import read_dialogs
 from data.records import OBJECTIVES, Record
 from errors import UserError
-from flags import AlignArgs
+from flags import AlignArgs, ExpertArgs, SearchArgs
+from flags.data import FramedFlags
 
 log = logging.getLogger(__name__)
 #: Validation rows per objective that are scored at the end of a run.
@@ -35,7 +36,7 @@ def source_of(args: Any) -> Any:
     return {key: value for key, _, value in pairs}
 
 
-def with_extra(records: list[Record], args: AlignArgs) -> list[Record]:
+def with_extra(records: list[Record], args: ExpertArgs | SearchArgs) -> list[Record]:
     """The records and those of --extra_data: all of them, or as many as make up --extra_share of the whole.
 
     Raises:
@@ -59,9 +60,10 @@ def training_rows(args: AlignArgs, tokenizer: Any) -> tuple[list[dict[str, Any]]
     source = source_of(args)
     records = sources.load_records(args.task_name, "train", source=source, split_mode=args.split_mode)
     records = mix(records, args.max_train_samples, args.mixing, args.seed)
-    if args.extra_data:
-        records = with_extra(records, args)
-    framed = style(args.prompt_style or "none", args.prompt_style_file)
+    framed = style("none")
+    if isinstance(args, FramedFlags):  # the fused MoE has none of these flags
+        records = with_extra(records, args) if args.extra_data else records
+        framed = style(args.prompt_style or "none", args.prompt_style_file)
     records = [framed.apply(record) for record in records]
     form = template(args.template, tokenizer)
     train = encode(records, tokenizer, form, args.model_max_length)

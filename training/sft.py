@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 import manifest
 from errors import UserError
-from flags import AlignArgs
+from flags import DpoArgs, ExpertArgs
 from models.adapters.files import WEIGHTS, read_adapter
 from models.base.families import family_of
 from models.base.loading import base_path, check_base, load_base, load_tokenizer
@@ -28,7 +28,7 @@ from training.trainer import FusionTrainer, fit, settings_of, training_arguments
 log = logging.getLogger(__name__)
 
 
-def train(args: AlignArgs, extra: dict[str, Any], run: manifest.Run) -> None:
+def train(args: ExpertArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     """Train an adapter and write it, the tokenizer and the run's facts into ``run``."""
     base = base_path(args.model_name_or_path, args.cache_dir)
     tokenizer = load_tokenizer(base)
@@ -51,7 +51,8 @@ def train(args: AlignArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     run.inputs.update(base=base_hash, **started_from(args))
 
 
-def to_train(base: Path, args: AlignArgs, dtype: torch.dtype, device: torch.device) -> PreTrainedModel | PeftModel:
+def to_train(base: Path, args: ExpertArgs | DpoArgs, dtype: torch.dtype,
+             device: torch.device) -> PreTrainedModel | PeftModel:
     """The model that ``args`` ask for: LoRA on the base in the compute dtype, an adapter to go on with, or every weight.
 
     Weights that train stay fp32; their products run in ``dtype`` under autocast. The base below an adapter
@@ -85,23 +86,23 @@ def to_train(base: Path, args: AlignArgs, dtype: torch.dtype, device: torch.devi
     return PeftModel.from_pretrained(frozen(), folder, is_trainable=True)
 
 
-def adapter_folder(args: AlignArgs) -> Path:
+def adapter_folder(args: ExpertArgs | DpoArgs) -> Path:
     """Where --init_adapter lies: a run's folder, or the folder given."""
     given = args.init_adapter
     return Path(given).expanduser() if "/" in given else run_folder(args.results, given)
 
 
-def started_from(args: AlignArgs) -> dict[str, str]:
+def started_from(args: ExpertArgs | DpoArgs) -> dict[str, str]:
     """The manifest's entry for the adapter that a run went on from."""
     return {"init_adapter": manifest.sha256(adapter_folder(args) / WEIGHTS)} if args.init_adapter else {}
 
 
-def targets_of(args: AlignArgs) -> list[str]:
+def targets_of(args: ExpertArgs | DpoArgs) -> list[str]:
     """The modules that --lora_targets names; none where the FFN is meant."""
     return [name.strip() for name in (args.lora_targets or "").split(",") if name.strip()]
 
 
-def with_lora(model: Any, args: AlignArgs) -> PeftModel:
+def with_lora(model: Any, args: ExpertArgs | DpoArgs) -> PeftModel:
     """Wrap a base model with LoRA on --lora_targets, by default its FFN projections; seeded."""
     targets = targets_of(args)
     if absent := [name for name in targets if not any(n.rpartition(".")[2] == name for n, _ in model.named_modules())]:

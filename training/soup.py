@@ -23,7 +23,7 @@ import manifest
 from data.collate import pad_rows
 from data.records import OBJECTIVES
 from errors import UserError
-from flags import AlignArgs
+from flags import SearchArgs
 from models.adapters.files import Adapter, in_order, layer_of, read_adapter, targets_of, write_adapter
 from models.adapters.fuse import common_base, fuse
 from models.adapters.methods import ADAPTER_METHODS, Cat
@@ -87,7 +87,7 @@ class MixedModel(AnswerModel):
         return self.logits.softmax(1) if self.weights is None else self.weights.expand(len(self.layers), -1)
 
 
-def train(args: AlignArgs, extra: dict[str, Any], run: manifest.Run) -> None:
+def train(args: SearchArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     """Find the weights, write the fused adapter, its weights and the run's facts into ``run``."""
     base = base_path(args.model_name_or_path, args.cache_dir)
     folders = [Path(n).expanduser() if "/" in n else run_folder(args.results, n) for n in args.adapter_names]
@@ -119,7 +119,7 @@ def train(args: AlignArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     run.inputs.update(base=base_hash, **{adapter.name: adapter.sha256 for adapter in adapters})
 
 
-def search(model: MixedModel, rows: Sequence[dict[str, Any]], pad_id: int, args: AlignArgs, count: int) -> dict[str, Any]:
+def search(model: MixedModel, rows: Sequence[dict[str, Any]], pad_id: int, args: SearchArgs, count: int) -> dict[str, Any]:
     """Set the model's weights to the best found within the budget, from 0 on; returns metrics. Deterministic.
 
     The loss is the mean over the kinds of rows that there are, so that many answers do not outweigh few refusals.
@@ -161,7 +161,7 @@ def mean_loss(model: MixedModel, rows: Sequence[dict[str, Any]], pad_id: int, ba
     return total / max(tokens, 1)
 
 
-def save_fused(model: MixedModel, adapters: Sequence[Adapter], args: AlignArgs, folder: Path) -> None:
+def save_fused(model: MixedModel, adapters: Sequence[Adapter], args: SearchArgs, folder: Path) -> None:
     """The adapter that the weights make of the others, exactly, and the weights layer by layer."""
     folder.mkdir(parents=True, exist_ok=True)
     shares = model.shares().detach().cpu().tolist()

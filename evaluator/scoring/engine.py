@@ -16,8 +16,8 @@ import manifest
 from data.records import stable_hash
 from errors import UserError
 from flags import EvaluateArgs
-from flags.base import ATTACKS, Common
-from flags.judges import JudgeArgs
+from flags.base import ATTACKS, ModelCommand
+from flags.judges import JudgeFlags
 
 if TYPE_CHECKING:
     from evaluator.statistics.metrics import Score
@@ -159,7 +159,8 @@ def _evaluate_one(args: EvaluateArgs, command: str, subject: Subject, work: Work
 
 def _settings(args: EvaluateArgs) -> dict[str, Any]:
     """Flags that change the scores; those of the judges choose nothing where no judge is named."""
-    unused = () if getattr(args, "judges", "") else {f.name for f in fields(JudgeArgs)} - {f.name for f in fields(Common)}
+    judging = {f.name for f in fields(JudgeFlags)} - {f.name for f in fields(ModelCommand)}
+    unused = () if getattr(args, "judges", "") else judging
     return {k: v for k, v in asdict(args).items() if k not in _SELECT and k not in unused}
 
 
@@ -223,10 +224,10 @@ def answers(args: EvaluateArgs, task: str, subject: Subject) -> list[dict[str, A
     Raises:
         UserError: there are none yet; says which folder is missing and which command makes it.
     """
-    if args.answers:
+    if file := getattr(args, "answers", None):
         from data.readers.answer_files import read_answer_file
 
-        return read_answer_file(args.answers, "--answers")
+        return read_answer_file(file, "--answers")
     folder = answers_folder(args, task, subject)
     if not has_answers(args, task, subject):
         raise UserError(f"{folder}: no answers here; make them with: {inference_command(args, task, subject)}")
@@ -238,7 +239,7 @@ def answers(args: EvaluateArgs, task: str, subject: Subject) -> list[dict[str, A
 
 def has_answers(args: EvaluateArgs, task: str, subject: Subject) -> bool:
     """Whether answers to this task were generated, or a file of them was given."""
-    if args.answers:
+    if getattr(args, "answers", None):
         return True
     folder = answers_folder(args, task, subject)
     return any((folder / f"outputs_final.{kind}").is_file() for kind in ("jsonl", "csv"))

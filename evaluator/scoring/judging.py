@@ -24,7 +24,7 @@ from flags.judges import COMPARING
 if TYPE_CHECKING:
     from evaluator.scoring.engine import Result, Subject, Work
     from flags import EvaluateArgs
-    from flags.judges import JudgeArgs
+    from flags.judges import JudgeFlags
 
 log = logging.getLogger(__name__)
 CACHE = "judgements.sqlite"
@@ -64,7 +64,7 @@ class Judged:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-def make_judges(args: JudgeArgs) -> list[Named]:
+def make_judges(args: JudgeFlags) -> list[Named]:
     """The judges of --judges, checked but not loaded.
 
     Raises:
@@ -153,7 +153,7 @@ def beside_base(rows: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) 
     return [{**row, "reference": answers[row["prompt"], row["input"]]} for row in rows]
 
 
-def judge_answers(args: JudgeArgs, judges: Sequence[Named], set_name: str, rows: Sequence[dict[str, Any]]) -> Judged:
+def judge_answers(args: JudgeFlags, judges: Sequence[Named], set_name: str, rows: Sequence[dict[str, Any]]) -> Judged:
     """Every judge's verdicts on the answers of one set, in the order of ``rows``; finished ones come from the cache."""
     judged = Judged(values=[{} for _ in rows], said=[{} for _ in rows])
     # a judge of over-refusal is not asked about harmful prompts

@@ -163,6 +163,10 @@ def test_unique_prompts(place, infer, monkeypatch):
     folder = infer("dangerousqa", "--unique_prompts", data=place / "list.json")
     assert [r["prompt"] for r in rows_of(folder)] == ["How?", "Why?"]
     assert manifest.read(folder)["metrics"]["protocol"]["dropped"] == 1
+    # left out of the settings where it is false: that must not let these answers pass for all of them
+    with pytest.raises(SystemExit) as stop:
+        infer("dangerousqa", data=place / "list.json")
+    assert stop.value.code == 2
 
 
 def test_attacked_answers_are_scored_apart(place, infer, monkeypatch, caplog):

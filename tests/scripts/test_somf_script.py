@@ -9,10 +9,7 @@ import pytest
 
 import config
 import flags
-from flags.attack_table import AttackTableArgs
-from flags.equal_utility import EqualUtilityArgs
-from flags.mask import MaskArgs, wants_mask
-from flags.mask_figures import MaskFiguresArgs
+from flags import AttackTableArgs, EqualUtilityArgs, MaskArgs, MaskFiguresArgs
 from models import fuse
 
 SCRIPT = config.ROOT / "scripts" / "somf.sh"
@@ -35,7 +32,7 @@ def parsed(line):
     if name == "models/fuse.py":
         return config.parse(fuse.COMMANDS[rest[0]][0], rest[1:]).args
     if name == "align_basemodel.py":
-        return config.parse(MaskArgs if wants_mask(rest) else flags.AlignArgs, rest).args
+        return config.parse(flags.AlignArgs, rest).args
     return config.parse(COMMANDS[name], rest).args
 
 

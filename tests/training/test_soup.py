@@ -44,9 +44,10 @@ def mixed(home, pico, per_layer):
 
 def run(home, pico, few, method, *flags):
     name = f"{method}_run"
+    steps = ["--logging_steps", "1", "--warmup_steps", "0"] if method == "soup" else []  # a search takes none
     align_basemodel.main(["--moe_flag", "0", "--method", method, "--adapters", ",".join(NAMES), "--task_name", "dialogs",
                           "--data_path", few, "--run_name", name, "--model_name_or_path", str(pico), "--output_dir",
-                          str(home), "--dtype", "float32", "--logging_steps", "1", "--warmup_steps", "0", *flags])
+                          str(home), "--dtype", "float32", *steps, *flags])
     return home / "outputs" / name
 
 

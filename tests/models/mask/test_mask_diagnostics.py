@@ -12,8 +12,8 @@ import torch
 
 from config import PRESETS, parse
 from errors import UserError
-from flags.mask import EXCLUDABLE, GRANULARITIES, RESCALES, RULES, MaskArgs, wants_mask
-from flags.mask_figures import MaskFiguresArgs
+from flags import AlignArgs, MaskArgs, MaskFiguresArgs
+from flags.mask import EXCLUDABLE, GRANULARITIES, RESCALES, RULES
 from models.mask import rescale, settings, units
 from models.mask.diagnostics import agreement, mask_numbers, module_of, task_overlap
 from models.mask.files import Mask, identity, open_models, save_mask
@@ -216,9 +216,9 @@ def test_the_memory_plan_counts_bytes():
 def test_flags_name_what_the_models_know():
     assert (RULES, GRANULARITIES, RESCALES, EXCLUDABLE) == (
         settings.RULES, units.GRANULARITIES, rescale.RESCALES, settings.EXCLUDABLE)
-    assert wants_mask(["--method", "mask"])
-    assert wants_mask(["--method=mask", "--tasks", "x"])
-    assert not wants_mask(["--method", "dpo", "--task_name", "mask"])
+    assert type(parse(AlignArgs, ["--method", "mask", "--tasks", "x"]).args) is MaskArgs
+    assert type(parse(AlignArgs, ["--method=mask", "--tasks", "x"]).args) is MaskArgs
+    assert not isinstance(parse(AlignArgs, ["--moe_flag", "0", "--method", "dpo", "--run_name", "mask"]).args, MaskArgs)
     args = parse(MaskArgs, ["--method", "mask", "--tasks", "a,b", "--merge_rule", "ties", "--mask_exclude", "none"]).args
     assert args.name == "mask_a_b"
     assert args.excluded == ()
