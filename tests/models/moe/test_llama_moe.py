@@ -396,6 +396,5 @@ def test_the_command_records_what_went_in_and_does_finished_work_once(pico, fold
 
 def test_adapters_are_found_by_run_name_or_named_as_missing(pico, adapters, tmp_path, refused):
     assert "align_basemodel.py --moe_flag 0 --task_name safety" in refused(pico, ("safety", "truthfulness"))
-    for name in OBJECTIVES:  # not what other tests put beside them
-        shutil.copytree(adapters / "outputs" / name, tmp_path / "outputs" / name)
+    [shutil.copytree(adapters / "outputs" / name, tmp_path / "outputs" / name) for name in OBJECTIVES]
     assert read_config(build(tmp_path, pico, OBJECTIVES)).experts == OBJECTIVES
