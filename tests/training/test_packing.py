@@ -9,7 +9,7 @@ import types
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 import config
@@ -168,15 +168,12 @@ dist.destroy_process_group()
     assert "reached" in done.stdout, done.stderr[-2000:]
 
 
-def test_windows_scaled_logits_and_other_families_stay_padded():
-    for model in (MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4)),
-                  LlamaForCausalLM(LlamaConfig(**SIZES, logits_scaling=2.0)),
-                  AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma", **SIZES, use_bidirectional_attention=True)),
-                  AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma2", **SIZES))):
+def test_models_that_look_ahead_and_other_families_stay_padded():
+    for kind, extra in (("gemma", {"use_bidirectional_attention": True}), ("gpt_neox", {})):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES, **extra))
         before = model.config._attn_implementation
         assert not pack_forward(model)
         assert model.config._attn_implementation == before
-    assert pack_forward(MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None)))
 
 
 def test_a_model_that_swallows_arguments_is_refused():
