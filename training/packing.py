@@ -140,6 +140,16 @@ def pack_forward(model: PreTrainedModel) -> bool:
     return True
 
 
+def refuse_head_lora(model: PreTrainedModel) -> None:
+    """A UserError where the output head bears a LoRA: TRL takes the head's weight alone, and would never train it.
+
+    A LoRA starts at no change, so that comparing logits would not show it.
+    """
+    if hasattr(model.get_output_embeddings(), "lora_A"):
+        raise UserError(f"--lora_targets: preference training of model type '{model.config.model_type}' takes no LoRA on "
+                        "the output head; leave the head out, or train it with --method sft")
+
+
 @torch.no_grad()
 def check_padded(model: PreTrainedModel) -> None:
     """Hold TRL's fused head, where the model has one, to the model's own logits on a row of a few tokens.
@@ -149,10 +159,7 @@ def check_padded(model: PreTrainedModel) -> None:
     Raises:
         UserError: they differ.
     """
-    # TRL takes the head's weight alone; a LoRA on it starts at no change, so that comparing would not show it
-    if hasattr(model.get_output_embeddings(), "lora_A"):
-        raise UserError(f"--lora_targets: preference training of model type '{model.config.model_type}' takes no LoRA on "
-                        f"the output head; leave it out, or use one of {', '.join(sorted(FAMILIES))}")
+    refuse_head_lora(model)
     ids = (torch.arange(8, device=model.device) % model.config.get_text_config().vocab_size)[None]
     training = model.training
     model.eval()
