@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from data.encode import IGNORE
+from errors import UserError
+from models.base.heads import logit_rule
 from training.linear_loss import answer_loss
 
 
@@ -24,6 +26,11 @@ class AnswerModel(nn.Module):
     def __init__(self, lm: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.lm, self.dtype = lm, dtype
+        # no mask is passed: real tokens would see the pads behind them
+        if getattr(self.causal_lm.config.get_text_config(), "use_bidirectional_attention", None):
+            raise UserError("--model_name_or_path: use_bidirectional_attention is set: tokens of this model see later ones, "
+                            "so it cannot learn to write them; give a causal model")
+        self.rule = logit_rule(self.causal_lm)
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -34,16 +41,16 @@ class AnswerModel(nn.Module):
         self.causal_lm.gradient_checkpointing_enable(**kwargs)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, objectives: Tensor) -> dict[str, Tensor]:
-        """Ids and labels (batch, time) -> {"lm": summed loss, "tokens": answer tokens}.
+        """Ids and labels (batch, time) -> {"lm": summed loss of the model's own logits, "tokens": answer tokens}.
 
         Hidden states are (batch, time, d); only the (answers, d) that predict a label go on to the head.
         """
         model = self.causal_lm
         with self.precision(input_ids.device):
             # the body alone: its head would make logits of every position, and most are prompts and pads
-            hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state
+            hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
             answers = labels[:, 1:] != IGNORE
-            loss = answer_loss(hidden[:, :-1][answers], model.get_output_embeddings(), labels[:, 1:][answers])
+            loss = answer_loss(hidden[:, :-1][answers], model.get_output_embeddings(), labels[:, 1:][answers], self.rule)
         return {"lm": loss, "tokens": answers.sum()}
 
     @contextlib.contextmanager

@@ -29,7 +29,7 @@ from models.base.loading import base_path, load_tokenizer
 from models.base.placement import set_up_torch
 from models.checkpoints.reader import fingerprint
 from training.checkpoints import SafeCheckpoints
-from training.packing import pack_forward
+from training.packing import pack_forward, refuse_head_lora
 from training.samples import source_of
 from training.sft import save_adapter, started_from, to_train
 from training.trainer import fit, settings_of, training_arguments
@@ -63,6 +63,7 @@ def train(args: DpoArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     rows = encode_pairs(drawn_pairs(args), tokenizer, form, args.model_max_length)
     device, dtype = set_up_torch(args)
     model = to_train(base, args, dtype, device)
+    refuse_head_lora(model)
     arguments = training_arguments(
         # the reference is the model before its first step: asked once and kept, it needs no second model beside the first
         args, extra, DPOConfig, beta=args.beta, max_length=args.model_max_length, precompute_ref_log_probs=True,

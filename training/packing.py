@@ -21,8 +21,10 @@ from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
 from data.encode import IGNORE
+from errors import UserError
 from models.base.attention import PACKED, Spans
 from models.base.families import FAMILIES
+from models.base.heads import LogitRule, head_weight, logit_rule
 
 #: Per-token numbers that TRL's DPO trainer logs.
 OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
@@ -99,34 +101,31 @@ def pack(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Packed:
     def as_ids(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=input_ids.device)
 
-    return Packed(as_ids(tokens)[None], as_ids(positions)[None], Spans(places, visible), as_ids(sources), as_ids(targets),
-                  as_ids(cells))
+    row_positions = as_ids(positions)
+    return Packed(as_ids(tokens)[None], row_positions[None], Spans(places, visible, row_positions), as_ids(sources),
+                  as_ids(targets), as_ids(cells))
 
 
 def packable(model: PreTrainedModel) -> bool:
-    """Whether ``models/base/families.py`` has a row for it and the model neither windows, looks ahead nor scales logits.
-
-    All others are left to TRL's own forward pass.
-    """
-    config = model.config.get_text_config()
-    # what ``_scored`` and the spans' masks leave out: windows, later tokens, a cap or a scale on the logits
-    special = ("sliding_window", "use_bidirectional_attention", "final_logit_softcapping", "logit_scale", "logits_scaling",
-               "output_multiplier", "lm_head_multiplier")
-    values = [getattr(config, name, None) for name in special]
-    return config.model_type in FAMILIES and all(value is None or value is False for value in values)
+    """Whether ``models/base/families.py`` has a row for it and no token looks ahead; others are left to TRL's forward."""
+    return model.config.model_type in FAMILIES and not getattr(model.config, "use_bidirectional_attention", None)
 
 
 def pack_forward(model: PreTrainedModel) -> bool:
     """Let a model that TRL gave a fused head read its batches packed; says whether it can (``packable``).
 
     The forward pass with ``fused_lm_head=True`` then takes one row; every other one stays as it is.
+
+    Raises:
+        UserError: it cannot, and TRL's fused head would score other logits than the model's own.
     """
     # asked again, e.g. for the evaluation set: a second wrapper would wrap the first
     if model.config._attn_implementation == PACKED:
         return True
     if not packable(model):
+        check_padded(model)
         return False
-    padded = model.forward
+    padded, rule = model.forward, logit_rule(model)
     # also where a pass stays padded: without spans it is the device's own attention
     model.set_attn_implementation(PACKED)
 
@@ -135,13 +134,51 @@ def pack_forward(model: PreTrainedModel) -> bool:
     def forward(self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if not fused_lm_head:
             return padded(*args, **kwargs)
-        return _scored(self, pack(kwargs["input_ids"], kwargs["attention_mask"], kwargs["labels"]), kwargs["labels"])
+        return _scored(self, pack(kwargs["input_ids"], kwargs["attention_mask"], kwargs["labels"]), kwargs["labels"], rule)
 
     model.forward = types.MethodType(forward, model)
     return True
 
 
-def _scored(model: PreTrainedModel, packed: Packed, labels: Tensor) -> FusedCausalLMOutput:
+def refuse_head_lora(model: PreTrainedModel) -> None:
+    """A UserError where the output head bears a LoRA: TRL takes the head's weight alone, and would never train it.
+
+    A LoRA starts at no change, so that comparing logits would not show it.
+    """
+    if hasattr(model.get_output_embeddings(), "lora_A"):
+        raise UserError(f"--lora_targets: preference training of model type '{model.config.model_type}' takes no LoRA on "
+                        "the output head; leave the head out, or train it with --method sft")
+
+
+@torch.no_grad()
+def check_padded(model: PreTrainedModel) -> None:
+    """Hold TRL's fused head, where the model has one, to the model's own logits on a row of a few tokens.
+
+    TRL goes by names in config.json (``logit_scale`` and so on) and by the head's weight, whatever the model's forward does.
+
+    Raises:
+        UserError: they differ.
+    """
+    refuse_head_lora(model)
+    ids = (torch.arange(8, device=model.device) % model.config.get_text_config().vocab_size)[None]
+    training = model.training
+    model.eval()
+    try:
+        found = getattr(model(input_ids=ids, labels=ids, use_cache=False, fused_lm_head=True), "log_probs", None)
+        own = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+    finally:
+        model.train(training)
+    # without TRL's head there is nothing to check
+    if found is None:
+        return
+    wanted = own.gather(1, ids[0, 1:, None])[:, 0]
+    near = (1e-3 if model.dtype == torch.float32 else 0.1) * (1 + float(wanted.abs().max()))
+    if float((found[0] - wanted).abs().max()) > near:
+        raise UserError(f"--model_name_or_path: preference training would score other logits than those of model type "
+                        f"'{model.config.model_type}'; use one of {', '.join(sorted(FAMILIES))}")
+
+
+def _scored(model: PreTrainedModel, packed: Packed, labels: Tensor, rule: LogitRule) -> FusedCausalLMOutput:
     """What TRL's fused head returns for labels (rows, time): per-token numbers (rows, time - 1), 0 where nothing is scored.
 
     Hidden states are (1, length, d); the head meets the (answers, d) of ``packed.sources`` alone.
@@ -153,11 +190,12 @@ def _scored(model: PreTrainedModel, packed: Packed, labels: Tensor) -> FusedCaus
     if not packed.spans.reached:
         raise RuntimeError(f"{type(model).__name__} does not hand its arguments on to its attention: it cannot be packed")
     head = model.get_output_embeddings()
-    weight = head.weight.full_tensor() if isinstance(head.weight, DTensor) else head.weight  # sharded by FSDP
-    with maybe_gather_lm_head_ctx(weight, head.bias):  # or by DeepSpeed
-        # temperature 1, no cap, scale 1: ``packable`` lets no other model in
-        per_token = ChunkedLogProbFunction.apply(
-            hidden[packed.sources], weight, head.bias, packed.targets, 1.0, CHUNK, None, 1.0, OUTPUTS)
+    weight, bias = head_weight(head), head.bias
+    if isinstance(weight, DTensor):  # sharded by FSDP
+        weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+    with maybe_gather_lm_head_ctx(weight, bias):  # or by DeepSpeed
+        per_token = ChunkedLogProbFunction.apply(  # temperature 1
+            hidden[packed.sources], weight, bias, packed.targets, 1.0, CHUNK, rule.cap, rule.scale, OUTPUTS)
     mask = labels[:, 1:] != IGNORE
     fields = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
     # log_sum_sq_probs, which only WPO reads, was not asked for and is None

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from errors import UserError
+from models.base.heads import LogitRule, answer_logits, logit_rule
 from models.base.loading import base_path, load_tokenizer
 from models.base.placement import compute_dtype, set_up_torch
 from models.checkpoints.reader import Checkpoint, fingerprint
@@ -57,7 +58,7 @@ class Source:
     def limit(self) -> int:
         """The longest input in tokens."""
         # never beyond the model's own positions, whatever the flag says
-        takes = self.config.get("max_position_embeddings") or MAX_LENGTH
+        takes = self.config.get("max_position_embeddings") or self.config.get("n_positions") or MAX_LENGTH
         return min(self.args.judge_max_length or MAX_LENGTH, takes)
 
     def version(self, *rest: Any) -> str:
@@ -198,11 +199,13 @@ class Reader:
 
     model: Any
     device: torch.device
+    rule: LogitRule
 
     @classmethod
     def load(cls, source: Source) -> Reader:
         device, dtype = set_up_torch(source.args)
-        return cls(_load(AutoModelForCausalLM, source, dtype, device), device)
+        model = _load(AutoModelForCausalLM, source, dtype, device)
+        return cls(model, device, logit_rule(model))
 
     @torch.inference_mode()
     def next_logprobs(self, rows: Sequence[Sequence[int]], tokens: Sequence[int]) -> Tensor:
@@ -210,13 +213,7 @@ class Reader:
         body = getattr(self.model, self.model.base_model_prefix)
         hidden = _at(body, rows, [len(row) - 1 for row in rows], self.device)
         # one position a row: a batch's whole logits would be (rows, time, vocabulary)
-        logits = self.model.get_output_embeddings()(hidden).float()
-        config = self.model.config
-        # what these families' own forward does to their logits: Granite divides, Cohere multiplies, Gemma caps
-        logits = logits * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
-        cap = getattr(config, "final_logit_softcapping", None)
-        if cap:
-            logits = cap * torch.tanh(logits / cap)
+        logits = answer_logits(self.model, hidden, self.rule)
         return (logits[:, list(tokens)] - logits.logsumexp(-1, keepdim=True)).cpu()
 
 

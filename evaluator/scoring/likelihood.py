@@ -2,21 +2,28 @@
 
 Sequences that begin alike (the same system prompt, the same question, answers with a common start) are laid out as one
 tree per pass: every distinct prefix is computed once and a token attends to its own ancestors only. There is no
-padding, and the head runs only where an answer token is predicted. Exact: each token sees what it would see alone.
+padding, and the head runs only where an answer token is predicted. Exact: each token sees what it would see alone, within
+its layer's window. Where that cannot be promised, the model's own forward reads every row alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from data.encode import prompt_ids
+from errors import UserError
+from models.base.attention import additive, within
+from models.base.families import FAMILIES
+from models.base.heads import LogitRule, answer_logits, logit_rule
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from models.runs import Loaded
 
 #: Rows of the (rows, vocabulary) fp32 logits that exist at one time.
@@ -82,6 +89,7 @@ def answer_logprobs(
 
     Raises:
         ValueError: a prompt has no token, so that its answer's first token has nothing to condition on.
+        UserError: a row is longer than a model with a table of positions can read.
     """
     tokenizer = loaded.tokenizer
     # each prompt once: a question stands before every one of its answers
@@ -93,6 +101,8 @@ def answer_logprobs(
     rows = [(prompts[prompt], answer) for (prompt, _), answer in zip(items, answers, strict=True)]
     if any(not prompt for prompt, _ in rows):
         raise ValueError("a prompt without tokens: the first token of its answer has nothing to condition on")
+    if not shareable(loaded.model, max((len(prompt) + len(answer) for prompt, answer in rows), default=0)):
+        return [(_alone(loaded, prompt, answer), len(answer)) for prompt, answer in rows]
     sums = [0.0] * len(rows)
     # neighbours in this order share the longest prefixes; the last answer token predicts nothing and is left out
     order = sorted((i for i, (_, a) in enumerate(rows) if a), key=lambda i: (rows[i][0], rows[i][1]))
@@ -112,17 +122,66 @@ def answer_logprobs(
     return [(total, len(answer)) for total, (_, answer) in zip(sums, rows, strict=True)]
 
 
+def shareable(model: PreTrainedModel, longest: int) -> bool:
+    """Whether rows of up to ``longest`` tokens can stand in one pass.
+
+    That takes a known family, no token that looks ahead, and RoPE whose frequencies do not depend on the longest row of a
+    pass (as those of LongRoPE and dynamic scaling do beyond the original length).
+    """
+    config = model.config
+    if config.model_type not in FAMILIES or getattr(config, "use_bidirectional_attention", None):
+        return False
+    reaches = [settings.get("original_max_position_embeddings") or config.max_position_embeddings
+               for settings in _ropes(config) if settings.get("rope_type") in ("longrope", "dynamic")]
+    return all(longest <= reach for reach in reaches)
+
+
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """A model's RoPE settings: one for all layers, or one by layer type (Gemma 3)."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [part for part in (rope, *rope.values()) if isinstance(part, dict)]
+
+
+def _alone(loaded: Loaded, prompt: list[int], answer: list[int]) -> float:
+    """The sum for one row by the model's own forward, whatever its family does with positions, masks and logits."""
+    # the last token too, though nobody asks what follows it: RoPE may go by the length of the whole row
+    ids = [*prompt, *answer]
+    reach = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    if loaded.model.config.model_type not in FAMILIES and reach and len(ids) > reach:
+        raise UserError(f"--model_name_or_path: a prompt and its answer have {len(ids)} tokens, but model type "
+                        f"'{loaded.model.config.model_type}' has {reach} positions; use a model with more")
+    if not answer:
+        return 0.0
+    row = torch.tensor([ids], device=loaded.device)
+    if any(settings.get("rope_type") == "dynamic" for settings in _ropes(loaded.model.config)):
+        # transformers keeps the frequencies of the longest row so far, until it reads a short one
+        loaded.model(input_ids=row[:, :1], use_cache=False)
+    logits = loaded.model(input_ids=row, use_cache=False).logits[0, len(prompt) - 1 : -1]
+    targets = torch.tensor(answer, device=loaded.device)[:, None]
+    return float(logits.float().log_softmax(-1).gather(1, targets).double().sum())
+
+
+def _masks(model: PreTrainedModel, seen: Tensor, depths: Tensor) -> Tensor | dict[str, Tensor]:
+    """``seen`` (nodes, nodes) as masks (1, 1, nodes, nodes) in the form that the model takes: one, or one per layer type."""
+    # additive masks: every attention implementation of transformers takes them as they are, whatever the family
+    dtype = model.get_output_embeddings().weight.dtype
+    whole = additive(seen, dtype)[None, None]
+    windows, window = FAMILIES[model.config.model_type].windows, getattr(model.config, "sliding_window", None)
+    # no row reaches beyond its window: most never do
+    if not windows or window is None or int(depths.max()) < window:
+        return whole
+    cut = additive(seen & within(depths, window), dtype)[None, None]
+    return cut if windows == "all" else {"full_attention": whole, "sliding_attention": cut}
+
+
 def _score(loaded: Loaded, tree: Tree, members: list[tuple[int, list[int], list[int]]], sums: list[float]) -> None:
     """Put the members' sums into ``sums``: one row (1, nodes), mask (1, 1, nodes, nodes), hidden states (1, nodes, d)."""
     model, device = loaded.model, loaded.device
-    # an additive mask: every attention implementation of transformers takes it as it is, whatever the family
-    dtype = model.lm_head.weight.dtype
-    seen = tree.mask().to(device)
-    mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, torch.finfo(dtype).min)
-    hidden = model.model(
-        input_ids=torch.tensor([tree.tokens], device=device), attention_mask=mask[None, None],
-        # depth, not place: a token stands where it would in its own sequence
-        position_ids=torch.tensor([tree.depths], device=device), use_cache=False,
+    # depth, not place: a token stands where it would in its own sequence
+    depths = torch.tensor(tree.depths, device=device)
+    hidden = model.base_model(
+        input_ids=torch.tensor([tree.tokens], device=device), attention_mask=_masks(model, tree.mask().to(device), depths),
+        position_ids=depths[None], use_cache=False,
     ).last_hidden_state[0]
     where = torch.tensor([node for _, path, _ in members for node in path], device=device)
     targets = torch.tensor([token for _, _, answer in members for token in answer], device=device)
@@ -134,17 +193,14 @@ def _score(loaded: Loaded, tree: Tree, members: list[tuple[int, list[int], list[
         start += len(path)
 
 
-def _target_logprobs(model: torch.nn.Module, hidden: Tensor, where: Tensor, targets: Tensor) -> Tensor:
+def _target_logprobs(model: PreTrainedModel, hidden: Tensor, where: Tensor, targets: Tensor) -> Tensor:
     """log p(target | node) for each (node, target); a node shared by several answers meets the head once."""
     nodes, slot = where.unique(return_inverse=True)
-    # Gemma 2's own forward caps here, and the body was called without it
-    cap = getattr(model.config, "final_logit_softcapping", None)
+    rule: LogitRule = logit_rule(model)
     out = torch.empty(len(where), dtype=torch.float32, device=hidden.device)
     for low in range(0, len(nodes), _LOGIT_ROWS):
         # fp32: differences of log-probabilities decide MC1, and bfloat16 logits of 10 have steps of 0.06
-        logits = model.lm_head(hidden[nodes[low : low + _LOGIT_ROWS]]).float()
-        if cap:
-            logits = cap * torch.tanh(logits / cap)
+        logits = answer_logits(model, hidden[nodes[low : low + _LOGIT_ROWS]], rule)
         here = (slot >= low) & (slot < low + _LOGIT_ROWS)
         rows = slot[here] - low
         out[here] = logits[rows, targets[here]] - logits.logsumexp(-1)[rows]

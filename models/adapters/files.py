@@ -246,8 +246,8 @@ def ffn_factors(adapter: Adapter, family: Family, num_layers: int) -> list[dict[
     Raises:
         UserError: it touches anything but the FFN (attention, norms, embeddings), or leaves a projection out.
     """
-    names = {f"{family.layers}.{i}.{family.ffn}.{p}": (i, kind) for i in range(num_layers)
-             for p, kind in zip(family.projections, ("gate", "up", "down"), strict=True)}
+    ffns = [f"{family.layers}.{i}.{family.ffn}" for i in range(num_layers)]
+    names = [f"{ffn}.{projection}" for ffn in ffns for projection in family.projections]
     foreign = sorted(set(adapter.modules) - set(names))
     if foreign:
         raise UserError(
@@ -259,10 +259,15 @@ def ffn_factors(adapter: Adapter, family: Family, num_layers: int) -> list[dict[
     if absent:
         raise UserError(f"adapter '{adapter.name}' in {adapter.folder}: has no factors for {absent[0]} "
                         f"({len(absent)} of {len(names)} missing); an expert needs every FFN projection of every layer")
-    layers: list[dict[str, Pair]] = [{} for _ in range(num_layers)]
-    for module, (i, kind) in names.items():
-        layers[i][kind] = adapter.modules[module]
-    return layers
+
+    def halves(pair: Pair) -> tuple[Pair, Pair]:
+        # gate and up of one matrix: what reads the input is common, rows of what writes are gate's first
+        a, b = pair
+        return (a, b[: len(b) // 2]), (a, b[len(b) // 2 :])
+
+    return [dict(zip(("gate", "up", "down"),
+                     family.ffn_parts(lambda name, ffn=ffn: adapter.modules[f"{ffn}.{name}"], halves), strict=True))
+            for ffn in ffns]
 
 
 def delta_distance(one: Adapter, two: Adapter) -> float:

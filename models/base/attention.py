@@ -64,43 +64,56 @@ class Spans:
     Args:
         places: of each stretch, in the row.
         seen: of each stretch, (its tokens, its tokens) bool: which key a query may look at.
+        positions: (tokens of the row,): where each would stand in a row of its own, by which windows are measured.
     """
 
-    def __init__(self, places: list[slice], seen: list[Tensor]) -> None:
-        self.places, self.seen = places, seen
+    def __init__(self, places: list[slice], seen: list[Tensor], positions: Tensor) -> None:
+        self.places, self.seen, self.positions = places, seen, positions
         #: Set by the attention: a model that does not hand its arguments on would mix all stretches without a word.
         self.reached = False
-        self._masks: dict[torch.dtype, list[Tensor]] = {}
+        self._masks: dict[tuple[torch.dtype, int | None], list[Tensor]] = {}
 
-    def masks(self, dtype: torch.dtype) -> list[Tensor]:
-        """Additive masks (1, 1, tokens, tokens), made once for all layers."""
-        if dtype not in self._masks:
-            self._masks[dtype] = [torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
-                ~seen, torch.finfo(dtype).min)[None, None] for seen in self.seen]
-        return self._masks[dtype]
+    def masks(self, dtype: torch.dtype, window: int | None = None) -> list[Tensor]:
+        """Additive masks (1, 1, tokens, tokens), made once for all layers of a window."""
+        key = dtype, window
+        if key not in self._masks:
+            self._masks[key] = [
+                additive(seen if window is None else seen & within(self.positions[place], window), dtype)[None, None]
+                for place, seen in zip(self.places, self.seen, strict=True)]
+        return self._masks[key]
+
+
+def within(positions: Tensor, window: int) -> Tensor:
+    """(n, n) bool: whether a key (column) is one of the last ``window`` tokens that a query (row), itself one, looks at."""
+    return positions[:, None] - positions[None] < window
+
+
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores so that only ``seen`` (bool, of any shape) counts."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
 def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
                      spans: Spans | None = None, **kwargs: Any) -> tuple[Tensor, None]:
     """Attention within each of ``spans``, for one packed row; without them that of ``implementation`` for this device.
 
-    Shapes as in ``grouped_attention``, batch 1.
+    Shapes as in ``grouped_attention``, batch 1. A layer says itself how wide its window is (``sliding_window``).
     """
-    whole = ALL_ATTENTION_FUNCTIONS[implementation(query.device)]
+    whole = ALL_ATTENTION_FUNCTIONS[implementation_for(getattr(module, "config", None), query.device)]
     if spans is None:
         return whole(module, query, key, value, attention_mask, **kwargs)
     # tells ``_scored`` that the model handed its arguments on this far
     spans.reached = True
     # time is the third dimension of (1, heads, time, dim)
     parts = [whole(module, query[:, :, place], key[:, :, place], value[:, :, place], mask, **kwargs)[0]
-             for place, mask in zip(spans.places, spans.masks(query.dtype), strict=True)]
+             for place, mask in zip(spans.places, spans.masks(query.dtype, kwargs.get("sliding_window")), strict=True)]
     return torch.cat(parts, 1), None
 
 
 def packed_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """The mask that ``implementation`` wants for this device, for calls without spans."""
     device = torch.device(kwargs.get("device", "cpu"))
-    return ALL_MASK_ATTENTION_FUNCTIONS[implementation(device)](*args, **kwargs)
+    return ALL_MASK_ATTENTION_FUNCTIONS[implementation_for(kwargs.get("config"), device)](*args, **kwargs)
 
 
 AttentionInterface.register(NAME, grouped_attention)
@@ -110,5 +123,10 @@ AttentionMaskInterface.register(PACKED, packed_mask)
 
 
 def implementation(device: torch.device) -> str:
-    """The attention to load a model with: ours on a CPU, torch's fused kernels elsewhere."""
+    """The attention of most models: ours on a CPU, torch's fused kernels elsewhere."""
     return NAME if device.type == "cpu" else "sdpa"
+
+
+def implementation_for(config: Any, device: torch.device) -> str:
+    """The attention to load a model with: ours wherever scores are capped (Gemma 2), for the fused kernels know no cap."""
+    return NAME if getattr(config, "attn_logit_softcapping", None) is not None else implementation(device)

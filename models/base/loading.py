@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from errors import UserError
 from models.base import attention
@@ -66,8 +66,9 @@ def load_tokenizer(folder: Path) -> Any:
 
 def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """A causal LM in evaluation mode; its generation settings are reset so that every model decodes alike."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, use_safetensors=True,
-                                                 attn_implementation=attention.implementation(device))
+                                                 attn_implementation=attention.implementation_for(config, device))
     eos, pad = model.generation_config.eos_token_id, model.generation_config.pad_token_id
     model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad)
     return model.to(device).eval()
@@ -85,7 +86,7 @@ def settled(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) ->
     cast_parameters(model, dtype).to(device)
     # it was put together with the CPU's attention
     if device.type != "cpu":
-        model.set_attn_implementation(attention.implementation(device))
+        model.set_attn_implementation(attention.implementation_for(model.config, device))
     return model.eval()
 
 

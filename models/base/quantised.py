@@ -60,10 +60,11 @@ def load_quantised(folder: Path, kind: str, dtype: torch.dtype, device: torch.de
     how = (BitsAndBytesConfig(load_in_8bit=True) if kind == "int8" else
            BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype,
                               bnb_4bit_use_double_quant=True))
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     where = torch.cuda.current_device() if device.type == "cuda" else device.type
     model = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=how, dtype=dtype, device_map={"": where}, trust_remote_code=False, use_safetensors=True,
-        attn_implementation=attention.implementation(device))
+        attn_implementation=attention.implementation_for(config, device))
     eos, pad = model.generation_config.eos_token_id, model.generation_config.pad_token_id
     model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad)
     # keys and values that nobody reads again, and that gradient checkpointing cannot have

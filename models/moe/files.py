@@ -25,7 +25,7 @@ from manifest import write_json
 from models.base.families import decoder_layers, family_of
 from models.base.loading import base_path, cast_parameters, load_base
 from models.checkpoints.reader import fingerprint
-from models.moe.layer import PROJECTIONS, SharedMoe, TuningConfig
+from models.moe.layer import PROJECTIONS, SharedMoe, TuningConfig, halves
 
 WEIGHTS, CONFIG = "moe.safetensors", "moe_config.json"
 #: Version of the two files together; a reader refuses every other.
@@ -76,7 +76,7 @@ def install(model: PreTrainedModel, factors: list[dict[str, tuple[Tensor, Tensor
     device = next(model.parameters()).device
     for layer, layer_factors, router in zip(decoder_layers(model, family), factors, routers, strict=True):
         ffn = getattr(layer, family.ffn)
-        moe = SharedMoe(*(getattr(ffn, name) for name in family.projections), getattr(ffn, family.activation),
+        moe = SharedMoe(*family.ffn_parts(lambda name, ffn=ffn: getattr(ffn, name), halves), getattr(ffn, family.activation),
                         layer_factors, router, top_k)
         setattr(layer, family.ffn, moe.to(device))
     return model

@@ -41,6 +41,20 @@ class TuningConfig:
         return self.alpha / self.r
 
 
+def halves(linear: nn.Linear) -> tuple[nn.Linear, nn.Linear]:
+    """A frozen layer (2 f, d) as two (f, d), upper rows first: views of its weight, and of its bias where it has one."""
+    parts = []
+    # on no device: their weights are put in next
+    with torch.device("meta"):
+        upper, lower = (nn.Linear(linear.in_features, linear.out_features // 2, linear.bias is not None) for _ in range(2))
+    for part, rows in zip((upper, lower), (slice(None, upper.out_features), slice(upper.out_features, None)), strict=True):
+        for name in ("weight", "bias"):
+            if (whole := getattr(linear, name)) is not None:
+                setattr(part, name, nn.Parameter(whole.data[rows], requires_grad=False))
+        parts.append(part)
+    return parts[0], parts[1]
+
+
 class ExpertFactors(nn.Module):
     """The low-rank changes of one projection for all experts.
 

@@ -9,11 +9,13 @@ import types
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 import config
 from data.encode import IGNORE
+from errors import UserError
 from models.base.attention import NAME, PACKED
 from models.base.families import FAMILIES
 from training.dpo import SafeDPOTrainer
@@ -125,13 +127,17 @@ SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidd
          "num_key_value_heads": 1}
 
 
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"gemma2"}))  # its caps keep it padded
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_known_family_packed_equals_padded(family):
+    from pico_families import SETTINGS  # here, for this file is also imported from outside pytest
+
     rows = batch()
     weights = torch.randn(rows["labels"][:, 1:].shape, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
-    sizes = SIZES | {"head_dim": 12, "initializer_range": 0.2, "pad_token_id": 0}
-    sizes |= {"sliding_window": None} if family == "mistral" else {}
+    sizes = SIZES | {"head_dim": 12, "initializer_range": 0.2, "pad_token_id": 0, "num_hidden_layers": 2}
+    sizes |= SETTINGS[family]
+    # windows end within a prompt, within an answer, and between the two
+    sizes |= {"sliding_window": 3} if "sliding_window" in sizes else {}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).train()
     add_fused_lm_head(model, outputs=OUTPUTS)
     wanted, gradients = scored(model, rows, weights)
@@ -168,15 +174,78 @@ dist.destroy_process_group()
     assert "reached" in done.stdout, done.stderr[-2000:]
 
 
-def test_windows_scaled_logits_and_other_families_stay_padded():
-    for model in (MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4)),
-                  LlamaForCausalLM(LlamaConfig(**SIZES, logits_scaling=2.0)),
-                  AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma", **SIZES, use_bidirectional_attention=True)),
-                  AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma2", **SIZES))):
+def test_models_that_look_ahead_and_other_families_stay_padded():
+    for kind, extra in (("gemma", {"use_bidirectional_attention": True}), ("gpt_neox", {})):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES, **extra))
         before = model.config._attn_implementation
         assert not pack_forward(model)
         assert model.config._attn_implementation == before
-    assert pack_forward(MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None)))
+
+
+def test_settings_that_a_family_ignores_are_ignored(pico):
+    """TRL divides a Llama's logits by a ``logits_scaling`` that its own forward never reads."""
+    model = AutoModelForCausalLM.from_pretrained(pico).eval()
+    for name in ("logits_scaling", "final_logit_softcapping", "logit_scale"):
+        setattr(model.config, name, 2.0)
+    rows = batch()
+    with torch.no_grad():
+        own = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"]).logits[:, :-1].log_softmax(-1)
+        add_fused_lm_head(model, outputs=OUTPUTS)
+        assert pack_forward(model)
+        found = model(**rows, fused_lm_head=True)
+    wanted = own.gather(2, rows["labels"][:, 1:].clamp_min(0)[..., None])[..., 0]
+    torch.testing.assert_close(found.log_probs[found.label_mask], wanted[found.label_mask], atol=1e-5, rtol=1e-5)
+
+
+def test_a_head_that_trl_would_score_wrongly_is_refused():
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_neox", **SIZES, logit_scale=2.0))
+    add_fused_lm_head(model, outputs=OUTPUTS)
+    with pytest.raises(UserError, match="would score other logits than those of model type 'gpt_neox'"):
+        pack_forward(model)
+    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_neox", **SIZES))
+    add_fused_lm_head(plain, outputs=OUTPUTS)
+    assert not pack_forward(plain)
+
+
+def with_head_lora(model, dropout=0.0):
+    lora = LoraConfig(r=2, target_modules=["lm_head", "q_proj"], lora_dropout=dropout)
+    model = get_peft_model(model, lora).get_base_model()
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.3)
+    return model
+
+
+def test_a_lora_on_the_head_is_scored_and_gets_its_gradient():
+    torch.manual_seed(0)
+    model = with_head_lora(LlamaForCausalLM(LlamaConfig(**SIZES, initializer_range=0.2)))
+    rows = batch()
+    own = model(input_ids=rows["input_ids"]).logits[:, :-1].log_softmax(-1)
+    wanted = own.gather(2, rows["labels"][:, 1:].clamp_min(0)[..., None])[..., 0] * (rows["labels"][:, 1:] != IGNORE)
+    wanted.sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    add_fused_lm_head(model, outputs=OUTPUTS)
+    assert pack_forward(model)
+    found, others = scored(model, rows, torch.ones_like(wanted))
+    torch.testing.assert_close(found.log_probs, wanted, atol=2e-5, rtol=1e-4)
+    assert any("lm_head.lora_B" in name for name in gradients)
+    assert gradients.keys() == others.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, atol=2e-5, rtol=1e-3)
+
+
+def test_a_lora_on_the_head_is_refused_where_it_cannot_be_scored():
+    rows = batch()
+    dropped = with_head_lora(LlamaForCausalLM(LlamaConfig(**SIZES)), dropout=0.1)
+    add_fused_lm_head(dropped, outputs=OUTPUTS)
+    pack_forward(dropped)
+    with pytest.raises(UserError, match="--lora_dropout 0"):
+        dropped(**rows, fused_lm_head=True)
+    other = AutoModelForCausalLM.from_config(AutoConfig.for_model("olmo", **SIZES))
+    with pytest.raises(UserError, match="model type 'olmo' takes no LoRA on the output head"):
+        pack_forward(with_head_lora(other))
 
 
 def test_a_model_that_swallows_arguments_is_refused():

@@ -2,8 +2,10 @@ import types
 
 import pytest
 import torch
+from pico_families import make_family
 
 from data.prompts import template
+from errors import UserError
 from evaluator.scoring.likelihood import Tree, answer_logprobs
 from models.base.loading import load_base, load_tokenizer
 from models.runs import Loaded
@@ -101,3 +103,66 @@ def test_tree_merges_prefixes_and_masks_strangers():
         [1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0],
         [1, 1, 0, 1, 0, 0], [0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 1],
     ]
+
+def old_sums(loaded, rows):
+    """The formula of one pass as it stood before families had windows and rules, for a plain Llama."""
+    tree, paths = Tree(), []
+    for prompt, answer in rows:
+        paths.append(tree.add([*prompt, *answer[:-1]])[len(prompt) - 1 :])
+    model, seen = loaded.model, tree.mask()
+    mask = torch.zeros(seen.shape).masked_fill_(~seen, torch.finfo(torch.float32).min)
+    hidden = model.model(input_ids=torch.tensor([tree.tokens]), attention_mask=mask[None, None],
+                         position_ids=torch.tensor([tree.depths]), use_cache=False).last_hidden_state[0]
+    where = torch.tensor([node for path in paths for node in path])
+    nodes, slot = where.unique(return_inverse=True)
+    logits = model.lm_head(hidden[nodes]).float()
+    targets = torch.tensor([token for _, answer in rows for token in answer])
+    found = logits[slot, targets] - logits.logsumexp(-1)[slot]
+    return [float(part.double().sum()) for part in found.split([len(answer) for _, answer in rows])]
+
+
+def test_a_plain_model_is_bitwise_what_it_was(loaded):
+    """The embedded default's tables."""
+    found = [total for total, n in answer_logprobs(loaded, items(loaded), 4096) if n]
+    texts = [(p, a) for p, a in items(loaded) if a]
+    rows = [tuple(loaded.tokenizer(text, add_special_tokens=False)["input_ids"] for text in pair) for pair in texts]
+    order = sorted(range(len(rows)), key=lambda i: rows[i])
+    with torch.inference_mode():
+        old = old_sums(loaded, [rows[i] for i in order])
+    assert [found[i] for i in order] == old
+
+
+def of_family(kind, tmp_path, **settings):
+    folder = make_family(tmp_path / kind, kind, **settings)
+    model, tokenizer = load_base(folder, torch.float32, torch.device("cpu")), load_tokenizer(folder)
+    return Loaded(model, tokenizer, template("chat", tokenizer), kind, torch.device("cpu"))
+
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 24,
+            "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 4.0}
+
+
+@pytest.mark.parametrize(("kind", "settings"), [
+    ("gemma2", {}), ("gemma3_text", {}), ("mistral", {}), ("phi3", {}), ("cohere2", {}), ("qwen2", {}), ("granite", {}),
+    ("phi3", {"rope_parameters": LONGROPE}), ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0,
+                                                                            "rope_theta": 10000.0},
+                                                        "max_position_embeddings": 24}),
+    ("gpt2", {}), ("gpt_neox", {}), ("opt", {}),
+])
+@pytest.mark.parametrize("batch_tokens", [40, 4096])
+def test_every_row_scores_what_it_does_alone(kind, settings, batch_tokens, tmp_path):
+    """Windows, caps and scales, positions that are learned, RoPE that depends on a row's length."""
+    loaded = of_family(kind, tmp_path, **settings)
+    found = answer_logprobs(loaded, items(loaded), batch_tokens, end=True)
+    for (prompt, answer), (total, n) in zip(items(loaded), found, strict=True):
+        # dynamic RoPE remembers the longest row; a short one makes it forget
+        loaded.model(torch.tensor([[1]]))
+        want, tokens = naive(loaded, prompt, answer, end=True)
+        assert n == tokens
+        assert total == pytest.approx(want, abs=1e-4)
+
+
+def test_rows_beyond_a_table_of_positions_are_refused(tmp_path):
+    loaded = of_family("gpt2", tmp_path, max_position_embeddings=24)
+    with pytest.raises(UserError, match="have [0-9]+ tokens, but model type 'gpt2' has 24 positions; use a model with more"):
+        answer_logprobs(loaded, [(loaded.template.render("What is the capital of France, I wonder?", ""), "Paris.")])
