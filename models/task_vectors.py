@@ -16,8 +16,9 @@ import manifest
 from errors import UserError
 from models.adapters.files import CONFIG, WEIGHTS, Adapter, read_adapter
 from models.base.loading import base_path
+from models.checkpoints.fingerprints import fingerprint_like
 from models.checkpoints.header import KINDS
-from models.checkpoints.reader import Checkpoint, fingerprint
+from models.checkpoints.reader import Checkpoint
 from models.operators.low_rank import Pair, product
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -149,7 +150,7 @@ def provenance(model: Model, aligned: Model, flag: str, trust: bool) -> list[str
         trust: whether a model without a record passes; one with another hash never does.
     """
     inputs = manifest.read(model.folder).get("inputs", {}) if (model.folder / manifest.MANIFEST).is_file() else {}
-    want = {"base": fingerprint(aligned.checkpoint.folder)}
+    want = {"base": ""}
     if aligned.adapter:
         want["init_adapter"] = manifest.sha256(aligned.folder / WEIGHTS)
     what = {"base": f"the checkpoint {aligned.checkpoint.folder}", "init_adapter": f"the adapter {aligned.name}"}
@@ -159,6 +160,9 @@ def provenance(model: Model, aligned: Model, flag: str, trust: bool) -> list[str
                         "model; name that adapter's run with --aligned")
     for key, value in want.items():
         have = inputs.get(key)
+        if key == "base":
+            # a record of an earlier version is compared in that version's way
+            value = fingerprint_like(have, aligned.checkpoint.folder)
         # a wrong record is never trusted, only a missing one
         if have == value or (have is None and trust):
             continue

@@ -19,7 +19,7 @@ from models.base.families import family_of
 from models.base.loading import base_path, check_base, load_base, load_tokenizer
 from models.base.placement import set_up_torch
 from models.base.quantised import load_quantised
-from models.checkpoints.reader import fingerprint
+from models.checkpoints.fingerprints import fingerprint
 from models.run_folders import run_folder
 from training.answers import AnswerModel
 from training.samples import training_rows

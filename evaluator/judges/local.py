@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from errors import UserError
 from models.base.loading import base_path, load_tokenizer
 from models.base.placement import compute_dtype, set_up_torch
-from models.checkpoints.reader import Checkpoint, fingerprint
+from models.checkpoints.fingerprints import fingerprint
+from models.checkpoints.reader import Checkpoint
 
 log = logging.getLogger(__name__)
 #: Longest prompt of a generative judge, even where its model takes more.

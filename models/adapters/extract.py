@@ -21,7 +21,8 @@ from models.adapters.files import CONFIG, complete_targets, vllm_note, write_ada
 from models.base.families import Family, family_of
 from models.base.loading import base_path
 from models.base.placement import set_up_torch
-from models.checkpoints.reader import Checkpoint, TensorInfo, fingerprint
+from models.checkpoints.fingerprints import fingerprint
+from models.checkpoints.reader import Checkpoint, TensorInfo
 from models.operators.low_rank import Fused, low_rank, squared_norm
 
 RESIDUALS = "residuals.json"

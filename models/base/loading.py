@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from errors import UserError
 from models.base import attention
-from models.checkpoints.reader import fingerprint
+from models.checkpoints.fingerprints import fingerprint
 from models.run_folders import ADAPTER
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import manifest
 from errors import UserError
 from flags.merge import MergeArgs
-from models.checkpoints.reader import INDEX, Checkpoint, fingerprint
+from models.checkpoints.fingerprints import fingerprint
+from models.checkpoints.reader import INDEX, Checkpoint
 from models.checkpoints.writer import Layout, Writer, plan_layout
 from models.merging import vocabulary
 from models.merging.budget import Budget, budget
