@@ -15,6 +15,7 @@ from torch import Tensor
 import manifest
 from errors import UserError
 from models.adapters.files import CONFIG, WEIGHTS, Adapter, read_adapter
+from models.base.folders import TENSORS
 from models.base.loading import base_path
 from models.checkpoints.fingerprints import fingerprint_like
 from models.checkpoints.header import KINDS
@@ -113,7 +114,7 @@ def place(name: str, args: Any, flag: str) -> Path:
     if (folder / CONFIG).is_file():
         return folder.resolve()
     try:
-        return base_path(name, args.cache_dir)
+        return base_path(name, args.cache_dir, use=TENSORS)
     except UserError as error:
         # the loader speaks of the flag that most commands have; this one may have another
         raise UserError(*(p.replace("--model_name_or_path", flag) for p in error.problems)) from None
@@ -130,7 +131,7 @@ def open_model(name: str, args: Any, flag: str, stack: ExitStack, base: Checkpoi
         return Model(name, folder, stack.enter_context(Checkpoint.open(folder)))
     adapter = read_adapter(folder, name)
     if base is None:
-        base = stack.enter_context(Checkpoint.open(base_path(args.model_name_or_path, args.cache_dir)))
+        base = stack.enter_context(Checkpoint.open(base_path(args.model_name_or_path, args.cache_dir, use=TENSORS)))
     model = Model(name, folder, base, adapter)
     # checked here and not while reading: before any work, and with the flag's name
     transposed = bool(adapter.config.get("fan_in_fan_out"))

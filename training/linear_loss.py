@@ -53,8 +53,12 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def answer_loss(hidden: Tensor, head: torch.nn.Linear, targets: Tensor) -> Tensor:
-    """Summed cross-entropy (fp32 scalar) of the answer tokens; a trained or biased head takes torch's own path."""
-    if head.weight.requires_grad or head.bias is not None:
+    """Summed cross-entropy (fp32 scalar) of the answer tokens; a trained or biased head takes torch's own path.
+
+    So does a head under a LoRA, as a wrapper or a hook: its weight alone is not what it computes.
+    """
+    changed = type(head) is not torch.nn.Linear or head._forward_hooks
+    if head.weight.requires_grad or head.bias is not None or changed:
         return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
     # the head's own dtype decides, not the caller's autocast, which would round an fp32 head
     with torch.autocast(hidden.device.type, enabled=False):

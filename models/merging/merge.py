@@ -151,9 +151,10 @@ def _local(name: str, args: MergeArgs) -> Path:
     folder = Path(name).expanduser()
     if folder.exists():
         return folder
-    from models.base.loading import base_path  # loads torch: only for the embedded model and the hub
+    from models.base.folders import TENSORS  # loads torch: only for the embedded model and the hub
+    from models.base.loading import base_path
 
-    return base_path(name, args.cache_dir)
+    return base_path(name, args.cache_dir, use=TENSORS)
 
 
 def _opened(folders: Mapping[str, Path], stack: ExitStack) -> dict[str, Checkpoint]:
