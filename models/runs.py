@@ -55,7 +55,7 @@ def load_run(run: str, args: Any) -> Loaded:
     if folder and (folder / MOE).is_file():
         model = load_moe(folder, args, dtype, device)
     elif folder and base != folder:
-        model = load_adapter(folder, base, dtype, device)
+        model = _load_adapter(folder, args, dtype, device)
     else:
         model = load_mix(args.results, parts, base, dtype, device) if parts else load_base(base, dtype, device)
     return Loaded(model, tokenizer, shape, run or "base", device)
@@ -75,6 +75,10 @@ def load_adapter(folder: Path, base: Path, dtype: torch.dtype, device: torch.dev
     model = load_base(base, torch.float32, torch.device("cpu"))
     add_to(model, adapter.modules, bool(adapter.config.get("fan_in_fan_out")), adapter.scales)
     return settled(model, dtype, device)
+
+
+def _load_adapter(folder: Path, args: Any, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    return load_adapter(folder, base_path(args.model_name_or_path, args.cache_dir), dtype, device)
 
 
 def _tokenizer(folder: Path | None, base: Path) -> Any:

@@ -220,3 +220,25 @@ def test_going_on_with_an_adapter_that_does_not_fit(pico, home, capsys):
                               "--data_path", str(rows)])
     assert stop.value.code == 2
     assert "are not in this base" in capsys.readouterr().err
+
+
+def test_what_an_earlier_version_recorded_still_names_its_base(pico, home, tmp_path):
+    from models.adapters.files import read_adapter
+    from models.adapters.fuse import common_base
+    from models.checkpoints.fingerprints import sampled_fingerprint
+
+    base = shutil.copytree(pico, tmp_path / "base")
+    old = variant(home, "old", base_model_name_or_path=str(base))
+    (old / "manifest.json").write_text(json.dumps({"inputs": {"base": sampled_fingerprint(base)}}))
+    assert torch.equal(ours(base, old), ours(base, home / "outputs" / "plain"))
+    # records of both versions, told to be one base by the base itself
+    both = [read_adapter(old, "old"), read_adapter(home / "outputs" / "plain", "plain")]
+    assert common_base(both).startswith("v2-")
+    weights = load_file(base / "model.safetensors")
+    save_file(weights | {"model.norm.weight": weights["model.norm.weight"] * 2}, base / "model.safetensors",
+              metadata={"format": "pt"})
+    for folder in (old, home / "outputs" / "plain"):
+        with pytest.raises(UserError, match="was trained on another base"):
+            ours(base, folder)
+    with pytest.raises(UserError, match="trained on different bases"):
+        common_base(both)
