@@ -58,7 +58,7 @@ def answer_run(run: str, args: InferenceArgs) -> Path:
 
     folder = answers_root(args) / sub_folder(run, args.checkpoint_number)
     wrapper, form = attack(args.attack, args.attack_file), style(args.prompt_style, args.prompt_style_file)
-    settings = _settings(args, wrapper, form) | {"run": run, "model": _model_hash(run, args)}
+    settings = _settings(args, wrapper, form) | {"run": run, "model": _model_hash(run, args, folder)}
     # before prompts and model are loaded: a finished run is told in a second
     if not args.overwrite and manifest.finished(folder, settings, _NEUTRAL):
         log.info("%s: already answered", folder)
@@ -238,14 +238,21 @@ def _missing(run: str, args: InferenceArgs) -> list[str]:
     return []
 
 
-def _model_hash(run: str, args: InferenceArgs) -> str:
-    """What the answers depend on beside the flags: a retrained run must not be taken for the old one."""
+def _model_hash(run: str, args: InferenceArgs, folder: Path) -> str:
+    """What the answers depend on beside the flags: a retrained run must not be taken for the old one.
+
+    Args:
+        folder: of the answers, which may be there already.
+    """
     from models.base.loading import base_path
-    from models.checkpoints.reader import fingerprint
+    from models.checkpoints.fingerprints import fingerprint_like
     from models.run_folders import run_files
 
     if not run:
-        return fingerprint(base_path(args.model_name_or_path, args.cache_dir))
+        there = (folder / manifest.MANIFEST).is_file()
+        # answers of an earlier version recorded the base in that version's way
+        recorded = (manifest.read(folder).get("config") or {}).get("model") if there else None
+        return fingerprint_like(recorded, base_path(args.model_name_or_path, args.cache_dir))
     # whole files, not samples as of a base: adapters are small, and two may differ in a few values
     return ",".join(manifest.sha256(file)[:16] for file in run_files(args.results, run, args.checkpoint_number))
 

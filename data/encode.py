@@ -38,7 +38,12 @@ class Encoded:
 
 def prompt_ids(text: str, tokenizer: Any, template: Template) -> list[int]:
     """Token ids of a rendered prompt; the tokenizer adds its start token only if the template has none."""
-    return tokenizer(text, add_special_tokens=template.special_tokens)["input_ids"]
+    return _open(tokenizer(text, add_special_tokens=template.special_tokens)["input_ids"], tokenizer, template)
+
+
+def _open(ids: list[int], tokenizer: Any, template: Template) -> list[int]:
+    """A prompt's ids without the EOS that some tokenizers append to every text: its answer is still to come."""
+    return ids[:-1] if template.special_tokens and ids[-1:] == [tokenizer.eos_token_id] else ids
 
 
 def encode(records: Sequence[Record], tokenizer: Any, template: Template, max_length: int) -> Encoded:
@@ -55,7 +60,8 @@ def encode(records: Sequence[Record], tokenizer: Any, template: Template, max_le
         raise UserError("no rows to encode: the data source is empty; see --data_path and --max_train_samples")
     prompts = [template.render(record.prompt, record.input, record.system) for record in records]
     # one call for all rows: a fast tokenizer spreads a batch over the cores
-    fronts = tokenizer(prompts, add_special_tokens=template.special_tokens)["input_ids"]
+    fronts = [_open(ids, tokenizer, template) for ids in
+              tokenizer(prompts, add_special_tokens=template.special_tokens)["input_ids"]]
     if template.lead:
         answers, end = _joined(prompts, fronts, records, tokenizer, template), []
     else:

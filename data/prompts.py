@@ -8,10 +8,13 @@ Llama-2's chat format (LoRA fusion, spec section 2.2). The chat format and Llama
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from jinja2.exceptions import TemplateError
 
 from errors import UserError
 
@@ -126,8 +129,26 @@ def _llama2(prompt: str, input: str, system: str = "") -> str:
 
 
 def _chat(tokenizer: Any, prompt: str, input: str, system: str = "") -> str:
+    """The model's own format. A template without a place for a system text, because it refuses one or leaves it out (Gemma,
+    early Mistral), gets it in front of the user's words, a blank line between them, as these models' cards advise.
+
+    Raises:
+        UserError: the template refuses a single user turn.
+    """
     content = f"{prompt}\n\n{input}" if input else prompt
-    turns = [{"role": "system", "content": system}] if system else []
-    return tokenizer.apply_chat_template(
-        [*turns, {"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
+    if system:
+        with contextlib.suppress(TemplateError):
+            text = _rendered(tokenizer, {"role": "system", "content": system}, {"role": "user", "content": content})
+            # templates strip what they are given
+            if system.strip() in text:
+                return text
+        content = f"{system}\n\n{content}"
+    try:
+        return _rendered(tokenizer, {"role": "user", "content": content})
+    except TemplateError as error:
+        raise UserError(f"--template chat: this tokenizer's chat template refuses a single user turn ({error}); use "
+                        "--template alpaca, or mend the chat template") from None
+
+
+def _rendered(tokenizer: Any, *turns: dict[str, str]) -> str:
+    return tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)

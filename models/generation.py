@@ -47,20 +47,33 @@ def answer_batch(loaded: Loaded, prompts: Sequence[str], decoding: Decoding, see
     # top_k 0: transformers' default of 50 would cut the distribution that --temperature and --top_p describe
     sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0} if decoding.do_sample else {}
     stops = {"stop_strings": [loaded.template.stop], "tokenizer": tokenizer} if loaded.template.stop else {}
+    ends = stop_ids(loaded)
     torch.manual_seed(seed)
     output = loaded.model.generate(
         input_ids=ids, attention_mask=mask, max_new_tokens=decoding.max_new_tokens, do_sample=decoding.do_sample,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **sampling, **stops,
+        eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, **sampling, **stops,
     )
     # rows were padded on the left to one length: answers begin at the same place
-    return [_answer(row, loaded) for row in output[:, ids.shape[1]:].tolist()]
+    return [_answer(row, ends, loaded) for row in output[:, ids.shape[1]:].tolist()]
 
 
-def _answer(ids: list[int], loaded: Loaded) -> Answer:
+def stop_ids(loaded: Loaded) -> list[int]:
+    """Every id that ends an answer: the tokenizer's EOS and all that the model's own settings list.
+
+    Chat models end a turn with another token than a text: Gemma with <end_of_turn>, Llama-3 with <|eot_id|>, Phi-3 with
+    <|end|>; only generation_config.json, or config.json, names it.
+    """
+    listed = loaded.model.generation_config.eos_token_id
+    ends = {loaded.tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
+    return sorted(ends)
+
+
+def _answer(ids: list[int], ends: Sequence[int], loaded: Loaded) -> Answer:
     """The answer in a row of new tokens, which goes on with padding after its end."""
-    eos, end = loaded.tokenizer.eos_token_id, loaded.template.stop
-    stopped = eos in ids
-    text = loaded.tokenizer.decode(ids[: ids.index(eos)] if stopped else ids, skip_special_tokens=True)
+    end = loaded.template.stop
+    first = next((i for i, token in enumerate(ids) if token in ends), None)
+    stopped = first is not None
+    text = loaded.tokenizer.decode(ids[:first], skip_special_tokens=True)
     # the last token may hold more than the end marker, so the text is cut, not the ids
     if end and end in text:
         text, stopped = text[: text.index(end)], True

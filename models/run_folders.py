@@ -42,7 +42,16 @@ def run_files(results: Path, run: str, checkpoint: int = -1) -> list[Path]:
     files, problems = [], []
     for name in [name for name, _ in parts_of(run)] or [run]:
         try:
-            files += sorted(run_folder(results, name, checkpoint).glob("*.safetensors"))
+            folder = run_folder(results, name, checkpoint)
+            there = sorted(folder.glob("*.safetensors"))
+            # nothing would tell two such runs apart, and nothing of it could be loaded
+            if not there:
+                pickled = sorted(path.name for path in folder.glob("*model*") if path.suffix in (".bin", ".pt", ".pth"))
+                problems.append(f"run '{name}': {folder} " + (
+                    f"holds {pickled[0]} only: pickled weights may run code when they are read and are refused; load them "
+                    f"where that does no harm and write them again with save_pretrained({str(folder)!r})" if pickled else
+                    "holds no .safetensors file; train or save it again"))
+            files += there
         except UserError as error:
             problems += error.problems
     if problems:

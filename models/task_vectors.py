@@ -15,9 +15,11 @@ from torch import Tensor
 import manifest
 from errors import UserError
 from models.adapters.files import CONFIG, WEIGHTS, Adapter, read_adapter
+from models.base.folders import TENSORS
 from models.base.loading import base_path
+from models.checkpoints.fingerprints import fingerprint_like
 from models.checkpoints.header import KINDS
-from models.checkpoints.reader import Checkpoint, fingerprint
+from models.checkpoints.reader import Checkpoint
 from models.operators.low_rank import Pair, product
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -112,7 +114,7 @@ def place(name: str, args: Any, flag: str) -> Path:
     if (folder / CONFIG).is_file():
         return folder.resolve()
     try:
-        return base_path(name, args.cache_dir)
+        return base_path(name, args.cache_dir, use=TENSORS)
     except UserError as error:
         # the loader speaks of the flag that most commands have; this one may have another
         raise UserError(*(p.replace("--model_name_or_path", flag) for p in error.problems)) from None
@@ -129,7 +131,7 @@ def open_model(name: str, args: Any, flag: str, stack: ExitStack, base: Checkpoi
         return Model(name, folder, stack.enter_context(Checkpoint.open(folder)))
     adapter = read_adapter(folder, name)
     if base is None:
-        base = stack.enter_context(Checkpoint.open(base_path(args.model_name_or_path, args.cache_dir)))
+        base = stack.enter_context(Checkpoint.open(base_path(args.model_name_or_path, args.cache_dir, use=TENSORS)))
     model = Model(name, folder, base, adapter)
     # checked here and not while reading: before any work, and with the flag's name
     transposed = bool(adapter.config.get("fan_in_fan_out"))
@@ -149,7 +151,7 @@ def provenance(model: Model, aligned: Model, flag: str, trust: bool) -> list[str
         trust: whether a model without a record passes; one with another hash never does.
     """
     inputs = manifest.read(model.folder).get("inputs", {}) if (model.folder / manifest.MANIFEST).is_file() else {}
-    want = {"base": fingerprint(aligned.checkpoint.folder)}
+    want = {"base": ""}
     if aligned.adapter:
         want["init_adapter"] = manifest.sha256(aligned.folder / WEIGHTS)
     what = {"base": f"the checkpoint {aligned.checkpoint.folder}", "init_adapter": f"the adapter {aligned.name}"}
@@ -159,6 +161,9 @@ def provenance(model: Model, aligned: Model, flag: str, trust: bool) -> list[str
                         "model; name that adapter's run with --aligned")
     for key, value in want.items():
         have = inputs.get(key)
+        if key == "base":
+            # a record of an earlier version is compared in that version's way
+            value = fingerprint_like(have, aligned.checkpoint.folder)
         # a wrong record is never trusted, only a missing one
         if have == value or (have is None and trust):
             continue

@@ -81,7 +81,7 @@ def make_adapter(base: Path, folder: Path, *, seed: int = 0, r: int = 4, alpha: 
     from peft import LoraConfig, get_peft_model
 
     from models.base.loading import load_base, load_tokenizer
-    from models.checkpoints.reader import fingerprint
+    from models.checkpoints.fingerprints import fingerprint
 
     model = load_base(base, torch.float32, torch.device("cpu"))
     model = get_peft_model(model, LoraConfig(r=r, lora_alpha=alpha, bias="none", task_type="CAUSAL_LM",

@@ -27,7 +27,7 @@ from errors import UserError
 from flags import DpoArgs, MaskArgs
 from models.base.loading import base_path, load_tokenizer
 from models.base.placement import set_up_torch
-from models.checkpoints.reader import fingerprint
+from models.checkpoints.fingerprints import fingerprint
 from training.checkpoints import SafeCheckpoints
 from training.packing import pack_forward, refuse_head_lora
 from training.samples import source_of

@@ -67,14 +67,16 @@ class LinearCrossEntropy(torch.autograd.Function):
 def answer_loss(hidden: Tensor, head: torch.nn.Module, targets: Tensor, rule: LogitRule | None = None) -> Tensor:
     """Summed cross-entropy (scalar, fp32 or wider) of the answer tokens; a head that trains takes torch's own path.
 
+    So does a head under a LoRA, as a wrapper or a hook: its weight alone is not what it computes.
+
     Args:
         hidden: (rows, d).
         targets: (rows,) ids.
         rule: scale and cap of the model's logits (``models/base/heads.py``).
     """
     rule = rule or LogitRule()
-    # a LoRA on the head is no nn.Linear: its weight alone would leave the trained part out
-    if not isinstance(head, torch.nn.Linear) or any(p.requires_grad for p in head.parameters()):
+    changed = type(head) is not torch.nn.Linear or head._forward_hooks
+    if changed or any(parameter.requires_grad for parameter in head.parameters()):
         return F.cross_entropy(rule(head(hidden).float()), targets, reduction="sum")
     # the head's own dtype decides, not the caller's autocast, which would round an fp32 head
     with torch.autocast(hidden.device.type, enabled=False):

@@ -158,7 +158,7 @@ def train(args: MaskArgs, extra: dict[str, Any], run: manifest.Run) -> None:
         aligned, tasks = open_models(args, args.aligned, args.task_names, args.trust_base, stack)
         settings, specs = settings_for(args, aligned, tasks)
         # what files, flags and data can have wrong comes out here, before a model is loaded
-        tokenizer = load_tokenizer(_tokenizer_folder(aligned))
+        tokenizer = load_tokenizer(_tokenizer_folder(aligned), aligned.checkpoint.folder)
         form = template(args.template, tokenizer)
         pairs = drawn_pairs(args)
         rows = encode_pairs(pairs, tokenizer, form, args.model_max_length)

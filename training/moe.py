@@ -15,7 +15,7 @@ from data.encode import IGNORE
 from data.records import OBJECTIVES
 from errors import UserError
 from flags import FusedMoeArgs
-from models.base.loading import load_tokenizer
+from models.base.loading import base_path, load_tokenizer
 from models.base.placement import set_up_torch
 from models.moe.files import MoeConfig, add_tuning, assemble, moe_layers, read_config, save_moe
 from models.moe.layer import PROJECTIONS, SharedMoe, TuningConfig
@@ -103,7 +103,7 @@ def train(args: FusedMoeArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     raw = run_folder(args.results, args.raw_moe)
     config = read_config(raw)
     check(args, config)
-    tokenizer = load_tokenizer(raw)
+    tokenizer = load_tokenizer(raw, base_path(args.model_name_or_path, args.cache_dir))
     train_rows, validation = training_rows(args, tokenizer)
     device, dtype = set_up_torch(args)
     model, config = assemble(raw, args, dtype, device, top_k=args.expert_topk)

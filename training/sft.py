@@ -14,12 +14,13 @@ from transformers import PreTrainedModel
 import manifest
 from errors import UserError
 from flags import DpoArgs, ExpertArgs
+from models.adapters.apply import check_fit
 from models.adapters.files import WEIGHTS, read_adapter
 from models.base.families import family_of
-from models.base.loading import base_path, check_base, load_base, load_tokenizer
+from models.base.loading import base_path, check_base, load_base, load_tokenizer, skeleton
 from models.base.placement import set_up_torch
 from models.base.quantised import load_quantised
-from models.checkpoints.reader import fingerprint
+from models.checkpoints.fingerprints import fingerprint
 from models.run_folders import run_folder
 from training.answers import AnswerModel
 from training.samples import training_rows
@@ -77,7 +78,10 @@ def to_train(base: Path, args: ExpertArgs | DpoArgs, dtype: torch.dtype,
     folder = adapter_folder(args)
     check_base(folder, base)
     # the same checks as for fusing it: a plain LoRA, nothing else
-    trained = {module.rpartition(".")[2] for module in read_adapter(folder, args.init_adapter).modules}
+    adapter = read_adapter(folder, args.init_adapter)
+    # PEFT would leave out what fits nowhere, and start it anew
+    check_fit([adapter], skeleton(base))
+    trained = {module.rpartition(".")[2] for module in adapter.modules}
     # PEFT would train the adapter's own modules and never mention the flag
     if args.lora_targets and trained != set(targets_of(args)):
         raise UserError(f"--lora_targets {args.lora_targets}: --init_adapter {args.init_adapter} trains "

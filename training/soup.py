@@ -24,10 +24,11 @@ from data.collate import pad_rows
 from data.records import OBJECTIVES
 from errors import UserError
 from flags import SearchArgs
+from models.adapters.apply import check_fit
 from models.adapters.files import Adapter, in_order, layer_of, read_adapter, targets_of, write_adapter
 from models.adapters.fuse import common_base, fuse
 from models.adapters.methods import ADAPTER_METHODS, Cat
-from models.base.loading import base_path, check_base, load_base, load_tokenizer
+from models.base.loading import base_path, check_base, load_base, load_tokenizer, skeleton
 from models.base.placement import set_up_torch
 from models.run_folders import run_folder
 from training.answers import AnswerModel
@@ -95,6 +96,7 @@ def train(args: SearchArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     common_base(adapters)
     # each of them raises for any other base, so there is one hash
     base_hash = {check_base(folder, base) for folder in folders}.pop()
+    check_fit(adapters, skeleton(base))
     tokenizer = load_tokenizer(base)
     rows, validation = training_rows(args, tokenizer)
     device, dtype = set_up_torch(args)

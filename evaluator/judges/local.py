@@ -19,10 +19,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from errors import UserError
+from models.base.folders import CAUSAL, CLASSIFIER
 from models.base.heads import LogitRule, answer_logits, logit_rule
 from models.base.loading import base_path, load_tokenizer
 from models.base.placement import compute_dtype, set_up_torch
-from models.checkpoints.reader import Checkpoint, fingerprint
+from models.checkpoints.fingerprints import fingerprint
+from models.checkpoints.reader import Checkpoint
 
 log = logging.getLogger(__name__)
 #: Longest prompt of a generative judge, even where its model takes more.
@@ -76,7 +78,7 @@ def find(name: str, path: str, args: Any, labels: int = 0) -> Source:
         UserError: no such model, no safetensors, no tokenizer, or another layout than this judge needs.
     """
     flag = f"--judges {name}={path}"
-    folder = base_path(path, args.cache_dir, flag=flag)
+    folder = base_path(path, args.cache_dir, flag, CLASSIFIER if labels else CAUSAL)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -98,7 +100,8 @@ def find(name: str, path: str, args: Any, labels: int = 0) -> Source:
     parts += [(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in sorted(folder.glob("*"))
               if file.is_file() and file.name.startswith(_TOKENIZER)]
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=12).hexdigest()
-    tokenizer = load_tokenizer(folder)
+    # a classifier was trained to read at the end token that its tokenizer may append
+    tokenizer = load_tokenizer(folder, ends=bool(labels))
     # texts are cut and counted here; the tokenizer need not warn
     tokenizer.model_max_length = 1 << 40
     return Source(flag, folder, config, tokenizer, digest, args)

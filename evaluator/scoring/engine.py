@@ -297,7 +297,7 @@ def prompt_hash(*parts: str) -> str:
 def model_hash(args: EvaluateArgs, subject: Subject) -> str:
     """A hash of the weights that are scored; a UserError names the folder when the run does not exist."""
     from models.base.loading import base_path
-    from models.checkpoints.reader import fingerprint
+    from models.checkpoints.fingerprints import fingerprint
     from models.run_folders import run_files
 
     # the base counts for a run as well: an adapter on another base is another model

@@ -19,9 +19,11 @@ from errors import UserError
 from flags import ExtractArgs
 from models.adapters.files import CONFIG, complete_targets, vllm_note, write_adapter
 from models.base.families import Family, family_of
+from models.base.folders import TENSORS
 from models.base.loading import base_path
 from models.base.placement import set_up_torch
-from models.checkpoints.reader import Checkpoint, TensorInfo, fingerprint
+from models.checkpoints.fingerprints import fingerprint
+from models.checkpoints.reader import Checkpoint, TensorInfo
 from models.operators.low_rank import Fused, low_rank, squared_norm
 
 RESIDUALS = "residuals.json"
@@ -51,7 +53,7 @@ def extract(args: ExtractArgs) -> str:
     if not args.overwrite and manifest.finished(target, asdict(args)):
         return f"{target}: already extracted"
     device, _ = set_up_torch(args)
-    folders = base_path(args.model_name_or_path, args.cache_dir), _tuned_folder(args)
+    folders = base_path(args.model_name_or_path, args.cache_dir, use=TENSORS), _tuned_folder(args)
     if target.resolve() in [folder.resolve() for folder in folders]:
         raise UserError(f"--run_name {args.run_name}: {target} is an input; choose another name")
     with ExitStack() as stack:
@@ -93,7 +95,7 @@ def _tuned_folder(args: ExtractArgs) -> Path:
                             "adapters --method svd")
         return run
     try:
-        return base_path(args.tuned, args.cache_dir)
+        return base_path(args.tuned, args.cache_dir, use=TENSORS)
     except UserError as error:
         raise UserError(*(p.replace("--model_name_or_path", "--tuned") for p in error.problems)) from None
 

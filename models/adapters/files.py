@@ -19,13 +19,15 @@ from torch import Tensor
 from errors import UserError
 from manifest import sha256, write_json
 from models.base.families import Family
+from models.base.folders import POINTER_ADVICE, is_pointer
 from models.operators.low_rank import Pair, inner
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 #: The largest rank that vLLM serves, and the ranks that its --max-lora-rank takes (vllm/config/lora.py).
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 #: PEFT's names of the two factors; anything else in the file is part of the change and not of the sum.
-_KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight$")
+#: ``state_dict()`` puts the adapter's name in between (lora_A.default.weight), ``save_pretrained`` does not.
+_KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])(?:\.(?P<name>[^.]+))?\.weight$")
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 #: What a weighted sum of B A cannot hold: (pattern of a tensor's name, what it is).
 _FOREIGN = (
@@ -33,7 +35,10 @@ _FOREIGN = (
     (r"lora_embedding_[AB]", "a LoRA on an embedding"),
     (r"lora_[AB]\.bias$|\.bias$", "a trained bias"),
     (r"modules_to_save", "a module trained in full (modules_to_save)"),
-    (r"(embed_tokens|lm_head|wte)\.weight$", "a copy of an embedding; save the adapter with save_embedding_layers=False"),
+    (r"(embed_tokens|embed_in|embed_out|lm_head|wte)(\.base_layer)?\.weight$",
+     "a copy of an embedding; save the adapter with save_embedding_layers=False where its rows are the base's; where the "
+     "vocabulary was resized, merge it into a full model by PEFT's merge_and_unload and give that"),
+    (r"lora_[AB]\.(\w+\.)?weight$", "a LoRA factor under a name without PEFT's base_model.model. in front"),
 )
 _REFUSED = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication",
             "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config")
@@ -64,8 +69,11 @@ class Adapter:
         return sha256(self.folder / WEIGHTS)
 
 
-def read_adapter(folder: Path, name: str | None = None) -> Adapter:
+def read_adapter(folder: Path, name: str | None = None, scaled: bool = True) -> Adapter:
     """Read a PEFT LoRA adapter, applying each module's own scale (alpha patterns, rank patterns, rsLoRA).
+
+    Args:
+        scaled: multiply the scale into B; else B is as in the file, and ``scales`` says what is to be applied.
 
     Raises:
         UserError: no adapter there, damaged file, or anything that is not a LoRA pair (DoRA, trained biases, modules
@@ -73,10 +81,14 @@ def read_adapter(folder: Path, name: str | None = None) -> Adapter:
     """
     name = name or folder.name
     missing = [file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file()]
+    if missing == [WEIGHTS] and (pickled := pickled_advice(folder)):
+        raise UserError(f"adapter '{name}': {pickled}")
     if missing:
         raise UserError(f"adapter '{name}': {', '.join(missing)} not in {folder}; "
                         f"train it with align_basemodel.py --moe_flag 0 --task_name {name}")
     config = _read_config(folder / CONFIG)
+    if is_pointer(folder / WEIGHTS):
+        raise UserError(f"{folder / WEIGHTS}: {POINTER_ADVICE}")
     try:
         with safe_open(folder / WEIGHTS, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
@@ -84,6 +96,14 @@ def read_adapter(folder: Path, name: str | None = None) -> Adapter:
         raise UserError(f"{folder / WEIGHTS}: not a readable safetensors file ({error}); train the adapter again") from None
     if foreign := [key for key in tensors if not _KEY.match(key)]:
         raise UserError(f"{folder / WEIGHTS}: {_described(foreign)}; only lora_A and lora_B weights can be fused")
+    if len(names := sorted({_KEY.match(key)["name"] or "" for key in tensors})) > 1:
+        raise UserError(f"{folder / WEIGHTS}: holds the factors of several adapters ({', '.join(map(repr, names))}); save "
+                        "one of them with PeftModel.save_pretrained(.., selected_adapters=[NAME])")
+    # get_peft_model on a model that is wrapped already: nothing that loads it finds such a module
+    if nested := sorted(key for key in tensors if _KEY.match(key)["module"].startswith("base_model.model.")):
+        raise UserError(f"{folder / WEIGHTS}: {len(nested)} keys are nested, e.g. '{nested[0]}' (the base has modules like "
+                        f"'{_KEY.match(nested[0])['module'].removeprefix('base_model.model.')}'): the model was wrapped by "
+                        "PEFT twice; save it from one wrapper with PeftModel.save_pretrained, or rename the keys")
     halves: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = _KEY.match(key)
@@ -92,12 +112,25 @@ def read_adapter(folder: Path, name: str | None = None) -> Adapter:
     problems = [f"{folder / WEIGHTS}: {module}: {fault}" for module, factors in halves.items() if (fault := _fault(factors))]
     if not halves:
         problems.append(f"{folder / WEIGHTS}: holds no tensors; train the adapter again")
+    problems += [f"{folder / WEIGHTS}: {module}: has rank {rank}, {CONFIG} says {want}, and the scale depends on it; give "
+                 f"the {CONFIG} that was saved with it" for module, factors in halves.items() if not problems
+                 if (rank := factors["A"].shape[0]) != (want := _rank(config, module, rank))]
     if problems:
         raise UserError(*problems)
     scales = {m: _scale(config, m, p["A"].shape[0]) for m, p in sorted(halves.items())}
     # the scale goes into B once, so that everything after this file may forget about alpha and r
-    modules = {m: (halves[m]["A"], halves[m]["B"] * scale) for m, scale in scales.items()}
+    modules = {m: (halves[m]["A"], halves[m]["B"] * scale if scaled else halves[m]["B"]) for m, scale in scales.items()}
     return Adapter(name, folder, config, modules, scales)
+
+
+def pickled_advice(folder: Path) -> str:
+    """What to do about an adapter that is there as a pickle only; empty where it is not."""
+    pickled = [path.name for path in sorted(folder.glob("adapter_model.*")) if path.suffix in (".bin", ".pt", ".pth")]
+    if not pickled:
+        return ""
+    return (f"{folder} holds {pickled[0]} only: a pickle may run code when it is read and is refused; convert it where that "
+            f"does no harm: PeftModel.from_pretrained(BASE, {str(folder)!r}).save_pretrained({str(folder)!r}) writes "
+            f"{WEIGHTS}")
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -163,6 +196,13 @@ def _scale(config: dict, module: str, rank: int) -> float:
             alpha = value
             break
     return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+
+
+def _rank(config: dict, module: str, rank: int) -> int:
+    """The rank that the configuration gives a module, ``rank`` where it gives none."""
+    patterns = config.get("rank_pattern") or {}
+    fitting = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
+    return next(fitting, config.get("r") or rank)
 
 
 def write_adapter(folder: Path, modules: Mapping[str, Pair], targets: Iterable[str], origin: Mapping[str, Any]) -> int:

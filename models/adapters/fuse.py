@@ -30,6 +30,7 @@ from models.adapters.files import (
 )
 from models.adapters.methods import ADAPTER_METHODS, PEFT_EQUAL_RANKS, PEFT_METHODS, AdapterMethod
 from models.adapters.weights import matched
+from models.checkpoints.fingerprints import VERSION, fingerprint, same_base
 from models.operators.core_space import cut, project
 from models.operators.low_rank import Fused, low_rank, pair_norm
 from models.operators.noise import uniform
@@ -182,6 +183,10 @@ def common_base(adapters: Sequence[Adapter]) -> str | None:
         names[adapter.name] = str(adapter.config.get("base_model_name_or_path") or "")
     # fingerprints where all have one; names are what adapters from elsewhere have
     if None not in prints.values():
+        # adapters of an earlier version recorded the base in that version's way: only the base itself can tell
+        named = next((folder for name in names.values() if (folder := Path(name)).is_dir()), None)
+        if len({value.startswith(VERSION) for value in prints.values()}) > 1 and named:
+            prints = {name: fingerprint(named) if same_base(value, named) else value for name, value in prints.items()}
         if len(set(prints.values())) > 1:
             short = _listed({name: base[:12] for name, base in prints.items()})
             raise UserError(f"--adapters: they were trained on different bases ({short}); fuse those of one base")

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 from errors import UserError
 from flags import FuseAdaptersArgs
 from flags.mixture import Parts
+from models.adapters.apply import add_to, check_fit
 from models.adapters.files import Adapter, read_adapter
 from models.adapters.fuse import check, common_base, fuse
 from models.adapters.methods import ADAPTER_METHODS, Cat
-from models.base.loading import check_base, load_base, settled
-from models.operators.low_rank import Pair, product
+from models.base.loading import check_base, load_base, settled, skeleton
 from models.run_folders import run_folder
 
 
@@ -53,34 +53,10 @@ def load_mix(results: Path, parts: Parts, base: Path, dtype: torch.dtype, device
     adapters = read_parts(results, parts)
     for adapter in adapters:
         check_base(adapter.folder, base)
+    check_fit(adapters, skeleton(base))
     fused = fuse(adapters, ADAPTER_METHODS["cat"], Cat(), [weight for _, weight in parts], {}, 0)
     # summed in fp32 where there is room for it: a device that holds the 16-bit model may not hold twice that
     model = load_base(base, torch.float32, torch.device("cpu"))
     add_to(model, {module: change.pair for module, change in fused.items()},
            transposed=bool(adapters[0].config.get("fan_in_fan_out")))
     return settled(model, dtype, device)
-
-
-@torch.no_grad()
-def add_to(model: PreTrainedModel, pairs: dict[str, Pair], transposed: bool = False) -> None:
-    """Add B A to each named module's weight.
-
-    Raises:
-        UserError: the model lacks a module, or its weight has another shape.
-    """
-    there = dict(model.named_modules())
-    wrong = [f"{name}: {'absent' if name not in there else tuple(there[name].weight.shape)}, the adapters have "
-             f"{(b.shape[0], a.shape[1])}" for name, (a, b) in pairs.items()
-             if name not in there or tuple(there[name].weight.shape) != _shape(a, b, transposed)]
-    if wrong:
-        raise UserError(f"--adapters: {len(wrong)} modules do not fit this base, e.g. {wrong[0]}; give the adapters' own "
-                        "base with --model_name_or_path")
-    for name, (a, b) in pairs.items():
-        # in place: the model is loaded already, and a second copy may not fit
-        weight = there[name].weight
-        change = product((a.to(weight), b.to(weight)))
-        weight += change.T if transposed else change
-
-
-def _shape(a: torch.Tensor, b: torch.Tensor, transposed: bool) -> tuple[int, int]:
-    return (a.shape[1], b.shape[0]) if transposed else (b.shape[0], a.shape[1])

@@ -2,31 +2,42 @@
 
 Only safetensors weights are read and remote code is never executed. Embeddings are never resized: a tokenizer without
 a pad token pads with its end token, which is harmless because masks and labels are built from lengths.
+
+What a library only warns about is an error here: weights that are missing or left over, tokenizers without a vocabulary.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from errors import UserError
-from models.base import attention
-from models.checkpoints.reader import fingerprint
+from models.base import attention, tokenizers
+from models.base.folders import CAUSAL, check_folder, gguf_advice, quantisation
+from models.checkpoints.fingerprints import fingerprint, fingerprint_like, same_base
 from models.run_folders import ADAPTER
 
+log = logging.getLogger(__name__)
+#: Settings in which a model and its quantised copy agree.
+_STRUCTURE = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+              "num_key_value_heads", "vocab_size")
 
-def base_path(name: str, cache_dir: str | None = None, flag: str = "") -> Path:
-    """The local folder of a base model: the embedded one, a given folder, or a hub name's snapshot.
+
+def base_path(name: str, cache_dir: str | None = None, flag: str = "", use: str = CAUSAL) -> Path:
+    """The local folder of a base model: the embedded one, a given folder, or a hub name's snapshot; its headers are checked.
 
     Args:
         flag: how the user named it, for messages; empty: with --model_name_or_path.
+        use: what it is opened for (models/base/folders.py).
 
     Raises:
-        UserError: the folder is no model; the hub cannot be reached and its cache does not hold the model.
+        UserError: the folder is no model, or none that can be opened; the hub cannot be reached and its cache does not hold
+            the model.
     """
     # imported here: data lies below models, and a base on disk needs none of it
     if name == "embedded":
@@ -36,9 +47,10 @@ def base_path(name: str, cache_dir: str | None = None, flag: str = "") -> Path:
     flag = flag or f"--model_name_or_path {name}"
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
-            raise UserError(f"{flag}: needs config.json and *.safetensors in this folder")
+        check_folder(folder, flag, use)
         return folder.resolve()
+    if folder.suffix == ".gguf" and folder.is_file():
+        raise UserError(f"{flag}: {gguf_advice(folder)}")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"{flag}: no such folder; give 'embedded', a folder, or a hub name")
     from huggingface_hub import snapshot_download
@@ -46,32 +58,87 @@ def base_path(name: str, cache_dir: str | None = None, flag: str = "") -> Path:
     try:
         # no *.bin and no *.py: neither pickles nor remote code reach this machine
         patterns = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja"]
-        return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=patterns))
+        folder = Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=patterns))
     except Exception as error:  # the hub client raises a dozen unrelated types; the user needs one sentence
         raise UserError(
             f"{flag}: neither a local folder nor to be had from the hub "
             f"({type(error).__name__}); allowed: 'embedded', a local folder, a hub name that this machine can reach "
             "(gated models need HF_TOKEN in the environment)"
         ) from None
+    check_folder(folder, flag, use)
+    return folder
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder, with a pad token."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    # not a new token: it would need a row of its own in embeddings that are never resized
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+def load_tokenizer(folder: Path, base: Path | None = None, ends: bool = False) -> Any:
+    """The tokenizer of a model folder, with a pad token, fit for the model of ``base`` (by default the folder itself).
+
+    Args:
+        ends: keep the end token that it may append to every text (classifiers).
+
+    Raises:
+        UserError: no tokenizer, one that cannot be read here, or one that was made for another model.
+    """
+    return tokenizers.load(folder, _rows(base or folder), ends)
+
+
+def _rows(folder: Path) -> int | None:
+    """Rows of a model's embedding as its config.json says; None where it says nothing."""
+    content = _config(folder)
+    return content.get("vocab_size") or (content.get("text_config") or {}).get("vocab_size")
 
 
 def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """A causal LM in evaluation mode; its generation settings are reset so that every model decodes alike."""
+    """A causal LM in evaluation mode; its generation settings are reset so that every model decodes alike.
+
+    Raises:
+        UserError: its weights are not those of its config.json: some are missing, left over, or of other shapes.
+    """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, use_safetensors=True,
-                                                 attn_implementation=attention.implementation_for(config, device))
-    eos, pad = model.generation_config.eos_token_id, model.generation_config.pad_token_id
-    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad)
+    model = read_weights(folder, dtype=dtype, attn_implementation=attention.implementation_for(config, device))
     return model.to(device).eval()
+
+
+def read_weights(folder: Path, **options: Any) -> PreTrainedModel:
+    """A causal LM, every weight of it read from the folder; ``options`` are those of ``from_pretrained``.
+
+    Raises:
+        UserError: see ``load_base``.
+    """
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **options)
+    except RuntimeError as error:
+        # transformers' own: a table of every weight
+        if "mismatch" not in str(error):
+            raise
+        raise UserError(f"{folder}: some of its weights have other shapes than its config.json says; give the config.json "
+                        f"that was saved with them ({_example(error)})") from None
+    odd = {"lacks weights of": report["missing_keys"], "holds weights that are no part of": report["unexpected_keys"]}
+    if problems := [f"{folder}: {what} {type(model).__name__}, {len(names)} of them, e.g. {min(names)}; transformers would "
+                    "go on without a word; give the config.json that was saved with the weights, or a whole model"
+                    for what, names in odd.items() if names]:
+        raise UserError(*problems)
+    keep_ends(model)
+    return model
+
+
+def _example(error: Exception) -> str:
+    return next((line.strip()[:160] for line in str(error).splitlines() if "size" in line or "mismatch" in line.lower()), "")
+
+
+def keep_ends(model: PreTrainedModel) -> None:
+    """Reset a model's generation settings but for the ids that end an answer: all that its two configurations list."""
+    pad = model.generation_config.pad_token_id
+    listed = [model.generation_config.eos_token_id, model.config.get_text_config().eos_token_id]
+    ends = sorted({i for ids in listed if ids is not None for i in (ids if isinstance(ids, list) else [ids])})
+    # one id as a number, as its own config spells it
+    model.generation_config = GenerationConfig(eos_token_id=ends[0] if len(ends) == 1 else ends or None, pad_token_id=pad)
+
+
+def skeleton(folder: Path) -> PreTrainedModel:
+    """The model of a folder without its weights: names and shapes, no memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
 
 
 def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -106,11 +173,35 @@ def check_base(folder: Path, base: Path) -> str:
                 f"{folder}: has no manifest.json with the fingerprint of its base, and its base_model_name_or_path "
                 f"'{named}' is no local folder; train it with align_basemodel.py, or point that entry at the base"
             )
+        if method := quantisation(_config(Path(named))):
+            _check_quantised(folder, Path(named), method, base)
+            return fingerprint(base)
         want = fingerprint(Path(named))
-    have = fingerprint(base)
-    if want != have:
+    if not same_base(want, base):
+        have = fingerprint_like(want, base)
         raise UserError(
             f"{folder}: was trained on another base (fingerprint {want[:12]}, but {base} has {have[:12]}); "
             "give its base with --model_name_or_path, or train the adapter again on this one"
         )
-    return have
+    return fingerprint(base)
+
+
+def _check_quantised(folder: Path, named: Path, method: str, base: Path) -> None:
+    """An adapter whose base was quantised belongs on the full-precision model if the base was held in 4 or 8 bits while it
+    trained (QLoRA); codes that were fitted to data (GPTQ, AWQ) are another model."""
+    one, two = _config(named), _config(base)
+    odd = [key for key in _STRUCTURE if one.get(key) != two.get(key)]
+    if not method.startswith("bitsandbytes"):
+        raise UserError(f"{folder}: was trained on a quantised base ({method}, {named}), whose weights are not those of "
+                        f"{base}; train it on the full-precision model with align_basemodel.py (--base_quantization nf4 "
+                        "saves the memory)")
+    if odd:
+        raise UserError(f"{folder}: was trained on {named} ({method}), which is not {base} in fewer bits: {odd[0]} is "
+                        f"{one.get(odd[0])} there and {two.get(odd[0])} here; give its base with --model_name_or_path")
+    log.info("%s: was trained on %s (%s); put on the full-precision base %s, of the same sizes", folder, named, method,
+             base)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 from peft import prepare_model_for_kbit_training
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from errors import UserError
 from models.base import attention
+from models.base.loading import read_weights, skeleton
 
 #: Kind -> the lowest CUDA compute capability that bitsandbytes multiplies it on.
 CAPABILITY = {"int8": (7, 5), "nf4": (6, 0)}
@@ -62,11 +63,8 @@ def load_quantised(folder: Path, kind: str, dtype: torch.dtype, device: torch.de
                               bnb_4bit_use_double_quant=True))
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     where = torch.cuda.current_device() if device.type == "cuda" else device.type
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=how, dtype=dtype, device_map={"": where}, trust_remote_code=False, use_safetensors=True,
-        attn_implementation=attention.implementation_for(config, device))
-    eos, pad = model.generation_config.eos_token_id, model.generation_config.pad_token_id
-    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad)
+    model = read_weights(folder, quantization_config=how, dtype=dtype, device_map={"": where},
+                         attn_implementation=attention.implementation_for(config, device))
     # keys and values that nobody reads again, and that gradient checkpointing cannot have
     model.config.use_cache = False
     if device.type == "cpu":
@@ -82,8 +80,7 @@ def _check_widths(folder: Path) -> None:
     """bitsandbytes 0.50.2 reads 4-bit rows on a CPU block by block from each row's start: rows that are no whole number of
     blocks come out wrong (a relative error of 0.3 instead of 0.09), without a word."""
     # shapes alone, without weights: the check takes no memory
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    empty = skeleton(folder)
     # the head is not quantised
     head = empty.get_output_embeddings()
     wrong = [f"{name} ({module.in_features})" for name, module in empty.named_modules()

@@ -34,6 +34,8 @@ MAX_HEADER = 100_000_000
 MAX_ELEMENTS = 1 << 48
 MAX_DIMENSIONS = 64
 _METADATA = "__metadata__"
+#: How the text begins that Git LFS leaves in the place of a file.
+_POINTER = b"version "
 _FIELDS = ("dtype", "shape", "data_offsets")
 #: A hostile header can hold a million faults; a person reads twenty.
 _MOST_FAULTS = 20
@@ -72,7 +74,11 @@ def read_header(stream: BinaryIO, file: Path) -> tuple[dict[str, TensorInfo], di
     if size < 8:
         raise UserError(f"{file}: {size} bytes are no safetensors file, which starts with 8 bytes of length; {REPAIR}")
     # the length is checked before it is read: a claim of 2^63 bytes must not become a buffer
-    length, most = int.from_bytes(stream.read(8), "little"), min(MAX_HEADER, size - 8)
+    head = stream.read(8)
+    if head == _POINTER:
+        raise UserError(f"{file}: a Git LFS pointer, which stands for the weights and is not them; fetch them with git lfs "
+                        "pull, or download them again")
+    length, most = int.from_bytes(head, "little"), min(MAX_HEADER, size - 8)
     if not 2 <= length <= most:
         raise UserError(f"{file}: its header claims {length} bytes; allowed in this file: 2 to {most}; {REPAIR}")
     text = stream.read(length)

@@ -6,7 +6,6 @@ written. Loads no torch until it reads.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-#: Bytes of each block that a fingerprint reads: 256 of 64 kB are 16 MB, whatever the file's size.
-_SAMPLE = 1 << 16
 _SUFFIX = ".safetensors"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -139,22 +136,6 @@ class Checkpoint:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def fingerprint(folder: Path) -> str:
-    """SHA-256 over every weight file's header and 256 evenly spaced blocks: tells bases apart without reading 13 GB."""
-    digest = hashlib.sha256()
-    for file in sorted(f for f in folder.glob(f"*{_SUFFIX}") if f.is_file()):
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            # names and shapes decide, too: two files of equal samples may call them otherwise
-            header = int.from_bytes(stream.read(8), "little")
-            digest.update(stream.read(min(header, size)))
-            for i in range(256):
-                # from the first byte to the last: 255 steps between 256 blocks; short files are read more than once
-                stream.seek(max(0, i * (size - _SAMPLE) // 255))
-                digest.update(stream.read(_SAMPLE))
-    return digest.hexdigest()
 
 
 def _weights(folder: Path, problems: list[str]) -> tuple[tuple[Path, ...], dict[str, str] | None]:

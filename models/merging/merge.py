@@ -16,7 +16,8 @@ from typing import Any
 import manifest
 from errors import UserError
 from flags.merge import MergeArgs
-from models.checkpoints.reader import INDEX, Checkpoint, fingerprint
+from models.checkpoints.fingerprints import fingerprint
+from models.checkpoints.reader import INDEX, Checkpoint
 from models.checkpoints.writer import Layout, Writer, plan_layout
 from models.merging import vocabulary
 from models.merging.budget import Budget, budget
@@ -150,9 +151,10 @@ def _local(name: str, args: MergeArgs) -> Path:
     folder = Path(name).expanduser()
     if folder.exists():
         return folder
-    from models.base.loading import base_path  # loads torch: only for the embedded model and the hub
+    from models.base.folders import TENSORS  # loads torch: only for the embedded model and the hub
+    from models.base.loading import base_path
 
-    return base_path(name, args.cache_dir)
+    return base_path(name, args.cache_dir, use=TENSORS)
 
 
 def _opened(folders: Mapping[str, Path], stack: ExitStack) -> dict[str, Checkpoint]:

@@ -24,7 +24,7 @@ from errors import UserError
 from manifest import write_json
 from models.base.families import decoder_layers, family_of
 from models.base.loading import base_path, cast_parameters, load_base
-from models.checkpoints.reader import fingerprint
+from models.checkpoints.fingerprints import fingerprint_like, same_base
 from models.moe.layer import PROJECTIONS, SharedMoe, TuningConfig, halves
 
 WEIGHTS, CONFIG = "moe.safetensors", "moe_config.json"
@@ -134,7 +134,8 @@ def assemble(folder: Path, args: Any, dtype: torch.dtype, device: torch.device, 
         raise UserError(f"--expert_topk {top_k}: {folder.name} has {len(config.experts)} experts; "
                         f"allowed: 1 to {len(config.experts)}")
     base = base_path(args.model_name_or_path, args.cache_dir)
-    if (have := fingerprint(base)) != config.base_fingerprint:
+    if not same_base(config.base_fingerprint, base):
+        have = fingerprint_like(config.base_fingerprint, base)
         raise UserError(f"{folder}: was fused on base {config.base} (fingerprint {config.base_fingerprint[:12]}), "
                         f"but --model_name_or_path {args.model_name_or_path} has {have[:12]}; give that base")
     model = load_base(base, dtype, device)

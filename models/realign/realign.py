@@ -20,8 +20,9 @@ from models.adapters.files import CONFIG, WEIGHTS, vllm_note, write_adapter
 from models.adapters.fuse import TRUNCATION, truncation
 from models.base.families import family_of
 from models.base.placement import set_up_torch
+from models.checkpoints.fingerprints import fingerprint
 from models.checkpoints.header import KINDS
-from models.checkpoints.reader import INDEX, fingerprint
+from models.checkpoints.reader import INDEX
 from models.checkpoints.writer import Writer, plan_layout
 from models.merging.merge import COMPANIONS, DTYPES
 from models.operators.low_rank import Fused, Pair, low_rank, pair_norm

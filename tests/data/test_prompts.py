@@ -101,3 +101,31 @@ def test_a_tokenizer_without_chat_template_is_a_user_error(value):
     with pytest.raises(UserError, match="--template alpaca"):
         template("chat", tokenizer)
     assert template("alpaca", tokenizer).name == "alpaca"
+
+
+GEMMA = ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
+         "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}")
+SILENT = "{% for m in messages if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
+
+
+@pytest.mark.parametrize("written", [GEMMA, SILENT])
+def test_a_template_without_a_system_turn_gets_its_text_with_the_users(written):
+    from pico import pico_tokenizer
+
+    tokenizer = pico_tokenizer()
+    tokenizer.chat_template = written
+    shape = template("chat", tokenizer)
+    text = shape.render("Say hi", "to me", "Be brief.")
+    assert text == shape.render("Be brief.\n\nSay hi\n\nto me", "")
+    assert "Be brief.\n\nSay hi\n\nto me" in text
+    assert "Be brief" not in shape.render("Say hi", "")
+
+
+def test_a_template_that_refuses_every_turn_is_refused_by_name():
+    from pico import pico_tokenizer
+
+    tokenizer = pico_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('tools only') }}"
+    with pytest.raises(UserError, match=r"--template chat: .*refuses a single user turn \(tools only\)"):
+        template("chat", tokenizer).render("Say hi", "")

@@ -20,7 +20,7 @@ from data.records import Pair
 from errors import UserError
 from models.adapters.files import read_adapter
 from models.base.loading import load_base
-from models.checkpoints.reader import fingerprint
+from models.checkpoints.fingerprints import fingerprint
 from models.mask.export import masked_adapter, masked_deltas, open_mask
 from models.mask.files import read_mask, save_mask
 from models.task_vectors import vector

@@ -16,7 +16,7 @@ from data.sources import load_choices, load_pairs, load_records
 from errors import UserError
 from flags.base import SKILLS
 from models.adapters.files import read_adapter
-from models.checkpoints.reader import fingerprint
+from models.checkpoints.fingerprints import fingerprint
 from tests.assets_fixture import require_embedded
 
 

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from errors import UserError
+from models.checkpoints.fingerprints import fingerprint
 from models.checkpoints.header import KINDS, MAX_HEADER
-from models.checkpoints.reader import INDEX, SINGLE, Checkpoint, fingerprint
+from models.checkpoints.reader import INDEX, SINGLE, Checkpoint
 
 TENSORS = {"b": torch.arange(6.0).view(2, 3), "a": torch.arange(5).to(torch.bfloat16), "none": torch.zeros(0, 7),
            "scalar": torch.tensor(3.5), "flags": torch.tensor([True, False, True])}

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import manifest
 from models.adapters.files import read_adapter
-from models.checkpoints.reader import fingerprint
+from models.checkpoints.fingerprints import fingerprint
 from models.fuse import main
 from models.operators.noise import uniform
 from models.realign import walk
