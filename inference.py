@@ -133,10 +133,11 @@ def answer_all(loaded: Loaded, records: Sequence[Record], args: InferenceArgs, p
     """
     from tqdm import tqdm
 
+    from data.encode import render
     from models.generation import Decoding, answer_batch
 
     asked = [form.apply(replace(record, prompt=wrapper.wrap(record.prompt))) for record in records]
-    rendered = [loaded.template.render(row.prompt, row.input, row.system) for row in asked]
+    rendered = [render(loaded.template, row) for row in asked]
     # like lengths together: a batch is as slow as its longest prompt
     order = sorted(range(len(records)), key=lambda i: (len(rendered[i]), i))
     batches = [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]

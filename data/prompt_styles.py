@@ -54,7 +54,8 @@ class Style:
         # without a frame prompt and input stay two fields, which the template lays out
         if self.user == SLOT:
             return replace(record, system=self.system)
-        return replace(record, prompt=self.frame(record.question), input="", system=self.system)
+        return replace(record, prompt=self.frame(record.question), input="", system=self.system,
+                       history=tuple((self.frame(words), answer) for words, answer in record.history))
 
 
 @cache

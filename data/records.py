@@ -32,6 +32,7 @@ class Record:
         id: stable name of the row (source and position), used for resume and per-row reports.
         category: free-form group name for per-category rates; empty when the source has none.
         system: the system text of a dialog; empty: none.
+        history: earlier exchanges of the dialog, first one first: (the user's words, the answer).
     """
 
     prompt: str
@@ -41,6 +42,7 @@ class Record:
     id: str = ""
     category: str = ""
     system: str = ""
+    history: tuple[tuple[str, str], ...] = ()
 
     @property
     def question(self) -> str:
@@ -50,7 +52,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Pair:
-    """One prompt with a preferred and a dispreferred answer (DPO, preference accuracy)."""
+    """One prompt with a preferred and a dispreferred answer (DPO, preference accuracy); system, history as in ``Record``."""
 
     prompt: str
     chosen: str
@@ -58,6 +60,8 @@ class Pair:
     objective: int
     input: str = ""
     id: str = ""
+    system: str = ""
+    history: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -143,6 +143,8 @@ def _place(task: str, split: str, source: str | Mapping[str, str]) -> str:
 def _objective(task: str) -> int:
     if task in SKILLS:
         return HELPFULNESS
+    if task in DIALOGS:
+        return SAFETY if task in dialogs.SAFETY_SETS else HELPFULNESS
     return SAFETY if task == "overrefusal" else OBJECTIVES.index(task)
 
 

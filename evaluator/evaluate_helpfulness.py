@@ -86,6 +86,7 @@ def _with_references(args: EvaluateHelpfulnessArgs, subject: Subject) -> list[di
 def score(args: EvaluateHelpfulnessArgs, subject: Subject, records: list, choices: list, judges: Sequence[Named] = (),
           answers: Sequence[dict[str, Any]] = ()) -> Result:
     """NLL over the records, unless --lite the preference over the pairs, and the judges' preferences over the answers."""
+    from data.encode import render
     from evaluator.scoring import engine, judging
     from evaluator.scoring.likelihood import answer_logprobs
     from evaluator.scoring.preferences import preference_score
@@ -94,7 +95,7 @@ def score(args: EvaluateHelpfulnessArgs, subject: Subject, records: list, choice
     # before the model is loaded: a local judge and the model need not be in memory together
     judged = judging.judge_answers(args, judges, args.answers_task, answers)
     loaded = engine.load(args, subject)
-    items = [(loaded.template.render(record.prompt, record.input), record.answer) for record in records]
+    items = [(render(loaded.template, record), record.answer) for record in records]
     # with the end of the answer, as in training: a model that would write on pays for it
     scored = answer_logprobs(loaded, items, args.batch_tokens, end=True)
     scores = [metrics.ratio([-total for total, _ in scored], [n for _, n in scored], "nll", NLL,

@@ -62,6 +62,7 @@ def plan(args: EvaluateSkillsArgs, subject: Subject) -> Work:
 
 def score(args: EvaluateSkillsArgs, subject: Subject, records: dict[str, list]) -> Result:
     """The likelihood of every task's answers, task by task."""
+    from data.encode import render
     from evaluator.scoring import engine
     from evaluator.scoring.likelihood import answer_logprobs
     from evaluator.statistics import metrics
@@ -69,7 +70,7 @@ def score(args: EvaluateSkillsArgs, subject: Subject, records: dict[str, list]) 
     loaded = engine.load(args, subject)
     scores, rows = [], []
     for name, task_records in records.items():
-        items = [(loaded.template.render(record.prompt, record.input), record.answer) for record in task_records]
+        items = [(render(loaded.template, record), record.answer) for record in task_records]
         # with the end of the answer, as in training: a model that would write on pays for it
         scored = answer_logprobs(loaded, items, args.batch_tokens, end=True)
         scores.append(metrics.ratio([-total for total, _ in scored], [n for _, n in scored], f"nll_{name}",

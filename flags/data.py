@@ -29,6 +29,8 @@ class RecordFlags(Flags):
                            choices=("leak_free", "published"))
     mixing: str = flag("proportional", "mix: all rows as they are, or the same number from each objective",
                        choices=("proportional", "balanced"))
+    train_on_turns: str = flag("all", "dialogs of several turns: train on every answer, or on the last one alone",
+                               choices=("all", "last"))
 
 
 @dataclass(frozen=True)

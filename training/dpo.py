@@ -18,12 +18,10 @@ from peft import PeftModel
 from trl import DPOConfig, DPOTrainer
 
 import manifest
-from data import sources
+from data import encode, sources
 from data.collate import mix
-from data.encode import prompt_ids
 from data.prompts import Template, template
 from data.records import Pair
-from errors import UserError
 from flags import DpoArgs, MaskArgs
 from models.base.loading import base_path, load_tokenizer
 from models.base.placement import set_up_torch
@@ -48,6 +46,12 @@ class SafeDPOTrainer(SafeCheckpoints, DPOTrainer):
             # WPO's weights need a number that packing does not compute
             if inner is not None and (self.use_weighting or not pack_forward(inner)):
                 log.info("preference data: batches of %s stay padded", inner.config.model_type)
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        # TRL would tokenise texts its own way: one more BOS where the template writes it, the end cut off long answers
+        if missing := {"prompt_ids", "chosen_ids", "rejected_ids"} - set(dataset.column_names):
+            raise ValueError(f"preference rows come from data/encode.py; missing: {', '.join(sorted(missing))}")
+        return dataset
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         # by now TRL's own scoring forward is in place; a reference read in another way would round in another way
@@ -92,29 +96,19 @@ def drawn_pairs(args: DpoArgs | MaskArgs) -> list[Pair]:
     return mix(pairs, args.max_train_samples, "proportional", args.seed)
 
 
-def encode_pairs(pairs: list[Pair], tokenizer: Any, form: Template, max_length: int) -> list[dict[str, str]]:
-    """Prompt and answers as text, prompts that fill the window dropped and counted.
+def encode_pairs(pairs: list[Pair], tokenizer: Any, form: Template, max_length: int) -> list[dict[str, list[int]]]:
+    """Rows {prompt_ids, chosen_ids, rejected_ids} as ``data/encode.py`` makes them, what was cut and dropped said.
 
     Raises:
         UserError: no pair fits.
     """
-    rows, dropped = [], 0
-    for pair in pairs:
-        prompt = form.render(pair.prompt, pair.input)
-        # room for one token of the answer and its end, else no label is left
-        if len(prompt_ids(prompt, tokenizer, form)) >= max_length - 1:
-            dropped += 1
-            continue
-        # TRL appends no end token to plain-text answers that already end with it
-        end = form.end + tokenizer.eos_token
-        rows.append({"prompt": prompt, "chosen": pair.chosen + end, "rejected": pair.rejected + end})
-    log.info("preference data: %d pairs, %d dropped because their prompt fills the window", len(rows), dropped)
-    if not rows:
-        raise UserError(f"--model_max_length {max_length}: no preference pair fits; raise it or check --data_path")
+    rows, facts = encode.encode_pairs(pairs, tokenizer, form, max_length)
+    log.info("preference data: %d pairs, %d dropped because their prompt fills the window; at %d tokens %d answers cut",
+             len(rows), facts.dropped, max_length, facts.truncated)
     return rows
 
 
-def on_disk(rows: list[dict[str, str]], args: DpoArgs) -> Dataset:
+def on_disk(rows: list[dict[str, Any]], args: DpoArgs) -> Dataset:
     """The pairs as a Dataset with a cache folder, where TRL keeps the reference log-probabilities."""
     import hashlib
 

@@ -66,7 +66,7 @@ def training_rows(args: AlignArgs, tokenizer: Any) -> tuple[list[dict[str, Any]]
         framed = style(args.prompt_style or "none", args.prompt_style_file)
     records = [framed.apply(record) for record in records]
     form = template(args.template, tokenizer)
-    train = encode(records, tokenizer, form, args.model_max_length)
+    train = encode(records, tokenizer, form, args.model_max_length, args.train_on_turns)
     log.info("training data: %s", train.report(args.model_max_length))
     counts = {name: sum(r["objective"] == i for r in train.rows) for i, name in enumerate(OBJECTIVES)}
     log.info("rows by objective: %s", ", ".join(f"{name} {count}" for name, count in counts.items() if count))

@@ -7,18 +7,22 @@ and line, all of them together; nothing is fetched and nothing repaired in silen
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data.readers.columns import HISTORY, SYSTEM, refused, tell_unread
 from data.readers.row_files import Problems, Row, read_rows
+from data.readers.turns import Exchange, empty, exchange, history_of, is_turns, read_turns
 from data.records import SAFETY, Record
 
 log = logging.getLogger(__name__)
 #: Names that head a column of prompts.
 HEADS = ("prompt", "prompts", "question", "questions", "instruction", "goal", "behavior", "text", "request",
          "forbidden_prompt")
-_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+#: Columns that hold the turns of a dialog.
+TURNS = ("messages", "conversations", "conversation")
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Shape:
     prompt: tuple[str, ...]
     answer: tuple[str, ...]
     input: tuple[str, ...] = ()
-    system: tuple[str, ...] = ("system",)
+    system: tuple[str, ...] = SYSTEM
 
     def fits(self, fields: dict[str, Any]) -> bool:
         """Whether a row has this shape's prompt and answer."""
@@ -42,8 +46,11 @@ SHAPES = (
     Shape("instructions {instruction, input, output}", ("instruction",), ("output", "response"), ("input", "context")),
     Shape("articles {document, summary}", ("document", "article"), ("summary", "highlights")),
     Shape("prompt and answer {prompt, answer}", ("prompt",), ("answer", "response", "completion", "output"), ("input",)),
+    Shape("query and response {query, response}", ("query",), ("response", "answer"), ("input",)),
+    Shape("question and response {question, response}", ("question",), ("response",), ("context",)),
 )
-KNOWN = "; ".join(["dialogs (a list of {role, content} turns per row, or {messages: [turns]})", *(s.name for s in SHAPES)])
+KNOWN = "; ".join(["dialogs (a list of {role, content} turns per row, or {messages: [turns]}; or from and value)",
+                   *(s.name for s in SHAPES)])
 #: What is asked of an article in a row without a request (the published XSum set has the request in its dialogs).
 SUMMARISE = "Summarise the following article in one sentence.\n\n"
 
@@ -59,20 +66,51 @@ def read_dialogs(file: Path, split: str, objective: int) -> list[Record]:
     """
     problems = Problems()
     rows = read_rows(file, problems, turns=True, bare=HEADS)
-    records = []
-    for number, row in enumerate(rows):
-        # sets differ in the capitals of their columns, not in what these mean
-        fields = {str(key).strip().lower(): value for key, value in row.fields.items()}
-        reader = _dialog if "messages" in fields or "conversations" in fields else _table
-        if (record := reader(Row(fields, row.where), split, objective, f"{file.stem}-{number}", problems)) is not None:
-            records.append(record)
+    records = records_of_rows(rows, split, objective, file.stem, problems)
     problems.raise_if_any()
-    # reversed, so that of equal rows the first one is kept
-    first = {(r.system, r.prompt, r.input, r.answer): r for r in reversed(records)}
-    kept = [record for record in records if first[record.system, record.prompt, record.input, record.answer] is record]
+    kept = without_repeats(records)
     if len(kept) < len(records):
         log.warning("%s: %d rows repeat an earlier one and were dropped", file, len(records) - len(kept))
     return kept
+
+
+def without_repeats(records: Sequence[Record]) -> list[Record]:
+    """The first of equal rows, in order."""
+    def key(r: Record) -> tuple:
+        return r.system, r.history, r.prompt, r.input, r.answer
+
+    # reversed, so that of equal rows the first one is kept
+    first = {key(r): r for r in reversed(records)}
+    return [record for record in records if first[key(record)] is record]
+
+
+def records_of_rows(rows: Sequence[Row], split: str, objective: int, name: str, problems: Problems) -> list[Record]:
+    """The record of each row of a known shape, in order; every other row is a problem.
+
+    Args:
+        name: begins the records' ids.
+    """
+    records, read = [], {*TURNS, *SYSTEM, *HISTORY}
+    for number, row in enumerate(rows):
+        # sets differ in the capitals of their columns, not in what these mean
+        fields = {str(key).strip().lower(): value for key, value in row.fields.items()}
+        turns = [column for column in TURNS if not empty(fields.get(column))]
+        if not turns and not any(shape.fits(fields) for shape in SHAPES):
+            turns = [column for column in TURNS if column in fields]
+        try:
+            found, extra, used = _dialog(fields, turns, split) if turns else _table(fields, split)
+        except ValueError as error:
+            problems.add(f"{row.where}: {error}")
+            continue
+        read |= used
+        wrong = refused(fields, used, split)
+        for sentence in wrong:
+            problems.add(f"{row.where}: {sentence}")
+        if not wrong:
+            records.append(Record(found.prompt, found.answer, objective, extra, f"{name}-{number}", system=found.system,
+                                  history=found.history))
+    tell_unread(name, (str(key).strip().lower() for row in rows for key in row.fields), read)
+    return records
 
 
 def read_prompts(file: Path) -> list[str]:
@@ -80,46 +118,82 @@ def read_prompts(file: Path) -> list[str]:
     return list(dict.fromkeys(record.question for record in read_dialogs(file, "test", SAFETY)))
 
 
-def _dialog(row: Row, split: str, objective: int, id: str, problems: Problems) -> Record | None:
-    """One exchange: at most one system turn, then a user's and an assistant's (for tests the answer may lack)."""
-    turns = row.fields.get("messages", row.fields.get("conversations"))
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        problems.add(f"{row.where}: needs a list of turns, each {{role, content}}")
-        return None
-    spoken = [(_ROLES.get(str(turn.get("role", turn.get("from"))).lower(), "?"), turn.get("content", turn.get("value")))
-              for turn in turns]
-    roles = [role for role, _ in spoken]
-    system = spoken[0][1] if roles[0] == "system" else ""
-    body = roles[1:] if roles[0] == "system" else roles
-    allowed = [["user", "assistant"]] + ([["user"]] if split == "test" else [])
-    if body not in allowed:
-        problems.add(f"{row.where}: its turns are {', '.join(roles)}; needed: (system,) user, assistant")
-        return None
-    if not all(isinstance(text, str) and text.strip() for _, text in spoken):
-        problems.add(f"{row.where}: every turn needs content that is text and not blank")
-        return None
-    texts = dict(zip(roles, (text for _, text in spoken), strict=True))
-    return Record(texts["user"], texts.get("assistant", ""), objective, id=id, system=system)
+def _dialog(fields: dict[str, Any], columns: Sequence[str], split: str) -> tuple[Exchange, str, set[str]]:
+    """A dialog, no input, and the columns that it was read of (for tests the last answer may lack)."""
+    if len(columns) > 1:
+        raise ValueError(f"has turns in {' and '.join(columns)}; drop one of them")
+    found = exchange(read_turns(fields[columns[0]]), True if split == "train" else None)
+    used = {columns[0], *(name for name in SYSTEM if name in fields)}
+    if (shape := next((shape for shape in SHAPES if shape.fits(fields)), None)) is not None:
+        raise ValueError(f"has turns in {columns[0]}, and is a row of {shape.name}, too; drop one of the two")
+    return with_system(found, fields), "", used
 
 
-def _table(row: Row, split: str, objective: int, id: str, problems: Problems) -> Record | None:
-    fields = row.fields
+def with_system(found: Exchange, fields: dict[str, Any]) -> Exchange:
+    """A dialog with the system text that stands beside it."""
+    system = system_of(fields)
+    if system and found.system and system.strip() != found.system.strip():
+        raise ValueError("has a system turn and another text in the column 'system'; drop one of them")
+    return replace(found, system=found.system or system)
+
+
+def system_of(fields: dict[str, Any]) -> str:
+    """The system text of a row's own column; a ValueError where it is no text."""
+    given = [name for name in SYSTEM if not empty(fields.get(name))]
+    if len(given) > 1 or not all(isinstance(fields[name], str) for name in given):
+        raise ValueError(f"field '{given[0]}' needs text, and there may be one system text")
+    return fields[given[0]] if given else ""
+
+
+def _table(fields: dict[str, Any], split: str) -> tuple[Exchange, str, set[str]]:
     shape = next((shape for shape in SHAPES if shape.fits(fields)), None)
     if shape is None and split == "test" and (head := next((name for name in HEADS if name in fields), None)):
         # a test needs no answer: a column of prompts will do
         shape = Shape(head, (head,), (), ("input", "context"))
     if shape is None:
-        problems.add(f"{row.where}: fields {', '.join(fields) or 'none'} are no known shape; allowed: {KNOWN}")
-        return None
-    values = {}
-    for part, names, needed in (("prompt", shape.prompt, True), ("answer", shape.answer, split == "train"),
-                                ("input", shape.input, False), ("system", shape.system, False)):
-        name = next((name for name in names if name in fields), None)
-        value = "" if name is None or fields[name] is None else fields[name]
-        if not isinstance(value, str) or (needed and not value.strip()):
-            problems.add(f"{row.where}: field '{name}' needs text{' that is not blank' if needed else ''}")
-            return None
-        values[part] = value
+        raise ValueError(f"fields {', '.join(fields) or 'none'} are no known shape; allowed: {KNOWN}")
+    names = {part: next((name for name in columns if name in fields), None)
+             for part, columns in (("prompt", shape.prompt), ("answer", shape.answer), ("input", shape.input))}
+    used = {name for name in names.values() if name} | {name for name in (*SYSTEM, *HISTORY) if name in fields}
+    asked, answered = (fields.get(names[part]) for part in ("prompt", "answer"))
+    if is_turns(asked):
+        # TRL's dialogs: {prompt: [turns], completion: [turns]}
+        turns = read_turns(asked)
+        turns += read_turns(answered) if is_turns(answered) else [("assistant", text_of(names["answer"], answered, True))]
+        return with_system(exchange(turns, True), fields), "", used
+    if is_turns(answered):
+        answered = _last_answer(asked, answered)
+    values = [text_of(names["prompt"], asked, True),
+              "" if names["answer"] is None else text_of(names["answer"], answered, split == "train", number=True),
+              "" if names["input"] is None else text_of(names["input"], fields[names["input"]], False)]
     if "document" in shape.prompt:
-        values["prompt"] = SUMMARISE + values["prompt"].strip()
-    return Record(values["prompt"], values["answer"], objective, values["input"], id, system=values["system"])
+        values[0] = SUMMARISE + values[0].strip()
+    history = history_of(next((fields[name] for name in HISTORY if name in fields), None))
+    return Exchange(values[0], values[1], system_of(fields), history), values[2], used
+
+
+def _last_answer(asked: Any, answered: Any) -> str:
+    """The text of one assistant turn that answers a prompt."""
+    turns = read_turns(answered)
+    if [role for role, _ in turns] != ["assistant"]:
+        raise ValueError(f"the answer's turns are {', '.join(role for role, _ in turns)}; needed: assistant")
+    return turns[0][1]
+
+
+def text_of(name: str | None, value: Any, needed: bool, number: bool = False) -> str:
+    """A field as text: None and NaN are no text; with ``number``, a whole number is its digits.
+
+    Raises:
+        ValueError: it is no text, blank where it is needed, or the ``nan`` that pandas writes for a missing one.
+    """
+    if number and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not needed and empty(value) and not isinstance(value, str):
+        return ""
+    if value == "nan":
+        raise ValueError(f"field '{name}' is 'nan', which is how pandas writes a missing text; leave it empty")
+    if not isinstance(value, str) or (needed and not value.strip()):
+        raise ValueError(f"field '{name}' needs text{' that is not blank' if needed else ''}"
+                         + (f"; the number {value} can be written in several ways, so write it as text"
+                            if isinstance(value, float) and number and not empty(value) else ""))
+    return value

@@ -1,4 +1,4 @@
-"""Rows of a JSON, JSONL or CSV file, each with its line, read as if somebody hostile had written the file.
+"""Rows of a JSON, JSONL, CSV or Parquet file, each with its line, read as if somebody hostile had written the file.
 
 Every problem is one sentence with ``file:line``; up to ten are collected and raised together. Nothing is unpickled.
 """
@@ -6,19 +6,25 @@ Every problem is one sentence with ``file:line``; up to ten are collected and ra
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
+import zlib
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.readers.json_objects import Damaged, columns_of, rows_within, spread_objects
+from data.readers.turns import is_turns
 from errors import UserError
 
 MAX_ROW = 1_000_000  # characters; a longer line is no prompt but a damaged file
 #: One damaged line often damages all that follow: ten show what is wrong.
 MAX_PROBLEMS = 10
-SUFFIXES = (".json", ".jsonl", ".csv")
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".jsonl.gz", ".json.gz")
+#: What a compressed file may hold: more is a bomb, or no file of prompts.
+MAX_UNPACKED = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -52,21 +58,26 @@ class Problems:
 
 
 def read_rows(file: Path, problems: Problems, *, turns: bool = False, bare: Container[str] = ()) -> list[Row]:
-    """All rows of a file; a .json file may hold a list or one object a line.
+    """All rows of a file; a .json file may hold a list, one object a line, one object over several lines after the other,
+    an object of rows ({"data": [..]}) or of columns, as pandas writes it.
 
     Args:
-        turns: a row may also be a list, the turns of a dialog: it becomes {messages: list}.
+        turns: a row may be any list, the turns of a dialog: it becomes {messages: list}, as real turns always do.
         bare: names that head a single column of texts; with them, a CSV of one column whose first line is no such name has
             no header, and its rows become {prompt: text}.
 
     Raises:
         UserError: missing, a folder, another suffix, not UTF-8, empty.
     """
+    if file.suffix.lower() == ".parquet" and file.is_file():
+        return _parquet_rows(file, problems)
     text = read_text(file)
     if file.suffix.lower() == ".csv":
         stream = _bare_rows(text, file, problems, bare) if bare and _is_one_column(text) else _csv_rows(text, file, problems)
     elif text.lstrip().startswith("["):
         stream = _list_rows(text, file, problems, turns)
+    elif (objects := _objects(text, file)) is not None:
+        stream = _object_rows(objects, file, problems, turns)
     else:
         stream = _line_rows(text, file, problems, turns)
     rows = list(stream)
@@ -84,8 +95,11 @@ def read_text(file: Path) -> str:
     """
     if not file.is_file():
         what = "is a folder" if file.is_dir() else "no such file"
-        raise UserError(f"{file}: {what}; give a .json, .jsonl or .csv file")
-    if file.suffix.lower() not in SUFFIXES:
+        raise UserError(f"{file}: {what}; give a .json, .jsonl, .csv or .parquet file")
+    if file.suffix.lower() == ".parquet":
+        raise UserError(f"{file}: Parquet is read where rows are trained on or answers are scored, not here; save "
+                        "it as .jsonl (pandas: to_json(.., orient='records', lines=True))")
+    if not file.name.lower().endswith(SUFFIXES):
         raise UserError(f"{file}: unknown type '{file.suffix}'; allowed: {', '.join(SUFFIXES)}")
     text = _decode(file)
     if not text.strip():
@@ -95,15 +109,71 @@ def read_text(file: Path) -> str:
 
 def _decode(file: Path) -> str:
     try:
-        data = file.read_bytes()
+        data = file.read_bytes() if file.suffix.lower() != ".gz" else _unpacked(file)
+    except (EOFError, zlib.error) as error:
+        raise UserError(f"{file}: not a whole gzip file ({error}); fetch or pack it again") from None
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
     try:
         # with or without the byte order mark that spreadsheets put in front
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{file}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}); save the file as UTF-8") from None
+
+
+def _unpacked(file: Path) -> bytes:
+    with gzip.open(file) as stream:
+        data = stream.read(MAX_UNPACKED + 1)
+    if len(data) > MAX_UNPACKED:
+        raise UserError(f"{file}: more than {MAX_UNPACKED >> 30} GiB when unpacked; give it in parts")
+    return data
+
+
+def _parquet_rows(file: Path, problems: Problems) -> list[Row]:
+    """Rows of a Parquet file, counted from 1; columns of bytes, e.g. pictures, are left as they are and no text."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            names, values = table.schema_arrow.names, [row for batch in table.iter_batches() for row in batch.to_pylist()]
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{file}: not a Parquet file ({(str(error).splitlines() or [''])[0][:200]})") from None
+    if len(set(names)) < len(names):
+        raise UserError(f"{file}: names a column twice: {', '.join(sorted({n for n in names if names.count(n) > 1}))}")
+    if not values:
+        raise UserError(f"{file}: the file has no rows; it needs at least one")
+    return [Row(row, where) for number, row in enumerate(values, 1) for where in (f"{file}:{number}",)
+            if not any(_too_long(v, where, problems) for v in row.values() if isinstance(v, str))]
+
+
+def _objects(text: str, file: Path) -> list[tuple[Any, int, int]] | None:
+    try:
+        return spread_objects(text)
+    except Damaged as error:
+        raise UserError(f"{file}:{error.line}: not JSON ({_reason(error.reason)}); objects over several lines must follow "
+                        "each other with nothing between them") from None
+
+
+def _object_rows(objects: list[tuple[Any, int, int]], file: Path, problems: Problems, turns: bool) -> Iterator[Row]:
+    """Rows of JSON objects (value, line, characters): rows themselves, or one that holds all rows or all columns."""
+    if len(objects) == 1:
+        value, line, _ = objects[0]
+        try:
+            inner = rows_within(value)
+            inner = columns_of(value) if inner is None else inner
+        except ValueError as error:
+            raise UserError(f"{file}: {error}") from None
+        if inner is not None:
+            for number, row in enumerate(inner, 1):
+                where = f"{file}:{number}"
+                if not _too_long(json.dumps(row), where, problems):
+                    yield from _checked(row, where, problems, turns)
+            return
+    for value, line, size in objects:
+        if not _too_long(" " * min(size, MAX_ROW + 1), f"{file}:{line}", problems):
+            yield from _checked(value, f"{file}:{line}", problems, turns)
 
 
 def _line_rows(text: str, file: Path, problems: Problems, turns: bool) -> Iterator[Row]:
@@ -213,7 +283,7 @@ def _bare_rows(text: str, file: Path, problems: Problems, heads: Container[str])
 def _checked(value: Any, where: str, problems: Problems, turns: bool) -> Iterator[Row]:
     if isinstance(value, dict):
         yield Row(value, where)
-    elif turns and isinstance(value, list):
+    elif isinstance(value, list) and (turns or is_turns(value)):
         yield Row({"messages": value}, where)
     else:
         problems.add(f"{where}: a row must be an object with named fields, this is a {type(value).__name__}")

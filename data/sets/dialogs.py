@@ -7,8 +7,10 @@ from pathlib import Path
 import yaml
 
 from data.prompt_styles import style
-from data.readers.dialog_files import KNOWN, read_dialogs
+from data.readers.dialog_files import KNOWN, read_dialogs, records_of_rows, without_repeats
+from data.readers.row_files import Problems
 from data.records import HELPFULNESS, SAFETY, Record
+from data.sets.hub import hub_rows, is_local
 from errors import UserError
 
 _IDENTITY = Path(__file__).with_name("identity.yaml")
@@ -20,7 +22,7 @@ def records(task: str, split: str, source: str | None) -> list[Record]:
     """The rows of one of the ``DIALOGS``.
 
     Args:
-        source: file; None or ``embedded`` for identity, our own set.
+        source: file or hub name; None or ``embedded`` for identity, our own set.
 
     Raises:
         UserError: the set is not shipped and no file is given, or the file has problems: all of them.
@@ -30,7 +32,12 @@ def records(task: str, split: str, source: str | None) -> list[Record]:
         if task != "identity":
             raise UserError(f"--task_name {task}: this set is not shipped; give your file of it with --data_path: {KNOWN}")
         return identity(split)
-    return read_dialogs(Path(source).expanduser(), split, objective)
+    if is_local(source):
+        return read_dialogs(Path(source).expanduser(), split, objective)
+    problems = Problems()
+    found = records_of_rows(hub_rows(source, split), split, objective, source.split("/")[-1], problems)
+    problems.raise_if_any()
+    return without_repeats(found)
 
 
 def identity(split: str) -> list[Record]:

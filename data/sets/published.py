@@ -6,35 +6,26 @@ A file is read by its shape, whatever its name. All problems of a file are raise
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data.readers.row_files import SUFFIXES, Problems, Row, read_rows
+from data.readers import pair_rows
+from data.readers.columns import HISTORY, SYSTEM, refused, tell_unread
+from data.readers.dialog_files import KNOWN as DIALOG_SHAPES
+from data.readers.dialog_files import SHAPES as TABLE_SHAPES
+from data.readers.dialog_files import TURNS, records_of_rows, system_of
+from data.readers.fields import Shape, checked
+from data.readers.row_files import Problems, Row, read_rows
+from data.readers.turns import empty, history_of
 from data.records import Pair, Record, stable_hash
+from data.sets.hub import hub_rows, is_local
 from errors import UserError
 
 log = logging.getLogger(__name__)
 ALPACA_FILE = Path(__file__).parents[1] / "alpaca_small.json"
 
-
-@dataclass(frozen=True)
-class Shape:
-    """A kind of row: the fields that give it away, and each field's kind (see ``_CHECKS``)."""
-
-    name: str
-    mark: frozenset[str]
-    fields: dict[str, str]
-
-    def describe(self) -> str:
-        """The shape in a user's words."""
-        return f"{self.name} {{{', '.join(self.fields)}}}"
-
-
-_PAIR = Shape("preference", frozenset({"prompt", "chosen", "rejected"}),
-              {"prompt": "text", "chosen": "text", "rejected": "text", "input": "optional"})
 _BEAVER = Shape("BeaverTails", frozenset({"prompt", "response"}),
                 {"prompt": "text", "response": "answer", "is_safe": "flag", "category": "any"})
 _TRUTH = Shape("TruthfulQA", frozenset({"question", "best_answer"}),
@@ -48,32 +39,9 @@ _PKU = Shape("PKU-SafeRLHF", frozenset({"prompt", "response_0", "response_1", "s
 _RANKED = Shape("ranked", frozenset({"prompt", "response"}), {"prompt": "text", "response": "two"})
 _QUESTIONS = Shape("question and answer", frozenset({"question", "answer"}), {"question": "text", "answer": "answer"})
 #: In the order of detection: the more marks, the earlier.
-SHAPES = (_PAIR, _PKU, _BEAVER, _TRUTH, _QUESTIONS, _ALPACA, _PROMPTS)
-#: Shapes of preference pairs; the third is what SOMF writes of PKU-SafeRLHF: {prompt, response: [chosen, rejected]}.
-PAIR_SHAPES = (_PAIR, _PKU, _RANKED)
-
-
-@dataclass(frozen=True)
-class HubSet:
-    """Where ``datasets.load_dataset`` finds a published set: its positional arguments, data files, split names."""
-
-    arguments: tuple[str, ...]
-    train: str
-    test: str
-    data_files: str | None = None
-
-
-HUB: dict[str, HubSet] = {
-    # the hub's loading script for AlpacaEval is refused by recent releases of datasets: read its file
-    "tatsu-lab/alpaca_eval": HubSet(("json",), "", "train", "hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json"),
-    "PKU-Alignment/BeaverTails": HubSet(("PKU-Alignment/BeaverTails",), "30k_train", "30k_test"),
-    "truthfulqa/truthful_qa": HubSet(("truthfulqa/truthful_qa", "generation"), "validation", "validation"),
-    "bench-llm/or-bench": HubSet(("bench-llm/or-bench", "or-bench-hard-1k"), "", "train"),
-    "openai/gsm8k": HubSet(("openai/gsm8k", "main"), "train", "test"),
-    **{name: HubSet((name,), "train", "") for name in (
-        "llamafactory/alpaca_gpt4_en", "llamafactory/alpaca_gpt4_zh", "iamshnoo/alpaca-cleaned-hindi",
-        "sahil2801/CodeAlpaca-20k")},
-}
+SHAPES = (_PKU, _BEAVER, _TRUTH, _QUESTIONS, _ALPACA, _PROMPTS)
+#: Shapes of pairs beside ``pair_rows``' own; SOMF writes PKU-SafeRLHF as {prompt, response: [chosen, rejected]}.
+PAIR_SHAPES = (_PKU, _RANKED)
 #: (task, split) -> hub name or local file of H3Fusion's data (its spec, section 2.1) and of SOMF's tasks (its section 2.1).
 PUBLISHED: dict[tuple[str, str], str] = {
     ("helpfulness", "train"): str(ALPACA_FILE), ("helpfulness", "test"): "tatsu-lab/alpaca_eval",
@@ -91,7 +59,7 @@ def records_of(
     """Records of a local file or hub set.
 
     Args:
-        place: a .json, .jsonl or .csv file, or a hub name.
+        place: a file of rows (``data/readers/row_files.py``), or a hub name.
         split: train or test. A TruthfulQA file holds both; any other file *is* a split and is read whole.
         split_mode: for TruthfulQA: ``published`` (first and second half) or ``leak_free`` (by hash of the question).
         unique_prompts: keep only the first row of each prompt (BeaverTails repeats them).
@@ -101,12 +69,19 @@ def records_of(
     """
     problems = Problems()
     rows = _rows(place, split, problems)
-    shape = _shape_of(rows[0], SHAPES[1:])
+    name = Path(place).stem if is_local(place) else place.split("/")[-1]
+    if _is_dialog(rows[0].fields, split, task):
+        found = records_of_rows(rows, split, objective, name, problems)
+        problems.raise_if_any()
+        return _kept([(record, row.where) for record, row in zip(found, rows, strict=True)], task, split, place,
+                     unique_prompts)
+    shape = _shape_of(rows[0], SHAPES)
     # found by shape, so said in shapes: which of them can be trained on
     if shape is _PROMPTS and split == "train":
         raise UserError(f"{rows[0].where}: rows without an answer can only be tested on; allowed for training: "
-                        + "; ".join(s.describe() for s in (_ALPACA, _BEAVER, _TRUTH)))
-    good = _checked(rows, shape, split, problems)
+                        + "; ".join([*(s.describe() for s in (_ALPACA, _BEAVER, _TRUTH)), DIALOG_SHAPES]),
+                        *(f"{rows[0].where}: {sentence}" for sentence in refused(rows[0].fields, (*SYSTEM, *HISTORY))))
+    good = checked(rows, shape, split, problems)
     problems.raise_if_any()
     if shape is _TRUTH:
         good = _half(good, split, split_mode)
@@ -115,9 +90,36 @@ def records_of(
         good = [row for row in good if row.fields["is_safe"]]
     if shape is _PKU:
         good = _one_safe(good, place)
-    name = Path(place).stem if is_local(place) else place.split("/")[-1]
-    placed = [pair for row in good for pair in _READERS[shape.name](row, objective, split, name)]
-    kept = _without_duplicates(placed, lambda r: (r.prompt, r.input, r.answer), place)
+    read = {*shape.fields, *SYSTEM, *HISTORY}
+    tell_unread(place, (column for row in rows for column in row.fields), read)
+    placed = [(_in_context(record, row.fields), where) for row in good
+              for record, where in _READERS[shape.name](row, objective, split, name)]
+    return _kept(placed, task, split, place, unique_prompts, " (no row has is_safe true)" if shape is _BEAVER else "")
+
+
+def _is_dialog(fields: dict[str, Any], split: str, task: str) -> bool:
+    """Whether a row is for the reader of dialogs: it has turns, or a question and an answer that no shape here has."""
+    shape = next((shape for shape in SHAPES if shape.mark <= fields.keys()), None)
+    # Dolly's answers are called response; answers without a label are BeaverTails' for no task but safety
+    other = (shape is _ALPACA and "output" not in fields) or (
+        shape is _BEAVER and "is_safe" not in fields and split == "train" and task != "safety")
+    if shape in (None, _PROMPTS) or other:
+        # a column of prompts can be tested on, whatever stands beside it
+        return any(name in fields for name in TURNS) and (shape is None or split == "train") or (
+            any(table.fits(fields) for table in TABLE_SHAPES))
+    return shape is not _PKU and any(not empty(fields.get(name)) for name in TURNS)
+
+
+def _in_context(record: Any, fields: dict[str, Any]) -> Any:
+    """The record or pair with the system text and the earlier exchanges of its row, both checked before."""
+    history = next((fields[name] for name in HISTORY if not empty(fields.get(name))), None)
+    return replace(record, system=system_of(fields), history=history_of(history))
+
+
+def _kept(placed: list[tuple[Record, str]], task: str, split: str, place: str, unique_prompts: bool,
+          reason: str = "") -> list[Record]:
+    """Rows without repeats and, for training, without blank answers."""
+    kept = _without_duplicates(placed, lambda r: (r.system, r.history, r.prompt, r.input, r.answer), place)
     if split == "train" and (blank := sum(not r.answer.strip() for r in kept)):
         log.warning("%s: %d rows without an answer dropped", place, blank)
         kept = [r for r in kept if r.answer.strip()]
@@ -126,22 +128,24 @@ def records_of(
         kept = list({(r.prompt, r.input): r for r in reversed(kept)}.values())[::-1]
     if not kept:
         raise UserError(f"{place}: no row is left for {task} {split}"
-                        + (" (no row has is_safe true)" if shape is _BEAVER and split == "train" else ""))
+                        + (reason if split == "train" else ""))
     return kept
 
 
 def pairs_of(place: str, objective: int, split: str) -> list[Pair]:
-    """Preference pairs of a local file or hub set: {prompt, chosen, rejected}, {prompt, response: [chosen, rejected]}, or
-    PKU-SafeRLHF's columns, of which a row is a pair when exactly one of its two answers is labelled safe.
+    """Preference pairs of a local file or hub set: the shapes of ``data/readers/pair_rows.py``, {prompt, response: [chosen,
+    rejected]}, or PKU-SafeRLHF's columns, of which a row is a pair when exactly one of its two answers is labelled safe.
 
     Raises:
         UserError: with every problem of the file; a pair whose two answers are equal is one.
     """
     problems = Problems()
     rows = _rows(place, split, problems)
+    if pair_rows.fits(rows[0].fields):
+        return _pairs_of_dialogs(rows, objective, place, problems)
     shape = _shape_of(rows[0], PAIR_SHAPES)
     # PKU's labels choose the pair in every split, so they are checked in every split
-    good = _checked(rows, shape, "train" if shape is _PKU else split, problems)
+    good = checked(rows, shape, "train" if shape is _PKU else split, problems)
     if shape is _PKU:
         problems.raise_if_any()
         good = _one_safe(good, place)
@@ -151,9 +155,39 @@ def pairs_of(place: str, objective: int, split: str) -> list[Pair]:
             problems.add(f"{row.where}: chosen and rejected are the same text")
     problems.raise_if_any()
     name = Path(place).stem if is_local(place) else place.split("/")[-1]
-    placed = [(Pair(f["prompt"], f["chosen"], f["rejected"], objective, f.get("input") or "", _id(row, name)), row.where)
+    placed = [(_in_context(Pair(f["prompt"], f["chosen"], f["rejected"], objective, "", _id(row, name)), f), row.where)
               for row in good for f in (row.fields,)]
-    return _without_duplicates(placed, lambda p: (p.prompt, p.input, p.chosen, p.rejected), place)
+    return _without_duplicates(placed, _of_pair, place)
+
+
+def _of_pair(pair: Pair) -> tuple:
+    return pair.system, pair.history, pair.prompt, pair.input, pair.chosen, pair.rejected
+
+
+def _pairs_of_dialogs(rows: list[Row], objective: int, place: str, problems: Problems) -> list[Pair]:
+    name = Path(place).stem if is_local(place) else place.split("/")[-1]
+    placed, unfit = [], []
+    for row in rows:
+        try:
+            pair = pair_rows.read_pair(row.fields, objective, _id(row, name))
+        except pair_rows.NoPair:
+            unfit.append(row.where)
+            continue
+        except ValueError as error:
+            problems.add(f"{row.where}: {error}")
+            continue
+        if pair.chosen.strip() == pair.rejected.strip():
+            problems.add(f"{row.where}: chosen and rejected are the same text")
+        placed.append((pair, row.where))
+    problems.raise_if_any()
+    if unfit:
+        log.warning("%s: %d dialogs are no pair (they differ before the last answer, or one is blank) and were dropped, the "
+                    "first at %s", place, len(unfit), unfit[0])
+    if not placed:
+        raise UserError(f"{place}: no row is a pair of answers to one question")
+    tell_unread(place, (column for row in rows for column in row.fields),
+                {*pair_rows.ASK, *TURNS, *(n for side in pair_rows.SIDES for n in side), "input", "rejected_messages"})
+    return _without_duplicates(placed, _of_pair, place)
 
 
 def _rows(place: str, split: str, problems: Problems) -> list[Row]:
@@ -168,98 +202,21 @@ def _rows(place: str, split: str, problems: Problems) -> list[Row]:
     return read_rows(file, problems)
 
 
-def is_local(place: str) -> bool:
-    """Whether this is meant as a file or folder and not as a hub name."""
-    return (Path(place).expanduser().exists() or place.lower().endswith(SUFFIXES)
-            or place.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:\w+)?", place))
-
-
-def hub_rows(name: str, split: str) -> list[Row]:
-    """Every row of a hub set's split; a UserError in one sentence when the hub cannot be reached."""
-    # NAME:SPLIT takes another split than the one that fits: SOMF trains its mask on PKU-SafeRLHF's test split
-    name, _, wanted = name.partition(":")
-    hub = HUB.get(name, HubSet((name,), "train", "test"))
-    if not (hub_split := wanted or (hub.train if split == "train" else hub.test)):
-        raise UserError(f"{name} has no {split} split; give a local file")
-    files = {"data_files": hub.data_files} if hub.data_files else {}
-    try:
-        from datasets import load_dataset
-
-        data = load_dataset(*hub.arguments, split=hub_split, **files)
-    except Exception as error:  # the hub client raises a dozen unrelated types; the user needs one sentence
-        raise UserError(
-            f"{name}: neither a local file nor to be had from the hub ({type(error).__name__}: "
-            f"{(str(error).splitlines() or [''])[0][:200]}); download it where there is a network and give the file "
-            f"({', '.join(SUFFIXES)}) with --data_path, or use the embedded data (--data_source embedded)") from None
-    return [Row(dict(fields), f"{name}[{hub_split}]:{i + 1}") for i, fields in enumerate(data)]
-
-
 def _shape_of(row: Row, shapes: Sequence[Shape]) -> Shape:
     for shape in shapes:
         # the first row decides for all: a file is of one shape, and rows that differ are problems
         if shape.mark <= row.fields.keys():
             return shape
-    raise UserError(f"{row.where}: fields {', '.join(map(str, row.fields)) or 'none'} are no known shape; "
-                    f"allowed: {'; '.join(s.describe() for s in shapes)}")
+    known = "; ".join(s.describe() for s in shapes)
+    if shapes is PAIR_SHAPES:
+        raise UserError(f"{_unknown(row)}; allowed: {pair_rows.KNOWN}; {known}")
+    # columns of another kind of training say best what the file is
+    hints = [f"{row.where}: {sentence}" for sentence in refused(row.fields, (*SYSTEM, *HISTORY))]
+    raise UserError(f"{_unknown(row)}; allowed: {known}; {DIALOG_SHAPES}", *hints)
 
 
-def _text(value: Any) -> str | None:
-    return None if isinstance(value, str) and value.strip() else "needs text that is not blank"
-
-
-def _answer(value: Any) -> str | None:
-    return None if isinstance(value, str) else "needs text"
-
-
-def _optional(value: Any) -> str | None:
-    return None if value is None or isinstance(value, str) else "needs text or nothing"
-
-
-def _flag(value: Any) -> str | None:
-    return None if isinstance(value, bool) or str(value).lower() in ("true", "false") else "needs true or false"
-
-
-def _texts(value: Any) -> str | None:
-    ok = isinstance(value, str) or (isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value))
-    return None if ok and value else "needs a list of texts (in a CSV: separated by ';')"
-
-
-def _side(value: Any) -> str | None:
-    return None if str(value) in ("0", "1") else "needs 0 or 1"
-
-
-def _two(value: Any) -> str | None:
-    ok = isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(v, str) for v in value)
-    return None if ok else "needs two texts: [chosen, rejected]"
-
-
-_CHECKS: dict[str, Callable[[Any], str | None]] = {
-    "text": _text, "answer": _answer, "optional": _optional, "flag": _flag, "texts": _texts, "side": _side, "two": _two,
-    "any": lambda value: None}
-
-
-def _checked(rows: Iterable[Row], shape: Shape, split: str, problems: Problems) -> list[Row]:
-    """The rows whose fields are all of their kind; each other field is a problem."""
-    good = []
-    for row in rows:
-        before = len(problems.found)
-        for name, kind in shape.fields.items():
-            if kind in ("optional", "any") and name not in row.fields or kind == "flag" and split != "train":
-                continue
-            if name not in row.fields:
-                problems.add(f"{row.where}: field '{name}' is missing; needed: {shape.describe()}")
-            elif (wrong := _CHECKS[kind](row.fields[name])) is not None:
-                problems.add(f"{row.where}: field '{name}' is a {type(row.fields[name]).__name__} and {wrong}")
-        if len(problems.found) == before:
-            good.append(_with_flag(row, shape, split))
-    return good
-
-
-def _with_flag(row: Row, shape: Shape, split: str) -> Row:
-    # a CSV writes its booleans as text, and bool("False") is true
-    flags = {k: str(row.fields[k]).lower() == "true" for k, kind in shape.fields.items()
-             if kind == "flag" and split == "train"}
-    return Row({**row.fields, **flags}, row.where)
+def _unknown(row: Row) -> str:
+    return f"{row.where}: fields {', '.join(map(str, row.fields)) or 'none'} are no known shape"
 
 
 def _one_safe(rows: list[Row], place: str) -> list[Row]:
@@ -279,11 +236,10 @@ def _one_safe(rows: list[Row], place: str) -> list[Row]:
 
 def _chosen(fields: dict[str, Any], shape: Shape) -> dict[str, Any]:
     """A pair's fields as {prompt, chosen, rejected, ..}."""
-    if shape is _PAIR:
-        return fields
     sides = fields["response"] if shape is _RANKED else [fields["response_0"], fields["response_1"]]
     better = int(fields["safer_response_id"]) if shape is _PKU else 0
-    return {"prompt": fields["prompt"], "chosen": sides[better], "rejected": sides[1 - better]}
+    context = {name: fields[name] for name in (*SYSTEM, *HISTORY) if name in fields}
+    return {"prompt": fields["prompt"], "chosen": sides[better], "rejected": sides[1 - better], **context}
 
 
 def _half(rows: list[Row], split: str, split_mode: str) -> list[Row]:

@@ -60,7 +60,7 @@ def test_a_prompt_that_is_no_header_is_never_lost(tmp_path):
 
 def test_every_bad_row_is_named_with_its_line(tmp_path):
     blank = [{"role": "user", "content": ""}, TURNS[2]]
-    rows = [TURNS, TURNS[::-1], blank, {"what": 1}, [1], {"question": "Q", "answer": 3}]
+    rows = [TURNS, TURNS[::-1], blank, {"what": 1}, [1], {"question": "Q", "answer": 3.5}]
     content = "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]"
     with pytest.raises(UserError) as error:
         read(tmp_path, "bad.json", content)
