@@ -95,7 +95,7 @@ def _whole_json(file: Path) -> list[Row]:
     if any(isinstance(cell, str) and str(key).strip().lower() in COLUMNS["output"] for key, cell in value.items()):
         return _numbered(file, [value])
     raise UserError(f"{file}: one JSON object with the keys {', '.join(map(str, list(value)[:8]))}, and no rows in it that "
-                    f"are known; give a list of objects, one object a line, or the rows under one of: {', '.join(_WRAPPERS)}")
+                    f"are known; give a list of objects, one a line, or the rows under one of: {', '.join(_WRAPPERS)}")
 
 
 def _numbered(file: Path, rows: list[dict[str, Any]]) -> list[Row]:
