@@ -44,7 +44,6 @@ def read_answer_file(place: str, flag: str) -> list[dict[str, Any]]:
     problems = Problems()
     file = Path(place).expanduser()
     rows = [_plain_row(row, problems) for row in _whole_json(file) or read_rows(file, problems)]
-    problems.raise_if_any()
     names = {ours: _column(rows[0], ours, place, flag) for ours in COLUMNS}
     answers = [_row(row, names, number, problems) for number, row in enumerate(rows)]
     problems.raise_if_any()
