@@ -112,7 +112,8 @@ def _plain_row(row: Row, problems: Problems) -> Row:
                     "category": fields.get("semantic_category", "")}, row.where)
     turns = next((fields[key] for key in ("messages", "conversation", "conversations")
                   if isinstance(fields.get(key), list)), None)
-    if turns is None:
+    # the prompt's turns beside an answer in a column of its own are no dialog to take the answer from
+    if turns is None or any(str(key).strip().lower() in COLUMNS["output"] for key in fields):
         return row
     spoken = [(str(turn.get("role", turn.get("from"))).lower(), turn.get("content", turn.get("value")))
               for turn in turns if isinstance(turn, dict)]

@@ -70,6 +70,10 @@ def test_what_is_no_answer_is_refused(tmp_path, row, said):
         read(tmp_path, [row])
 
 
+def test_an_answer_in_its_own_column_is_the_answer(tmp_path):
+    assert read(tmp_path, [{"prompt": "p", "messages": [{"role": "user", "content": "p"}], "output": "o"}]) == [("p", "o")]
+
+
 def test_one_object_without_rows_is_named(tmp_path):
     assert read(tmp_path, {"prompt": "p", "output": "o"}) == [("p", "o")]
     with pytest.raises(UserError, match="one JSON object with the keys config, scores"):
