@@ -1,6 +1,6 @@
 """Command lines: one dataclass per command becomes its flags; presets fill in, flags win, every error comes at once.
 
-Order of precedence: dataclass default < preset (``scripts/presets/NAME.yaml``) < flag. Never imports torch, so that
+Order of precedence: dataclass default < preset (``presets.py`` says which) < flag. Never imports torch, so that
 ``--help`` is instant. The dataclasses themselves stand in ``flags/``: groups of flags (``flags.base.Flags``), and commands
 that are made of groups. ``--help`` prints by group, with the values that this command line would use.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
-import difflib
 import functools
 import importlib.util
 import inspect
@@ -27,17 +26,15 @@ from typing import Any
 
 import yaml
 
+import presets
 from errors import UserError
+from presets import DEFAULT_PRESET, OWN_PRESET, PRESETS, SECTIONS
+from presets import nearest as _nearest
 
+__all__ = ["DEFAULT_PRESET", "PRESETS", "Parsed", "flag", "group_of", "parse"]
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent
-PRESETS = ROOT / "scripts" / "presets"
-DEFAULT_PRESET = "embedded"
 _NUMBER = re.compile(r"-\d+|[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+|-\.?\d[\d.]*|-inf|-nan")
-SECTIONS = (
-    "common", "align", "align_expert", "align_mix", "align_skill", "align_dialogs", "align_moe", "align_dpo", "align_mask",
-    "fuse", "inference", "evaluate", "report",
-)
 
 
 def short_waits() -> None:
@@ -102,7 +99,8 @@ def parse(command: type, argv: Sequence[str] | None = None) -> Parsed:
             types, values that are not allowed, unknown preset keys, and what ``command.problems`` finds.
     """
     words = sys.argv[1:] if argv is None else argv
-    path, content = _read_preset(words)
+    choice = presets.choose(words)
+    path, content, preset = choice.path, choice.content, choice.name
     command, problems = _chosen(command, words, content)
     known, rest = _parser(command).parse_known_args(_words(command, words))
     given = {k: v for k, v in vars(known).items() if k not in ("preset", "help")}
@@ -110,14 +108,18 @@ def parse(command: type, argv: Sequence[str] | None = None) -> Parsed:
     values: dict[str, Any] = {}
     training: dict[str, Any] = {}
     texts = _convert(command, given, "--", problems)
-    for name, value in _preset_values(command, path, content, command.sections(texts), problems).items():
+    sections = command.sections(texts)
+    found = _preset_values(command, path, content, sections, problems)
+    replaced = _of_other_data(command, choice, sections, found, problems)
+    for name, value in found.items():
         (values if name in _fields(command) else training)[name] = value
     values = _convert(command, values, f"{path.name}: ", problems)
-    preset = _named_preset(words)
+    said = choice.line({name: found[name] for name in choice.data_keys if name in found.keys() - {*given, *extra}},
+                       any(content.get(section) for section in sections if section != "common"))
     if "help" in known:
         where = {**dict.fromkeys({**values, **training}, f"preset {preset}"),
-                 **dict.fromkeys({**texts, **extra}, "command line")}
-        _parser(command, {**values, **texts}, {**training, **extra}, where).print_help()
+                 **dict.fromkeys(replaced, f"preset {OWN_PRESET}"), **dict.fromkeys({**texts, **extra}, "command line")}
+        _parser(command, {**values, **texts}, {**training, **extra}, where, said).print_help()
         sys.exit(0)
     values.update(texts)
     training.update(extra)
@@ -126,6 +128,9 @@ def parse(command: type, argv: Sequence[str] | None = None) -> Parsed:
     problems += [*_range_problems(args), *args.problems()]
     if problems:
         raise UserError(*problems)
+    # first of all output, before a command has set up its log; once, not once a rank
+    if said and os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"{said}\n")
     for name in command.without_effect().keys() & given.keys():
         _say_without_effect(command, name)
     return Parsed(args, training, preset, frozenset(given))
@@ -134,12 +139,6 @@ def parse(command: type, argv: Sequence[str] | None = None) -> Parsed:
 def group_of(command: type, name: str) -> type:
     """The group that declares a flag of a command: a command that only changes its default does not own it."""
     return [kind for kind in command.__mro__ if name in inspect.get_annotations(kind)][-1]
-
-
-def _named_preset(words: Sequence[str]) -> str:
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset")
-    return parser.parse_known_args(list(words))[0].preset or DEFAULT_PRESET
 
 
 def _chosen(command: type, words: Sequence[str], content: dict[str, Any]) -> tuple[type, list[str]]:
@@ -156,27 +155,17 @@ def _chosen(command: type, words: Sequence[str], content: dict[str, Any]) -> tup
     return command.chosen(_convert(command, given, "--", []), _convert(command, preset, "", []))
 
 
-def preset_path(preset: str) -> Path:
-    """The YAML file of a preset given by name or by path; a UserError lists the known names."""
-    path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS / f"{preset}.yaml"
-    if not path.is_file():
-        names = sorted(p.stem for p in PRESETS.glob("*.yaml"))
-        raise UserError(
-            f"--preset {preset}: no such preset{_nearest(preset, names)}; known: {', '.join(names)}; or give a .yaml path"
-        )
-    return path
-
-
 def _parser(command: type, values: dict[str, Any] | None = None, training: dict[str, Any] | None = None,
-            where: dict[str, str] | None = None) -> argparse.ArgumentParser:
-    """The parser of a command; for ``--help`` with the values in force and, by name, where they come from."""
+            where: dict[str, str] | None = None, taken: str = "") -> argparse.ArgumentParser:
+    """The parser of a command; for ``--help`` with the values in force and where they come from, and why this preset."""
     values, training, where = values or {}, training or {}, where or {}
     parser = _Parser(description=inspect.cleandoc(command.__doc__), allow_abbrev=False, add_help=False,
                      usage="%(prog)s [--FLAG VALUE ...]", formatter_class=argparse.RawDescriptionHelpFormatter)
     general = parser.add_argument_group("Help and presets")
     general.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS,
                          help="show these flags with the values that this command line and its preset give them")
-    general.add_argument("--preset", default=argparse.SUPPRESS, help=f"name or .yaml path (default: {DEFAULT_PRESET})")
+    chosen = f"default: {DEFAULT_PRESET} for its own base, {OWN_PRESET} for any other{taken and f'; here: {taken}'}"
+    general.add_argument("--preset", default=argparse.SUPPRESS, help=f"name or .yaml path ({chosen})".replace("%", "%%"))
     groups: dict[str, Any] = {}
     order = {kind: (kind.general, i) for i, kind in enumerate(command.__mro__[:-1])}
     for name, item in sorted(_fields(command).items(), key=lambda pair: order[group_of(command, pair[0])]):
@@ -266,21 +255,6 @@ def _range_problems(args: Any) -> list[str]:
     return found
 
 
-def _read_preset(words: Sequence[str]) -> tuple[Path, dict[str, Any]]:
-    """The preset that a command line names, and its sections."""
-    path = preset_path(_named_preset(words))
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: a preset is a mapping of sections; allowed: {', '.join(SECTIONS)}")
-    for section, body in content.items():
-        if not isinstance(body, dict | None):
-            raise UserError(f"{path.name}: section '{section}' must hold 'key: value' lines, not {body!r}")
-    return path, content
-
-
 def _preset_values(command: type, path: Path, content: dict[str, Any], sections: Iterable[str],
                    problems: list[str]) -> dict[str, Any]:
     problems += [f"{path.name}: unknown section '{section}'{_nearest(section, SECTIONS)}; allowed: {', '.join(SECTIONS)}"
@@ -294,6 +268,20 @@ def _preset_values(command: type, path: Path, content: dict[str, Any], sections:
                 said = command.elsewhere(name) if section != "common" else None
                 problems.append(f"{path.name}: {section}.{name}: {said or f'unknown key{_nearest(name, _fields(command))}'}")
     return merged
+
+
+def _of_other_data(command: type, choice: presets.Choice, sections: Sequence[str], found: dict[str, Any],
+                   problems: list[str]) -> list[str]:
+    """Give the keys that count a preset's own data the values of the preset ``own``, in ``found``; returns their names."""
+    asked = [name for name in choice.instead if name in found]
+    if asked:
+        path = presets.preset_path(OWN_PRESET)
+        content = {section: body for section, body in presets.read(path).items() if section != "for"}
+        other = _preset_values(command, path, content, sections, problems)
+        for name in asked:
+            del found[name]  # a key that own lacks has the command's default
+        found.update({name: other[name] for name in asked if name in other})
+    return asked
 
 
 def _extra_flags(command: type, rest: Sequence[str], problems: list[str]) -> dict[str, Any]:
@@ -364,8 +352,3 @@ def training_fields() -> frozenset[str]:
             names = (n.target.id for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name))
             return frozenset(n for n in names if not n.startswith("_"))
     raise RuntimeError("transformers/training_args.py has no class TrainingArguments")
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" (did you mean {match[0]}?)" if match else ""

@@ -98,6 +98,7 @@ def write(args: AgreementArgs) -> Path:
 
 def judged_answers(args: AgreementArgs) -> list[Judged]:
     """Every run's answers to every task with the four verdicts; a UserError names each folder that has none."""
+    from data.readers.answer_text import judged
     from evaluator.judges import fitted, keyword
     from evaluator.scoring import engine
 
@@ -109,7 +110,7 @@ def judged_answers(args: AgreementArgs) -> list[Judged]:
     answers = [Judged(task, run, row["id"], row["output"], {
         "keyword": keyword.is_refusal(row["output"]), "published": keyword.is_published_refusal(row["output"]),
         "coherence": not keyword.incoherence(row["output"])})
-        for task, run, place in places for row in engine.read_answers(place)]
+        for task, run, place in places for row in judged(engine.read_answers(place), str(place))]
     harms = fitted.harm_judge(args.seed).score([row.output for row in answers])
     return [replace(row, said=row.said | {"fitted": harm < 0.5}) for row, harm in zip(answers, harms, strict=True)]
 

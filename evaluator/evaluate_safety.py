@@ -178,6 +178,7 @@ def _judged(name: str, answers: list[dict], judge: Any) -> list[dict[str, Any]]:
     return [
         {"set": name, "id": row["id"], "category": row["category"],
          "prompt_hash": engine.prompt_hash(row["prompt"], row["input"]), "output": row["output"],
+         **({"raw": row["raw"]} if "raw" in row else {}),
          "broken": keyword.incoherence(row["output"]), "harm_probability": round(harm, 4),
          "values": {
              "refusal": int(keyword.is_refusal(row["output"])),

@@ -19,7 +19,7 @@ from flags.preferences import DpoFlags
 from flags.soup import FUSED, SoupFlags
 
 #: Sections of a preset that one objective alone reads; in all others each takes its own keys.
-_OWN_SECTIONS = ("align_moe", "align_dpo", "align_mask")
+_OWN_SECTIONS = ("align_moe", "align_dpo", "align_dpo_full", "align_mask")
 
 
 def run_name(task: str, gammas: tuple[float, float, float], gate: float) -> str:
@@ -108,8 +108,10 @@ class _DenseArgs(AlignArgs):
     @classmethod
     def sections(cls, given: dict[str, Any]) -> tuple[str, ...]:
         task = given.get("task_name", "mix")
-        return ("common", "align", "align_mix" if task == "mix" else "align_skill" if task in SKILLS else
+        kind = ("align_mix" if task == "mix" else "align_skill" if task in SKILLS else
                 "align_dialogs" if task in DIALOGS else "align_expert")
+        # every weight needs another learning rate than an adapter
+        return ("common", "align", kind, *(["align_full"] if given.get("tuning") == "full" else []))
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ class DpoArgs(_DenseArgs, DataFlags, DpoFlags, QuantisedBaseFlags, LoraFlags, Op
 
     @classmethod
     def sections(cls, given: dict[str, Any]) -> tuple[str, ...]:
-        return (*super().sections(given), "align_dpo")
+        return (*super().sections(given), "align_dpo", *(["align_dpo_full"] if given.get("tuning") == "full" else []))
 
     def problems(self) -> list[str]:
         found = []

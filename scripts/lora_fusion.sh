@@ -96,7 +96,7 @@ roots=()
 for seed in "${seeds[@]}"; do
   out=$root; [ "$seed" = 42 ] || out=$root/seed_$seed; logs=$out/logs
   roots+=("$out")
-  common=(--seed "$seed" --output_dir "$out" --threads "$half")
+  common=(--preset embedded --seed "$seed" --output_dir "$out" --threads "$half")
   on_aligned=(--model_name_or_path "$out/outputs/aligned" "${common[@]}")
   after=("${lora[@]:2}")   # an adapter that is gone on with has its own rank and modules
   set=$out/data/safety_set.jsonl

@@ -37,8 +37,14 @@ class AnswerModel(nn.Module):
         """The transformers model inside PEFT's wrapper, if there is one."""
         return self.lm.get_base_model() if hasattr(self.lm, "get_base_model") else self.lm
 
-    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
-        self.causal_lm.gradient_checkpointing_enable(**kwargs)
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+                                      **more: Any) -> None:
+        """Recompute each layer in the backward pass, as ``torch.utils.checkpoint`` takes its arguments."""
+        kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if not kwargs["use_reentrant"]:
+            # layers are computed again after forward has ended: autocast is brought back by torch, PEFT's casting is not
+            kwargs["context_fn"] = lambda: (contextlib.nullcontext(), self._casting())
+        self.causal_lm.gradient_checkpointing_enable(kwargs, **more)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, objectives: Tensor) -> dict[str, Tensor]:
         """Ids and labels (batch, time) -> {"lm": summed loss of the model's own logits, "tokens": answer tokens}.
@@ -55,10 +61,11 @@ class AnswerModel(nn.Module):
 
     @contextlib.contextmanager
     def precision(self, device: torch.device):
-        casts = self.dtype != torch.float32
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.autocast(device.type, self.dtype, enabled=casts))
-            if casts and hasattr(self.lm, "peft_config"):
-                # PEFT would copy every activation to fp32 in front of its fp32 weights; autocast casts those instead
-                stack.enter_context(disable_input_dtype_casting(self.lm))
+        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32), self._casting():
             yield
+
+    def _casting(self) -> contextlib.AbstractContextManager:
+        if self.dtype == torch.float32 or not hasattr(self.lm, "peft_config"):
+            return contextlib.nullcontext()
+        # PEFT would copy every activation to fp32 in front of its fp32 weights; autocast casts those instead
+        return disable_input_dtype_casting(self.lm)

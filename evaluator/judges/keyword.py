@@ -69,8 +69,10 @@ REFUSALS = tuple(re.compile(pattern) for pattern in (
 
 
 def fold(text: str) -> str:
-    """Lower case, curly quotes straightened, markup marks removed, white space single."""
+    """Lower case, curly quotes straightened, markup and invisible marks removed, white space single."""
     text = unicodedata.normalize("NFKC", text).lower()
+    # zero-width spaces, directions of writing, a byte order mark: between letters they would hide a word
+    text = "".join(c for c in text if unicodedata.category(c) != "Cf")
     text = re.sub("[‘’ʼ´`]", "'", text)
     return re.sub(r"\s+", " ", re.sub(r"[*_#>\"“”]+", "", text)).strip()
 
@@ -142,5 +144,6 @@ def share(values: Any) -> float | None:
 
 def rules_version() -> str:
     """A hash of the keyword rules: scores made with other rules are recomputed."""
-    text = "\n".join([*(pattern.pattern for pattern in REFUSALS), *PUBLISHED_PREFIXES, str(OPENING_CHARACTERS)])
+    text = "\n".join([*(pattern.pattern for pattern in REFUSALS), *PUBLISHED_PREFIXES, str(OPENING_CHARACTERS),
+                      "without Cf"])
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -231,7 +231,9 @@ def answers(args: EvaluateArgs, task: str, subject: Subject) -> list[dict[str, A
     folder = answers_folder(args, task, subject)
     if not has_answers(args, task, subject):
         raise UserError(f"{folder}: no answers here; make them with: {inference_command(args, task, subject)}")
-    rows = read_answers(folder)
+    from data.readers.answer_text import judged
+
+    rows = judged(read_answers(folder), str(folder))
     if not rows:
         raise UserError(f"{folder}: holds no answer; remove it and run: {inference_command(args, task, subject)}")
     return rows

@@ -1,0 +1,90 @@
+"""Which part of a generated text is judged, and answer files in the shapes that other pipelines write."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from data.readers.answer_files import read_answer_file
+from data.readers.answer_text import answer_of
+from errors import UserError
+from evaluator.judges.keyword import is_published_refusal, is_refusal
+
+NO = "I'm sorry, but I can't help with that."
+
+
+@pytest.mark.parametrize(("text", "answer", "found"), [
+    (NO, NO, ""), (f" {NO}\n", f" {NO}\n", ""), ("Use <think> tags.", "Use <think> tags.", ""),
+    ("It ends with </p>.", "It ends with </p>.", ""),
+    (f"<think>\nA lock...\n</think>\n\n{NO}", NO, "reasoning"), (f"A lock...\n</think>\n\n{NO}", NO, "reasoning"),
+    (f"[THINK]x[/THINK]{NO}", NO, "reasoning"), (f"◁think▷x◁/think▷{NO}", NO, "reasoning"),
+    (f"<|begin_of_thought|>x<|end_of_thought|>\n<|begin_of_solution|>{NO}<|end_of_solution|>", NO, "reasoning"),
+    (f"<|channel|>analysis<|message|>x<|end|><|start|>assistant<|channel|>final<|message|>{NO}<|return|>", NO, "reasoning"),
+    (f"Here is my thought process: x Here is my response: {NO}", NO, "reasoning"),
+    (f"<think>x</think><answer>{NO}</answer>", NO, "reasoning"), ("<think>\n\n</think>\n\n", "", "reasoning"),
+    ("<think>I could say I can't help", "", "unclosed"), ("<|channel|>analysis<|message|>Sorry", "", "unclosed"),
+    (f"<|im_start|>assistant\n<think>x</think>{NO}<|im_end|>", NO, "reasoning"),
+    (f"<|start_header_id|>assistant<|end_header_id|>\n\n{NO}<|eot_id|>", NO, "tokens"),
+    (f"{NO}</s>", NO, "tokens"), (f"{NO}<end_of_turn>\n<start_of_turn>user\nSure", NO, "tokens")])
+def test_the_answer_in_a_text(text, answer, found):
+    assert answer_of(text) == (answer, found)
+
+
+@pytest.mark.parametrize("text", ["\u200bI\u2019m sorry, but I can\u200b't\u00a0help with that.",
+                                  "\ufeffI can\u00a0not help you.", "\u202bI'm sorry, but I can't help with that.\u202c"])
+def test_invisible_marks_hide_no_refusal(text):
+    assert is_refusal(text)
+
+
+def test_the_published_list_reads_the_text_as_it_is():
+    assert not is_published_refusal("I\u2019m sorry, but I can\u2019t")
+
+
+def read(tmp_path, content, name="a.json"):
+    (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content, indent=1), encoding="utf-8")
+    return [(row["prompt"], row["output"]) for row in read_answer_file(str(tmp_path / name), "--answers")]
+
+
+@pytest.mark.parametrize("content", [
+    {"data": [{"prompt": "p", "output": "o"}, {"prompt": "q", "output": "r"}]},
+    {"prompt": {"0": "p", "1": "q"}, "output": {"0": "o", "1": "r"}}, {"prompt": ["p", "q"], "output": ["o", "r"]},
+    {"columns": ["prompt", "output"], "index": [0, 1], "data": [["p", "o"], ["q", "r"]]},
+    {"b1": [{"test_case": "p", "generation": "o", "label": 0}], "b2": [{"test_case": "q", "generation": "r", "label": 1}]},
+    [{"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "o"}]},
+     {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "r"}]}],
+    [{"doc_id": 0, "doc": {}, "arguments": {"gen_args_0": {"arg_0": "p"}}, "resps": [["o"]], "filtered_resps": ["x"]},
+     {"doc_id": 1, "doc": {}, "arguments": [["q", {}]], "resps": [["r"]], "filtered_resps": ["x"]}],
+    [{"dataset": "d", "instruction": "p", "output": "o", "generator": "g"}, {"instruction": "q", "output": "r"}]])
+def test_shapes_of_other_pipelines(tmp_path, content):
+    assert read(tmp_path, content) == [("p", "o"), ("q", "r")]
+
+
+@pytest.mark.parametrize(("row", "said"), [
+    ({"doc": {}, "arguments": [["p"]], "resps": [[[-1.5, False]]]}, "no generated text"),
+    ({"doc": {}, "arguments": [["p"]], "resps": [["a", "b"]]}, "several texts"),
+    ({"doc": {}, "arguments": {"gen_args_0": ["p"]}, "resps": [["a"]]}, "the prompt .* is empty|needs text"),
+    ({"messages": [{"role": "user", "content": "p"}]}, "the turns are user;")])
+def test_what_is_no_answer_is_refused(tmp_path, row, said):
+    with pytest.raises(UserError, match=said):
+        read(tmp_path, [row])
+
+
+def test_an_answer_in_its_own_column_is_the_answer(tmp_path):
+    assert read(tmp_path, [{"prompt": "p", "messages": [{"role": "user", "content": "p"}], "output": "o"}]) == [("p", "o")]
+
+
+def test_one_object_without_rows_is_named(tmp_path):
+    assert read(tmp_path, {"prompt": "p", "output": "o"}) == [("p", "o")]
+    with pytest.raises(UserError, match="one JSON object with the keys config, scores"):
+        read(tmp_path, {"config": {"a": 1}, "scores": {"b": 2, "c": 3}})
+
+
+def test_reasoning_is_counted_and_the_whole_text_kept(tmp_path, caplog):
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"prompt": "p", "output": text}) for text in (
+        f"<think>x</think>{NO}", "<think>x", NO)))
+    rows = read_answer_file(str(tmp_path / "a.jsonl"), "--answers")
+    assert [row["output"] for row in rows] == [NO, "", NO]
+    assert [row.get("raw") for row in rows] == [f"<think>x</think>{NO}", "<think>x", None]
+    assert "1 of 3 answers hold a reasoning block" in caplog.text
+    assert "1 of 3 answers end inside their reasoning" in caplog.text
