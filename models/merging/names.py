@@ -78,6 +78,16 @@ def stacks(tensors: Iterable[str]) -> dict[str, int]:
     return counts
 
 
+def elsewhere(tensor: str, stack: str, others: Iterable[str]) -> bool:
+    """Whether a tensor outside all layers belongs to another part of the model than a stack, as an image tower's norms do."""
+    # "model.layers." lies in "model.", beside "model.vision_tower."
+    home = stack.rstrip(".").rpartition(".")[0]
+    home = f"{home}." if home else ""
+    rooms = [home + other.removeprefix(home).partition(".")[0] + "." for other in others
+             if other != stack and other.startswith(home)]
+    return not HEADS.search(tensor) and (not tensor.startswith(home) or tensor.startswith(tuple(rooms)))
+
+
 def computed(info: TensorInfo) -> bool:
     """Whether a tensor is a buffer that its model computes anew, so that a file may lack it."""
     # a mask is a square under two leading axes, or one number; a bias of that name is a vector
