@@ -53,7 +53,7 @@ class RealignArgs(BaseModelFlags, MachineFlags, SeedFlags, RunFlags):
         if self.device == "cuda":
             found.append("--device cuda: realign computes on the CPU, weight by weight as they come from the disk; drop it")
         if self.dtype != "auto":
-            found.append(f"--dtype {self.dtype}: sums are float32; drop it, or choose the type of the result with --out_dtype")
+            found.append(f"--dtype {self.dtype}: sums are float32; drop it (the result's type is --out_dtype)")
         names = self.task_names
         masked = self.method == "mask" or (self.method == "random_mask" and bool(self.mask))
         if not names and not masked:

@@ -43,16 +43,23 @@ ADAPTER, MOE, MASK = "adapter_config.json", "moe_config.json", "mask.json"
 def packed(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> str | None:
     """What quantisation or packing the weights are in, and where that is seen; None for plain floating-point weights."""
     said = _declared(config)
-    for name, info in tensors.items():
-        what = next((what for pattern, what in _PARTS if pattern.search(name)), None)
-        if info.dtype.startswith("F8"):
-            what = "FP8"
-        # whatever it is called: weights of a model that can be added up are floating-point numbers
-        elif not what and info.dtype not in _FLOATS and _WEIGHT.search(name):
-            what = f"{info.dtype} codes"
-        if what:
-            return f"{said or what} (tensor {shown(name)}, {info.dtype}{', and its config.json' if said else ''})"
-    return None if said is None else f"{said} by its config.json"
+    if (seen := _seen(tensors)) is None:
+        return None if said is None else f"{said} by its config.json"
+    what, info = seen
+    return f"{said or what} (tensor {shown(info.name)}, {info.dtype}{', and its config.json' if said else ''})"
+
+
+def _seen(tensors: Mapping[str, TensorInfo]) -> tuple[str, TensorInfo] | None:
+    """What the tensors show, with one that does: by the parts that a format keeps, by FP8, by weights that are no floats."""
+    eights = next((info for info in tensors.values() if info.dtype.startswith("F8")), None)
+    for pattern, what in _PARTS:
+        if info := next((info for name, info in tensors.items() if pattern.search(name)), None):
+            return ("FP8", eights) if eights else (what, info)
+    if eights:
+        return "FP8", eights
+    # whatever it is called: weights of a model that can be added up are floating-point numbers
+    return next(((f"{info.dtype} codes", info) for name, info in tensors.items()
+                 if info.dtype not in _FLOATS and _WEIGHT.search(name)), None)
 
 
 def packed_problem(folder: Path, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> str | None:

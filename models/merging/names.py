@@ -79,7 +79,7 @@ def stacks(tensors: Iterable[str]) -> dict[str, int]:
 
 
 def elsewhere(tensor: str, stack: str, others: Iterable[str]) -> bool:
-    """Whether a tensor outside all layers belongs to another part of the model than a stack, as an image tower's norms do."""
+    """Whether a tensor outside all layers belongs to another part than a stack does, as an image tower's norms do."""
     # "model.layers." lies in "model.", beside "model.vision_tower."
     home = stack.rstrip(".").rpartition(".")[0]
     home = f"{home}." if home else ""

@@ -232,7 +232,7 @@ def _outputs(recipe: Recipe, seen: Mapping[str, View], first: str,
     # embeddings belong to the first slice, final norm and head to the last
     for name in (name for name in names if layer_of(name) is None):
         early = bool(EMBEDDINGS.search(name))
-        slice_ = recipe.slices[0 if early or (picked and elsewhere(name, picked, depths)) else -1]
+        slice_ = recipe.slices[0 if early or (picked and len(depths) > 1 and elsewhere(name, picked, depths)) else -1]
         yield name, 0.0 if early else 1.0, slice_, {model: name for model in _members(slice_, recipe)}
     # whole stacks: every layer has the names that it has, for the first of a decoder may be unlike the others
     slice_ = recipe.slices[0]
