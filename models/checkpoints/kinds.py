@@ -81,7 +81,7 @@ def other_kind(folder: Path) -> str | None:
                 "safetensors, or convert it: AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE)"
                 ".save_pretrained('NEW')")
     # such a folder may hold a checkpoint beside the adapter; merging that would leave the adapter out
-    if (folder / ADAPTER).is_file():
+    if (folder / ADAPTER).is_file() or (folder.name == "adapter_model.safetensors" and folder.is_file()):
         return f"{folder}: holds a LoRA adapter, not a model; fuse it with models/fuse.py adapters"
     if (folder / MOE).is_file():
         return (f"{folder}: holds a fused MoE (routers and experts on a base), not a model's weights; fuse its experts with "

@@ -34,7 +34,7 @@ from models.merging.names import (
     views,
 )
 from models.merging.recipes import Recipe, Slice, Source, parameter
-from models.merging.vocabulary import RowMap, differing, match_rows, read_tokens
+from models.merging.vocabulary import RowMap, check_ids, differing, match_rows, read_tokens
 
 if TYPE_CHECKING:
     from models.checkpoints.reader import Checkpoint, TensorInfo
@@ -369,6 +369,8 @@ def _rows(seen: Mapping[str, View], order: Sequence[str], policy: str, problems:
                         f"{order[0]}, matched by text), union (added tokens of the others too), or pad (by index)")
         return None
     rows = match_rows(policy, sizes, tokens, order)
+    if rows.new_tokens:
+        check_ids(seen[order[0]].checkpoint.folder, rows)
     notes.append(f"--vocab {policy}: {rows.rows} rows; a token that an input lacks takes the base's row, and one that the "
                  "base lacks too the mean of the inputs that have it")
     return rows

@@ -133,13 +133,38 @@ def match_rows(policy: str, rows: Sequence[int], tokens: Sequence[Tokens | None]
     return RowMap(total, tuple(sources), entries)
 
 
+def check_ids(folder: Path, rows: RowMap) -> None:
+    """That the tokenizers library numbers the new tokens as their rows are: it counts on by itself where ids have gaps.
+
+    Raises:
+        UserError: it gives one another id, or refuses the file.
+    """
+    from tokenizers import Tokenizer
+
+    path = folder / FILE
+    content = _with(json.loads(path.read_text(encoding="utf-8")), rows.new_tokens)
+    try:
+        made = Tokenizer.from_str(json.dumps(content))
+    except Exception as error:  # the library raises plain Exceptions
+        raise UserError(f"{path}: the tokenizers library refuses it with the added tokens ({error}); replace it by the "
+                        "model's own file, or use --vocab base") from None
+    for token in rows.new_tokens:
+        if (given := made.token_to_id(token["content"])) != token["id"]:
+            raise UserError(f"--vocab union: {path}: {token['content']!r} would get id {given}, its row is {token['id']}, "
+                            "for the ids of this tokenizer have gaps; use --vocab base, or add the token to the base first "
+                            "(tokenizer.add_tokens, model.resize_token_embeddings)")
+
+
+def _with(tokenizer: Mapping[str, Any], new: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {**tokenizer, "added_tokens": [*(tokenizer.get("added_tokens") or []), *new]}
+
+
 def write_new_tokens(folder: Path, rows: RowMap) -> None:
     """Add the new tokens to every tokenizer file of a folder that lists added tokens, with the flags that they had."""
     if not rows.new_tokens:
         return
     path = folder / FILE
-    tokenizer = json.loads(path.read_text(encoding="utf-8"))
-    manifest.write_json(path, tokenizer | {"added_tokens": [*(tokenizer.get("added_tokens") or []), *rows.new_tokens]})
+    manifest.write_json(path, _with(json.loads(path.read_text(encoding="utf-8")), rows.new_tokens))
     plain = [{key: token[key] for key in _FLAGS if key in token} | {"content": token["content"]}
              for token in rows.new_tokens]
     by_id = {str(token["id"]): entry for token, entry in zip(rows.new_tokens, plain, strict=True)}
