@@ -178,13 +178,12 @@ LAYERED = {
 @pytest.mark.parametrize("listed", [True, False], ids=["lists written", "lists implied"])
 @pytest.mark.parametrize("kind", LAYERED)
 def test_slices_keep_the_kind_of_every_layer(tmp_path, kind, listed):
-    if kind == "gemma3_text" and not listed:
-        pytest.skip("its pattern is a private setting, written with the list or not at all")
     settings = SMALL | dict(num_hidden_layers=6) | LAYERED[kind]
     models = {name: save(kind, tmp_path / name, seed, **settings) for seed, name in enumerate("ab")}
-    if not listed and kind not in ("cohere2",):
+    if not listed:
         for name in "ab":
-            change(tmp_path / name, layer_types=None, no_rope_layers=None)
+            change(tmp_path / name, layer_types=None, no_rope_layers=None, _sliding_window_pattern=None,
+                   sliding_window_pattern=LAYERED[kind].get("sliding_window_pattern"))
     # layers 0, 1, 2 of one and 2, 3, 4, 5 of the other
     out = load(stacked(tmp_path, ("a", 0, 3), ("b", 2, 6)))
     hand = by_hand(models, [("a", 0), ("a", 1), ("a", 2), ("b", 2), ("b", 3), ("b", 4), ("b", 5)])
