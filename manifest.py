@@ -102,17 +102,23 @@ def finished(target: Path, config: dict[str, Any], absent: Mapping[str, Any] | N
     """
     if not (target / MANIFEST).is_file():
         if target.exists() and any(target.iterdir()):
-            raise UserError(f"{target}: exists but holds no {MANIFEST}; move it away or choose another --run_name")
+            raise UserError(f"{target}: exists but holds no {MANIFEST}; move it away{_or_rename(config)}")
         return False
     old = read(target).get("config")
     if old is None:
-        raise UserError(f"{target}: holds a checkpoint, not a finished run; move it away or choose another --run_name")
+        raise UserError(f"{target}: holds a checkpoint, not a finished run; move it away{_or_rename(config)}")
     differ = _differing({**(absent or {}), **old}, {**(absent or {}), **config})
     if differ:
         listed = "; ".join(f"{k}: {old.get(k)} there, {config.get(k)} here" for k in differ)
         raise UserError(f"{target}: holds a run with another configuration ({listed}); "
-                        "use another --run_name, or --overwrite to replace it")
+                        f"{'use another --run_name, or ' if 'run_name' in config else 'use '}--overwrite to replace it"
+                        + ("" if "run_name" in config else ", or another --output_dir"))
     return True
+
+
+def _or_rename(config: Mapping[str, Any]) -> str:
+    # the name of some commands' folders follows from other flags: they have no --run_name to change
+    return " or choose another --run_name" if "run_name" in config else ", or choose another --output_dir"
 
 
 def same_settings(path: Path, config: dict[str, Any]) -> bool:

@@ -90,7 +90,10 @@ class FuseAdaptersArgs(ThreadFlags, SeedFlags, RunFlags):
                               "dare_*, magnitude_prune, knots: sparse changes; tsv, isotropic: their singular vectors; "
                               "lego: clusters of rank-1 units; random: a control, random directions of the sum's norm",
                        choices=ADAPTER_METHODS)
-    rank: int | None = flag(None, "rank of the result; empty: no loss (linear, lego: the largest of the inputs)", low=1)
+    rank: int | None = flag(None, "rank of the result; below what the fused change has, it cuts, and the share cut off is "
+                                  "printed; empty: the sum of the inputs' ranks, which loses nothing but with --space left "
+                                  "or dense, whose entries may fill any rank (linear, lego: the largest of the inputs, "
+                                  "which cuts)", low=1)
     energy: float | None = flag(None, "instead of a rank: share of the squared norm that each module keeps, below 1")
     density: float | None = flag(None, "share of the entries that ties, dare, prune and knots keep; tsv: of the directions")
     space: str | None = flag(None, "where entries are trimmed: core (shared principal axes), left (outputs' axes only), "
@@ -169,6 +172,8 @@ class ExtractArgs(BaseModelFlags, MachineFlags, SeedFlags, RunFlags):
 
     def problems(self) -> list[str]:
         found = name_problems("--run_name", self.run_name)
+        if self.dtype != "auto":
+            found.append(f"--dtype {self.dtype}: differences are taken in float32; drop it")
         if not self.tuned.strip():
             found.append("--tuned: name the fine-tuned model")
         if self.rank is not None and self.energy is not None:

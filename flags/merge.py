@@ -30,6 +30,8 @@ class MergeArgs(HubFlags, DeviceFlags, SeedFlags, RunFlags):
                            choices=("", "base", "untie"))
     memory_gb: float = flag(0.0, "promise: peak memory beyond the interpreter; 0: one worker per core", low=0)
     shard_gb: float = flag(5.0, "largest output file", low=1e-6)
+    device: str = flag("auto", "auto, cpu: the CPU, which the disk cannot outrun; cuda: the graphics card",
+                       choices=("auto", "cpu", "cuda"))
     dry_run: bool = flag(False, "print the plan and its cost, write nothing")
     run_name: str = flag("merged", "name of the result under results/outputs")
 

@@ -50,6 +50,10 @@ class RealignArgs(BaseModelFlags, MachineFlags, SeedFlags, RunFlags):
         found = name_problems("--run_name", self.run_name)
         if self.parameters.strip() == "help":
             return []
+        if self.device == "cuda":
+            found.append("--device cuda: realign computes on the CPU, weight by weight as they come from the disk; drop it")
+        if self.dtype != "auto":
+            found.append(f"--dtype {self.dtype}: sums are float32; drop it (the result's type is --out_dtype)")
         names = self.task_names
         masked = self.method == "mask" or (self.method == "random_mask" and bool(self.mask))
         if not names and not masked:

@@ -128,10 +128,10 @@ def open_model(name: str, args: Any, flag: str, stack: ExitStack, base: Checkpoi
     """
     folder = place(name, args, flag)
     if not (folder / CONFIG).is_file():
-        return Model(name, folder, stack.enter_context(Checkpoint.open(folder)))
+        return Model(name, folder, stack.enter_context(Checkpoint.open(folder)).plain())
     adapter = read_adapter(folder, name)
     if base is None:
-        base = stack.enter_context(Checkpoint.open(base_path(args.model_name_or_path, args.cache_dir, use=TENSORS)))
+        base = stack.enter_context(Checkpoint.open(base_path(args.model_name_or_path, args.cache_dir, use=TENSORS))).plain()
     model = Model(name, folder, base, adapter)
     # checked here and not while reading: before any work, and with the flag's name
     transposed = bool(adapter.config.get("fan_in_fan_out"))

@@ -57,7 +57,7 @@ def extract(args: ExtractArgs) -> str:
     if target.resolve() in [folder.resolve() for folder in folders]:
         raise UserError(f"--run_name {args.run_name}: {target} is an input; choose another name")
     with ExitStack() as stack:
-        base, tuned = (stack.enter_context(Checkpoint.open(folder)) for folder in folders)
+        base, tuned = (stack.enter_context(Checkpoint.open(folder)).plain() for folder in folders)
         tensors = match(base, tuned, family_of(SimpleNamespace(**base.config)))
         # found before the work starts: a tuned norm or embedding means that no LoRA is the whole change
         left_out = changed_others(base, tuned, tensors)

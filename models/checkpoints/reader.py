@@ -18,12 +18,15 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import manifest
 from errors import UserError
 from models.checkpoints.header import KINDS, MAX_HEADER, REPAIR, TensorInfo, few, parse_object, read_header, shown
+from models.checkpoints.kinds import other_kind, packed_problem
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 log = logging.getLogger(__name__)
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+#: Bytes that are compared at once.
+_COMPARED = 1 << 23
 _SUFFIX = ".safetensors"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -113,6 +116,28 @@ class Checkpoint:
             filled += got
         return out[:nbytes].view(getattr(torch, kind))
 
+    def plain(self) -> Checkpoint:
+        """This checkpoint, if its weights are numbers that can be added up.
+
+        Raises:
+            UserError: they are quantised or packed.
+        """
+        if problem := packed_problem(self.folder, self.tensors, self.config):
+            raise UserError(problem)
+        return self
+
+    def equal(self, one: TensorInfo, two: TensorInfo) -> bool:
+        """Whether two tensors of this checkpoint have the same type, shape and bytes."""
+        if (one.dtype, one.shape) != (two.dtype, two.shape):
+            return False
+        handles = [self._streams[info.file].fileno() for info in (one, two)]
+        for first in range(0, one.nbytes, _COMPARED):
+            count = min(_COMPARED, one.nbytes - first)
+            parts = [os.pread(handle, count, info.start + first) for handle, info in zip(handles, (one, two), strict=True)]
+            if parts[0] != parts[1]:
+                return False
+        return True
+
     def sha256(self) -> dict[str, str]:
         """File name -> SHA-256 of the whole file.
 
@@ -143,6 +168,8 @@ def _weights(folder: Path, problems: list[str]) -> tuple[tuple[Path, ...], dict[
     if not folder.is_dir():
         if folder.suffix == _SUFFIX and os.path.lexists(folder):
             return (folder,), None
+        if folder.exists() and (kind := other_kind(folder)):
+            raise UserError(kind)
         what = _pickle_advice(folder.name) if folder.suffix in _PICKLED and folder.exists() else \
             f"no such model; give a folder that holds {SINGLE} or {INDEX}, or a {_SUFFIX} file"
         raise UserError(f"{folder}: {what}")
@@ -154,6 +181,8 @@ def _weights(folder: Path, problems: list[str]) -> tuple[tuple[Path, ...], dict[
     if os.path.lexists(index):
         return _indexed(index, problems)
     names = sorted(path.name for path in folder.iterdir())
+    if kind := other_kind(folder):
+        raise UserError(kind)
     loose = [name for name in names if name.endswith(_SUFFIX)]
     pickled = [name for name in names if name.endswith(_PICKLED)]
     if loose:

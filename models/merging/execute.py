@@ -208,11 +208,21 @@ def _results(job: Job, method: Method, blocks: FileBlocks, context: Any) -> Iter
 
 
 def _copies(job: Job) -> Iterator[Tensor]:
-    # index buffers are the same in all inputs that share an architecture, and a mean of them means nothing
+    """The values that all inputs share: index buffers, of which a mean means nothing.
+
+    Raises:
+        UserError: an input has others; keeping the first's would be a choice that nobody made.
+    """
     piece, size = job.experts[0], prod(job.shape)
     for first, (count,) in spans(job.shape, by_rows=False):
-        raw = torch.empty(min(count, size) * KINDS[job.dtype][0], dtype=torch.uint8)
-        yield piece.checkpoint.read(piece.info, first, count, raw)
+        values = [p.checkpoint.read(p.info, first, count,
+                                    torch.empty(min(count, size) * KINDS[p.info.dtype][0], dtype=torch.uint8))
+                  for p in (piece, *(p for p in job.pieces if p is not piece))]
+        for other, read in zip((p for p in job.pieces if p is not piece), values[1:], strict=True):
+            if not torch.equal(values[0], read):
+                raise UserError(f"{job.name}: {job.dtype} values, which are no weights to merge, differ between "
+                                f"{piece.info.file} and {other.info.file}; merge models that share them")
+        yield values[0]
 
 
 def _stored(job: Job, fused: Tensor) -> Tensor:

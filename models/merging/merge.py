@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Mapping
@@ -17,12 +16,13 @@ import manifest
 from errors import UserError
 from flags.merge import MergeArgs
 from models.checkpoints.fingerprints import fingerprint
+from models.checkpoints.kinds import other_kind
 from models.checkpoints.reader import INDEX, Checkpoint
 from models.checkpoints.writer import Layout, Writer, plan_layout
 from models.merging import vocabulary
 from models.merging.budget import Budget, budget
 from models.merging.methods import METHODS, Method
-from models.merging.plan import HEAD, MergePlan, Policies, anchor, match, models
+from models.merging.plan import MergePlan, Policies, anchor, match, models
 from models.merging.recipe_values import nearest
 from models.merging.recipes import Recipe, Slice, Source, read_recipe
 from models.operators.declared import assignments, scalar
@@ -125,12 +125,24 @@ def _parameters(text: str, row: Method, count: int, problems: list[str]) -> dict
 def _help() -> str:
     lines = []
     for name, row in METHODS.items():
-        lines.append(f"{name}: {row.source}; base: {row.base}; models: {row.inputs[0]} or more")
+        low, high = row.inputs
+        lines.append(f"{name}: {row.source}; base: {row.base}; models: {low if low == high else f'{low} to {high}'}")
         for key, item in row.fields().items():
             default = "must be given" if item.default is None else f"default {item.default}"
             each = ", one per model" if item.metadata["each"] else ""
-            lines.append(f"    {key}: {item.metadata['help']} ({default}{each})")
+            lines.append(f"    {key}: {item.metadata['help']} ({default}{_range(row, key)}{each})")
     return "\n".join(lines)
+
+
+def _range(row: Method, name: str) -> str:
+    """The values that a parameter takes, as the help tells them; empty: any number."""
+    kind, low, high = row.rule(name)
+    if choices := row.fields()[name].metadata["choices"]:
+        return f", one of {', '.join(choices)}"
+    if kind is not float or (low is None and high is None):
+        return ", true or false" if kind is bool else ""
+    bounds = (f"at least {low}" if high is None else f"at most {high}" if low is None else f"{low} to {high}")
+    return f", {bounds}"
 
 
 def _folders(recipe: Recipe, args: MergeArgs) -> dict[str, Path]:
@@ -160,12 +172,11 @@ def _local(name: str, args: MergeArgs) -> Path:
 def _opened(folders: Mapping[str, Path], stack: ExitStack) -> dict[str, Checkpoint]:
     checkpoints, problems = {}, []
     for name, folder in folders.items():
-        # such a folder may hold a checkpoint beside the adapter; merging that would leave the adapter out
-        if (folder / "adapter_config.json").is_file():
-            problems.append(f"{name}: {folder} holds a LoRA adapter, not a model; fuse it with models/fuse.py adapters")
+        if kind := other_kind(folder):
+            problems.append(kind)
             continue
         try:
-            checkpoints[name] = stack.enter_context(Checkpoint.open(folder))
+            checkpoints[name] = stack.enter_context(Checkpoint.open(folder)).plain()
         except UserError as error:
             problems += error.problems
     if problems:
@@ -229,30 +240,11 @@ def _run(args: MergeArgs, settings: dict[str, Any], recipe: Recipe, method: Meth
 
 def _companions(first: Checkpoint, plan: MergePlan, folder: Path) -> None:
     """The anchor's configuration, adapted to what changed, and its tokenizer."""
-    config = dict(first.config)
-    names = {v: k for k, v in DTYPES.items()}
-    kinds = {job.dtype for job in plan.jobs if job.dtype in names}
-    # of mixed types the configuration keeps what it said
-    if config and len(kinds) == 1:
-        config.pop("torch_dtype", None)
-        config["dtype"] = names[kinds.pop()]
-    if plan.rows:
-        config["vocab_size"] = plan.rows.rows
-    if plan.layers:
-        config["num_hidden_layers"] = plan.layers
-        # stacked slices have more or fewer layers than the anchor, which transformers compares with this list
-        if isinstance(config.get("layer_types"), list):
-            config["layer_types"] = config["layer_types"][:1] * plan.layers
-    if config:
-        # what was written decides: transformers would tie over a head that is there
-        config["tie_word_embeddings"] = not any(job.name == HEAD for job in plan.jobs)
-        manifest.write_json(folder / "config.json", config)
+    if plan.config:
+        manifest.write_json(folder / "config.json", plan.config)
     for pattern in COMPANIONS:
         for file in first.folder.glob(pattern):
             if file.is_file() and file.name != INDEX:
                 shutil.copyfile(file, folder / file.name)
-    if plan.rows and plan.rows.new_tokens:
-        path = folder / vocabulary.FILE
-        content = json.loads(path.read_text(encoding="utf-8"))
-        manifest.write_json(path, vocabulary.with_tokens(content, plan.rows.new_tokens))
-
+    if plan.rows:
+        vocabulary.write_new_tokens(folder, plan.rows)

@@ -1,4 +1,7 @@
-"""Match the tensors of several checkpoints, explain what does not fit, and resolve parameters. Reads headers only."""
+"""Match the tensors of several checkpoints, explain what does not fit, and resolve parameters. Reads headers only.
+
+(Of two equal tensors of one input, the copy of a tied embedding, it reads the bytes that prove it.)
+"""
 
 from __future__ import annotations
 
@@ -12,20 +15,32 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from errors import UserError
+from models.merging.configs import compare, section, written
+from models.merging.heads import settle_copies, settle_heads
+from models.merging.layer_settings import mixed, sliced
 from models.merging.methods import Method
-from models.merging.recipes import Recipe, Slice, parameter
-from models.merging.vocabulary import RowMap, differing, match_rows, read_tokens
+from models.merging.names import (
+    EMBEDDINGS,
+    HEAD_BIASES,
+    HEADS,
+    View,
+    at_layer,
+    by_vocabulary,
+    computed,
+    elsewhere,
+    layer_of,
+    stack_of,
+    stacks,
+    views,
+)
+from models.merging.recipes import Recipe, Slice, Source, parameter
+from models.merging.vocabulary import RowMap, check_ids, differing, match_rows, read_tokens
 
 if TYPE_CHECKING:
     from models.checkpoints.reader import Checkpoint, TensorInfo
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-SHAPE_KEYS = ("architectures", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-              "num_key_value_heads")
-QUIET_KEYS = ("rope_theta", "rms_norm_eps", "rope_scaling", "max_position_embeddings", "sliding_window")
-HEAD = "lm_head.weight"
-_LAYER = re.compile(r"^(?P<before>(?:.*?\.)?)(?P<index>\d+)(?P<after>\..+)$")
-_EMBEDDING = re.compile(r"(embed_tokens|wte|word_embeddings|tok_embeddings)\.weight$")
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _SHOWN = 6
 
 
@@ -62,13 +77,12 @@ class Job:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """What was matched: jobs in order of name, remarks for the user, the output's rows and layers."""
+    """What was matched: jobs in order of name, remarks for the user, the output's rows and configuration."""
 
     jobs: tuple[Job, ...]
     notes: tuple[str, ...]
     rows: RowMap | None
-    layers: int | None
-    drop_head: bool
+    config: Mapping[str, Any]
 
     @property
     def bytes_in(self) -> int:
@@ -102,25 +116,30 @@ def match(recipe: Recipe, method: Method, checkpoints: Mapping[str, Checkpoint],
     """
     first = anchor(recipe)
     order = [first, *(name for name in checkpoints if name != first)]
+    problems: list[str] = []
+    notes: list[str] = []
     # models of other architectures differ in every tensor: one sentence instead of a hundred
-    problems, notes = _compare_configs(checkpoints, order)
+    compare(checkpoints, order, problems, notes)
     if problems:
         raise UserError(*problems)
-    rows = _rows(checkpoints, order, policies.vocab, problems, notes)
-    drop_head = _heads(checkpoints, order, policies.tied_heads, problems, notes)
-    jobs, unmatched = [], []
-    for name, position, slice_, sources in _outputs(recipe, checkpoints[first]):
-        if drop_head and name == HEAD:
-            continue
+    seen = views(checkpoints, order, notes)
+    settle_copies(seen, notes)
+    rows = _rows(seen, order, policies.vocab, problems, notes)
+    settle_heads(seen, order, policies.tied_heads, problems, notes)
+    jobs, unmatched, buffers = [], [], []
+    for name, position, slice_, sources in _outputs(recipe, seen, first, problems):
         pieces = {}
         for model, tensor in sources.items():
-            piece = _piece(checkpoints[model], tensor, rows and (rows, order.index(model)))
-            if piece is None:
-                unmatched.append(f"{model} has no tensor {tensor}")
-            else:
+            piece = _piece(seen[model], tensor, rows and (rows, order.index(model)))
+            if piece is not None:
                 pieces[model] = piece
         # go on: all tensors without a partner are told together
         if len(pieces) < len(sources):
+            # a file without them is as good: the model computes them
+            if pieces and all(computed(piece.info) for piece in pieces.values()):
+                buffers.append(name)
+            else:
+                unmatched += [f"{m} has no tensor {tensor}" for m, tensor in sources.items() if m not in pieces]
             continue
         shape = _shape(name, pieces, rows, problems)
         job = None if shape is None else (
@@ -130,20 +149,56 @@ def match(recipe: Recipe, method: Method, checkpoints: Mapping[str, Checkpoint],
     # a recipe of slices leaves layers out on purpose; whole models must be used up
     used = {(id(p.checkpoint), p.info.name) for job in jobs for p in job.pieces}
     if recipe.whole and not unmatched:
-        unmatched += [f"{model} has {name}, the output has no place for it" for model in order
-                      for name in checkpoints[model].tensors
-                      if (id(checkpoints[model]), name) not in used and not (drop_head and name == HEAD)]
+        for model in order:
+            left = {n: i for n, i in seen[model].tensors.items() if (id(checkpoints[model]), i.name) not in used}
+            buffers += [name for name, info in left.items() if computed(info)]
+            unmatched += [f"{model} has {name}, the output has no place for it" for name, info in left.items()
+                          if not computed(info)]
     # after other problems, tensors that do not match are their consequence
     if unmatched and not problems:
         problems += [*unmatched[:_SHOWN], f"{len(unmatched)} tensors have no partner: the inputs must share one base "
                      "(the same layers, the same biases); merge models fine-tuned from the same checkpoint"]
+    config: dict[str, Any] = {}
+    if not problems:
+        config = _config(recipe, seen, first, jobs, rows, problems, notes)
     if problems:
         raise UserError(*dict.fromkeys(problems))
+    if buffers:
+        notes.append(f"{len(dict.fromkeys(buffers))} buffers that only some inputs hold (e.g. {buffers[0]}) are left out: a "
+                     "model computes them when it is loaded")
     # not an error: fp32 holds every 16-bit value, so that mixing loses nothing
     kinds = Counter(piece.info.dtype for job in jobs for piece in job.pieces)
     if len(kinds) > 1:
         notes.append("input types: " + ", ".join(f"{k} x {n}" for k, n in sorted(kinds.items())) + "; summed in fp32")
-    return MergePlan(tuple(jobs), tuple(notes), rows, None if recipe.whole else _layer_count(recipe), drop_head)
+    return MergePlan(tuple(jobs), tuple(notes), rows, config)
+
+
+def _config(recipe: Recipe, seen: Mapping[str, View], first: str, jobs: Sequence[Job], rows: RowMap | None,
+            problems: list[str], notes: list[str]) -> dict[str, Any]:
+    """The result's config.json; empty where the anchor has none."""
+    own = seen[first].checkpoint.config
+    if not own:
+        return {}
+    parts = {model: section(view.checkpoint.config) for model, view in seen.items()}
+    part = dict(parts[first])
+    if not recipe.whole:
+        try:
+            origins = []
+            for slice_ in recipe.slices:
+                lead = _lead(slice_, first)
+                origins += [(lead.model, layer) for layer in range(*lead.layer_range)]
+                for layers in zip(*(range(*s.layer_range) for s in slice_.sources), strict=True):
+                    both = [(s.model, layer) for s, layer in zip(slice_.sources, layers, strict=True)]
+                    if (why := mixed(parts, both)) and len(both) > 1:
+                        notes.append(f"layers of different kinds become one ({why}): the result keeps {lead.model}'s")
+            part = sliced(parts, first, origins)
+        except UserError as error:
+            problems += error.problems
+            return {}
+    kinds = {job.dtype for job in jobs if job.dtype in DTYPES}
+    # of mixed types the configuration keeps what it said
+    dtype = DTYPES[kinds.pop()] if len(kinds) == 1 else None
+    return written(own, part, dtype, rows.rows if rows else None, any(HEADS.search(job.name) for job in jobs))
 
 
 def anchor(recipe: Recipe) -> str:
@@ -160,49 +215,76 @@ def models(recipe: Recipe) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def layer_of(tensor: str) -> int | None:
-    """The layer number in a tensor's name; None for embeddings, final norm and head."""
-    place = _LAYER.match(tensor)
-    return int(place["index"]) if place else None
+def _lead(slice_: Slice, first: str) -> Source:
+    """The source whose names and settings the slice's layers take: the anchor where it is listed, else the first."""
+    return next((source for source in slice_.sources if source.model == first), slice_.sources[0])
 
 
-def _at_layer(tensor: str, layer: int) -> str:
-    place = _LAYER.match(tensor)
-    return f"{place['before']}{layer}{place['after']}"
-
-
-def _layer_count(recipe: Recipe) -> int:
-    return sum(slice_.sources[0].layer_range[1] - slice_.sources[0].layer_range[0] for slice_ in recipe.slices)
-
-
-def _outputs(recipe: Recipe, first: Checkpoint) -> Iterable[tuple[str, float, Slice, dict[str, str]]]:
+def _outputs(recipe: Recipe, seen: Mapping[str, View], first: str,
+             problems: list[str]) -> Iterable[tuple[str, float, Slice, dict[str, str]]]:
     """(output name, position t in 0..1, slice, {model: tensor name}) of every output tensor.
 
     As in mergekit, t runs from 0 to 1 over the layers of a slice; it is 0 before the layers and 1 behind them.
     """
-    count = 1 + max((n for n in map(layer_of, first.tensors) if n is not None), default=-1)
+    names = seen[first].tensors
+    depths = stacks(names)
+    picked = None if recipe.whole else _picked(recipe, seen, first, problems)
     # embeddings belong to the first slice, final norm and head to the last
-    outside = [name for name in first.tensors if layer_of(name) is None]
-    for name in outside:
-        early = bool(_EMBEDDING.search(name))
-        slice_ = recipe.slices[0 if early else -1]
+    for name in (name for name in names if layer_of(name) is None):
+        early = bool(EMBEDDINGS.search(name))
+        slice_ = recipe.slices[0 if early or (picked and len(depths) > 1 and elsewhere(name, picked, depths)) else -1]
         yield name, 0.0 if early else 1.0, slice_, {model: name for model in _members(slice_, recipe)}
+    # whole stacks: every layer has the names that it has, for the first of a decoder may be unlike the others
+    slice_ = recipe.slices[0]
+    layers: dict[int, list[str]] = {}
+    for name in names:
+        if (layer := layer_of(name)) is not None and stack_of(name) != picked:
+            layers.setdefault(layer, []).append(name)
+    for layer, tensors in sorted(layers.items()):
+        for name in tensors:
+            yield name, _position(layer, depths[stack_of(name)]), slice_, {m: name for m in _members(slice_, recipe)}
+    if picked is None:
+        return
     start = 0
     for slice_ in recipe.slices:
-        ranges = {source.model: source.layer_range or (0, count) for source in slice_.sources}
-        own = next(iter(ranges.values()))
+        ranges = {source.model: source.layer_range for source in slice_.sources}
+        lead = _lead(slice_, first)
+        low, high = lead.layer_range
         for model in _members(slice_, recipe):
             # a base that the slice does not list is compared at the layers of the first source
-            ranges.setdefault(model, own)
-        length = own[1] - own[0]
-        # all layers of a decoder have the names of layer 0; those of a slice are numbered anew
-        template = [name for name in first.tensors if layer_of(name) == 0]
-        for i in range(length):
-            t = i / (length - 1) if length > 1 else 1.0
-            for name in template:
-                yield (_at_layer(name, start + i), t, slice_,
-                       {model: _at_layer(name, low + i) for model, (low, _) in ranges.items()})
-        start += length
+            ranges.setdefault(model, slice_.sources[0].layer_range)
+        for i in range(high - low):
+            # those of a slice are numbered anew
+            for name in (n for n in seen[lead.model].tensors if stack_of(n) == picked and layer_of(n) == low + i):
+                yield (at_layer(name, start + i), _position(i, high - low), slice_,
+                       {model: at_layer(name, bottom + i) for model, (bottom, _) in ranges.items()})
+        start += high - low
+
+
+def _position(layer: int, depth: int) -> float:
+    return layer / (depth - 1) if depth > 1 else 1.0
+
+
+def _picked(recipe: Recipe, seen: Mapping[str, View], first: str, problems: list[str]) -> str | None:
+    """The stack of layers that layer ranges speak of; a problem where that is not one, or shorter than a range."""
+    depths = stacks(seen[first].tensors)
+    known = section(seen[first].checkpoint.config)
+    # beside the words' layers a model may have those of images, projectors or an encoder: the configuration tells them apart
+    fitting = [s for s, n in depths.items() if n == known.get("num_hidden_layers")] if len(depths) > 1 else list(depths)
+    fitting = [s for s in fitting if not re.search("vision|visual|image|audio", s)]
+    if len(fitting) != 1:
+        problems.append(f"slices: {first} has {'stacks' if depths else 'no stack'} of layers{': ' if depths else ''}"
+                        f"{', '.join(f'{s}0..{n - 1}' for s, n in depths.items())}; a layer_range is for a model with one; "
+                        "merge whole models (models: without layer_range)")
+        return None
+    for slice_ in recipe.slices:
+        for source in slice_.sources:
+            depth = stacks(seen[source.model].tensors).get(fitting[0], 0)
+            if source.layer_range[1] > depth:
+                problems.append(f"layer_range {list(source.layer_range)}: {source.model} has no tensor "
+                                f"{fitting[0]}{source.layer_range[1] - 1}.*; its layers are 0 to {depth - 1}, so that the "
+                                f"second number is at most {depth}")
+    return fitting[0]
 
 
 def _members(slice_: Slice, recipe: Recipe) -> list[str]:
@@ -210,25 +292,25 @@ def _members(slice_: Slice, recipe: Recipe) -> list[str]:
     return list(dict.fromkeys([*([base] if base else []), *(source.model for source in slice_.sources)]))
 
 
-def _piece(checkpoint: Checkpoint, tensor: str, rows: tuple[RowMap, int] | None) -> Piece | None:
-    info = checkpoint.tensors.get(tensor)
-    if info is None and tensor == HEAD:
+def _piece(view: View, tensor: str, rows: tuple[RowMap, int] | None) -> Piece | None:
+    info = view.tensors.get(tensor)
+    if info is None and HEADS.search(tensor):
         # a tied head is its embedding
-        info = next((i for n, i in checkpoint.tensors.items() if _EMBEDDING.search(n)), None)
+        info = view.embedding()
     if info is None:
         return None
     # rows that stand where they should are read as one piece, which is much faster
-    if rows and _by_vocabulary(tensor) and not rows[0].trivial(rows[1]):
-        return Piece(checkpoint, info, rows[0].sources[rows[1]])
-    return Piece(checkpoint, info)
-
-
-def _by_vocabulary(tensor: str) -> bool:
-    return tensor == HEAD or bool(_EMBEDDING.search(tensor))
+    if rows and by_vocabulary(tensor) and not rows[0].trivial(rows[1]):
+        return Piece(view.checkpoint, info, rows[0].sources[rows[1]])
+    return Piece(view.checkpoint, info)
 
 
 def _shape(name: str, pieces: Mapping[str, Piece], rows: RowMap | None, problems: list[str]) -> tuple[int, ...] | None:
-    shapes = {model: ((rows.rows, *piece.info.shape[1:]) if rows and _by_vocabulary(name) else piece.info.shape)
+    if rows and HEAD_BIASES.search(name):
+        problems.append(f"{name}: has an entry for each token, and entries are not matched by token, rows are; merge models "
+                        "of one vocabulary")
+        return None
+    shapes = {model: ((rows.rows, *piece.info.shape[1:]) if rows and by_vocabulary(name) else piece.info.shape)
               for model, piece in pieces.items()}
     kinds = set(shapes.values())
     if len(kinds) == 1:
@@ -269,29 +351,12 @@ def _job(recipe: Recipe, method: Method, slice_: Slice, name: str, t: float, pie
                mapped or method.rows(parameters))
 
 
-def _compare_configs(checkpoints: Mapping[str, Checkpoint], order: Sequence[str]) -> tuple[list[str], list[str]]:
-    problems, notes = [], []
-    first = checkpoints[order[0]].config
-    for name in order[1:]:
-        other = checkpoints[name].config
-        if not first or not other:
-            continue
-        # depth alone may differ: slices pick layers
-        differ = [f"{k} {first.get(k)} and {other.get(k)}" for k in SHAPE_KEYS if first.get(k) != other.get(k)]
-        if differ and not ("num_hidden_layers" in differ[0] and len(differ) == 1):
-            problems.append(f"{order[0]} and {name} are different architectures ({'; '.join(differ)}); "
-                            "merge models fine-tuned from the same checkpoint")
-        quiet = [f"{k} {first.get(k)} and {other.get(k)}" for k in QUIET_KEYS if first.get(k) != other.get(k)]
-        if quiet:
-            notes.append(f"{order[0]} and {name} differ in {'; '.join(quiet)}: the result keeps {order[0]}'s")
-    return problems, notes
-
-
-def _rows(checkpoints: Mapping[str, Checkpoint], order: Sequence[str], policy: str, problems: list[str],
+def _rows(seen: Mapping[str, View], order: Sequence[str], policy: str, problems: list[str],
           notes: list[str]) -> RowMap | None:
     """The inputs' vocabularies lined up; None when they agree already."""
-    sizes = [next((i.shape[0] for n, i in checkpoints[m].tensors.items() if _EMBEDDING.search(n)), 0) for m in order]
-    tokens = [read_tokens(checkpoints[m].folder) for m in order]
+    embeddings = [seen[m].embedding() for m in order]
+    sizes = [info.shape[0] if info else 0 for info in embeddings]
+    tokens = [read_tokens(seen[m].checkpoint.folder) for m in order]
     reasons = [f"{order[0]} has {sizes[0]} rows, {m} has {n}" for m, n in zip(order, sizes, strict=True) if n != sizes[0]]
     # equal sizes prove nothing: two tokenizers may number their pieces otherwise
     for model, known in zip(order[1:], tokens[1:], strict=True):
@@ -304,22 +369,8 @@ def _rows(checkpoints: Mapping[str, Checkpoint], order: Sequence[str], policy: s
                         f"{order[0]}, matched by text), union (added tokens of the others too), or pad (by index)")
         return None
     rows = match_rows(policy, sizes, tokens, order)
+    if rows.new_tokens:
+        check_ids(seen[order[0]].checkpoint.folder, rows)
     notes.append(f"--vocab {policy}: {rows.rows} rows; a token that an input lacks takes the base's row, and one that the "
                  "base lacks too the mean of the inputs that have it")
     return rows
-
-
-def _heads(checkpoints: Mapping[str, Checkpoint], order: Sequence[str], policy: str, problems: list[str],
-           notes: list[str]) -> bool:
-    """Whether the output drops its own head because the base ties it to the embedding."""
-    own = {model: HEAD in checkpoints[model].tensors for model in order}
-    if len(set(own.values())) == 1:
-        return False
-    if not policy:
-        problems.append("heads differ: " + ", ".join(f"{m} {'has its own' if o else 'ties it'}" for m, o in own.items())
-                        + "; choose --tied_heads base (as in the base) or untie (every input gets a head of its own)")
-    elif policy == "untie" and not own[order[0]]:
-        problems.append(f"--tied_heads untie: {order[0]} ties its head, so its layout has none; name an untied model first")
-    else:
-        notes.append(f"--tied_heads {policy}: a tied input lends its embedding as head")
-    return policy == "base" and not own[order[0]]

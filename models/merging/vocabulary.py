@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+import manifest
 from errors import UserError
 
 FILE = "tokenizer.json"
 POLICIES = ("base", "union", "pad")
+_FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A tokenizer's tokens: text -> id of its pieces, and of those added later (special tokens)."""
+    """A tokenizer's tokens: text -> id of its pieces, and of those added later (special tokens).
+
+    Args:
+        entries: text -> the entry of an added token: its flags (special, lstrip, rstrip, normalized, single_word).
+    """
 
     pieces: Mapping[str, int]
     added: Mapping[str, int]
+    entries: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def all(self) -> dict[str, int]:
@@ -29,11 +37,15 @@ class Tokens:
 
 @dataclass(frozen=True)
 class RowMap:
-    """Rows of the output and, per input, the input's row for each (int64, -1: it has none)."""
+    """Rows of the output and, per input, the input's row for each (int64, -1: it has none).
+
+    Args:
+        new_tokens: what the output's tokenizer gets beside the first input's: entries of added_tokens, with their new ids.
+    """
 
     rows: int
     sources: tuple[np.ndarray, ...]
-    new_tokens: tuple[str, ...] = ()
+    new_tokens: tuple[Mapping[str, Any], ...] = ()
 
     def trivial(self, which: int) -> bool:
         """Whether an input's rows are the output's rows as they stand."""
@@ -56,7 +68,8 @@ def read_tokens(folder: Path) -> Tokens | None:
         if isinstance(vocabulary, list):  # Unigram: [piece, score] pairs, the id is the position
             vocabulary = {piece: i for i, (piece, _) in enumerate(vocabulary)}
         added = {token["content"]: int(token["id"]) for token in content.get("added_tokens") or []}
-        return Tokens({text: int(i) for text, i in vocabulary.items() if text not in added}, added)
+        entries = {token["content"]: dict(token) for token in content.get("added_tokens") or []}
+        return Tokens({text: int(i) for text, i in vocabulary.items() if text not in added}, added, entries)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a readable tokenizer ({type(error).__name__}: {error}); "
                         "replace it by the model's own file") from None
@@ -92,7 +105,7 @@ def match_rows(policy: str, rows: Sequence[int], tokens: Sequence[Tokens | None]
     if missing:
         raise UserError(f"--vocab {policy}: matches tokens by their text, but there is no {FILE} in {', '.join(missing)}; "
                         "add it, or match by index with --vocab pad")
-    base, new = tokens[0], []
+    base, new = tokens[0], {}
     if policy == "union":
         for name, other in zip(names[1:], tokens[1:], strict=True):
             # added tokens are matched before the pieces, so that adding one changes no other cut
@@ -100,7 +113,8 @@ def match_rows(policy: str, rows: Sequence[int], tokens: Sequence[Tokens | None]
             if strange:
                 raise UserError(f"--vocab union: {name} has {len(strange)} word pieces that {names[0]} lacks (e.g. "
                                 f"{strange[0]!r}); only added tokens can be united; use --vocab base")
-            new += [t for t in other.added if t not in base.pieces and t not in base.added and t not in new]
+            new |= {t: other.entries.get(t, {"content": t}) for t in other.added
+                    if t not in base.pieces and t not in base.added and t not in new}
     ids = {i: text for text, i in base.all.items()}
     # a padded embedding may have spare rows behind its last token: new tokens take those first
     first_free = max(ids, default=-1) + 1
@@ -114,16 +128,67 @@ def match_rows(policy: str, rows: Sequence[int], tokens: Sequence[Tokens | None]
             place = own.get(ids[i], -1) if i in ids else i
             order[i] = place if place < n else -1
         sources.append(order)
-    return RowMap(total, tuple(sources), tuple(new))
+    # the row and the id are one number
+    entries = tuple(dict(entry) | {"id": first_free + j} for j, entry in enumerate(new.values()))
+    return RowMap(total, tuple(sources), entries)
 
 
-def with_tokens(tokenizer: dict, new: Sequence[str]) -> dict:
-    """A tokenizer.json with added tokens appended after its last id."""
-    # after the largest id in use, which need not be the number of tokens: ids may have gaps
-    ids = [*tokenizer["model"]["vocab"].values()] if isinstance(tokenizer["model"]["vocab"], dict) else \
-        [*range(len(tokenizer["model"]["vocab"]))]
-    added = tokenizer.get("added_tokens") or []
-    first = max([*ids, *(token["id"] for token in added)]) + 1
-    extra = [{"id": first + i, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
-              "normalized": False, "special": True} for i, text in enumerate(new)]
-    return tokenizer | {"added_tokens": [*added, *extra]}
+def check_ids(folder: Path, rows: RowMap) -> None:
+    """That the tokenizers library numbers the new tokens as their rows are: it counts on by itself where ids have gaps.
+
+    Raises:
+        UserError: it gives one another id, or refuses the file.
+    """
+    from tokenizers import Tokenizer
+
+    path = folder / FILE
+    content = _with(json.loads(path.read_text(encoding="utf-8")), rows.new_tokens)
+    try:
+        made = Tokenizer.from_str(json.dumps(content))
+    except Exception as error:  # the library raises plain Exceptions
+        raise UserError(f"{path}: the tokenizers library refuses it with the added tokens ({error}); replace it by the "
+                        "model's own file, or use --vocab base") from None
+    for token in rows.new_tokens:
+        if (given := made.token_to_id(token["content"])) != token["id"]:
+            raise UserError(f"--vocab union: {path}: {token['content']!r} would get id {given}, its row is {token['id']}, "
+                            "for the ids of this tokenizer have gaps; use --vocab base, or add the token to the base first "
+                            "(tokenizer.add_tokens, model.resize_token_embeddings)")
+
+
+def _with(tokenizer: Mapping[str, Any], new: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {**tokenizer, "added_tokens": [*(tokenizer.get("added_tokens") or []), *new]}
+
+
+def write_new_tokens(folder: Path, rows: RowMap) -> None:
+    """Add the new tokens to every tokenizer file of a folder that lists added tokens, with the flags that they had."""
+    if not rows.new_tokens:
+        return
+    path = folder / FILE
+    manifest.write_json(path, _with(json.loads(path.read_text(encoding="utf-8")), rows.new_tokens))
+    plain = [{key: token[key] for key in _FLAGS if key in token} | {"content": token["content"]}
+             for token in rows.new_tokens]
+    by_id = {str(token["id"]): entry for token, entry in zip(rows.new_tokens, plain, strict=True)}
+    special = [token["content"] for token in rows.new_tokens if token.get("special")]
+    _extend(folder / "tokenizer_config.json", {"added_tokens_decoder": by_id}, special)
+    _extend(folder / "special_tokens_map.json", {}, special)
+    _extend(folder / "added_tokens.json", {token["content"]: token["id"] for token in rows.new_tokens}, [])
+
+
+def _extend(path: Path, entries: Mapping[str, Any], special: Sequence[str]) -> None:
+    """Add entries to a JSON file, where it is, and special tokens to its lists of those that have no role."""
+    if not path.is_file():
+        return
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in entries.items():
+        if isinstance(value, Mapping):
+            # a file that keeps its added tokens elsewhere is read from there
+            if key in content:
+                content[key] = {**content[key], **value}
+        else:
+            content[key] = value
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        listed = content.get(key)
+        if isinstance(listed, list):
+            have = [token.get("content") if isinstance(token, dict) else token for token in listed]
+            content[key] = [*listed, *(text for text in special if text not in have)]
+    manifest.write_json(path, content)

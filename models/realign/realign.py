@@ -24,6 +24,7 @@ from models.checkpoints.fingerprints import fingerprint
 from models.checkpoints.header import KINDS
 from models.checkpoints.reader import INDEX
 from models.checkpoints.writer import Writer, plan_layout
+from models.merging.configs import section, written
 from models.merging.merge import COMPANIONS, DTYPES
 from models.operators.low_rank import Fused, Pair, low_rank, pair_norm
 from models.realign.masks import open_masked
@@ -217,12 +218,10 @@ def _stored(values: Tensor, kind: str, name: str) -> Tensor:
 
 def companions(aligned: Model, kinds: set[str], folder: Path) -> None:
     """Configuration (with the new type) and tokenizer of the aligned model."""
-    config = dict(aligned.checkpoint.config)
+    config = aligned.checkpoint.config
     names = {kind: name for name, kind in DTYPES.items() if kind in kinds}
-    if len(names) == 1:
-        config.pop("torch_dtype", None)
-        config["dtype"] = next(iter(names.values()))
-    manifest.write_json(folder / "config.json", config)
+    dtype = next(iter(names.values())) if len(names) == 1 else None
+    manifest.write_json(folder / "config.json", written(config, section(config), dtype, None, head=False))
     for pattern in COMPANIONS:
         for file in aligned.checkpoint.folder.glob(pattern):
             if file.is_file() and file.name != INDEX:
