@@ -30,8 +30,13 @@ class AnswerModel(nn.Module):
         """The transformers model inside PEFT's wrapper, if there is one."""
         return self.lm.get_base_model() if hasattr(self.lm, "get_base_model") else self.lm
 
-    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
-        self.causal_lm.gradient_checkpointing_enable(**kwargs)
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
+        """transformers' Trainer asks for it by this name."""
+        self.causal_lm.activation_checkpointing_enable(**kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Where --neftune_noise_alpha adds its noise."""
+        return self.causal_lm.get_input_embeddings()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, objectives: Tensor) -> dict[str, Tensor]:
         """Ids and labels (batch, time) -> {"lm": summed loss, "tokens": answer tokens}.
