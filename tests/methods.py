@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from pico import make_adapter
-from runs import OBJECTIVES, build_moe, common, write_data
+from runs import OBJECTIVES, common, write_data
 
 #: Steps that do not depend on how many there will be.
 CONSTANT = ("--lr_scheduler_type", "constant", "--warmup_steps", "0", "--per_device_train_batch_size", "4")
@@ -30,9 +30,13 @@ METHODS = {
 def make_place(pico: Path, folder: Path) -> Path:
     """Results with experts, a raw MoE, an aligned adapter and a task that went on with it; data for every method."""
     import manifest
+    from models.llama_moe import main
 
-    build_moe(pico, folder, write_data(folder / "data"))
+    write_data(folder / "data")
     outputs = folder / "outputs"
+    for seed, task in enumerate(OBJECTIVES):
+        make_adapter(pico, outputs / task, seed=10 + seed)
+    main([*common(pico, folder)[:-2], "--router_init", "random"])
     make_adapter(pico, outputs / "aligned", seed=1)
     make_adapter(pico, outputs / "one", seed=2)
     facts = json.loads((outputs / "one" / "manifest.json").read_text())
@@ -62,7 +66,7 @@ def train(pico: Path, place: Path, out: Path, kind: str, *flags: str) -> dict:
     import align_basemodel
     import manifest
 
-    if not out.exists():
+    if not (out / "outputs").exists():
         shutil.copytree(place / "outputs", out / "outputs")
     align_basemodel.main([*METHODS[kind][0], "--data_path", data_of(place, kind), *common(pico, out), *CONSTANT,
                           "--run_name", f"{kind}_run", *flags])

@@ -17,6 +17,11 @@ import manifest
 SAVES = ("--max_steps", "6", "--save_steps", "2", "--validation_share", "0.25")
 
 
+@pytest.fixture(autouse=True)
+def _lines(caplog):
+    caplog.set_level("INFO")
+
+
 @pytest.fixture(scope="module")
 def place(pico, tmp_path_factory):
     return make_place(pico, tmp_path_factory.mktemp("resume"))
