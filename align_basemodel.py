@@ -15,7 +15,6 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
 
 import config
 import manifest
@@ -35,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         config.short_waits()
         config.keep_freed_memory()
-        settings = {**asdict(args), "training_arguments": parsed.training}
+        settings = args.settings(parsed.training)
         target = args.results / "outputs" / args.name
         if not args.overwrite and manifest.finished(target, settings):
             print(f"{target}: already trained")
@@ -47,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _finish(args: AlignArgs, run: manifest.Run) -> None:
-    shown = {k: v for k, v in run.metrics.items() if k != "history"}
+    shown = {k: v for k, v in run.metrics.items() if k not in ("history", "validation_history")}
     manifest.register(args.results, {"kind": "run", "command": "align_basemodel", "run": args.name, "seed": args.seed,
                                      **shown})
     print(f"{args.results / 'outputs' / args.name}: " + ", ".join(

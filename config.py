@@ -30,6 +30,7 @@ import presets
 from errors import UserError
 from presets import DEFAULT_PRESET, OWN_PRESET, PRESETS, SECTIONS
 from presets import nearest as _nearest
+from scalars import BOOLEANS, Word, Yaml, article, cast, words_in
 
 __all__ = ["DEFAULT_PRESET", "PRESETS", "Parsed", "flag", "group_of", "parse"]
 log = logging.getLogger(__name__)
@@ -215,9 +216,9 @@ def _convert(command: type, values: dict[str, Any], prefix: str, problems: list[
     for name, value in values.items():
         kind = _kind(command, name)
         try:
-            done[name] = _cast(kind, value)
-        except (TypeError, ValueError):
-            problems.append(f"{prefix}{name} {value}: needs {_article(kind)}")
+            done[name] = cast(kind, value)
+        except (LookupError, TypeError, ValueError):
+            problems.append(f"{prefix}{name} {value}: needs {article(kind)}")
             continue
         choices = _fields(command)[name].metadata["choices"]
         if choices and done[name] is not None and done[name] not in choices:
@@ -225,25 +226,6 @@ def _convert(command: type, values: dict[str, Any], prefix: str, problems: list[
             problems.append(f"{prefix}{name} {value}: not known{near}; allowed: {', '.join(map(str, choices))}")
             del done[name]
     return done
-
-
-def _article(kind: type) -> str:
-    return {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "text")
-
-
-def _cast(kind: type, value: Any) -> Any:
-    if value is None:
-        return None
-    if kind is bool:
-        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-        if str(value).lower() not in words:
-            raise ValueError(value)
-        return words[str(value).lower()]
-    if kind is str and isinstance(value, list):
-        return ",".join(map(str, value))
-    if kind is int and isinstance(value, float) and not value.is_integer():
-        raise ValueError(value)
-    return kind(value)
 
 
 def _range_problems(args: Any) -> list[str]:
@@ -263,7 +245,8 @@ def _preset_values(command: type, path: Path, content: dict[str, Any], sections:
     for section in sections:
         for name, value in (content.get(section) or {}).items():
             if name in _fields(command) or (section != "common" and _is_training_field(command, name)):
-                merged[name] = value if name in _fields(command) else _plain(value)
+                merged[name] = value if name in _fields(command) else _training_value(
+                    name, value, f"{path.name}: ", problems)
             elif not command.passes_over(section, name):
                 said = command.elsewhere(name) if section != "common" else None
                 problems.append(f"{path.name}: {section}.{name}: {said or f'unknown key{_nearest(name, _fields(command))}'}")
@@ -298,7 +281,12 @@ def _extra_flags(command: type, rest: Sequence[str], problems: list[str]) -> dic
         if not value and words and not words[0].startswith("--"):
             value = words.pop(0)
         if _is_training_field(command, name):
-            found[name] = _plain(yaml.safe_load(value)) if value else True
+            try:
+                parsed = yaml.load(value, Loader=Yaml) if value else True
+            except yaml.YAMLError:
+                problems.append(f"--{name} {value}: is neither a value nor JSON; quote it, e.g. '{{\"min_lr\": 1e-6}}'")
+                continue
+            found[name] = _training_value(name, parsed, "--", problems)
         elif name in command.without_effect():
             _say_without_effect(command, name)
         elif said := command.elsewhere(name):
@@ -329,11 +317,26 @@ def _words(command: type, argv: Sequence[str]) -> list[str]:
     return words
 
 
-def _plain(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as text; here it is a number."""
-    if isinstance(value, str) and _NUMBER.fullmatch(value):
-        return float(value)
-    return value
+def _training_value(name: str, value: Any, prefix: str, problems: list[str]) -> Any:
+    """A field of TrainingArguments in its declared type, where it has one; what does not fit is a problem."""
+    kinds = {kind.strip() for kind in training_fields()[name].split("|")} - {"None"}
+    kind = {"bool": bool, "int": int, "float": float}.get("".join(kinds))
+    if not isinstance(value, str) and (words := words_in(value)):
+        problems.append(f"{prefix}{name} {value}: {', '.join(words)}: write true or false, or quotes around a text")
+    value = str(value) if isinstance(value, Word) else value
+    if name == "resume_from_checkpoint":  # a path or a switch, though it is declared as text
+        return BOOLEANS.get(str(value).lower(), value)
+    if name.endswith("_kwargs") and not isinstance(value, dict | None) and not str(value).startswith("{"):
+        problems.append(f"{prefix}{name} {value}: needs a mapping, e.g. '{{\"min_lr\": 1e-6}}'")
+    if kind is None or value is None or (kind is float and type(value) is int):
+        return value
+    try:
+        if isinstance(value, bool) and kind is not bool:
+            raise ValueError(value)
+        return cast(kind, value)
+    except (LookupError, TypeError, ValueError):
+        problems.append(f"{prefix}{name} {value}: needs {article(kind)}")
+        return value
 
 
 def _is_training_field(command: type, name: str) -> bool:
@@ -341,14 +344,14 @@ def _is_training_field(command: type, name: str) -> bool:
 
 
 @functools.cache
-def training_fields() -> frozenset[str]:
-    """Names of the fields of ``transformers.TrainingArguments``, read from its source so that torch stays unloaded."""
+def training_fields() -> dict[str, str]:
+    """Fields of ``transformers.TrainingArguments`` -> types, read from its source so that torch stays unloaded."""
     spec = importlib.util.find_spec("transformers")
     if spec is None or not spec.submodule_search_locations:
         raise UserError("transformers is not installed: run bash scripts/quickstart.sh, or pip install -r requirements.txt")
     source = Path(spec.submodule_search_locations[0], "training_args.py").read_text(encoding="utf-8")
     for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments":
-            names = (n.target.id for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name))
-            return frozenset(n for n in names if not n.startswith("_"))
+            declared = [n for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
+            return {n.target.id: ast.unparse(n.annotation) for n in declared if not n.target.id.startswith("_")}
     raise RuntimeError("transformers/training_args.py has no class TrainingArguments")

@@ -57,11 +57,12 @@ def writing(target: Path, command: str, config: dict[str, Any], *, overwrite: bo
     Raises:
         UserError: ``target`` holds a run with another configuration and ``overwrite`` is off.
     """
+    # beside the target, so that the rename stays within one file system; a name of its own for every rank
+    staging = target.with_name(f".{target.name}.partial" + ("" if is_main() else f".{os.environ['RANK']}"))
+    _settle(target)
     # raises here, before any work, where another configuration holds the name
     if not overwrite:
         finished(target, config, absent)
-    # beside the target, so that the rename stays within one file system; a name of its own for every rank
-    staging = target.with_name(f".{target.name}.partial" + ("" if is_main() else f".{os.environ['RANK']}"))
     if not resume:
         shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True, exist_ok=True)
@@ -74,15 +75,46 @@ def writing(target: Path, command: str, config: dict[str, Any], *, overwrite: bo
         if not is_main():
             shutil.rmtree(staging)
             return
-        # a rename cannot replace a folder that holds files; a kill between both lines leaves the hidden one alone
-        if target.exists():
-            shutil.rmtree(target)
-        staging.replace(target)
+        swap(staging, target)
     # Ctrl-C too: half a run is no run, unless it may be resumed
     except BaseException as error:
         if not resume or isinstance(error, UserError):
             shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def swap(new: Path, target: Path) -> None:
+    """Give a folder its final name, where another may hold it: the old one goes aside first and is deleted last.
+
+    A kill at any moment leaves one of them whole, under the name or hidden as ``.NAME.replaced`` (``_settle``).
+    """
+    aside = _aside(target)
+    # a rename cannot replace a folder that holds files
+    if target.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        target.replace(aside)
+    try:
+        new.replace(target)
+    except BaseException:
+        if aside.exists() and not target.exists():
+            aside.replace(target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _settle(target: Path) -> None:
+    """Finish what a kill within the ``swap`` of a run left undone."""
+    aside, staging = _aside(target), target.with_name(f".{target.name}.partial")
+    if not (is_main() and aside.exists()):
+        return
+    if not target.exists():
+        # with a manifest the new one is whole
+        (staging if (staging / MANIFEST).is_file() else aside).replace(target)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.replaced")
 
 
 def is_main() -> bool:
@@ -100,6 +132,7 @@ def finished(target: Path, config: dict[str, Any], absent: Mapping[str, Any] | N
     Raises:
         UserError: it holds a run of the same name with another configuration: names every setting that differs.
     """
+    _settle(target)
     if not (target / MANIFEST).is_file():
         if target.exists() and any(target.iterdir()):
             raise UserError(f"{target}: exists but holds no {MANIFEST}; move it away{_or_rename(config)}")

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from errors import UserError
+from scalars import Yaml
 
 ROOT = Path(__file__).resolve().parent
 PRESETS = ROOT / "scripts" / "presets"
@@ -115,7 +116,7 @@ def preset_path(preset: str) -> Path:
 def read(path: Path) -> dict[str, Any]:
     """A preset's sections."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=Yaml) or {}
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     except UnicodeDecodeError as error:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 from config import flag, group_of, training_fields
@@ -17,6 +17,7 @@ from flags.moe import MoeFlags
 from flags.optimiser import BatchFlags, EpochDecayFlags, OptimiserFlags
 from flags.preferences import DpoFlags
 from flags.soup import FUSED, SoupFlags
+from flags.validation import ValidationFlags
 
 #: Sections of a preset that one objective alone reads; in all others each takes its own keys.
 _OWN_SECTIONS = ("align_moe", "align_dpo", "align_dpo_full", "align_mask")
@@ -93,6 +94,12 @@ class AlignArgs(ModelCommand):
     def name(self) -> str:
         return self.run_name or self.task_name
 
+    def settings(self, training: dict[str, Any]) -> dict[str, Any]:
+        """What identifies a run: every resolved flag and every extra training argument."""
+        # whether an interrupted run goes on or starts anew does not make it another run; from where (a path) does
+        kept = {k: v for k, v in training.items() if k != "resume_from_checkpoint" or not isinstance(v, bool)}
+        return {**asdict(self), "training_arguments": kept}
+
     def problems(self) -> list[str]:
         found = name_problems("--run_name", self.run_name)
         if type(self) is not TRAINED.get((self.moe_flag, self.method)):
@@ -116,7 +123,7 @@ class _DenseArgs(AlignArgs):
 
 @dataclass(frozen=True)
 class ExpertArgs(_DenseArgs, DataFlags, RecordFlags, PaddingFlags, FramedFlags, QuantisedBaseFlags, LoraFlags,
-                 OptimiserFlags, EpochDecayFlags):
+                 OptimiserFlags, EpochDecayFlags, ValidationFlags):
     """Train one expert, or the naive mix: supervised fine-tuning of an adapter or of every weight.
 
     python align_basemodel.py --moe_flag 0 --task_name safety
@@ -128,7 +135,7 @@ class ExpertArgs(_DenseArgs, DataFlags, RecordFlags, PaddingFlags, FramedFlags, 
 
 
 @dataclass(frozen=True)
-class DpoArgs(_DenseArgs, DataFlags, DpoFlags, QuantisedBaseFlags, LoraFlags, OptimiserFlags):
+class DpoArgs(_DenseArgs, DataFlags, DpoFlags, QuantisedBaseFlags, LoraFlags, OptimiserFlags, ValidationFlags):
     """Train one expert on preference pairs: direct preference optimisation of an adapter or of every weight.
 
     python align_basemodel.py --moe_flag 0 --task_name safety --method dpo
@@ -153,7 +160,7 @@ class DpoArgs(_DenseArgs, DataFlags, DpoFlags, QuantisedBaseFlags, LoraFlags, Op
 
 
 @dataclass(frozen=True)
-class MaskArgs(_DenseArgs, MaskFlags, AnchorFlags, DpoFlags, DataFlags, OptimiserFlags):
+class MaskArgs(_DenseArgs, MaskFlags, AnchorFlags, DpoFlags, DataFlags, OptimiserFlags, ValidationFlags):
     """Learn which part of task vectors to keep (SOMF): DPO on safety pairs, only the mask's logits train.
 
     python align_basemodel.py --method mask --aligned aligned --tasks english
@@ -201,7 +208,7 @@ class SearchArgs(_DenseArgs, SoupFlags, DataFlags, RecordFlags, FramedFlags, Bat
 
 
 @dataclass(frozen=True)
-class SoupArgs(SearchArgs, OptimiserFlags, EpochDecayFlags):
+class SoupArgs(SearchArgs, OptimiserFlags, EpochDecayFlags, ValidationFlags):
     """Learn the weights of trained adapters by gradient, layer by layer (LoRA Soups).
 
     python align_basemodel.py --moe_flag 0 --method soup --adapters identity,safe --task_name dialogs --data_path few.jsonl
@@ -214,7 +221,7 @@ class SoupArgs(SearchArgs, OptimiserFlags, EpochDecayFlags):
 
 
 @dataclass(frozen=True)
-class FusedMoeArgs(AlignArgs, MoeFlags, DataFlags, RecordFlags, PaddingFlags, LoraFlags, OptimiserFlags):
+class FusedMoeArgs(AlignArgs, MoeFlags, DataFlags, RecordFlags, PaddingFlags, LoraFlags, OptimiserFlags, ValidationFlags):
     """Tune the fused MoE: its experts, its router, and LoRA on attention.
 
     python align_basemodel.py --moe_flag 1 --expert_topk 2 --gate_loss_weight 0.01

@@ -321,3 +321,46 @@ def test_the_users_allocator_settings_stay(monkeypatch):
     assert Libc.asked == [-3]
     monkeypatch.setattr("ctypes.CDLL", lambda name: object())  # no mallopt: not glibc
     assert not config.keep_freed_memory()
+
+
+@pytest.mark.parametrize(("argv", "value"), [
+    (["--lr_scheduler_kwargs", '{"min_lr": 1e-6}'], {"min_lr": 1e-6}),
+    (["--lr_scheduler_kwargs", "{min_lr: 1E-6, list: [1e3, -2e-5, .5], deep: {again: 1e+2}}"],
+     {"min_lr": 1e-6, "list": [1000.0, -2e-5, 0.5], "deep": {"again": 100.0}}),
+    (["--lr_scheduler_kwargs", '{"num_cycles": 010, "day": 2024-01-02, "text": "no", "on": true}'],
+     {"num_cycles": 10, "day": "2024-01-02", "text": "no", "on": True}),
+    (["--save_strategy", "no"], "no"), (["--eval_strategy", "no"], "no"), (["--report_to", "none"], "none"),
+    (["--bf16", "yes"], True), (["--tf32", "off"], False), (["--disable_tqdm", "on"], True), (["--bf16", "no"], False),
+    (["--max_steps", "1e3"], 1000), (["--warmup_steps", "010"], 10), (["--eval_steps", "0.1"], 0.1),
+    (["--save_total_limit", "null"], None), (["--resume_from_checkpoint", "no"], False),
+    (["--resume_from_checkpoint"], True),
+    (["--resume_from_checkpoint", "results/checkpoint-5"], "results/checkpoint-5"),
+])
+def test_values_of_training_arguments_are_read_as_yaml_1_2(preset, argv, value):
+    """YAML 1.1 makes a text of 1e-6, False of no, 8 of 010, a date of 2024-01-02; nested, too."""
+    name = argv[0].removeprefix("--")
+    found = config.parse(AlignArgs, [*preset(), *argv]).training
+    assert found == {name: value}
+    assert type(found[name]) is type(value)
+    if len(argv) > 1 and '"' not in argv[1]:
+        assert config.parse(AlignArgs, preset(f"align: {{{name}: {argv[1]}}}\n")).training == {name: value}
+
+
+@pytest.mark.parametrize(("argv", "said"), [
+    (["--weight_decay", "much"], "--weight_decay much: needs a number"),
+    (["--max_steps", "2.5"], "--max_steps 2.5: needs a whole number"),
+    (["--max_steps", "true"], "needs a whole number"),
+    (["--bf16", "maybe"], "--bf16 maybe: needs true or false"),
+    (["--lr_scheduler_kwargs", "1e-6"], "needs a mapping"),
+    (["--lr_scheduler_kwargs", "{min_lr"], "is neither a value nor JSON"),
+    (["--gradient_checkpointing_kwargs", "{use_reentrant: no, deep: [off]}"], "no, off: write true or false, or quotes"),
+])
+def test_values_of_training_arguments_that_do_not_fit_are_refused(preset, argv, said):
+    (problem,) = problems(AlignArgs, [*preset(), *argv])
+    assert said in problem
+
+
+def test_words_of_yaml_1_1_in_a_preset_are_values_of_our_flags(preset):
+    args = config.parse(AlignArgs, [*preset("align: {pad_to_max: on, run_name: no, attention_lora: off}\n")]).args
+    assert (args.pad_to_max, args.run_name, args.attention_lora) == (True, "no", False)
+    assert type(args.run_name) is str

@@ -233,3 +233,53 @@ def test_sha256_of_files_and_folders(tmp_path):
     assert manifest.sha256(one / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert manifest.sha256(one / "a") == manifest.sha256(two / "b")
     assert manifest.sha256(one) != manifest.sha256(two)
+
+
+@pytest.mark.parametrize("moment", [1, 2])
+def test_a_kill_while_a_run_is_replaced_loses_neither(target, monkeypatch, moment):
+    """Killed behind the first or the second rename: old or new is whole afterwards, and the next command finds it."""
+    from pathlib import Path
+
+    write(target, text="old")
+    rename, renames = Path.replace, []
+
+    class Killed(BaseException):
+        pass
+
+    def dies(self, other):
+        # of the run's folder: files of it are renamed too
+        if target in (Path(self), Path(other)):
+            if len(renames) == moment:
+                raise Killed
+            renames.append(other)
+        return rename(self, other)
+
+    # what a kill does not run: the clean-up behind an error
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", dies)
+        patch.setattr(manifest.shutil, "rmtree", lambda folder, **_: (_ for _ in ()).throw(Killed) if len(renames) == moment
+                      else None)
+        with pytest.raises(Killed):
+            write(target, text="new", overwrite=True)
+    assert manifest.finished(target, CONFIG)
+    assert (target / "file").read_text() == {1: "new", 2: "new"}[moment]
+    assert not [name for name in names(target.parent) if name.endswith(".replaced")]
+
+
+def test_an_interrupt_between_the_renames_puts_the_old_run_back(target, monkeypatch):
+    from pathlib import Path
+
+    write(target, text="old")
+    rename = Path.replace
+
+    def dies(self, other):
+        if Path(other) == target and self.name.endswith(".partial"):
+            raise KeyboardInterrupt
+        return rename(self, other)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", dies)
+        with pytest.raises(KeyboardInterrupt):
+            write(target, text="new", overwrite=True)
+    assert (target / "file").read_text() == "old"
+    assert names(target.parent) == ["run"]

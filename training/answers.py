@@ -37,14 +37,21 @@ class AnswerModel(nn.Module):
         """The transformers model inside PEFT's wrapper, if there is one."""
         return self.lm.get_base_model() if hasattr(self.lm, "get_base_model") else self.lm
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None,
-                                      **more: Any) -> None:
-        """Recompute each layer in the backward pass, as ``torch.utils.checkpoint`` takes its arguments."""
-        kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict[str, Any] | None = None,
+                                        **more: Any) -> None:
+        """Recompute each layer in the backward pass, as ``torch.utils.checkpoint`` takes its arguments.
+
+        transformers' Trainer asks for it by this name.
+        """
+        kwargs = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
         if not kwargs["use_reentrant"]:
             # layers are computed again after forward has ended: autocast is brought back by torch, PEFT's casting is not
             kwargs["context_fn"] = lambda: (contextlib.nullcontext(), self._casting())
-        self.causal_lm.gradient_checkpointing_enable(kwargs, **more)
+        self.causal_lm.activation_checkpointing_enable(kwargs, **more)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Where --neftune_noise_alpha adds its noise."""
+        return self.causal_lm.get_input_embeddings()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, objectives: Tensor) -> dict[str, Tensor]:
         """Ids and labels (batch, time) -> {"lm": summed loss of the model's own logits, "tokens": answer tokens}.

@@ -7,8 +7,6 @@ depend on; only the published random-mask reference runs beside the training.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 from contextlib import ExitStack
@@ -17,9 +15,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from trl import DPOConfig
 
 import manifest
 from data.prompts import template
@@ -29,14 +25,14 @@ from models.base.loading import load_tokenizer
 from models.base.placement import set_up_torch
 from models.mask.bank import Draw, MaskBank
 from models.mask.diagnostics import mask_numbers
-from models.mask.files import identity, open_models, read_mask, save_mask
+from models.mask.files import LOGITS, identity, open_models, read_mask, save_mask
 from models.mask.memory import Plan, memory_plan
 from models.mask.settings import Settings
 from models.task_vectors import Model
-from training.dpo import SafeDPOTrainer, drawn_pairs, encode_pairs
+from training.dpo import SafeDPOTrainer, drawn_pairs, encode_pairs, preference_arguments
 from training.mask_anchor import Anchor, anchor_rows, make_anchor
 from training.mask_model import live_model, reference_values, settings_for
-from training.trainer import fit, settings_of, training_arguments
+from training.trainer import fit
 
 log = logging.getLogger(__name__)
 
@@ -44,12 +40,14 @@ log = logging.getLogger(__name__)
 class MaskTrainer(SafeDPOTrainer):
     """The DPO trainer for a model that a bank rewrites before every forward pass."""
 
-    def __init__(self, *args: Any, flags: MaskArgs, reference: dict[str, Any], **kwargs: Any) -> None:
-        self.flags, self.reference = flags, reference
+    weights_file = LOGITS
+
+    def __init__(self, *args: Any, flags: MaskArgs, **kwargs: Any) -> None:
+        self.flags = flags
         self.bank: MaskBank | None = None
         self.anchor: Anchor | None = None
         self._place = (-1, 0)
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, results=flags.results, **kwargs)
 
     def add_bank(self, bank: MaskBank, anchor: Anchor | None) -> None:
         """Let the mask train from now on; until then the model is the reference."""
@@ -61,29 +59,10 @@ class MaskTrainer(SafeDPOTrainer):
         bank.weight = 1 / self.flags.mask_draws
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        """The reference's log-probabilities from disk, keyed by the reference, the compute type and the encoded pairs."""
-        self.pack()
         if self.flags.reference == "random_mask":
+            self.pack()
             return dataset
-        columns = ("prompt_ids", "chosen_ids", "rejected_ids")
-        digest = hashlib.sha256(json.dumps(self.reference, sort_keys=True).encode())
-        # the collator cuts rows, so their ids do not show where
-        digest.update(json.dumps([self.args.max_length, self.args.truncation_mode]).encode())
-        for row in dataset.select_columns(list(columns)):
-            digest.update(json.dumps([row[column] for column in columns]).encode())
-        file = self.flags.results / "cache" / "reference" / f"{digest.hexdigest()[:32]}.safetensors"
-        names = ("ref_chosen_logps", "ref_rejected_logps")
-        if not file.is_file():
-            scored = super()._precompute_ref_logps(dataset, name, batch_size)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            # whole or not there: two runs of one reference may score it at the same time
-            staging = file.with_suffix(f".{os.getpid()}.partial")
-            save_file({column: torch.tensor(list(scored[column]), dtype=torch.float32) for column in names}, staging)
-            staging.replace(file)
-        values = load_file(file)
-        for column in names:
-            dataset = dataset.add_column(column, values[column].tolist())
-        return dataset
+        return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -125,10 +104,6 @@ class MaskTrainer(SafeDPOTrainer):
             scaler = self.accelerator.scaler
             self.bank.add_prior_gradient(self.flags.keep_prior, self.flags.keep_weight * (
                 scaler.get_scale() if scaler else 1.0) / self.current_gradient_accumulation_steps)
-        # transformers leaves a NaN out of the losses that it logs (logging_nan_inf_filter) and trains on
-        if not torch.isfinite(total):
-            raise UserError(f"the loss became {float(total)} at step {step + 1}; lower --learning_rate (now "
-                            f"{self.args.learning_rate}), or use --dtype float32")
         return total / self.flags.mask_draws
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
@@ -141,6 +116,31 @@ class MaskTrainer(SafeDPOTrainer):
         anchor_loss = self.anchor.loss(model, turn, self.accelerator.device)
         self._metrics["train"]["anchor"].append(float(anchor_loss.detach()))
         return loss + self.flags.anchor_weight * anchor_loss
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # validated as it is used: the mask that realign reads out unless told otherwise, with the seed it takes
+        self.bank.write(self._expected)
+        return super().evaluation_loop(*args, **kwargs)
+
+    @property
+    def _expected(self) -> Draw:
+        return Draw(f"{self.flags.seed}|readout|rule", expected=True)
+
+    def validation_terms(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, tuple[float, int]]:
+        if self.flags.reference == "random_mask":
+            # one random mask for all rows: another one for each batch would make the loss a matter of the batches
+            self.bank.write(Draw(f"{self.flags.seed}|reference|validation", self.flags.temperature, trained=False))
+            chosen, rejected = self.compute_ref_log_probs(model, inputs)
+            inputs = inputs | {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+            self.bank.write(self._expected)
+        return super().validation_terms(model, inputs)
+
+    def progress(self) -> dict[str, Any]:
+        return super().progress() | {"zero_masks": int(self.bank.zero_masks)}
+
+    def restore(self, progress: dict[str, Any]) -> None:
+        super().restore(progress)
+        self.bank.zero_masks = progress["zero_masks"]
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
@@ -160,10 +160,12 @@ def train(args: MaskArgs, extra: dict[str, Any], run: manifest.Run) -> None:
         # what files, flags and data can have wrong comes out here, before a model is loaded
         tokenizer = load_tokenizer(_tokenizer_folder(aligned), aligned.checkpoint.folder)
         form = template(args.template, tokenizer)
-        pairs = drawn_pairs(args)
+        pairs, held_out = drawn_pairs(args, extra)
         rows = encode_pairs(pairs, tokenizer, form, args.model_max_length)
+        validation = encode_pairs(held_out, tokenizer, form, args.model_max_length) if held_out else []
         anchors = anchor_rows(args, tokenizer, form)
         device, dtype = set_up_torch(args)
+        arguments = preference_arguments(args, extra, dtype, len(rows), validates=bool(validation))
         # LoRA factors are small enough for fp32, whatever --storage says of whole weights
         storage = getattr(torch, args.storage) if specs[0].part == "weight" else torch.float32
         logit_dtype = getattr(torch, args.logit_dtype)
@@ -174,13 +176,10 @@ def train(args: MaskArgs, extra: dict[str, Any], run: manifest.Run) -> None:
         bank = MaskBank(slots, settings, args.mask_init, logit_dtype)
         # TRL asks the reference in its constructor: by then the live weights must be the reference's
         _become_reference(bank, args.reference, aligned, tasks)
-        arguments = training_arguments(
-            args, extra, DPOConfig, beta=args.beta, max_length=args.model_max_length, precompute_ref_log_probs=True,
-            precompute_ref_batch_size=args.per_device_train_batch_size, remove_unused_columns=True,
-            activation_checkpointing=False, bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16)
         facts = [identity(model) for model in (aligned, *tasks)]
         known = _reference_facts(args, settings, facts, storage, dtype)
         trainer = MaskTrainer(model=model, ref_model=None, args=arguments, train_dataset=Dataset.from_list(rows),
+                              eval_dataset=Dataset.from_list(validation) if validation else None,
                               processing_class=tokenizer, flags=args, reference=known)
         # a kl anchor asks each task's model through the live weights, so it comes before the mask writes to them
         anchor = make_anchor(args, anchors, tokenizer.pad_token_id, model, device, trainer.accelerator.autocast,
@@ -196,7 +195,7 @@ def train(args: MaskArgs, extra: dict[str, Any], run: manifest.Run) -> None:
                 "status": "checkpoint", "inputs": {"base": facts[0]["base"], "aligned_adapter": facts[0]["adapter"]}})
 
         trainer.save_artifact = save
-        run.metrics.update(fit(trainer, args, settings_of(args, extra)), pairs=len(rows))
+        run.metrics.update(fit(trainer, args, extra), pairs=len(rows))
         save(run.folder)
         numbers = mask_numbers(read_mask(run.folder))
         manifest.write_json(run.folder / "diagnostics.json", numbers)
@@ -238,5 +237,4 @@ def _reference_facts(args: MaskArgs, settings: Settings, facts: list[dict[str, A
     used = facts[:1] if args.reference == "aligned" else facts
     rule = settings.to_json()["rule"] if args.reference == "merge" else None
     return {"kind": args.reference, "models": [[fact["base"], fact["adapter"]] for fact in used], "rule": rule,
-            "space": settings.space, "rank": settings.granularity == "rank", "storage": str(storage), "dtype": str(dtype),
-            "batches": "packed"}
+            "space": settings.space, "rank": settings.granularity == "rank", "storage": str(storage), "dtype": str(dtype)}

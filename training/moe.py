@@ -23,7 +23,7 @@ from models.moe.router import drift, gate_loss, mean_probabilities, published_we
 from models.run_folders import run_folder
 from training.answers import AnswerModel
 from training.samples import training_rows
-from training.trainer import FusionTrainer, fit, settings_of, training_arguments
+from training.trainer import LOSS, FusionTrainer, fit, training_arguments
 
 log = logging.getLogger(__name__)
 
@@ -106,14 +106,15 @@ def train(args: FusedMoeArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     tokenizer = load_tokenizer(raw, base_path(args.model_name_or_path, args.cache_dir))
     train_rows, validation = training_rows(args, tokenizer)
     device, dtype = set_up_torch(args)
+    # three gammas, one for each objective; a MoE of fewer experts takes the first ones
+    gammas = {f"drift_{name}": gamma for name, gamma in zip(config.experts, args.gammas, strict=False)}
+    arguments = training_arguments(args, extra, rows=len(train_rows), validates=bool(validation), measured={
+        **LOSS, "gate": False, **dict.fromkeys(gammas, False), "share_right": True})
     model, config = assemble(raw, args, dtype, device, top_k=args.expert_topk)
     experts = TuningConfig(args.lora_r, args.lora_alpha, args.lora_dropout)
     attention = experts if args.attention_lora else None
     config = dataclasses.replace(config, top_k=args.expert_topk, tuning=experts, attention=attention)
     prepare(model, args, experts, attention)
-    arguments = training_arguments(args, extra)
-    # three gammas, one for each objective; a MoE of fewer experts takes the first ones
-    gammas = {f"drift_{name}": gamma for name, gamma in zip(config.experts, args.gammas, strict=False)}
     trainer = MoeTrainer(
         router_lr=args.router_learning_rate, model=MoeLoss(model, dtype, config.experts, args), args=arguments,
         train_dataset=train_rows, eval_dataset=validation or None, processing_class=tokenizer,
@@ -127,7 +128,7 @@ def train(args: FusedMoeArgs, extra: dict[str, Any], run: manifest.Run) -> None:
         tokenizer.save_pretrained(folder)
 
     trainer.save_artifact = save
-    run.metrics.update(fit(trainer, args, settings_of(args, extra)))
+    run.metrics.update(fit(trainer, args, extra))
     save(run.folder)
     run.parents.append(str(raw))
     run.inputs.update(base=config.base_fingerprint, raw_moe=manifest.sha256(raw / "moe.safetensors"))

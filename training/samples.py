@@ -16,6 +16,7 @@ from data.records import OBJECTIVES, Record
 from errors import UserError
 from flags import AlignArgs, ExpertArgs, SearchArgs
 from flags.data import FramedFlags
+from training.validation import divide
 
 log = logging.getLogger(__name__)
 #: Validation rows per objective that are scored at the end of a run.
@@ -56,9 +57,12 @@ def with_extra(records: list[Record], args: ExpertArgs | SearchArgs) -> list[Rec
 
 
 def training_rows(args: AlignArgs, tokenizer: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Encoded rows to train on and to validate on (the latter from embedded sources only)."""
+    """Encoded rows to train on and to validate on: of own data what ``divide`` gives, else the embedded sets' own."""
+    def read(given: AlignArgs) -> list[Record]:
+        return sources.load_records(args.task_name, "train", source=source_of(given), split_mode=args.split_mode)
+
     source = source_of(args)
-    records = sources.load_records(args.task_name, "train", source=source, split_mode=args.split_mode)
+    records, held_out = divide(args, read(args), read)
     records = mix(records, args.max_train_samples, args.mixing, args.seed)
     framed = style("none")
     if isinstance(args, FramedFlags):  # the fused MoE has none of these flags
@@ -70,8 +74,9 @@ def training_rows(args: AlignArgs, tokenizer: Any) -> tuple[list[dict[str, Any]]
     log.info("training data: %s", train.report(args.model_max_length))
     counts = {name: sum(r["objective"] == i for r in train.rows) for i, name in enumerate(OBJECTIVES)}
     log.info("rows by objective: %s", ", ".join(f"{name} {count}" for name, count in counts.items() if count))
-    if source != "embedded":
+    if not held_out and source != "embedded":
         return train.rows, []
     # drawn like the training rows, so that every seed has its own validation rows too
-    held_out = mix(sources.load_records(args.task_name, "validation"), VALIDATION_ROWS, "proportional", args.seed)
+    if not held_out:
+        held_out = mix(sources.load_records(args.task_name, "validation"), VALIDATION_ROWS, "proportional", args.seed)
     return train.rows, encode([framed.apply(record) for record in held_out], tokenizer, form, args.model_max_length).rows

@@ -24,7 +24,7 @@ from models.checkpoints.fingerprints import fingerprint
 from models.run_folders import run_folder
 from training.answers import AnswerModel
 from training.samples import training_rows
-from training.trainer import FusionTrainer, fit, settings_of, training_arguments
+from training.trainer import FusionTrainer, fit, training_arguments
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +35,10 @@ def train(args: ExpertArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     tokenizer = load_tokenizer(base)
     train_rows, validation = training_rows(args, tokenizer)
     device, dtype = set_up_torch(args)
+    arguments = training_arguments(args, extra, rows=len(train_rows), validates=bool(validation))
     model = to_train(base, args, dtype, device)
     trainer = FusionTrainer(
-        model=AnswerModel(model, dtype), args=training_arguments(args, extra), train_dataset=train_rows,
+        model=AnswerModel(model, dtype), args=arguments, train_dataset=train_rows,
         eval_dataset=validation or None, processing_class=tokenizer,
         pad_to=args.model_max_length if args.pad_to_max else None, epoch_decay=args.lr_epoch_decay,
     )
@@ -47,7 +48,7 @@ def train(args: ExpertArgs, extra: dict[str, Any], run: manifest.Run) -> None:
         save_adapter(model, tokenizer, base_hash, folder)
 
     trainer.save_artifact = save
-    run.metrics.update(fit(trainer, args, settings_of(args, extra)))
+    run.metrics.update(fit(trainer, args, extra))
     save(run.folder)
     run.inputs.update(base=base_hash, **started_from(args))
 

@@ -33,7 +33,7 @@ from models.base.placement import set_up_torch
 from models.run_folders import run_folder
 from training.answers import AnswerModel
 from training.samples import training_rows
-from training.trainer import FusionTrainer, fit, settings_of, training_arguments
+from training.trainer import FusionTrainer, fit, training_arguments
 
 log = logging.getLogger(__name__)
 WEIGHTS = "weights.json"
@@ -100,6 +100,9 @@ def train(args: SearchArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     tokenizer = load_tokenizer(base)
     rows, validation = training_rows(args, tokenizer)
     device, dtype = set_up_torch(args)
+    arguments = None
+    if args.method == "soup":
+        arguments = training_arguments(args, extra, rows=len(rows), validates=bool(validation))
     model = MixedModel(load_base(base, dtype, device), dtype, adapters, per_layer=args.method == "soup")
 
     def save(folder: Path) -> None:
@@ -108,10 +111,10 @@ def train(args: SearchArgs, extra: dict[str, Any], run: manifest.Run) -> None:
         manifest.write_json(folder / manifest.MANIFEST, {"status": "checkpoint", "inputs": {"base": base_hash}})
 
     if args.method == "soup":
-        trainer = FusionTrainer(model=model, args=training_arguments(args, extra), train_dataset=rows,
+        trainer = FusionTrainer(model=model, args=arguments, train_dataset=rows,
                                 eval_dataset=validation or None, processing_class=tokenizer, epoch_decay=args.lr_epoch_decay)
         trainer.save_artifact = save
-        run.metrics.update(fit(trainer, args, settings_of(args, extra)))
+        run.metrics.update(fit(trainer, args, extra))
     else:
         run.metrics.update(search(model.to(device), rows, tokenizer.pad_token_id, args, len(adapters)))
     save(run.folder)

@@ -1,4 +1,4 @@
-"""What every training shares: arguments, batches, loss bookkeeping, resume. Each objective's loss is a module.
+"""What every training shares: arguments, batches, loss bookkeeping, the run itself. Each objective's loss is a module.
 
 The loss modules return sums, and the trainer divides them by what the whole accumulated batch holds, so that batch x
 accumulation gives the same losses however it is split.
@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainingArguments
 
 import manifest
 from data.collate import pad_rows
 from errors import UserError
 from flags import AlignArgs
+from models.base.placement import compute_dtype
 from training.checkpoints import SafeCheckpoints
+from training.resume import checkpoint_folder, resume_point
+from training.validation import EarlyStopping, WholeMeans
 
 log = logging.getLogger(__name__)
+#: What validation of language-model losses can tell -> whether more is better.
+LOSS = {"loss": False}
 #: Batches whose rows are sorted by length together, then shuffled as batches.
 _BUCKET = 16
 
@@ -67,7 +71,7 @@ class BucketSampler(Sampler):
             yield from batch
 
 
-class FusionTrainer(SafeCheckpoints, Trainer):
+class FusionTrainer(WholeMeans, SafeCheckpoints, Trainer):
     """A Trainer for loss modules that return named sums.
 
     The model's forward returns ``{"lm": sum over answer tokens, "tokens": their number, ...}``; other entries are
@@ -100,29 +104,26 @@ class FusionTrainer(SafeCheckpoints, Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool = False,
                      num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
-        # given in training alone: our prediction_step hands none on
-        training = num_items_in_batch is not None
-        samples, passes = self._group if training else (len(inputs["labels"]), 1)
+        """The loss of a training step's micro-batch; validation goes by ``validation_terms``."""
+        samples, passes = self._group
         parts = model(**inputs)
         # gradients are averaged over processes, but num_items_in_batch counts the tokens of all of them
-        tokens = num_items_in_batch / self.accelerator.num_processes if training else parts["tokens"]
+        tokens = num_items_in_batch / self.accelerator.num_processes
         # a batch without an answer token would be 0/0, and one NaN turns the whole model to NaN
         terms = {"lm": parts["lm"] / max(float(tokens), 1.0)}
         for name, weight in self.weights.items():
             # a drift depends on the weights alone and is the same in every pass: its mean over passes is the term itself
             value = parts[name] / (samples if name in self.per_sample else passes)
             terms[name] = value * weight
-            if training:
-                self._parts[name] = self._parts.get(name, 0.0) + float(value.detach())
+            self._parts[name] = self._parts.get(name, 0.0) + float(value.detach())
         loss = sum(terms.values())
-        if training:
-            self._parts["lm"] = self._parts.get("lm", 0.0) + float(terms["lm"].detach())
-            # transformers leaves a NaN out of the losses that it logs and trains on, into Adam's moments and checkpoints
-            if not torch.isfinite(loss):
-                raise UserError(
-                    f"the loss became {float(loss.detach())} at step {self.state.global_step + 1}; lower "
-                    f"--learning_rate (now {self.args.learning_rate}) or the loss weights, or use --dtype float32"
-                )
+        self._parts["lm"] = self._parts.get("lm", 0.0) + float(terms["lm"].detach())
+        # transformers leaves a NaN out of the losses that it logs and trains on, into Adam's moments and checkpoints
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"the loss became {float(loss.detach())} at step {self.state.global_step + 1}; lower "
+                f"--learning_rate (now {self.args.learning_rate}) or the loss weights, or use --dtype float32"
+            )
         return (loss, parts) if return_outputs else loss
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
@@ -137,11 +138,25 @@ class FusionTrainer(SafeCheckpoints, Trainer):
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):  # noqa: ANN001
-        # transformers' own would hand num_items_in_batch on, which marks a training step here
-        with torch.no_grad():
-            inputs = self._prepare_inputs(inputs)
-            return self.compute_loss(model, inputs).detach(), None, None
+    def validation_terms(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, tuple[float, int]]:
+        """The language-model loss alone; auxiliary terms, unweighted, beside it."""
+        parts = model(**inputs)
+        rows = len(inputs["labels"])
+        return {"loss": (float(parts["lm"]), int(parts["tokens"])), **{
+            name: (float(parts[name]), rows if name in self.per_sample else 1) for name in self.weights}}
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        if self.args.world_size == 1:
+            return super().get_eval_dataloader(eval_dataset)
+        # every process reads all rows: shared out, the last batch would be filled up with rows that were there before
+        return DataLoader(self.eval_dataset, self.args.eval_batch_size, collate_fn=self.data_collator)
+
+    def progress(self) -> dict[str, Any]:
+        return super().progress() | {"tokens": self.tokens_seen, "parts": self._parts, "steps_since_log": self._steps}
+
+    def restore(self, progress: dict[str, Any]) -> None:
+        super().restore(progress)
+        self.tokens_seen, self._parts, self._steps = progress["tokens"], progress["parts"], progress["steps_since_log"]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._steps:
@@ -157,9 +172,20 @@ class FusionTrainer(SafeCheckpoints, Trainer):
         return BucketSampler([len(row["input_ids"]) for row in rows], group, self.args.seed)
 
 
-def training_arguments(args: AlignArgs, extra: dict[str, Any], kind: type[TrainingArguments] = TrainingArguments,
+def training_arguments(args: AlignArgs, extra: dict[str, Any], kind: type[TrainingArguments] = TrainingArguments, *,
+                       rows: int = 0, validates: bool = False, measured: Mapping[str, bool] = LOSS,
                        **more: Any) -> TrainingArguments:
-    """Our flags plus every TrainingArguments field given on the command line or in the preset."""
+    """Our flags plus every TrainingArguments field given on the command line or in the preset.
+
+    Args:
+        rows: how many there are to train on.
+        validates: whether there are rows to validate on.
+        measured: what this training's validation can tell, without "eval_" -> whether more is better.
+        more: what an objective needs; what the user gave stands over it.
+
+    Raises:
+        UserError: a field was refused, or what was asked for cannot be done.
+    """
     values = {
         "output_dir": str(checkpoint_folder(args)),
         "learning_rate": args.learning_rate,
@@ -182,6 +208,8 @@ def training_arguments(args: AlignArgs, extra: dict[str, Any], kind: type[Traini
         "average_tokens_across_devices": True,
         # the loss modules run under their own autocast
         "bf16": False,
+        # float16's small gradients vanish without a scaled loss, which transformers' float16 mode brings along
+        "fp16": _trains_in_float16(args),
         **more,
         # the last one wins: what the user gave stands over what an objective needs
         **extra,
@@ -189,61 +217,129 @@ def training_arguments(args: AlignArgs, extra: dict[str, Any], kind: type[Traini
     # the old name yields to the new one, which some trainers set: what the user asked for must not get lost
     for old in [name for name in values if name.startswith("gradient_checkpointing")]:
         values[old.replace("gradient", "activation")] = values.pop(old)
+    problems = _validation_problems(args, values, validates, measured)
+    if problems:
+        raise UserError(*problems)
+    _select_best(args, values, extra, measured)
     try:
-        return kind(**values)
+        made = kind(**values)
     except (TypeError, ValueError) as error:
         raise UserError(f"a training argument was refused by {kind.__name__}: {error}") from None
+    steps = _steps(made, rows)
+    if made.load_best_model_at_end and made.eval_strategy.value == "steps" and made.eval_steps > steps:
+        raise UserError(f"--eval_steps {made.eval_steps}: this training takes {steps} steps, so there would be no best "
+                        "checkpoint; lower --eval_steps, or use --eval_strategy epoch")
+    if made.n_gpu > 1:
+        # transformers would copy the model to all of them for every step (DataParallel), which our losses do not survive
+        log.info("%d GPUs are visible and one trains; to use them all: torchrun --nproc_per_node %d align_basemodel.py ...",
+                 made.n_gpu, made.n_gpu)
+        made._n_gpu = 1
+    return made
 
 
-def checkpoint_folder(args: AlignArgs) -> Path:
-    return args.results / "checkpoints" / args.name
+def _steps(made: TrainingArguments, rows: int) -> int:
+    """Optimiser steps of a training."""
+    group = made.per_device_train_batch_size * made.gradient_accumulation_steps * made.world_size
+    return made.max_steps if made.max_steps > 0 else math.ceil(made.num_train_epochs * math.ceil(rows / group))
 
 
-def resume_point(args: AlignArgs, settings: dict[str, Any]) -> str | None:
-    """The newest checkpoint of this very configuration; None to start anew.
+def _trains_in_float16(args: AlignArgs) -> bool:
+    on_cpu = args.device == "cpu" or not torch.cuda.is_available()
+    if compute_dtype(args.dtype, torch.device("cpu" if on_cpu else "cuda")) != torch.float16:
+        return False
+    if on_cpu:
+        raise UserError(f"--dtype {args.dtype}: training in float16 scales its loss, which needs a GPU; use bfloat16 or "
+                        "float32 on a CPU")
+    return True
 
-    Raises:
-        UserError: there are checkpoints of another configuration under this name and ``--overwrite`` is off.
+
+def validates_on_the_way(extra: Mapping[str, Any]) -> bool:
+    """Whether transformers is asked to validate, by whichever of its fields."""
+    return _strategy(extra) != "no" or any(extra.get(n) for n in ("eval_on_start", "do_eval", "load_best_model_at_end"))
+
+
+def _strategy(values: Mapping[str, Any]) -> str:
+    return str(values.get("eval_strategy") or "no")
+
+
+def _metric(values: Mapping[str, Any]) -> str:
+    return str(values.get("metric_for_best_model") or "loss").removeprefix("eval_")
+
+
+def _validation_problems(args: AlignArgs, values: Mapping[str, Any], validates: bool,
+                         measured: Mapping[str, bool]) -> list[str]:
+    found, strategy = [], _strategy(values)
+    patience = args.early_stopping_patience
+    if strategy not in ("no", "steps", "epoch"):
+        found.append(f"--eval_strategy {strategy}: not known; allowed: no, steps, epoch")
+    if not validates and validates_on_the_way(values):
+        asked = f"--eval_strategy {strategy}" if strategy != "no" else "--load_best_model_at_end" if values.get(
+            "load_best_model_at_end") else "--eval_on_start or --do_eval"
+        found.append(f"{asked}: there is nothing to validate on; give --validation_path FILE or --validation_share 0.1")
+    for flag, needed in (("--load_best_model_at_end", values.get("load_best_model_at_end")),
+                         (f"--early_stopping_patience {patience}", patience is not None)):
+        if needed and strategy == "no":
+            found.append(f"{flag}: needs validation on the way; add --eval_strategy epoch, or steps with --eval_steps N")
+    if _metric(values) not in measured:
+        found.append(f"--metric_for_best_model {values['metric_for_best_model']}: this training does not measure it; "
+                     f"allowed: {', '.join(measured)}")
+    return found
+
+
+def _select_best(args: AlignArgs, values: dict[str, Any], extra: Mapping[str, Any], measured: Mapping[str, bool]) -> None:
+    """Settings that a search for the best checkpoint needs; changes ``values``."""
+    if not (values.get("load_best_model_at_end") or args.early_stopping_patience is not None):
+        return
+    values["metric_for_best_model"] = f"eval_{_metric(values)}"
+    # transformers takes everything but losses for a gain; a drift or a gate's loss is none
+    values.setdefault("greater_is_better", measured[_metric(values)])
+    if values.get("load_best_model_at_end") and "save_strategy" not in extra:
+        # the best of the validated weights must be on disk to be taken
+        values["save_strategy"] = _strategy(values)
+        if _strategy(values) == "steps":
+            values["save_steps"] = values.get("eval_steps") or values["logging_steps"]
+            if values["save_steps"] != args.save_steps:
+                log.info("--load_best_model_at_end: a checkpoint at every validation, each %s steps, not --save_steps %d",
+                         values["save_steps"], args.save_steps)
+
+
+def fit(trainer: Any, args: AlignArgs, extra: dict[str, Any]) -> dict[str, Any]:
+    """Train, from the last whole checkpoint if there is one; returns the metrics for the manifest.
+
+    Args:
+        trainer: a ``Trainer`` with ``SafeCheckpoints`` and ``WholeMeans``.
+        extra: the training arguments of the command line.
     """
-    folder = checkpoint_folder(args)
-    record = folder / "settings.json"
-    # by number: as text checkpoint-1000 comes before checkpoint-200
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    if checkpoints and not args.overwrite:
-        if manifest.same_settings(record, settings):
-            log.info("resuming from %s", checkpoints[-1])
-            return str(checkpoints[-1])
-        raise UserError(f"{folder}: holds checkpoints of another configuration; use another --run_name, or --overwrite")
-    if manifest.is_main():
-        for old in checkpoints:
-            manifest.remove(old)
-        # before the first step, so that the checkpoints of a run that was killed at any moment can be told from another's
-        manifest.write_json(record, settings)
-    return None
-
-
-def fit(trainer: Trainer, args: AlignArgs, settings: dict[str, Any]) -> dict[str, Any]:
-    """Train, from the last checkpoint if there is one; returns the metrics for the manifest."""
-    result = trainer.train(resume_from_checkpoint=resume_point(args, settings))
-    if not trainer.state.global_step:
+    if args.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStopping(args.early_stopping_patience, args.early_stopping_threshold or 0.0))
+    # one process looks and removes what is outdated; the others must not look while it does
+    start = [resume_point(args, args.settings(extra), extra.get("resume_from_checkpoint"), trainer.checkpoint_files)
+             if manifest.is_main() else None]
+    broadcast_object_list(start)
+    trainer.train(resume_from_checkpoint=start[0])
+    steps, state = trainer.state.global_step, trainer.state
+    if not steps:
         raise UserError(f"run '{args.name}': no training step was taken; raise --num_train_epochs or --max_steps")
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint is None:
+        raise UserError(f"run '{args.name}': --load_best_model_at_end found no validated checkpoint in {steps} steps; lower "
+                        "--eval_steps, or drop it")
+    seconds = trainer.seconds
     metrics = {
-        "train_loss": result.training_loss,
-        "steps": trainer.state.global_step,
-        "train_seconds": round(result.metrics["train_runtime"], 2),
-        "history": history,
+        # of all steps: transformers' own figure is that of the steps since the run was resumed
+        "train_loss": trainer._total_loss_scalar / steps,
+        "steps": steps,
+        "train_seconds": round(seconds, 2),
+        "history": [entry for entry in state.log_history if "loss" in entry],
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
     }
     # TRL's trainers do not count theirs
     if tokens := getattr(trainer, "tokens_seen", 0):
         metrics["tokens"] = tokens
-        metrics["tokens_per_second"] = round(tokens / result.metrics["train_runtime"], 1)
+        metrics["tokens_per_second"] = round(tokens / seconds, 1)
+    if validated := [entry for entry in state.log_history if "eval_loss" in entry]:
+        metrics["validation_history"] = validated
+    if trainer.args.load_best_model_at_end:
+        metrics["best_step"] = state.best_global_step
     if trainer.eval_dataset is not None:
-        metrics["validation_loss"] = trainer.evaluate()["eval_loss"]
+        metrics |= {f"validation_{name}": value for name, value in trainer.validate().items()}
     return metrics
-
-
-def settings_of(args: AlignArgs, extra: dict[str, Any]) -> dict[str, Any]:
-    """What identifies a run: every resolved flag and every extra training argument."""
-    return {**asdict(args), "training_arguments": extra}

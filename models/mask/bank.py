@@ -32,6 +32,8 @@ class Draw:
         hard: zeros and ones in the forward pass, the soft mask's slope in the backward one (straight through).
         mirrored: 1 - u instead of u.
         trained: whether logits count; False: all 0, the published reference's random mask.
+        expected: no draw: the mask's mean sigmoid(s), as ``readout`` gives it; of a key "SEED|readout|rule" what realign
+            writes with that seed.
     """
 
     key: str
@@ -39,6 +41,7 @@ class Draw:
     hard: bool = False
     mirrored: bool = False
     trained: bool = True
+    expected: bool = False
 
 
 @dataclass
@@ -174,8 +177,11 @@ class MaskBank(nn.Module):
         mask = room if fits else torch.empty(logits.numel(), dtype=dtype, device=logits.device)
         slope = torch.empty_like(mask) if with_slope else None
         for block in blocks(logits):
-            bits = noise(f"{draw.key}|{slot.spec.name}", block.start, length(block), logits.device)
             values = piece(logits, block)
+            if draw.expected:
+                torch.sigmoid(values.to(dtype), out=mask[block])
+                continue
+            bits = noise(f"{draw.key}|{slot.spec.name}", block.start, length(block), logits.device)
             drawn = soft_mask(values if draw.trained else torch.zeros_like(values), ~bits if draw.mirrored else bits,
                               draw.temperature, out=mask[block])
             if slope is not None:

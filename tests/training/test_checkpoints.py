@@ -90,8 +90,7 @@ def test_dpo_learns_the_preference_and_keeps_the_reference(pico, tmp_path, monke
     assert history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
     assert history[-1]["loss"] < 0.3
     assert history[-1]["rewards/accuracies"] == 1
-    cached = list((tmp_path / "cache" / "dpo").rglob("cache-*.arrow"))
-    assert cached
+    assert len(list((tmp_path / "cache" / "reference").glob("*.safetensors"))) == 1
 
 
 def test_dpo_on_packed_batches_is_dpo_on_padded_ones(pico, tmp_path, monkeypatch):

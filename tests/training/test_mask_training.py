@@ -329,10 +329,11 @@ def test_pairs_are_drawn_and_not_cut(monkeypatch):
     pairs = [Pair(f"p{i}", "good", "bad", 1) for i in range(100)]
     monkeypatch.setattr("data.sources.load_pairs", lambda *_, **__: pairs)
     args = SimpleNamespace(task_name="safety", max_train_samples=20, seed=1, data_path=None, data_source="embedded")
-    found = dpo.drawn_pairs(args)
+    found, held_out = dpo.drawn_pairs(args, {})
+    assert held_out == []
     assert len(found) == 20
     assert max(pairs.index(pair) for pair in found) > 60
-    assert found == dpo.drawn_pairs(args) != dpo.drawn_pairs(SimpleNamespace(**vars(args) | {"seed": 2}))
+    assert found == dpo.drawn_pairs(args, {})[0] != dpo.drawn_pairs(SimpleNamespace(**vars(args) | {"seed": 2}), {})[0]
 
 
 @pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
