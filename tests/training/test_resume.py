@@ -245,7 +245,7 @@ def test_the_reference_is_found_again_only_where_it_is_the_same(pico, place, tmp
     assert run("first") == 1
     assert run("other_name") == 0
     assert run("rate", "--learning_rate", "0.5", "--lora_r", "2", "--seed", "9", "--beta", "0.3") == 0
-    assert run("length", "--model_max_length", "20") == 1
+    assert run("length", "--model_max_length", "48") == 1
     assert run("template", "--template", "alpaca") == 1
     assert run("adapter", "--init_adapter", "one") == 1
     assert run("again", "--init_adapter", "one") == 0

@@ -71,7 +71,7 @@ def row_loss(model, rows):
     return total, tokens
 
 
-@pytest.mark.parametrize(("kind", "batch"), [("sft", 4), ("full", 4), ("moe", 5), ("soup", 8)])
+@pytest.mark.parametrize(("kind", "batch"), [("sft", 4), ("full", 4), ("moe", 5), ("soup", 4)])
 def test_the_validation_loss_is_that_of_an_independent_forward(pico, place, tmp_path, kind, batch, monkeypatch):
     """Per answer token over all rows, however they fall into batches; for the MoE without gate and drift."""
     from models.runs import load_run
@@ -98,6 +98,7 @@ def test_the_validation_loss_is_that_of_an_independent_forward(pico, place, tmp_
         assert 0 < found["validation_share_right"] < 1
 
 
+@torch.no_grad()
 def logps(model, rows, side):
     values = []
     for row in rows:
@@ -108,7 +109,6 @@ def logps(model, rows, side):
 
 
 @pytest.mark.parametrize("kind", ["dpo", "mask"])
-@torch.no_grad()
 def test_the_validation_loss_of_pairs_is_a_mean_over_pairs(pico, place, tmp_path, kind, monkeypatch):
     from contextlib import ExitStack
     from types import SimpleNamespace
@@ -142,7 +142,7 @@ def test_the_validation_loss_of_pairs_is_a_mean_over_pairs(pico, place, tmp_path
         with ExitStack() as stack:
             mask, aligned, tasks = open_mask(folder, args, stack)
             for name, change in masked_deltas(folder, "expected", 7, (aligned, tasks), mask):
-                policy.get_parameter(name).add_(change)
+                policy.get_parameter(name).data.add_(change)
     margins = 0.1 * ((logps(policy, rows, "chosen_ids") - logps(reference, rows, "chosen_ids"))
                      - (logps(policy, rows, "rejected_ids") - logps(reference, rows, "rejected_ids")))
     assert float(margins.abs().max()) > 1e-3
