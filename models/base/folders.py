@@ -27,8 +27,8 @@ _PACKED = (
     (r"\.(SCB|weight\.(absmax|quant_map|nested_absmax|quant_state\.\w+))$", "bitsandbytes' scales"),
     (r"\.weight_packed$", "compressed-tensors' codes"), (r"_(blocks|scales)$", "MXFP4 codes"),
 )
-_FULL = "give the full-precision model that it was made from, or write that once: AutoModelForCausalLM.from_pretrained(..)" \
-        ".dequantize().save_pretrained('NEW')"
+_FULL = "give the full-precision model that it was made from, or dequantise it once: " \
+        "AutoModelForCausalLM.from_pretrained(..).dequantize().save_pretrained('NEW')"
 
 
 def check_folder(folder: Path, flag: str, use: str = CAUSAL) -> None:

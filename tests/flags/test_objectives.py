@@ -174,8 +174,8 @@ def test_a_preset_chooses_dense_runs_and_the_command_line_wins(preset):
 
 def test_help_stands_in_groups(capsys):
     found, text = shown(capsys, AlignArgs)
-    assert list(found) == ["Help and presets", "Objective", "Fused MoE", "Data", "LoRA", "Optimiser", "Base model",
-                           "Machine", "Results"]
+    assert list(found) == ["Help and presets", "Objective", "Fused MoE", "Data", "LoRA", "Optimiser", "Validation",
+                           "Base model", "Machine", "Results"]
     assert set(found["LoRA"]) == {"lora_r", "lora_alpha", "lora_dropout"}
     assert {name for group in found.values() for name in group} == names(FusedMoeArgs) | {"help", "preset"}
     for kind in KINDS:

@@ -45,7 +45,8 @@ def trainer_of(folder, rows, tmp_path):
                           dataloader_pin_memory=False, precompute_ref_batch_size=len(rows))
     # a tokenizer of its own: TRL may change it
     return SafeDPOTrainer(model=AutoModelForCausalLM.from_pretrained(folder), ref_model=None, args=arguments,
-                          train_dataset=Dataset.from_list(rows), processing_class=AutoTokenizer.from_pretrained(folder))
+                          train_dataset=Dataset.from_list(rows), processing_class=AutoTokenizer.from_pretrained(folder),
+                          reference={"base": str(folder)}, results=folder / "results")
 
 
 @pytest.mark.parametrize("name", ["chat", "alpaca", "wizardlm", "llama2"])

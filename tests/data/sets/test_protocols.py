@@ -195,7 +195,7 @@ def test_gated_and_missing_sets_say_where_to_ask():
     ("xstest", "x.csv", "prompt,label\nq?,harmless\n", "label 'harmless'; allowed: safe, unsafe"),
     ("xstest", "x.csv", "prompt\nq?\n", "neither a label"),
     ("xstest", "x.csv", "prompt,label\nq?,unsafe\n", "no row is left for xstest"),
-    ("catqa", "c.parquet", "x", "unknown type '.parquet'"),
+    ("catqa", "c.parquet", "x", "Parquet is read where rows are trained on"),
 ])
 def test_bad_files_are_explained(tmp_path, name, file, content, said):
     with pytest.raises(UserError, match=said):

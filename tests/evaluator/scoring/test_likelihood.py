@@ -1,4 +1,3 @@
-import types
 
 import pytest
 import torch
@@ -70,14 +69,15 @@ def test_start_token_of_the_tokenizer_is_used_when_the_template_has_none(loaded)
     assert alpaca.special_tokens
     seen = []
 
-    def spy(text, add_special_tokens):
-        seen.append((text, add_special_tokens))
-        return loaded.tokenizer(text, add_special_tokens=add_special_tokens)
+    class Spy:
+        eos_token, eos_token_id = loaded.tokenizer.eos_token, loaded.tokenizer.eos_token_id
 
-    spying = Loaded(loaded.model, types.SimpleNamespace(__call__=spy), alpaca, "pico", loaded.device)
-    spying.tokenizer = spy
-    answer_logprobs(spying, [("Why?", "Because.")])
-    assert seen == [("Why?", True), ("Because.", False)]
+        def __call__(self, text, add_special_tokens):
+            seen.append((text, add_special_tokens))
+            return loaded.tokenizer(text, add_special_tokens=add_special_tokens)
+
+    answer_logprobs(Loaded(loaded.model, Spy(), alpaca, "pico", loaded.device), [("Why?", "Because.")])
+    assert seen == [(["Why?"], True), ("Because.", False)]
 
 
 def test_prompt_without_tokens_is_refused(loaded):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from pico import make_pico, pico_tokenizer
 from runs import align, common, losses, write_data
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import manifest
 from config import parse
@@ -175,7 +175,7 @@ def fails(pico, tmp_path, data, capsys, monkeypatch):
     def load(*args, **options):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(quantised.AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         align(pico, tmp_path, data, "safety", *FLAGS, "--base_quantization", "int8", "--run_name", "bad")
@@ -203,7 +203,7 @@ def test_a_device_that_the_package_does_not_know(pico, tmp_path, data, capsys, m
 
 def test_rows_that_four_bits_on_a_cpu_would_read_wrong(tmp_path, data, capsys, monkeypatch):
     make_pico(tmp_path / "narrow")
-    monkeypatch.setattr(quantised.AutoModelForCausalLM, "from_pretrained", lambda *args, **options: 1 / 0)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **options: 1 / 0)
     with pytest.raises(SystemExit):
         align(tmp_path / "narrow", tmp_path, data, "safety", *FLAGS, "--base_quantization", "nf4", "--run_name", "bad")
     said = capsys.readouterr().err

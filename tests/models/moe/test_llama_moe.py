@@ -22,6 +22,7 @@ from data.records import Record
 from errors import UserError
 from flags import InferenceArgs
 from models.adapters.files import read_adapter
+from models.checkpoints.fingerprints import fingerprint
 from models.llama_moe import main
 from models.moe.files import add_tuning, assemble, load_moe, moe_layers, read_config, save_moe
 from models.moe.layer import PROJECTIONS, TuningConfig
@@ -153,18 +154,17 @@ def test_s1_config_constants_come_from_the_checkpoint(pico, folders, tmp_path):
     config["rope_parameters"]["rope_theta"] = 500.0
     (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
     own = [copied(folder, tmp_path / folder.name) for folder in folders]
+    for folder in own:  # another config.json is another base: these are said to be its own
+        (folder / "manifest.json").write_text(json.dumps({"inputs": {"base": fingerprint(base)}}), encoding="utf-8")
     model = loaded(build(tmp_path, base, own), base)
     assert (model.config.rms_norm_eps, model.config.max_position_embeddings) == (3e-3, 160)
     assert model.config.rope_parameters["rope_theta"] == 500.0
-    norms = [m.variance_epsilon for m in model.modules() if hasattr(m, "variance_epsilon")]
-    assert norms == [3e-3] * 5
+    assert [m.variance_epsilon for m in model.modules() if hasattr(m, "variance_epsilon")] == [3e-3] * 5
     # with all factors and routers aside, the fused model is the base with these constants
-    for layer in moe_layers(model):
-        for kind in PROJECTIONS:
-            layer.experts[kind].b.zero_()
+    for factors in (layer.experts[kind] for layer in moe_layers(model) for kind in PROJECTIONS):
+        factors.b.zero_()
     with torch.no_grad():
-        want = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)(IDS).logits
-        assert torch.allclose(model(IDS).logits, want, atol=1e-5)
+        assert torch.allclose(model(IDS).logits, AutoModelForCausalLM.from_pretrained(base)(IDS).logits, atol=1e-5)
 
 
 def test_s1_the_router_is_never_unseeded(fused, pico, folders, tmp_path):
