@@ -50,7 +50,8 @@ def budget(plan: MergePlan, method: Method, memory_gb: float, asked: int, target
             raise UserError(f"--memory_gb {memory_gb}: one worker needs {each / 2**30:.2f} GB for this recipe; "
                             f"give {each / 2**30 + 0.005:.2f} or more")
     read, write = _bandwidth(plan, target)
-    return Budget(workers, workers * each, method.walks * plan.bytes_in, plan.bytes_out, read, write)
+    reads = max((method.reads(job.parameters) for job in plan.jobs), default=method.walks)
+    return Budget(workers, workers * each, reads * plan.bytes_in, plan.bytes_out, read, write)
 
 
 def worker_bytes(job: Job) -> int:

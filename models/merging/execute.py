@@ -27,7 +27,7 @@ from models.checkpoints.writer import Writer
 from models.merging.methods import Method
 from models.merging.plan import Job, Piece
 from models.merging.prepare import PREPARE
-from models.operators.blocks import Block
+from models.operators.blocks import Block, Undefined
 from models.operators.noise import uniform
 from models.operators.spans import spans
 
@@ -158,7 +158,7 @@ def execute(jobs: tuple[Job, ...], method: Method, writer: Writer, folder: Path,
 
     def run(job: Job, context: Any, journal: Any) -> None:
         checksum, first = 1, 0
-        for fused in _results(job, method, blocks(job), context):
+        for fused in _told(job, _results(job, method, blocks(job), context)):
             # another worker failed: its error is the one to show, and no time goes into what will be thrown away
             if stop.is_set():
                 return
@@ -198,6 +198,14 @@ def execute(jobs: tuple[Job, ...], method: Method, writer: Writer, folder: Path,
         torch.set_num_threads(threads)
         bar.close()
     return len(left)
+
+
+def _told(job: Job, results: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The results; what a method has no value for is said with the tensor's name."""
+    try:
+        yield from results
+    except Undefined as error:
+        raise UserError(f"{job.name}: {error}") from None
 
 
 def _results(job: Job, method: Method, blocks: FileBlocks, context: Any) -> Iterator[Tensor]:

@@ -29,8 +29,8 @@ from models.operators.declared import assignments, scalar
 log = logging.getLogger(__name__)
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 PLAN = "plan.json"
-#: What mergekit takes where its recipe is silent and we would ask.
-_MERGEKIT = {"density": 1.0}
+#: What mergekit takes where its recipe is silent and we would ask, or take another value.
+_MERGEKIT = {"density": 1.0, "max_iter": 10, "tol": 1e-5}
 #: Files of the base that a merged model needs beside its weights.
 COMPANIONS = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
                "merges.txt", "*.model", "chat_template*")
@@ -178,7 +178,7 @@ def describe(recipe: Recipe, plan: MergePlan, layout: Layout, cost: Budget) -> s
     lines = [
         f"{recipe.method} of {inputs} models: {len(plan.jobs)} tensors matched, {weights / 1e6:,.1f} M weights",
         f"read    {cost.bytes_read / 1e9:.2f} GB ({plan.bytes_in / 1e9:.2f} GB of inputs, "
-        f"{METHODS[recipe.method].walks} x at most)",
+        f"{round(cost.bytes_read / max(plan.bytes_in, 1))} x at most)",
         f"write   {layout.total / 1e9:.2f} GB in {len(layout.headers)} file(s)",
         f"memory  {cost.peak_bytes / 2**30:.2f} GB at most, beyond the interpreter ({cost.workers} workers)",
         f"time    {cost.seconds:.1f} s at least, at the {cost.read_per_second / 1e9:.1f} GB/s read and "

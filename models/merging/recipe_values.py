@@ -311,6 +311,7 @@ class MethodSpec:
         min_inputs, max_inputs: models beside the base.
         needs_base: whether a base must be given.
         takes_base: whether a base, when given, is no ordinary input.
+        not_mergekit: parameters that mergekit's method of this name passes over, though others of its methods know them.
     """
 
     parameters: Mapping[str, Rule]
@@ -319,3 +320,4 @@ class MethodSpec:
     needs_base: bool = False
     max_inputs: int | None = None
     takes_base: bool = True
+    not_mergekit: frozenset[str] = frozenset()
