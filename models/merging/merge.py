@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -20,6 +20,7 @@ from models.checkpoints.reader import INDEX, Checkpoint, fingerprint
 from models.checkpoints.writer import Layout, Writer, plan_layout
 from models.merging import vocabulary
 from models.merging.budget import Budget, budget
+from models.merging.chat_template_files import chosen_template, write_template
 from models.merging.methods import METHODS, Method
 from models.merging.plan import HEAD, MergePlan, Policies, anchor, match, models
 from models.merging.recipe_values import nearest
@@ -53,18 +54,20 @@ def merge(args: MergeArgs) -> str:
     if target.resolve() in [folder.resolve() for folder in folders.values()]:
         raise UserError(f"--run_name {args.run_name}: {target} is an input of this merge; choose another name")
     with ExitStack() as stack:
-        checkpoints = _opened(folders, stack)
+        checkpoints = with_adapters(recipe, folders, stack, _opened)
         policies = Policies(args.vocab or recipe.vocab or "", args.tied_heads,
                             DTYPES.get(args.out_dtype or recipe.out_dtype or recipe.dtype, ""))
+        template = chosen_template(recipe, {name: checkpoints[name].folder for name in models(recipe)})
         # from here on only headers are read, until the plan is known to fit
-        plan = match(recipe, method, checkpoints, policies, _MERGEKIT if recipe.mergekit else {})
+        plan = match(recipe, method, checkpoints, policies, _MERGEKIT if recipe.mergekit else {},
+                     _tokenizer_folder(recipe, folders, args))
         layout = plan_layout([(job.name, job.dtype, job.shape) for job in plan.jobs], int(args.shard_gb * 1e9))
         cost = budget(plan, method, args.memory_gb, args.threads, target.parent)
         description = describe(recipe, plan, layout, cost)
         if args.dry_run:
             return description
         log.info(description)
-        _run(args, settings, recipe, method, checkpoints, plan, layout, cost, target)
+        _run(args, settings, recipe, method, checkpoints, plan, layout, cost, target, template)
     return f"{target}: {recipe.method}, {len(plan.jobs)} tensors"
 
 
@@ -135,7 +138,9 @@ def _help() -> str:
 def _folders(recipe: Recipe, args: MergeArgs) -> dict[str, Path]:
     """The folder of every input: a finished run, a local folder, the embedded model, or a hub name's snapshot."""
     folders, problems = {}, []
-    for name in models(recipe):
+    # of MODEL+ADAPTER both parts are folders of their own
+    names = [part for name in models(recipe) for part in recipe.adapters.get(name, (name,))]
+    for name in dict.fromkeys(names):
         run = args.results / "outputs" / name
         try:
             folders[name] = run if "/" not in name and run.is_dir() else _local(name, args)
@@ -146,6 +151,19 @@ def _folders(recipe: Recipe, args: MergeArgs) -> dict[str, Path]:
     return folders
 
 
+def _tokenizer_folder(recipe: Recipe, folders: Mapping[str, Path], args: MergeArgs) -> Path | None:
+    """Where the tokenizer lies that a recipe names as a source; None for the anchor's own."""
+    if recipe.tokens is None:
+        return None
+    if args.vocab:
+        raise UserError(f"--vocab {args.vocab}: the recipe's tokenizer section matches the tokens; drop one of the two")
+    name = recipe.tokens.source
+    if name in ("base", "union"):
+        return None
+    run = args.results / "outputs" / name
+    return folders.get(name) or (run if "/" not in name and run.is_dir() else _local(name, args))
+
+
 def _local(name: str, args: MergeArgs) -> Path:
     folder = Path(name).expanduser()
     if folder.exists():
@@ -153,6 +171,23 @@ def _local(name: str, args: MergeArgs) -> Path:
     from models.base.loading import base_path  # loads torch: only for the embedded model and the hub
 
     return base_path(name, args.cache_dir)
+
+
+def with_adapters(recipe: Recipe, folders: Mapping[str, Path], stack: ExitStack, opened: Callable) -> dict[str, Checkpoint]:
+    """Every input, open, by the name that the recipe uses; of MODEL+ADAPTER a view of the model with the adapter on it."""
+    bases = {recipe.adapters.get(name, (name,))[0]: None for name in models(recipe)}
+    checkpoints = opened({name: folders[name] for name in bases}, stack)
+    problems: list[str] = []
+    for name, (base, adapter) in recipe.adapters.items():
+        from models.merging.adapted import AdaptedCheckpoint  # with torch, which a plan without adapters does not need
+
+        try:
+            checkpoints[name] = AdaptedCheckpoint.over(checkpoints[base], folders[adapter], name, stack)
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    return {name: checkpoints[name] for name in models(recipe)}
 
 
 def _opened(folders: Mapping[str, Path], stack: ExitStack) -> dict[str, Checkpoint]:
@@ -188,7 +223,7 @@ def describe(recipe: Recipe, plan: MergePlan, layout: Layout, cost: Budget) -> s
 
 
 def _run(args: MergeArgs, settings: dict[str, Any], recipe: Recipe, method: Method, checkpoints: Mapping[str, Checkpoint],
-         plan: MergePlan, layout: Layout, cost: Budget, target: Path) -> None:
+         plan: MergePlan, layout: Layout, cost: Budget, target: Path, template: str) -> None:
     import torch
 
     from models.merging.execute import JOURNAL, execute
@@ -199,6 +234,9 @@ def _run(args: MergeArgs, settings: dict[str, Any], recipe: Recipe, method: Meth
     with ThreadPoolExecutor(cost.workers) as pool:  # reading and hashing both leave the interpreter's lock
         hashes = pool.map(fingerprint, [checkpoint.folder for checkpoint in checkpoints.values()])
         inputs = dict(zip(checkpoints, hashes, strict=True))
+    # an adapter is an input of its own: another one under the same name is another merge
+    inputs |= {f"{name} (adapter)": fingerprint(checkpoint.adapter) for name, checkpoint in checkpoints.items()
+               if hasattr(checkpoint, "adapter")}
     settled = {"config": {k: v for k, v in settings.items() if k not in manifest.PLACE}, "inputs": inputs}
     with manifest.writing(target, "merge", settings, overwrite=args.overwrite, resume=True) as run:
         # a resumed merge may trust finished tensors only if every input still has the bytes it had
@@ -214,6 +252,8 @@ def _run(args: MergeArgs, settings: dict[str, Any], recipe: Recipe, method: Meth
         finally:
             writer.close()
         _companions(checkpoints[anchor(recipe)], plan, run.folder)
+        if template:
+            write_template(run.folder, template)
         # the manifest holds all of it; what is left of a run's folder is a model
         for name in (PLAN, JOURNAL):
             (run.folder / name).unlink()
@@ -245,10 +285,14 @@ def _companions(first: Checkpoint, plan: MergePlan, folder: Path) -> None:
         # what was written decides: transformers would tie over a head that is there
         config["tie_word_embeddings"] = not any(job.name == HEAD for job in plan.jobs)
         manifest.write_json(folder / "config.json", config)
-    for pattern in COMPANIONS:
-        for file in first.folder.glob(pattern):
-            if file.is_file() and file.name != INDEX:
-                shutil.copyfile(file, folder / file.name)
+    tokenizer = getattr(plan.rows, "folder", None) or first.folder
+    files = {file.name: file for pattern in COMPANIONS for file in tokenizer.glob(pattern)}
+    # how the base answers stays the base's, whose tokens ever the result has
+    if tokenizer != first.folder:
+        files |= {"generation_config.json": first.folder / "generation_config.json"}
+    for file in files.values():
+        if file.is_file() and file.name != INDEX:
+            shutil.copyfile(file, folder / file.name)
     if plan.rows and plan.rows.new_tokens:
         path = folder / vocabulary.FILE
         content = json.loads(path.read_text(encoding="utf-8"))

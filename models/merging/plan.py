@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,12 @@ import numpy as np
 from errors import UserError
 from models.merging.methods import Method
 from models.merging.recipes import Recipe, Slice, parameter
+from models.merging.token_rows import TokenRows, token_rows
 from models.merging.vocabulary import RowMap, differing, match_rows, read_tokens
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from models.checkpoints.reader import Checkpoint, TensorInfo
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -36,6 +39,8 @@ class Piece:
     checkpoint: Checkpoint
     info: TensorInfo
     rows: np.ndarray | None = None
+    #: the recipe's name of the input
+    model: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,8 @@ class Job:
     experts: tuple[Piece, ...]
     parameters: Any
     by_rows: bool
+    #: how a recipe's tokenizer section completes its rows
+    tokens: TokenRows | None = None
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -90,11 +97,12 @@ class Policies:
 
 
 def match(recipe: Recipe, method: Method, checkpoints: Mapping[str, Checkpoint], policies: Policies,
-          defaults: Mapping[str, Any]) -> MergePlan:
+          defaults: Mapping[str, Any], tokenizer: Path | None = None) -> MergePlan:
     """Pair the tensors of the inputs by name and layer.
 
     Args:
         checkpoints: by the name that the recipe uses.
+        tokenizer: the folder of the tokenizer that the recipe's tokenizer section names.
         defaults: parameters that the recipe's dialect fills in where the method asks for them.
 
     Raises:
@@ -106,7 +114,11 @@ def match(recipe: Recipe, method: Method, checkpoints: Mapping[str, Checkpoint],
     problems, notes = _compare_configs(checkpoints, order)
     if problems:
         raise UserError(*problems)
-    rows = _rows(checkpoints, order, policies.vocab, problems, notes)
+    if recipe.tokens is None:
+        rows = _rows(checkpoints, order, policies.vocab, problems, notes)
+    else:
+        rows = token_rows(recipe.tokens, order, [checkpoints[m].folder for m in order], _sizes(checkpoints, order),
+                          recipe.base_model, tokenizer)
     drop_head = _heads(checkpoints, order, policies.tied_heads, problems, notes)
     jobs, unmatched = [], []
     for name, position, slice_, sources in _outputs(recipe, checkpoints[first]):
@@ -118,13 +130,15 @@ def match(recipe: Recipe, method: Method, checkpoints: Mapping[str, Checkpoint],
             if piece is None:
                 unmatched.append(f"{model} has no tensor {tensor}")
             else:
-                pieces[model] = piece
+                pieces[model] = replace(piece, model=model)
         # go on: all tensors without a partner are told together
         if len(pieces) < len(sources):
             continue
         shape = _shape(name, pieces, rows, problems)
         job = None if shape is None else (
             _job(recipe, method, slice_, name, position, pieces, shape, policies, defaults, problems))
+        if job is not None and isinstance(rows, TokenRows) and _by_vocabulary(name):
+            job = replace(job, tokens=rows)
         if job is not None:
             jobs.append(job)
     # a recipe of slices leaves layers out on purpose; whole models must be used up
@@ -178,7 +192,8 @@ def _layer_count(recipe: Recipe) -> int:
 def _outputs(recipe: Recipe, first: Checkpoint) -> Iterable[tuple[str, float, Slice, dict[str, str]]]:
     """(output name, position t in 0..1, slice, {model: tensor name}) of every output tensor.
 
-    As in mergekit, t runs from 0 to 1 over the layers of a slice; it is 0 before the layers and 1 behind them.
+    As in mergekit, t runs from 0 to 1 over the layers of a slice, and is 0 before them. Behind them it is 0 as well in a
+    recipe of mergekit's (since its 0.1.4), 1 in ours and by flags, unless ``head_at`` says where.
     """
     count = 1 + max((n for n in map(layer_of, first.tensors) if n is not None), default=-1)
     # embeddings belong to the first slice, final norm and head to the last
@@ -186,7 +201,8 @@ def _outputs(recipe: Recipe, first: Checkpoint) -> Iterable[tuple[str, float, Sl
     for name in outside:
         early = bool(_EMBEDDING.search(name))
         slice_ = recipe.slices[0 if early else -1]
-        yield name, 0.0 if early else 1.0, slice_, {model: name for model in _members(slice_, recipe)}
+        t = 0.0 if early or recipe.head_at == "first" else 1.0
+        yield name, t, slice_, {model: name for model in _members(slice_, recipe)}
     start = 0
     for slice_ in recipe.slices:
         ranges = {source.model: source.layer_range or (0, count) for source in slice_.sources}
@@ -218,7 +234,7 @@ def _piece(checkpoint: Checkpoint, tensor: str, rows: tuple[RowMap, int] | None)
     if info is None:
         return None
     # rows that stand where they should are read as one piece, which is much faster
-    if rows and _by_vocabulary(tensor) and not rows[0].trivial(rows[1]):
+    if rows and _by_vocabulary(tensor) and (isinstance(rows[0], TokenRows) or not rows[0].trivial(rows[1])):
         return Piece(checkpoint, info, rows[0].sources[rows[1]])
     return Piece(checkpoint, info)
 
@@ -287,10 +303,14 @@ def _compare_configs(checkpoints: Mapping[str, Checkpoint], order: Sequence[str]
     return problems, notes
 
 
+def _sizes(checkpoints: Mapping[str, Checkpoint], order: Sequence[str]) -> list[int]:
+    return [next((i.shape[0] for n, i in checkpoints[m].tensors.items() if _EMBEDDING.search(n)), 0) for m in order]
+
+
 def _rows(checkpoints: Mapping[str, Checkpoint], order: Sequence[str], policy: str, problems: list[str],
           notes: list[str]) -> RowMap | None:
     """The inputs' vocabularies lined up; None when they agree already."""
-    sizes = [next((i.shape[0] for n, i in checkpoints[m].tensors.items() if _EMBEDDING.search(n)), 0) for m in order]
+    sizes = _sizes(checkpoints, order)
     tokens = [read_tokens(checkpoints[m].folder) for m in order]
     reasons = [f"{order[0]} has {sizes[0]} rows, {m} has {n}" for m, n in zip(order, sizes, strict=True) if n != sizes[0]]
     # equal sizes prove nothing: two tokenizers may number their pieces otherwise
