@@ -14,8 +14,8 @@ import config
 from errors import UserError
 from models import fuse
 from models.merging import mergekit_keys
-from models.merging.chat_templates import TEMPLATES, WITHOUT_TEXT
 from models.merging.methods import METHODS
+from models.merging.recipe_tokens import TEMPLATES, WITHOUT_TEXT
 from models.merging.recipes import read_recipe
 
 SPECS = {name: row.spec() for name, row in METHODS.items()}

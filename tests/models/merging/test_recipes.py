@@ -356,12 +356,10 @@ def test_unreadable_files(tmp_path):
             read_recipe(path, METHODS)
 
 
-@pytest.mark.parametrize("name", ["recipes", "recipe_values", "recipe_fields", "recipe_tokens", "mergekit_keys",
-                                  "chat_templates"])
+@pytest.mark.parametrize("name", ["recipes", "recipe_values", "recipe_fields", "recipe_tokens", "mergekit_keys"])
 def test_the_standard_library_and_yaml_are_enough(name):
     module = ast.parse((config.ROOT / "models" / "merging" / f"{name}.py").read_text(encoding="utf-8"))
     imported = {alias.name for node in ast.walk(module) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in ast.walk(module) if isinstance(node, ast.ImportFrom)}
-    own = {f"models.merging.{part}" for part in ("recipe_values", "recipe_fields", "recipe_tokens", "mergekit_keys",
-                                                 "chat_templates")}
+    own = {f"models.merging.{part}" for part in ("recipe_values", "recipe_fields", "recipe_tokens", "mergekit_keys")}
     assert imported <= {*sys.stdlib_module_names, "collections.abc", "yaml", "errors", *own}
