@@ -50,14 +50,18 @@ def budget(plan: MergePlan, method: Method, memory_gb: float, asked: int, target
             raise UserError(f"--memory_gb {memory_gb}: one worker needs {each / 2**30:.2f} GB for this recipe; "
                             f"give {each / 2**30 + 0.005:.2f} or more")
     read, write = _bandwidth(plan, target)
-    return Budget(workers, workers * each, method.walks * plan.bytes_in, plan.bytes_out, read, write)
+    reads = max((method.reads(job.parameters) for job in plan.jobs), default=method.walks)
+    return Budget(workers, workers * each, reads * plan.bytes_in, plan.bytes_out, read, write)
 
 
 def worker_bytes(job: Job) -> int:
     """Bytes that a worker's buffers and temporaries take at most for a job: held to by a test that measures."""
     largest = max((prod(shape) for _, shape in spans(job.shape, job.by_rows)), default=0)
     # fp32 per input, raw bytes of one, and temporaries: masks, bit patterns, sort keys (int64), draws, the heap's slack
-    return largest * (72 + 12 * len(job.pieces)) + (2 << 20)
+    # the mean of the rows that have a token is taken in buffers of its own
+    largest *= 2 if job.tokens is not None and job.tokens.tokens < job.tokens.rows else 1
+    adapters = sum(getattr(piece.checkpoint, "extra_bytes", lambda _: 0)(piece.info) for piece in job.pieces)
+    return largest * (72 + 12 * len(job.pieces)) + adapters + (2 << 20)
 
 
 def _bandwidth(plan: MergePlan, target: Path) -> tuple[float, float]:

@@ -13,6 +13,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from models.checkpoints.writer import Writer
 from models.merging.methods import Method
 from models.merging.plan import Job, Piece
 from models.merging.prepare import PREPARE
-from models.operators.blocks import Block
+from models.merging.tokens.rows import fill
+from models.operators.blocks import Block, Undefined
 from models.operators.noise import uniform
 from models.operators.spans import spans
 
@@ -66,13 +68,17 @@ class FileBlocks:
     def __init__(self, job: Job, buffers: Buffers, seed: int, device: torch.device) -> None:
         self.job, self.buffers, self.seed, self.device = job, buffers, seed, device
         self.shape, self.checked = job.shape, False
+        self.means: dict[int, Tensor] = {}
 
     def __iter__(self) -> Iterator[Block]:
         for first, shape in spans(self.job.shape, self.job.by_rows):
             # every input has a buffer of its own; the next block overwrites them all
             values = [self._read(i, piece, first, shape) for i, piece in enumerate(self.job.pieces)]
             # only the inputs together can say what a row that one of them lacks should be
-            if any(piece.rows is not None for piece in self.job.pieces):
+            if self.job.tokens is not None:
+                fill(self.job.tokens, [piece.model for piece in self.job.pieces], values, first // shape[1], self._row,
+                     self._mean)
+            elif any(piece.rows is not None for piece in self.job.pieces):
                 _fill_missing(self.job, values, first, shape)
             values = [block.to(self.device) for block in values]
             yield Block(first, None if self.job.base is None else values[0], values[len(values) - len(self.job.experts):])
@@ -99,6 +105,25 @@ class FileBlocks:
     def _values(self, piece: Piece, first: int, count: int) -> Tensor:
         raw = self.buffers.bytes(count * KINDS[piece.info.dtype][0])
         return piece.checkpoint.read(piece.info, first, count, raw)
+
+    def _row(self, which: int, row: int) -> Tensor:
+        """One row of an input, by its own number."""
+        piece = self.job.pieces[which]
+        columns = piece.info.shape[1]
+        return self._values(piece, row * columns, columns).float()
+
+    def _mean(self, which: int) -> Tensor:
+        """The mean of an input's rows that have a token, completed as they are: one more walk, made once per tensor."""
+        if not self.means:
+            tokens, totals = self.job.tokens.tokens, {}
+            # in blocks of their own: the ones that wait for the mean must keep their buffers
+            inner = FileBlocks(replace(self.job, shape=(tokens, self.job.shape[1])), Buffers(), self.seed, self.device)
+            for block in inner:
+                parts = block.experts if block.base is None else [block.base, *block.experts]
+                for i, part in enumerate(parts):
+                    totals[i] = totals.get(i, 0) + part.sum(0, dtype=torch.float64).cpu()
+            self.means = {i: (total / tokens).float() for i, total in totals.items()}
+        return self.means[which]
 
     def _read_rows(self, piece: Piece, row: int, out: Tensor) -> None:
         """Rows in the output's order, read run by run of neighbours; rows that the input lacks: 0 until filled."""
@@ -158,7 +183,7 @@ def execute(jobs: tuple[Job, ...], method: Method, writer: Writer, folder: Path,
 
     def run(job: Job, context: Any, journal: Any) -> None:
         checksum, first = 1, 0
-        for fused in _results(job, method, blocks(job), context):
+        for fused in _told(job, _results(job, method, blocks(job), context)):
             # another worker failed: its error is the one to show, and no time goes into what will be thrown away
             if stop.is_set():
                 return
@@ -198,6 +223,14 @@ def execute(jobs: tuple[Job, ...], method: Method, writer: Writer, folder: Path,
         torch.set_num_threads(threads)
         bar.close()
     return len(left)
+
+
+def _told(job: Job, results: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The results; what a method has no value for is said with the tensor's name."""
+    try:
+        yield from results
+    except Undefined as error:
+        raise UserError(f"{job.name}: {error}") from None
 
 
 def _results(job: Job, method: Method, blocks: FileBlocks, context: Any) -> Iterator[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -19,19 +19,20 @@ from models.checkpoints.fingerprints import fingerprint
 from models.checkpoints.kinds import other_kind
 from models.checkpoints.reader import INDEX, Checkpoint
 from models.checkpoints.writer import Layout, Writer, plan_layout
-from models.merging import vocabulary
 from models.merging.budget import Budget, budget
 from models.merging.methods import METHODS, Method
 from models.merging.plan import MergePlan, Policies, anchor, match, models
 from models.merging.recipe_values import nearest
 from models.merging.recipes import Recipe, Slice, Source, read_recipe
+from models.merging.tokens import vocabulary
+from models.merging.tokens.chat_templates import chosen_template, write_template
 from models.operators.declared import assignments, scalar
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 PLAN = "plan.json"
-#: What mergekit takes where its recipe is silent and we would ask.
-_MERGEKIT = {"density": 1.0}
+#: What mergekit takes where its recipe is silent and we would ask, or take another value.
+_MERGEKIT = {"density": 1.0, "max_iter": 10, "tol": 1e-5}
 #: Files of the base that a merged model needs beside its weights.
 COMPANIONS = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
                "merges.txt", "*.model", "chat_template*")
@@ -54,18 +55,20 @@ def merge(args: MergeArgs) -> str:
     if target.resolve() in [folder.resolve() for folder in folders.values()]:
         raise UserError(f"--run_name {args.run_name}: {target} is an input of this merge; choose another name")
     with ExitStack() as stack:
-        checkpoints = _opened(folders, stack)
+        checkpoints = with_adapters(recipe, folders, stack, _opened)
         policies = Policies(args.vocab or recipe.vocab or "", args.tied_heads,
                             DTYPES.get(args.out_dtype or recipe.out_dtype or recipe.dtype, ""))
+        template = chosen_template(recipe, {name: checkpoints[name].folder for name in models(recipe)})
         # from here on only headers are read, until the plan is known to fit
-        plan = match(recipe, method, checkpoints, policies, _MERGEKIT if recipe.mergekit else {})
+        plan = match(recipe, method, checkpoints, policies, _MERGEKIT if recipe.mergekit else {},
+                     _tokenizer_folder(recipe, folders, args))
         layout = plan_layout([(job.name, job.dtype, job.shape) for job in plan.jobs], int(args.shard_gb * 1e9))
         cost = budget(plan, method, args.memory_gb, args.threads, target.parent)
         description = describe(recipe, plan, layout, cost)
         if args.dry_run:
             return description
         log.info(description)
-        _run(args, settings, recipe, method, checkpoints, plan, layout, cost, target)
+        _run(args, settings, recipe, method, checkpoints, plan, layout, cost, target, template)
     return f"{target}: {recipe.method}, {len(plan.jobs)} tensors"
 
 
@@ -148,7 +151,9 @@ def _range(row: Method, name: str) -> str:
 def _folders(recipe: Recipe, args: MergeArgs) -> dict[str, Path]:
     """The folder of every input: a finished run, a local folder, the embedded model, or a hub name's snapshot."""
     folders, problems = {}, []
-    for name in models(recipe):
+    # of MODEL+ADAPTER both parts are folders of their own
+    names = [part for name in models(recipe) for part in recipe.adapters.get(name, (name,))]
+    for name in dict.fromkeys(names):
         run = args.results / "outputs" / name
         try:
             folders[name] = run if "/" not in name and run.is_dir() else _local(name, args)
@@ -159,6 +164,19 @@ def _folders(recipe: Recipe, args: MergeArgs) -> dict[str, Path]:
     return folders
 
 
+def _tokenizer_folder(recipe: Recipe, folders: Mapping[str, Path], args: MergeArgs) -> Path | None:
+    """Where the tokenizer lies that a recipe names as a source; None for the anchor's own."""
+    if recipe.tokens is None:
+        return None
+    if args.vocab:
+        raise UserError(f"--vocab {args.vocab}: the recipe's tokenizer section matches the tokens; drop one of the two")
+    name = recipe.tokens.source
+    if name in ("base", "union"):
+        return None
+    run = args.results / "outputs" / name
+    return folders.get(name) or (run if "/" not in name and run.is_dir() else _local(name, args))
+
+
 def _local(name: str, args: MergeArgs) -> Path:
     folder = Path(name).expanduser()
     if folder.exists():
@@ -167,6 +185,23 @@ def _local(name: str, args: MergeArgs) -> Path:
     from models.base.loading import base_path
 
     return base_path(name, args.cache_dir, use=TENSORS)
+
+
+def with_adapters(recipe: Recipe, folders: Mapping[str, Path], stack: ExitStack, opened: Callable) -> dict[str, Checkpoint]:
+    """Every input, open, by the name that the recipe uses; of MODEL+ADAPTER a view of the model with the adapter on it."""
+    bases = {recipe.adapters.get(name, (name,))[0]: None for name in models(recipe)}
+    checkpoints = opened({name: folders[name] for name in bases}, stack)
+    problems: list[str] = []
+    for name, (base, adapter) in recipe.adapters.items():
+        from models.adapters.adapted import AdaptedCheckpoint  # with torch, which a plan without adapters does not need
+
+        try:
+            checkpoints[name] = AdaptedCheckpoint.over(checkpoints[base], folders[adapter], name, stack)
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    return {name: checkpoints[name] for name in models(recipe)}
 
 
 def _opened(folders: Mapping[str, Path], stack: ExitStack) -> dict[str, Checkpoint]:
@@ -191,7 +226,7 @@ def describe(recipe: Recipe, plan: MergePlan, layout: Layout, cost: Budget) -> s
     lines = [
         f"{recipe.method} of {inputs} models: {len(plan.jobs)} tensors matched, {weights / 1e6:,.1f} M weights",
         f"read    {cost.bytes_read / 1e9:.2f} GB ({plan.bytes_in / 1e9:.2f} GB of inputs, "
-        f"{METHODS[recipe.method].walks} x at most)",
+        f"{round(cost.bytes_read / max(plan.bytes_in, 1))} x at most)",
         f"write   {layout.total / 1e9:.2f} GB in {len(layout.headers)} file(s)",
         f"memory  {cost.peak_bytes / 2**30:.2f} GB at most, beyond the interpreter ({cost.workers} workers)",
         f"time    {cost.seconds:.1f} s at least, at the {cost.read_per_second / 1e9:.1f} GB/s read and "
@@ -201,7 +236,7 @@ def describe(recipe: Recipe, plan: MergePlan, layout: Layout, cost: Budget) -> s
 
 
 def _run(args: MergeArgs, settings: dict[str, Any], recipe: Recipe, method: Method, checkpoints: Mapping[str, Checkpoint],
-         plan: MergePlan, layout: Layout, cost: Budget, target: Path) -> None:
+         plan: MergePlan, layout: Layout, cost: Budget, target: Path, template: str) -> None:
     import torch
 
     from models.merging.execute import JOURNAL, execute
@@ -212,6 +247,11 @@ def _run(args: MergeArgs, settings: dict[str, Any], recipe: Recipe, method: Meth
     with ThreadPoolExecutor(cost.workers) as pool:  # reading and hashing both leave the interpreter's lock
         hashes = pool.map(fingerprint, [checkpoint.folder for checkpoint in checkpoints.values()])
         inputs = dict(zip(checkpoints, hashes, strict=True))
+    # an adapter is an input of its own: another one under the same name is another merge
+    for name, adapter in ((n, c.adapter) for n, c in checkpoints.items() if hasattr(c, "adapter")):
+        # its configuration holds the scale, which no fingerprint of weights sees
+        inputs |= {f"{name} (adapter)": fingerprint(adapter),
+                   f"{name} (adapter's configuration)": manifest.sha256(adapter / "adapter_config.json")}
     settled = {"config": {k: v for k, v in settings.items() if k not in manifest.PLACE}, "inputs": inputs}
     with manifest.writing(target, "merge", settings, overwrite=args.overwrite, resume=True) as run:
         # a resumed merge may trust finished tensors only if every input still has the bytes it had
@@ -227,6 +267,8 @@ def _run(args: MergeArgs, settings: dict[str, Any], recipe: Recipe, method: Meth
         finally:
             writer.close()
         _companions(checkpoints[anchor(recipe)], plan, run.folder)
+        if template:
+            write_template(run.folder, template)
         # the manifest holds all of it; what is left of a run's folder is a model
         for name in (PLAN, JOURNAL):
             (run.folder / name).unlink()
@@ -242,9 +284,13 @@ def _companions(first: Checkpoint, plan: MergePlan, folder: Path) -> None:
     """The anchor's configuration, adapted to what changed, and its tokenizer."""
     if plan.config:
         manifest.write_json(folder / "config.json", plan.config)
-    for pattern in COMPANIONS:
-        for file in first.folder.glob(pattern):
-            if file.is_file() and file.name != INDEX:
-                shutil.copyfile(file, folder / file.name)
+    tokenizer = getattr(plan.rows, "folder", None) or first.folder
+    files = {file.name: file for pattern in COMPANIONS for file in tokenizer.glob(pattern)}
+    # how the base answers stays the base's, whose tokens ever the result has
+    if tokenizer != first.folder:
+        files |= {"generation_config.json": first.folder / "generation_config.json"}
+    for file in files.values():
+        if file.is_file() and file.name != INDEX:
+            shutil.copyfile(file, folder / file.name)
     if plan.rows:
         vocabulary.write_new_tokens(folder, plan.rows)

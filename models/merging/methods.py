@@ -1,8 +1,8 @@
 """The table of merge methods: name, what it needs, its parameters. Reads no file and loads no torch.
 
 A method is a generator over a tensor's blocks (``models.operators.blocks``): it walks them as often as it needs, then once
-more, yielding the fused blocks. A new method is one function in ``dense.py`` or ``sparse.py`` of ``models/operators/`` and
-one row here; parameters, their ranges and their help follow from the row's dataclass.
+more, yielding the fused blocks. A new method is one function of ``models/operators/`` (``dense.py``, ``sparse.py``, ..)
+and one row here; parameters, their ranges and their help follow from the row's dataclass.
 """
 
 from __future__ import annotations
@@ -20,13 +20,19 @@ from models.operators.parameters import (
     Della,
     DellaTies,
     Interpolation,
+    Karcher,
     Linear,
     ModelStock,
+    MultiSlerp,
+    NearSwap,
     NoParameters,
+    NuSlerp,
+    Passthrough,
+    Ram,
+    RamPlus,
     Resta,
     Sce,
     Slerp,
-    Sphere,
     TaskArithmetic,
     Ties,
 )
@@ -53,6 +59,14 @@ class Method(Declared):
     walks: int
     source: str
     by_rows: bool | str = False
+    #: walks more with the parameter ``rescale``
+    rescaling: int = 0
+    #: its parameters that mergekit's method of this name has not, though others of it have: no effect in its recipes
+    not_mergekit: frozenset[str] = frozenset()
+
+    def reads(self, parameters: Any) -> int:
+        """How often it reads its inputs at most, with these parameters."""
+        return self.walks + (self.rescaling if getattr(parameters, "rescale", False) else 0)
 
     def load(self) -> Callable:
         """The function itself; loads torch."""
@@ -65,7 +79,8 @@ class Method(Declared):
         each = frozenset(name for name, item in fields.items() if item.metadata["each"])
         # recipes are read without this table, for they load neither torch nor the operators: they get what they need
         return MethodSpec({name: self.rule(name) for name in fields}, each, min_inputs=self.inputs[0],
-                          max_inputs=self.inputs[1], needs_base=self.base == "yes", takes_base=self.base != "no")
+                          max_inputs=self.inputs[1], needs_base=self.base == "yes", takes_base=self.base != "no",
+                          not_mergekit=self.not_mergekit)
 
     def rows(self, parameters: Any) -> bool:
         """Whether, with these parameters, a block must hold whole rows."""
@@ -77,19 +92,26 @@ MANY = 64
 METHODS: dict[str, Method] = {
     "linear": Method(("dense", "linear"), Linear, "no", (1, MANY), 1, "Wortsman et al. 2022, arXiv 2203.05482"),
     "slerp": Method(("dense", "slerp"), Slerp, "yes", (1, 1), 2, "Shoemake 1985"),
-    "karcher": Method(("dense", "karcher"), Sphere, "no", (1, MANY), 2, "Karcher 1977: the n-way SLERP"),
-    "multislerp": Method(("dense", "multislerp"), Sphere, "may", (1, MANY), 2, "normalised mean on the sphere"),
+    "karcher": Method(("dense", "karcher"), Karcher, "no", (1, MANY), 2, "Karcher 1977: the n-way SLERP",
+                      not_mergekit=frozenset({"weight"})),
+    "multislerp": Method(("dense", "multislerp"), MultiSlerp, "may", (1, MANY), 2, "normalised mean on the sphere"),
+    "nuslerp": Method(("pairwise", "nuslerp"), NuSlerp, "may", (2, 2), 2, "SLERP of tensors, rows or columns", True),
+    "nearswap": Method(("pairwise", "nearswap"), NearSwap, "yes", (1, 1), 1, "alchemonaut 2024, no paper"),
+    "arcee_fusion": Method(("pairwise", "arcee_fusion"), NoParameters, "yes", (1, 1), 3, "Arcee AI, no paper", True),
+    "ram": Method(("overlap", "ram"), Ram, "yes", (1, MANY), 1, "arXiv 2601.13572"),
+    "ramplus_tl": Method(("overlap", "ramplus_tl"), RamPlus, "yes", (1, MANY), 2, "arXiv 2601.13572"),
     "task_arithmetic": Method(("dense", "task_arithmetic"), TaskArithmetic, "yes", (1, MANY), 1, "arXiv 2212.04089"),
     "wise_ft": Method(("dense", "wise_ft"), Interpolation, "yes", (1, 1), 1, "arXiv 2109.01903"),
     "resta": Method(("dense", "resta"), Resta, "yes", (2, 2), 1, "arXiv 2402.11746"),
     "model_stock": Method(("dense", "model_stock"), ModelStock, "yes", (2, MANY), 2, "arXiv 2403.19522", "filter_wise"),
-    "passthrough": Method(("dense", "passthrough"), NoParameters, "no", (1, 1), 1, "a copy"),
-    "ties": Method(("sparse", "ties"), Ties, "yes", (1, MANY), 3, "arXiv 2306.01708"),
+    "passthrough": Method(("dense", "passthrough"), Passthrough, "no", (1, 1), 1, "a copy"),
+    "ties": Method(("sparse", "ties"), Ties, "yes", (1, MANY), 3, "arXiv 2306.01708", rescaling=1),
     "dare_linear": Method(("sparse", "dare_linear"), Dare, "yes", (1, MANY), 1, "arXiv 2311.03099"),
     "dare_ties": Method(("sparse", "dare_ties"), Dare, "yes", (1, MANY), 1, "arXiv 2311.03099"),
     "della_linear": Method(("sparse", "della_linear"), Della, "yes", (1, MANY), 1, "arXiv 2406.11617", True),
     "della": Method(("sparse", "della"), DellaTies, "yes", (1, MANY), 1, "arXiv 2406.11617", True),
-    "breadcrumbs": Method(("sparse", "breadcrumbs"), Breadcrumbs, "yes", (1, MANY), 3, "arXiv 2312.06795"),
-    "breadcrumbs_ties": Method(("sparse", "breadcrumbs_ties"), Breadcrumbs, "yes", (1, MANY), 3, "arXiv 2312.06795"),
-    "sce": Method(("sparse", "sce"), Sce, "yes", (1, MANY), 5, "arXiv 2408.07990"),
+    "breadcrumbs": Method(("sparse", "breadcrumbs"), Breadcrumbs, "yes", (1, MANY), 3, "arXiv 2312.06795", rescaling=1),
+    "breadcrumbs_ties": Method(("sparse", "breadcrumbs_ties"), Breadcrumbs, "yes", (1, MANY), 3, "arXiv 2312.06795",
+                               rescaling=1),
+    "sce": Method(("sparse", "sce"), Sce, "yes", (1, MANY), 5, "arXiv 2408.07990", not_mergekit=frozenset({"lambda"})),
 }

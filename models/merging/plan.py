@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -34,9 +34,12 @@ from models.merging.names import (
     views,
 )
 from models.merging.recipes import Recipe, Slice, Source, parameter
-from models.merging.vocabulary import RowMap, check_ids, differing, match_rows, read_tokens
+from models.merging.tokens.rows import TokenRows, rows_of
+from models.merging.tokens.vocabulary import RowMap
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from models.checkpoints.reader import Checkpoint, TensorInfo
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -51,6 +54,8 @@ class Piece:
     checkpoint: Checkpoint
     info: TensorInfo
     rows: np.ndarray | None = None
+    #: the recipe's name of the input
+    model: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,8 @@ class Job:
     experts: tuple[Piece, ...]
     parameters: Any
     by_rows: bool
+    #: how a recipe's tokenizer section completes its rows
+    tokens: TokenRows | None = None
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -104,12 +111,13 @@ class Policies:
 
 
 def match(recipe: Recipe, method: Method, checkpoints: Mapping[str, Checkpoint], policies: Policies,
-          defaults: Mapping[str, Any]) -> MergePlan:
+          defaults: Mapping[str, Any], tokenizer: Path | None = None) -> MergePlan:
     """Pair the tensors of the inputs by name and layer.
 
     Args:
         checkpoints: by the name that the recipe uses.
         defaults: parameters that the recipe's dialect fills in where the method asks for them.
+        tokenizer: the folder of the tokenizer that the recipe's tokenizer section names.
 
     Raises:
         UserError: everything that does not fit, each with the policy or step that resolves it.
@@ -124,7 +132,7 @@ def match(recipe: Recipe, method: Method, checkpoints: Mapping[str, Checkpoint],
         raise UserError(*problems)
     seen = views(checkpoints, order, notes)
     settle_copies(seen, notes)
-    rows = _rows(seen, order, policies.vocab, problems, notes)
+    rows = rows_of(recipe, seen, order, policies.vocab, tokenizer, problems, notes)
     settle_heads(seen, order, policies.tied_heads, problems, notes)
     jobs, unmatched, buffers = [], [], []
     for name, position, slice_, sources in _outputs(recipe, seen, first, problems):
@@ -132,7 +140,7 @@ def match(recipe: Recipe, method: Method, checkpoints: Mapping[str, Checkpoint],
         for model, tensor in sources.items():
             piece = _piece(seen[model], tensor, rows and (rows, order.index(model)))
             if piece is not None:
-                pieces[model] = piece
+                pieces[model] = replace(piece, model=model)
         # go on: all tensors without a partner are told together
         if len(pieces) < len(sources):
             # a file without them is as good: the model computes them
@@ -145,7 +153,7 @@ def match(recipe: Recipe, method: Method, checkpoints: Mapping[str, Checkpoint],
         job = None if shape is None else (
             _job(recipe, method, slice_, name, position, pieces, shape, policies, defaults, problems))
         if job is not None:
-            jobs.append(job)
+            jobs.append(replace(job, tokens=rows) if isinstance(rows, TokenRows) and by_vocabulary(name) else job)
     # a recipe of slices leaves layers out on purpose; whole models must be used up
     used = {(id(p.checkpoint), p.info.name) for job in jobs for p in job.pieces}
     if recipe.whole and not unmatched:
@@ -224,7 +232,8 @@ def _outputs(recipe: Recipe, seen: Mapping[str, View], first: str,
              problems: list[str]) -> Iterable[tuple[str, float, Slice, dict[str, str]]]:
     """(output name, position t in 0..1, slice, {model: tensor name}) of every output tensor.
 
-    As in mergekit, t runs from 0 to 1 over the layers of a slice; it is 0 before the layers and 1 behind them.
+    As in mergekit, t runs from 0 to 1 over the layers of a slice, and is 0 before them. Behind them it is 0 as well in a
+    recipe of mergekit's (since its 0.1.4), 1 in ours and by flags, unless ``head_at`` says where.
     """
     names = seen[first].tensors
     depths = stacks(names)
@@ -233,7 +242,8 @@ def _outputs(recipe: Recipe, seen: Mapping[str, View], first: str,
     for name in (name for name in names if layer_of(name) is None):
         early = bool(EMBEDDINGS.search(name))
         slice_ = recipe.slices[0 if early or (picked and len(depths) > 1 and elsewhere(name, picked, depths)) else -1]
-        yield name, 0.0 if early else 1.0, slice_, {model: name for model in _members(slice_, recipe)}
+        t = 0.0 if early or recipe.head_at == "first" else 1.0
+        yield name, t, slice_, {model: name for model in _members(slice_, recipe)}
     # whole stacks: every layer has the names that it has, for the first of a decoder may be unlike the others
     slice_ = recipe.slices[0]
     layers: dict[int, list[str]] = {}
@@ -300,7 +310,7 @@ def _piece(view: View, tensor: str, rows: tuple[RowMap, int] | None) -> Piece | 
     if info is None:
         return None
     # rows that stand where they should are read as one piece, which is much faster
-    if rows and by_vocabulary(tensor) and not rows[0].trivial(rows[1]):
+    if rows and by_vocabulary(tensor) and (isinstance(rows[0], TokenRows) or not rows[0].trivial(rows[1])):
         return Piece(view.checkpoint, info, rows[0].sources[rows[1]])
     return Piece(view.checkpoint, info)
 
@@ -309,6 +319,12 @@ def _shape(name: str, pieces: Mapping[str, Piece], rows: RowMap | None, problems
     if rows and HEAD_BIASES.search(name):
         problems.append(f"{name}: has an entry for each token, and entries are not matched by token, rows are; merge models "
                         "of one vocabulary")
+        return None
+    # a table may have fewer rows than the embedding that the rows were counted by
+    short = [m for m, p in pieces.items() if p.rows is not None and p.rows.max(initial=-1) >= p.info.shape[0]]
+    if short:
+        problems.append(f"{name}: of {short[0]} has {pieces[short[0]].info.shape[0]} rows, its embedding has more, so that "
+                        "rows cannot be matched by token; merge models of one vocabulary")
         return None
     shapes = {model: ((rows.rows, *piece.info.shape[1:]) if rows and by_vocabulary(name) else piece.info.shape)
               for model, piece in pieces.items()}
@@ -349,28 +365,3 @@ def _job(recipe: Recipe, method: Method, slice_: Slice, name: str, t: float, pie
     mapped = any(piece.rows is not None for piece in pieces.values())
     return Job(name, dtype, shape, pieces[base] if base else None, experts, parameters,
                mapped or method.rows(parameters))
-
-
-def _rows(seen: Mapping[str, View], order: Sequence[str], policy: str, problems: list[str],
-          notes: list[str]) -> RowMap | None:
-    """The inputs' vocabularies lined up; None when they agree already."""
-    embeddings = [seen[m].embedding() for m in order]
-    sizes = [info.shape[0] if info else 0 for info in embeddings]
-    tokens = [read_tokens(seen[m].checkpoint.folder) for m in order]
-    reasons = [f"{order[0]} has {sizes[0]} rows, {m} has {n}" for m, n in zip(order, sizes, strict=True) if n != sizes[0]]
-    # equal sizes prove nothing: two tokenizers may number their pieces otherwise
-    for model, known in zip(order[1:], tokens[1:], strict=True):
-        if tokens[0] and known and (why := differing(tokens[0], known)):
-            reasons.append(f"{order[0]} and {model}: {why}")
-    if not reasons:
-        return None
-    if not policy:
-        problems.append(f"vocabularies differ ({'; '.join(reasons[:_SHOWN])}); choose --vocab base (the tokens of "
-                        f"{order[0]}, matched by text), union (added tokens of the others too), or pad (by index)")
-        return None
-    rows = match_rows(policy, sizes, tokens, order)
-    if rows.new_tokens:
-        check_ids(seen[order[0]].checkpoint.folder, rows)
-    notes.append(f"--vocab {policy}: {rows.rows} rows; a token that an input lacks takes the base's row, and one that the "
-                 "base lacks too the mean of the inputs that have it")
-    return rows

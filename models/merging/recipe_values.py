@@ -11,7 +11,7 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,9 @@ _TAG = "tag:yaml.org,2002:"
 _CONSTRUCTED = {_TAG + kind for kind in ("null", "bool", "int", "float")}
 _TEXT = {_TAG + kind for kind in ("str", "timestamp", "value", "merge")}
 _ALL = (None, "*")
+_NUMBER = r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?"
+_TRUTH = {**dict.fromkeys(("1", "true", "on", "t", "y", "yes"), True),
+          **dict.fromkeys(("0", "false", "off", "f", "n", "no"), False)}
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +77,8 @@ class Item:
     value: Any
     line: int
     name: str
+    #: it has an anchor, so that it may stand there to be named elsewhere
+    anchored: bool = False
 
 
 @dataclass
@@ -108,12 +113,20 @@ class _Loader(yaml.SafeLoader):
 
     composed = 0
 
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.anchored: set[int] = set()
+
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         # counted while composing: aliases of aliases ("billion laughs") expand later, in _Tree, with a count of its own
         self.composed += 1
         if self.composed > MAX_NODES:
             raise yaml.MarkedYAMLError(problem=f"more than {MAX_NODES} values", problem_mark=self.peek_event().start_mark)
-        return super().compose_node(parent, index)
+        event = self.peek_event()
+        node = super().compose_node(parent, index)
+        if event.anchor is not None and not isinstance(event, yaml.AliasEvent):
+            self.anchored.add(id(node))
+        return node
 
 
 # YAML 1.1 reads 1e-8 as text; every recipe that writes it means the number
@@ -132,6 +145,8 @@ def read_yaml(text: str, report: Report) -> Item:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         what = getattr(error, "problem", None) or str(error).splitlines()[0]
+        if what == "but found another document":
+            what += "; write one recipe per file: a later one may take the run of an earlier one as its model"
         raise UserError(f"{report.path}:{mark.line + 1 if mark else 1}: cannot be read as YAML: {what}") from None
     # yaml composes by recursion; MAX_DEPTH is checked after it, when a deep file has failed already
     except RecursionError:
@@ -159,10 +174,10 @@ class _Tree:
             value = [self.item(child, f"{name}[{i}]", child.start_mark.line + 1, depth + 1)
                      for i, child in enumerate(node.value)]
         else:
-            return Item(self.scalar(node, Item(None, line, name)), line, name)
+            return Item(self.scalar(node, Item(None, line, name)), line, name, id(node) in self.loader.anchored)
         if node.tag not in (_TAG + "map", _TAG + "seq"):
             self.report.error(Item(None, line, name), f"tag {node.tag}: not supported; plain values only")
-        return Item(value, line, name)
+        return Item(value, line, name, id(node) in self.loader.anchored)
 
     def mapping(self, node: yaml.MappingNode, name: str, depth: int) -> dict[str, Item]:
         items: dict[str, Item] = {}
@@ -204,20 +219,37 @@ class _Tree:
         return None
 
 
-def read_setting(item: Item, rule: Rule, report: Report, *, mapping_is_filters: bool) -> Setting | None:
+def read_setting(item: Item, rule: Rule, report: Report, *, theirs: bool) -> Setting | None:
     """A parameter as written: scalar, gradient, or conditions; None, and a problem reported, when it is none of them.
 
     Args:
-        mapping_is_filters: read {text: value} as conditions (ours), not {filter: text, value: value} (mergekit's).
+        theirs: a mapping is {filter: text, value: value} (mergekit's), not {text: value} (ours), and quoted text is read
+            where a number, or true and false, can be meant.
     """
+    if theirs:
+        item = _unquoted(item, rule[0])
     value = item.value
-    if isinstance(value, dict) and value and mapping_is_filters:
+    if isinstance(value, dict) and value and not theirs:
         return _conditions([(entry, text, entry) for text, entry in value.items()], rule, report)
     if isinstance(value, dict):
         value = [item]
     if isinstance(value, list) and value and all(isinstance(entry.value, dict) for entry in value):
         return _conditions([(entry, *_filter(entry, report)) for entry in value], rule, report)
     return _plain(item, rule, report)
+
+
+def _unquoted(item: Item, kind: type) -> Item:
+    """The item with texts that stand for a number or a truth value read as such: pydantic does in mergekit's recipes."""
+    value = item.value
+    if isinstance(value, list):
+        value = [_unquoted(entry, kind) for entry in value]
+    elif isinstance(value, dict):
+        value = {key: entry if key == "filter" else _unquoted(entry, kind) for key, entry in value.items()}
+    elif isinstance(value, str) and kind in (float, int) and re.fullmatch(_NUMBER, value.strip()):
+        value = float(value)
+    elif isinstance(value, str) and kind is bool:
+        value = _TRUTH.get(value.strip().lower(), value)
+    return replace(item, value=value)
 
 
 def _filter(entry: Item, report: Report) -> tuple[str | None, Item]:
@@ -311,6 +343,7 @@ class MethodSpec:
         min_inputs, max_inputs: models beside the base.
         needs_base: whether a base must be given.
         takes_base: whether a base, when given, is no ordinary input.
+        not_mergekit: parameters that mergekit's method of this name passes over, though others of its methods know them.
     """
 
     parameters: Mapping[str, Rule]
@@ -319,3 +352,4 @@ class MethodSpec:
     needs_base: bool = False
     max_inputs: int | None = None
     takes_base: bool = True
+    not_mergekit: frozenset[str] = frozenset()

@@ -21,12 +21,15 @@ slice's, that before the recipe's, that before the default. What we do not suppo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from errors import UserError
+from models.merging.mergekit_keys import EXTENSIONS, KEYS, PARAMETERS, WITHOUT_EFFECT, slip
+from models.merging.recipe_fields import Fields, given
+from models.merging.recipe_tokens import TokenRules, read_chat_template, read_tokens_section
 from models.merging.recipe_values import (
     MAX_BYTES,
     Item,
@@ -41,23 +44,10 @@ from models.merging.recipe_values import (
     value_at,
 )
 
-DTYPES = ("float32", "float16", "bfloat16")
 VOCABS = ("base", "union", "pad")
-_OURS = ("method", "base", "inputs", "parameters", "dtype", "vocab", "tokenizer")
-_MERGEKIT = ("merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source",
-             "tokenizer")
-#: keys that one may expect and that we do not support -> what to do instead
-_REFUSED = {
-    "modules": "merge one module at a time, with models or slices",
-    "chat_template": "the result keeps the base's (without a base: the first model's); edit its tokenizer_config.json",
-    "residual_weight": "delete it; mergekit has no use for it either",
-    "random_seed": "give it with --seed",
-    "seed": "give it with --seed",
-    "tokens": "tokens are matched by their text",
-    "pad_to_multiple_of": "rows are as many as the tokens need",
-}
-#: parameters of mergekit that change how it computes, not what
-_WITHOUT_EFFECT = {"int8_mask": "masks are exact here whatever their type"}
+#: Where on a gradient the final norm and the head lie: at its first value, as in mergekit since 0.1.4, or at its last.
+HEAD_AT = ("first", "last")
+_OURS = ("method", "base", "inputs", "parameters", "dtype", "vocab", "tokenizer", "head_at")
 
 
 @dataclass(frozen=True)
@@ -89,6 +79,11 @@ class Recipe:
         tokenizer_source: "base" (the base's, without one the first model's) or "union"; None: not said.
         text: the file as read, for the manifest.
         mergekit: whether it is a recipe of mergekit's, whose defaults then hold.
+        module: parameters of mergekit's one module, between a slice's and the recipe's.
+        head_at: one of HEAD_AT.
+        adapters: name of a model with an adapter on it -> (model, adapter).
+        tokens: what the tokenizer section asks for beyond base and union.
+        chat_template: a template's text, or "auto": the commonest of the inputs; None: the base's.
     """
 
     method: str
@@ -103,6 +98,11 @@ class Recipe:
     text: str
     path: Path
     mergekit: bool = False
+    module: Mapping[str, Setting] = field(default_factory=dict)
+    head_at: str = "last"
+    adapters: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    tokens: TokenRules | None = None
+    chat_template: str | None = None
 
 
 def parameter(recipe: Recipe, slice_: Slice, source: Source | None, name: str, tensor: str, t: float,
@@ -111,9 +111,10 @@ def parameter(recipe: Recipe, slice_: Slice, source: Source | None, name: str, t
 
     A setting none of whose filters matches the tensor gives way to the next, as in mergekit.
     """
-    for level in (source, slice_, recipe):
-        if level is not None and name in level.parameters:
-            value = value_at(level.parameters[name], tensor, t)
+    levels = (source and source.parameters, slice_.parameters, recipe.module, recipe.parameters)
+    for level in levels:
+        if level and name in level:
+            value = value_at(level[name], tensor, t)
             if value is not None:
                 return value
     return default
@@ -160,30 +161,28 @@ def _text(path: Path) -> str:
         raise UserError(f"{path}: not a text in UTF-8; give a recipe in YAML") from None
 
 
-def _given(keys: Mapping[str, Item], name: str, parent: Item) -> Item:
-    """The item of a key that must be there; an empty one at its parent's line when it is missing."""
-    return keys.get(name, Item(None, parent.line, f"{parent.name}.{name}" if parent.name else name))
-
-
-class _Reader:
+class _Reader(Fields):
     """One file of one dialect; ``spec`` is None after an unknown method, whose parameters cannot be checked."""
 
     def __init__(self, report: Report, methods: Mapping[str, MethodSpec], theirs: bool) -> None:
-        self.report, self.methods, self.theirs = report, methods, theirs
+        super().__init__(report, theirs)
+        self.methods = methods
         self.method, self.spec = "", None
 
     def recipe(self, top: Item) -> dict[str, Any]:
-        keys = self.keys(top, _MERGEKIT if self.theirs else _OURS)
+        keys = self.keys(top, KEYS["top"] + EXTENSIONS if self.theirs else _OURS)
         self.method = self.word(keys.get("merge_method" if self.theirs else "method"), self.methods) or ""
         self.spec = self.methods.get(self.method)
         base = self.model(keys.get("base_model" if self.theirs else "base"))
+        module = self.module(keys)
         if self.theirs and "slices" in keys and "models" in keys:
             self.report.error(keys["slices"], "models and slices exclude each other; keep one")
         whole = "slices" not in keys
         name = ("models" if whole else "slices") if self.theirs else "inputs"
-        entries = self.entries(_given(keys, name, top))
+        entries = self.entries(given(keys, name, top))
         if whole:
             slices = (self.whole(keys.get(name, top), entries, base),)
+            slices = (self.with_base(keys, slices[0], base, module),) if self.theirs else slices
         else:
             slices = tuple(slice_ for entry in entries if (slice_ := self.slice(entry, base)))
         # not an error: with or without the base the sum is the same
@@ -194,10 +193,45 @@ class _Reader:
         if "dtype" in keys and "out_dtype" in keys:
             self.report.note(keys["dtype"], "no effect beside out_dtype: sums are fp32, out_dtype is written")
         first = next((p.base_model or p.sources[0].model for p in slices if p.sources), None)
-        vocab, tokenizer = self.vocabulary(keys, base or first)
+        vocab, tokenizer, tokens = self.vocabulary(keys, base or first)
+        template = read_chat_template(keys["chat_template"], self.report) if "chat_template" in keys else None
         return dict(method=self.method, base_model=base, slices=slices, whole=whole,
                     parameters=self.parameters(keys.get("parameters")), dtype=self.dtype(keys.get("dtype")),
-                    out_dtype=self.dtype(keys.get("out_dtype")), vocab=vocab, tokenizer_source=tokenizer)
+                    out_dtype=self.dtype(keys.get("out_dtype")), vocab=vocab, tokenizer_source=tokenizer, module=module,
+                    head_at=self.word(keys.get("head_at"), HEAD_AT) or ("first" if self.theirs else "last"),
+                    adapters=self.adapters, tokens=tokens, chat_template=template)
+
+    def module(self, keys: dict[str, Item]) -> dict[str, Setting]:
+        """The parameters of mergekit's one module, whose models or slices take their place among the keys."""
+        item = keys.pop("modules", None)
+        if item is None or not self.is_mapping(item):
+            return {}
+        if len(item.value) != 1 or "models" in keys or "slices" in keys:
+            self.report.error(item, "takes one module, and neither models nor slices beside it; merge models of several "
+                                    "modules (vision towers) whole, with models")
+            return {}
+        (entry,) = item.value.values()
+        inner = self.keys(entry, KEYS["module"]) if self.is_mapping(entry) else {}
+        keys.update({name: inner[name] for name in ("models", "slices") if name in inner})
+        return self.parameters(inner.get("parameters"))
+
+    def with_base(self, keys: Mapping[str, Item], slice_: Slice, base: str | None, module: Mapping[str, Setting]) -> Slice:
+        """A base that models does not list is one more model in mergekit, also where a method has no use for a base."""
+        if not base or self.spec is None or self.spec.takes_base or any(s.model == base for s in slice_.sources):
+            return slice_
+        place = keys["base_model"]
+        given = {**module, **dict.fromkeys(keys["parameters"].value if "parameters" in keys and isinstance(
+            keys["parameters"].value, dict) else ())}
+        wanting = [n for n in self.spec.per_input if n not in given and any(n in s.parameters for s in slice_.sources)]
+        if self.spec.max_inputs and len(slice_.sources) >= self.spec.max_inputs:
+            self.report.error(place, f"{base} would be one more model of {self.method}, as in mergekit; delete base_model")
+        elif wanting:
+            self.report.error(place, f"{base} is one more model of {self.method}, as in mergekit, and has no "
+                                     f"{', '.join(wanting)}; list it under models with one, or delete base_model")
+        else:
+            self.report.note(place, f"{base} is not listed and takes part as one more model, as in mergekit")
+            return replace(slice_, sources=(*slice_.sources, Source(base, None, {})))
+        return slice_
 
     def whole(self, item: Item, entries: list[Item], base: str | None) -> Slice:
         slice_ = Slice(tuple(s for e in entries if (s := self.source(e, ranged=False))), None, {})
@@ -207,8 +241,10 @@ class _Reader:
     def slice(self, entry: Item, base: str | None) -> Slice | None:
         if not self.is_mapping(entry):
             return None
-        keys = self.keys(entry, ("sources", "base_model", "parameters"))
-        entries = self.entries(_given(keys, "sources", entry))
+        keys = self.keys(entry, KEYS["slice"])
+        if "residual_weight" in keys:
+            self.report.note(keys["residual_weight"], "no effect: mergekit has no use for it either")
+        entries = self.entries(given(keys, "sources", entry))
         slice_ = Slice(tuple(s for e in entries if (s := self.source(e, ranged=True))), self.model(keys.get("base_model")),
                      self.parameters(keys.get("parameters")))
         self.check(entry, slice_, entries, slice_.base_model or base)
@@ -218,15 +254,15 @@ class _Reader:
         if not self.is_mapping(entry):
             return None
         if self.theirs:
-            keys = self.keys(entry, ("model", "layer_range", "parameters") if ranged else ("model", "parameters"))
+            keys = self.keys(entry, KEYS["source" if ranged else "model"])
             parameters = self.parameters(keys.get("parameters"), own=True)
         else:
             keys = entry.value
             # ours has no parameters section within an input: what is not the model is a parameter
             inline = {key: value for key, value in keys.items() if key != "model"}
             parameters = self.parameters(Item(inline, entry.line, entry.name), own=True)
-        model = self.model(_given(keys, "model", entry))
-        layers = self.layers(_given(keys, "layer_range", entry)) if ranged else None
+        model = self.model(given(keys, "model", entry))
+        layers = self.layers(given(keys, "layer_range", entry)) if ranged else None
         return Source(model, layers, parameters) if model and (layers or not ranged) else None
 
     def check(self, item: Item, slice_: Slice, entries: list[Item], base: str | None) -> None:
@@ -275,8 +311,14 @@ class _Reader:
         settings: dict[str, Setting] = {}
         for name, entry in item.value.items():
             # refusing what changes nothing would stop recipes that are right
-            if self.theirs and name in _WITHOUT_EFFECT:
-                self.report.note(entry, f"no effect: {_WITHOUT_EFFECT[name]}")
+            if self.theirs and name in WITHOUT_EFFECT:
+                self.report.note(entry, f"no effect: {WITHOUT_EFFECT[name]}")
+            elif self.theirs and name in self.spec.not_mergekit:
+                self.report.note(entry, f"no effect: mergekit's {self.method} passes it over; a recipe of ours (method:, "
+                                        "inputs:) takes it")
+            elif self.theirs and name not in self.spec.parameters and (
+                    name in PARAMETERS or not slip(name, frozenset(self.spec.parameters))):
+                self.report.note(entry, f"no effect: {self.method} has no such parameter, and mergekit passes it over")
             elif name not in self.spec.parameters:
                 allowed = ", ".join(sorted(self.spec.per_input if own else self.spec.parameters)) or "none"
                 self.report.error(entry, f"{self.method} has no such parameter{nearest(name, self.spec.parameters)}; "
@@ -284,21 +326,30 @@ class _Reader:
             elif own and name not in self.spec.per_input:
                 self.report.error(entry, "one value serves the whole merge; give it under the recipe's parameters")
             else:
-                value = read_setting(entry, self.spec.parameters[name], self.report, mapping_is_filters=not self.theirs)
+                value = read_setting(entry, self.spec.parameters[name], self.report, theirs=self.theirs)
                 if value is not None:
                     settings[name] = value
         return settings
 
-    def vocabulary(self, keys: Mapping[str, Item], anchor: str | None) -> tuple[str | None, str | None]:
-        """(vocab, tokenizer_source), each derived from the other where only one is given."""
-        item = keys.get("tokenizer")
+    def vocabulary(self, keys: Mapping[str, Item], anchor: str | None) -> tuple[str | None, str | None, TokenRules | None]:
+        """(vocab, tokenizer_source, rules); of the first two, each derived from the other where only one is given."""
+        item, rules = keys.get("tokenizer"), None
         if self.theirs:
             if item is not None and "tokenizer_source" in keys:
                 self.report.error(item, "tokenizer and tokenizer_source exclude each other; keep one")
             if item is not None and self.is_mapping(item):
-                # mergekit's default for a tokenizer section that names no source
-                item = self.keys(item, ("source",)).get("source", Item("union", item.line, f"{item.name}.source"))
+                rules = read_tokens_section(item, self.report, self.keys, self.model)
+            elif "tokenizer_source" in keys:
+                rules = TokenRules(self.model(keys["tokenizer_source"]) or "base")
+            if rules is None:
+                return None, None, None
             item = keys.get("tokenizer_source", item)
+            if rules.source.removeprefix("model:") == anchor:
+                rules = replace(rules, source="base")
+            # a source of its own, rows of single tokens and padding need more than --vocab base and union
+            if rules.tokens or rules.pad_to or rules.source not in ("base", "union"):
+                return None, rules.source, rules
+            item = replace(item, value=rules.source)
         tokenizer = None if item is None else item.value
         if isinstance(tokenizer, str) and tokenizer.removeprefix("model:") == anchor:
             tokenizer = "base"
@@ -306,65 +357,8 @@ class _Reader:
             allowed = ", ".join(["base", "union", *([anchor] if anchor else [])])
             self.report.error(item, f"{shown(tokenizer)}: not supported; rows follow the base, without one the first "
                                     f"model; allowed: {allowed}; or make that model the base")
-            return None, None
+            return None, None, None
         vocab = self.word(keys.get("vocab"), VOCABS) or tokenizer
         if vocab and tokenizer and (vocab == "union") != (tokenizer == "union"):
             self.report.error(item, f"tokenizer {tokenizer} does not fit vocab {vocab}: union needs both")
-        return vocab, tokenizer or (vocab and ("union" if vocab == "union" else "base"))
-
-    def keys(self, item: Item, allowed: Iterable[str]) -> dict[str, Item]:
-        """A mapping's items that hold something; an error for every key that is not allowed."""
-        for key, entry in item.value.items():
-            if key not in allowed:
-                why = f"not supported; {_REFUSED[key]}" if key in _REFUSED else f"unknown key{nearest(key, allowed)}"
-                self.report.error(entry, f"{why}; allowed keys: {', '.join(allowed)}")
-        return {key: entry for key, entry in item.value.items() if key in allowed and entry.value is not None}
-
-    def entries(self, item: Item) -> list[Item]:
-        if isinstance(item.value, list) and item.value:
-            return item.value
-        kinds = {"slices": "slices", "models": "models (or slices instead)"}
-        self.report.error(item, f"needs a list of {kinds.get(item.name, 'models')}, one or more")
-        return []
-
-    def is_mapping(self, item: Item) -> bool:
-        if not isinstance(item.value, dict):
-            self.report.error(item, "needs 'key: value' lines")
-        return isinstance(item.value, dict)
-
-    def model(self, item: Item | None) -> str | None:
-        if item is None:
-            return None
-        name = item.value
-        if not isinstance(name, str) or not name.strip():
-            self.report.error(item, "needs a model: text that names a folder or run (a number in quotes)")
-        # mergekit's MODEL+LORA and MODEL@REVISION; read as folder names they would be "not found"
-        elif self.theirs and "+" in name:
-            self.report.error(item, f"{name}: an adapter on top of a model is not supported; merge it into the model first")
-        elif self.theirs and "@" in name:
-            self.report.error(item, f"{name}: a revision is not supported; name the folder of that revision")
-        else:
-            return name
-        return None
-
-    def layers(self, item: Item) -> tuple[int, int] | None:
-        numbers = [e.value for e in item.value] if isinstance(item.value, list) else []
-        if len(numbers) != 2 or not all(type(n) is int for n in numbers):
-            self.report.error(item, "needs two whole numbers: [first layer, layer behind the last]")
-        elif not 0 <= numbers[0] < numbers[1]:
-            self.report.error(item, f"{numbers}: needs 0 <= first < last")
-        else:
-            return numbers[0], numbers[1]
-        return None
-
-    def dtype(self, item: Item | None) -> str | None:
-        return self.word(item, DTYPES, lambda text: text.removeprefix("torch."))
-
-    def word(self, item: Item | None, allowed: Iterable[str], clean: Callable[[str], str] = str) -> str | None:
-        if item is None:
-            return None
-        value = clean(shown(item.value))
-        if value in allowed:
-            return value
-        self.report.error(item, f"{value}: not known{nearest(value, allowed)}; allowed: {', '.join(allowed)}")
-        return None
+        return vocab, tokenizer or (vocab and ("union" if vocab == "union" else "base")), None

@@ -14,6 +14,10 @@ from models.operators.noise import uniform
 from models.operators.spans import spans
 
 
+class Undefined(ValueError):
+    """A method has no value for these inputs; says what would give it one."""
+
+
 @dataclass
 class Block:
     """One block of every input, fp32, (rows, columns) or flat. A method may overwrite the tensors.

@@ -44,8 +44,8 @@ class Declared:
     def rule(self, name: str) -> Rule:
         """(type, lowest, highest) of a parameter."""
         field = self.fields()[name]
-        # a default says the type, for none of the parameters is a whole number and None stands for a number to be given
-        kind = type(field.default) if isinstance(field.default, bool | str) else float
+        # a default says the type; None stands for a number to be given, which is never a whole one
+        kind = type(field.default) if isinstance(field.default, bool | str | int) else float
         return kind, field.metadata["low"], field.metadata["high"]
 
     def missing(self, given: Iterable[str]) -> list[str]:
@@ -60,16 +60,18 @@ class Declared:
         """
         kind, low, high = self.rule(name)
         # bool passes for a number in Python, and NaN for one in any range
-        if kind is float and (isinstance(value, bool | str) or value != value):
+        if kind in (float, int) and (isinstance(value, bool | str) or value != value):
             raise ValueError(f"{value} is not a number")
-        if kind is not float and not isinstance(value, kind):
+        if kind in (bool, str) and not isinstance(value, kind):
             raise ValueError(f"{value} is not {'true or false' if kind is bool else 'a word'}")
-        if kind is float and not ((low is None or value >= low) and (high is None or value <= high)):
+        if kind is int and not float(value).is_integer():
+            raise ValueError(f"{value} is not a whole number")
+        if kind in (float, int) and not ((low is None or value >= low) and (high is None or value <= high)):
             raise ValueError(f"{value} is out of range; allowed: {low} to {high}")
         choices = self.fields()[name].metadata["choices"]
         if choices and value not in choices:
             raise ValueError(f"{value} is not known; allowed: {', '.join(choices)}")
-        return value
+        return int(value) if kind is int else value
 
 
 def _required(field: dataclasses.Field) -> bool:

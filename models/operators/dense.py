@@ -9,21 +9,24 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from models.operators.blocks import Block, MemoryBlocks
+from models.operators.blocks import Block, MemoryBlocks, Undefined
 from models.operators.drop import drop_, kept_below
 from models.operators.parameters import (
     Interpolation,
+    Karcher,
     Linear,
     ModelStock,
-    NoParameters,
+    MultiSlerp,
+    Passthrough,
     Resta,
     Slerp,
-    Sphere,
     TaskArithmetic,
 )
 
 #: Above this cosine, inputs count as parallel and SLERP is a straight line (its sines would lose their digits).
 PARALLEL = 0.9995
+#: A sum of unit vectors shorter than this is rounding.
+CANCELLED = 1e-9
 
 
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -50,10 +53,11 @@ def linear(blocks: MemoryBlocks, parameters: Linear) -> Iterator[Tensor]:
         yield weighted_sum(block.experts, [w / scale for w in parameters.weight])
 
 
-def passthrough(blocks: MemoryBlocks, parameters: NoParameters) -> Iterator[Tensor]:
-    """The input as it is."""
+def passthrough(blocks: MemoryBlocks, parameters: Passthrough) -> Iterator[Tensor]:
+    """The input as it is, or times ``scale``."""
+    (scale,) = parameters.scale
     for block in blocks:
-        yield block.experts[0]
+        yield block.experts[0] if scale == 1 else block.experts[0].mul_(scale)
 
 
 def task_vectors(block: Block) -> list[Tensor]:
@@ -126,15 +130,15 @@ def karcher_coefficients(g: Tensor, weights: Sequence[float], steps: int = 200, 
     coefficients alone and never touches the vectors.
 
     Raises:
-        ValueError: the weighted sum is 0 (opposite inputs), so that no mean direction exists.
+        Undefined: the weighted sum is 0 (opposite inputs), so that no mean direction exists.
     """
     w = torch.tensor(weights, dtype=torch.float64)
     w = w / w.sum()
     # the start is the normalised chordal mean, which is within a few degrees of the Karcher mean already
     c = w.clone()
     norm = float(c @ g @ c) ** 0.5
-    if norm < 1e-9:
-        raise ValueError("the weighted directions cancel; change the weights")
+    if norm < CANCELLED:
+        raise Undefined("the weighted directions cancel, and there is no Karcher mean; change the weights")
     c /= norm
     for _ in range(steps):
         # <u_i, mu>: rounding may carry it past 1, where acos is NaN
@@ -150,19 +154,32 @@ def karcher_coefficients(g: Tensor, weights: Sequence[float], steps: int = 200, 
     return c
 
 
-def karcher(blocks: MemoryBlocks, parameters: Sphere) -> Iterator[Tensor]:
-    """n-way SLERP: the weighted Karcher mean of the directions, with the weighted mean of the norms."""
+def karcher(blocks: MemoryBlocks, parameters: Karcher) -> Iterator[Tensor]:
+    """n-way SLERP: the weighted Karcher mean of the directions, with the weighted mean of the norms.
+
+    Inputs whose norm is not above ``tol`` have no direction and count in the mean of the norms alone, as in mergekit.
+    """
     g = gram(block.experts for block in blocks)
-    coefficients = _on_sphere(g, parameters.weight, karcher_coefficients)
+    weights = torch.tensor(parameters.weight, dtype=torch.float64)
+    coefficients = weights = weights / weights.sum()
+    norms = g.diagonal().sqrt()
+    there = norms > parameters.tol
+    if len(g) and bool(there.any()):
+        unit = g[there][:, there] / torch.outer(norms[there], norms[there])
+        mean = karcher_coefficients(unit, weights[there].tolist(), parameters.max_iter, parameters.tol)
+        coefficients = torch.zeros_like(weights)
+        coefficients[there] = mean * (weights @ norms) / norms[there]
     for block in blocks:
-        yield weighted_sum(block.experts, coefficients)
+        yield weighted_sum(block.experts, coefficients.tolist())
 
 
-def multislerp(blocks: MemoryBlocks, parameters: Sphere) -> Iterator[Tensor]:
-    """The normalised weighted mean of the directions (of task vectors, when there is a base), with the mean norm."""
+def multislerp(blocks: MemoryBlocks, parameters: MultiSlerp) -> Iterator[Tensor]:
+    """The normalised weighted mean of the directions (of task vectors, when there is a base), with the mean norm.
+
+    mergekit writes it as a step in the tangent space at that mean, which is 0 there: the mean is what is left.
+    """
     directions = (task_vectors(b) if b.base is not None else b.experts for b in blocks)
-    # no step of the iteration: its start is the normalised mean
-    coefficients = _on_sphere(gram(directions), parameters.weight, lambda g, w: karcher_coefficients(g, w, steps=0))
+    coefficients = _mean_direction(gram(directions), parameters)
     for block in blocks:
         if block.base is None:
             yield weighted_sum(block.experts, coefficients)
@@ -170,15 +187,27 @@ def multislerp(blocks: MemoryBlocks, parameters: Sphere) -> Iterator[Tensor]:
             yield block.base.add_(weighted_sum(task_vectors(block), coefficients))
 
 
-def _on_sphere(g: Tensor, weights: Sequence[float], direction: object) -> list[float]:
-    """Coefficients on the raw inputs, from those on their directions; inputs that are all zero get the plain mean."""
-    total = math.fsum(weights)
+def _mean_direction(g: Tensor, parameters: MultiSlerp) -> list[float]:
+    """Coefficients on the raw inputs, (n,).
+
+    Raises:
+        Undefined: more than two directions cancel, so that there is no mean one; of two, the plain sum is taken.
+    """
+    total = divisor(parameters.weight, parameters.normalize_weights)
+    weights = torch.tensor([w / total for w in parameters.weight], dtype=torch.float64)
     norms = g.diagonal().sqrt()
-    if not len(g) or bool((norms == 0).any()):
-        return [w / total for w in weights]
-    unit = g / torch.outer(norms, norms)
-    length = sum(w / total * float(n) for w, n in zip(weights, norms, strict=True))
-    return (direction(unit, weights) * length / norms).tolist()
+    if not len(g) or not bool(norms.any()):
+        return weights.tolist()
+    if len(g) == 1:
+        return [1.0]
+    # a zero input has no direction; eps leaves it out and changes nothing else
+    shares = weights / (norms + parameters.eps)
+    length = max(float(shares @ g @ shares), 0.0) ** 0.5
+    if length >= max(parameters.eps, CANCELLED):
+        return (shares / length * float(weights @ norms)).tolist()
+    if len(g) == 2:
+        return weights.tolist()
+    raise Undefined("the weighted directions cancel, and multislerp needs their mean; change the weights")
 
 
 def model_stock(blocks: MemoryBlocks, parameters: ModelStock) -> Iterator[Tensor]:

@@ -19,6 +19,7 @@ SCOPES = ("tensor", "model")
 _WEIGHT = number(1.0, "weight of an input", each=True)
 _DENSITY = number(None, "share of a task vector that is kept", 0, 1, each=True)
 _LAMBDA = number(1.0, "factor on the fused task vector")
+_L1 = number(False, "scale what is kept to the L1 norm of the whole task vector, tensor by tensor")
 
 
 def _normalize(default: bool) -> Any:
@@ -42,8 +43,46 @@ class Slerp:
 
 
 @dataclass(frozen=True)
-class Sphere:
+class Passthrough:
+    scale: PerInput = number(1.0, "factor on the tensor", each=True)
+
+
+@dataclass(frozen=True)
+class Karcher:
     weight: PerInput = _WEIGHT
+    # mergekit's are 10 and 1e-5; a merge of mergekit's recipes takes those
+    max_iter: int = number(200, "steps of the iteration at most", 1)
+    tol: float = number(1e-12, "step length (an angle) at which it ends; inputs of a norm below it have no direction", 0)
+
+
+@dataclass(frozen=True)
+class MultiSlerp:
+    weight: PerInput = _WEIGHT
+    normalize_weights: bool = number(True, "divide the weights by their sum")
+    eps: float = number(1e-8, "added to norms before they divide; a mean direction shorter than it counts as none", 0)
+
+
+@dataclass(frozen=True)
+class NuSlerp:
+    weight: PerInput = _WEIGHT
+    nuslerp_row_wise: bool = number(False, "an angle per vector along the first axis (needs nuslerp_flatten=false)")
+    nuslerp_flatten: bool = number(True, "one angle per tensor; false: one per vector along the last axis")
+
+
+@dataclass(frozen=True)
+class NearSwap:
+    t: float = number(None, "entries of the base closer than this to the other model's are swapped whole", 0)
+
+
+@dataclass(frozen=True)
+class Ram:
+    epsilon: float = number(1e-5, "a smaller change counts as none", 0)
+
+
+@dataclass(frozen=True)
+class RamPlus(Ram):
+    r: float = number(0.1, "how much the entries of one input alone gain where it shares many")
+    alpha: float = number(0.2, "largest ratio of shared to own entries that counts", 0)
 
 
 @dataclass(frozen=True)
@@ -76,6 +115,7 @@ class Ties:
     # the papers' own: TIES averages what agrees, DARE and task arithmetic add up
     normalize: bool = _normalize(True)
     lambda_: float = _LAMBDA
+    rescale: bool = _L1
     scope: str = number("tensor", "where the k largest are sought: tensor or model", choices=SCOPES)
 
 
@@ -106,6 +146,7 @@ class Breadcrumbs:
     gamma: PerInput = number(0.01, "share of the largest entries that is dropped as outliers", 0, 1, each=True)
     normalize: bool = _normalize(False)
     lambda_: float = _LAMBDA
+    rescale: bool = _L1
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from models.operators.election import elect_, elect_unweighted
 from models.operators.parameters import Breadcrumbs, Dare, Della, DellaTies, Sce, Ties
 from models.operators.selection import MagnitudeCut, count, find_cuts
 
+#: An L1 norm below this is none.
+NO_NORM = 1e-7
 #: Zeroes what is not selected of one input's block, in place.
 Select = Callable[[int, Tensor, Block], None]
 #: (deltas, weights, normalize) -> one tensor; may overwrite the deltas.
@@ -36,6 +38,13 @@ def add_up(deltas: Sequence[Tensor], weights: Sequence[float], normalize: bool) 
     return weighted_sum(deltas, [w / scale for w in weights])
 
 
+def largest_cuts(blocks: MemoryBlocks, density: Sequence[float]) -> list[MagnitudeCut]:
+    """Per input, where its density x size largest entries end."""
+    size = prod(blocks.shape)
+    return [c for (c,) in find_cuts(lambda: (task_vectors(b) for b in blocks),
+                                    [[count(share, size)] for share in density], size)]
+
+
 def largest(blocks: MemoryBlocks, density: Sequence[float], cuts: list[MagnitudeCut] | None = None) -> Select:
     """TIES' trim: exactly k = density x size entries of largest magnitude; ties go to the lowest flat index.
 
@@ -43,12 +52,8 @@ def largest(blocks: MemoryBlocks, density: Sequence[float], cuts: list[Magnitude
         density: per input.
         cuts: where the k largest were sought over more than this tensor.
     """
-    if cuts is None:
-        size = prod(blocks.shape)
-        cuts = [c for (c,) in find_cuts(lambda: (task_vectors(b) for b in blocks),
-                                        [[count(share, size)] for share in density], size)]
     # a plan may hand the same cuts to more than one run, and masks use them up
-    cuts = [cut.fresh() for cut in cuts]
+    cuts = [cut.fresh() for cut in (largest_cuts(blocks, density) if cuts is None else cuts)]
 
     def select(i: int, delta: Tensor, block: Block) -> None:
         if density[i] < 1:
@@ -57,17 +62,21 @@ def largest(blocks: MemoryBlocks, density: Sequence[float], cuts: list[Magnitude
     return select
 
 
-def outliers(blocks: MemoryBlocks, parameters: Breadcrumbs) -> Select:
-    """Breadcrumbs: drop the gamma largest, then keep the next density x size (Davari & Belilovsky 2024).
-
-    With no outliers asked for, the largest stay; where both shares exceed the whole, the outliers give way.
-    """
+def outlier_cuts(blocks: MemoryBlocks, parameters: Breadcrumbs) -> list[list[MagnitudeCut]]:
+    """Per input, where its gamma largest entries end, and where the next density x size do."""
     # two cuts of one ranking: the top that goes, and the top together with what stays below it
     size = prod(blocks.shape)
     kept = [count(share, size) for share in parameters.density]
     tops = [min(int(share * size + 1e-6), size - k) for share, k in zip(parameters.gamma, kept, strict=True)]
-    pairs = find_cuts(lambda: (task_vectors(b) for b in blocks),
-                      [[top, top + k] for top, k in zip(tops, kept, strict=True)], size)
+    return find_cuts(lambda: (task_vectors(b) for b in blocks),
+                     [[top, top + k] for top, k in zip(tops, kept, strict=True)], size)
+
+
+def outliers(pairs: Sequence[Sequence[MagnitudeCut]]) -> Select:
+    """Breadcrumbs: drop the gamma largest, then keep the next density x size (Davari & Belilovsky 2024).
+
+    With no outliers asked for, the largest stay; where both shares exceed the whole, the outliers give way.
+    """
     pairs = [[cut.fresh() for cut in pair] for pair in pairs]
 
     def select(i: int, delta: Tensor, block: Block) -> None:
@@ -107,9 +116,38 @@ def rank_drop(blocks: MemoryBlocks, parameters: Della) -> Select:
     return select
 
 
+def at_full_norm(blocks: MemoryBlocks, make: Callable[[], Select], rescale: bool) -> Select:
+    """What ``make`` selects, scaled to the L1 norm that the input's task vector had: mergekit's ``rescale``.
+
+    Args:
+        make: gives a selection that starts at the tensor's first element.
+        rescale: False: the selection as it is, and no walk.
+    """
+    if not rescale:
+        return make()
+    select, norms = make(), {}
+    for block in blocks:
+        for i, delta in enumerate(task_vectors(block)):
+            whole = float(delta.abs().sum(dtype=torch.float64))
+            select(i, delta, block)
+            before, after = norms.get(i, (0.0, 0.0))
+            norms[i] = before + whole, after + float(delta.abs().sum(dtype=torch.float64))
+    # nothing kept, or nothing there: no factor brings a norm back
+    factors = {i: before / after if min(before, after) >= NO_NORM else 1.0 for i, (before, after) in norms.items()}
+    again = make()
+
+    def scaled(i: int, delta: Tensor, block: Block) -> None:
+        again(i, delta, block)
+        delta.mul_(factors[i])
+
+    return scaled
+
+
 def ties(blocks: MemoryBlocks, parameters: Ties, cuts: list[MagnitudeCut] | None = None) -> Iterator[Tensor]:
     """Trim, elect sign, disjoint merge (Yadav et al. 2023); ``cuts`` when the k largest were sought over the model."""
-    return _merge(blocks, parameters, largest(blocks, parameters.density, cuts), elect_)
+    cuts = largest_cuts(blocks, parameters.density) if cuts is None else cuts
+    select = at_full_norm(blocks, lambda: largest(blocks, parameters.density, cuts), parameters.rescale)
+    return _merge(blocks, parameters, select, elect_)
 
 
 def dare_linear(blocks: MemoryBlocks, parameters: Dare) -> Iterator[Tensor]:
@@ -134,12 +172,17 @@ def della(blocks: MemoryBlocks, parameters: DellaTies) -> Iterator[Tensor]:
 
 def breadcrumbs(blocks: MemoryBlocks, parameters: Breadcrumbs) -> Iterator[Tensor]:
     """Mask outliers and small entries, then the weighted sum."""
-    return _merge(blocks, parameters, outliers(blocks, parameters), add_up)
+    return _merge(blocks, parameters, _crumbs(blocks, parameters), add_up)
 
 
 def breadcrumbs_ties(blocks: MemoryBlocks, parameters: Breadcrumbs) -> Iterator[Tensor]:
     """Mask outliers and small entries, then TIES' sign election."""
-    return _merge(blocks, parameters, outliers(blocks, parameters), elect_)
+    return _merge(blocks, parameters, _crumbs(blocks, parameters), elect_)
+
+
+def _crumbs(blocks: MemoryBlocks, parameters: Breadcrumbs) -> Select:
+    pairs = outlier_cuts(blocks, parameters)
+    return at_full_norm(blocks, lambda: outliers(pairs), parameters.rescale)
 
 
 def sce(blocks: MemoryBlocks, parameters: Sce) -> Iterator[Tensor]:

@@ -120,3 +120,21 @@ def test_a_bias_over_the_vocabulary_is_not_lined_up_by_guess(tmp_path, capsys):
     with pytest.raises(SystemExit):
         union(tmp_path)
     assert "lm_head.bias" in capsys.readouterr().err
+
+
+def test_a_recipe_s_tokenizer_section_keeps_the_flags_and_marks_its_own_tokens_special(tuned):
+    from transformers import AutoTokenizer
+
+    recipe = tuned / "r.yml"
+    recipe.write_text(f"merge_method: linear\nmodels: [{{model: {tuned / 'base'}}}, {{model: {tuned / 'tuned'}}}]\n"
+                      "tokenizer: {source: union, pad_to_multiple_of: 16, tokens: {<own>: {source: {kind: zero}}}}\n")
+    fuse.main(["merge", "--recipe", str(recipe), "--output_dir", str(tuned / "r"), "--run_name", "out"])
+    out = tuned / "r" / "outputs" / "out"
+    made, other = AutoTokenizer.from_pretrained(out), AutoTokenizer.from_pretrained(tuned / "tuned")
+    assert {text: flags_of(made)[text] for text in ADDED} == ADDED
+    assert flags_of(made)["<own>"]["special"]
+    rows, tuned_rows = (load_file(f / "model.safetensors")["model.embed_tokens.weight"] for f in (out, tuned / "tuned"))
+    assert len(rows) % 16 == 0
+    for token in ADDED:
+        torch.testing.assert_close(rows[made.convert_tokens_to_ids(token)], tuned_rows[other.convert_tokens_to_ids(token)])
+    assert not rows[made.convert_tokens_to_ids("<own>")].any()

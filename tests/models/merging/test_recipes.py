@@ -177,7 +177,7 @@ parameters: {t: 0.5}
 
 @pytest.mark.parametrize(("text", "says"), [
     ("merge_method: linear\nmodels: [{model: a}, {model: a}]", "models[1]: a is listed twice and counts twice"),
-    ("merge_method: linear\nbase_model: c\n" + MODELS, "base_model: linear takes no base: c lends"),
+    ("merge_method: linear\nbase_model: c\n" + MODELS, "base_model: c is not listed and takes part as one"),
     ("merge_method: ties\nbase_model: a\nmodels: [{model: a, parameters: {weight: 1}}, {model: b}]",
      "models[0]: weight of the base: no effect"),
     ("method: ties\nbase: a\ninputs: [{model: b, density: {proj: 1, q_proj: 0.5}}]",
@@ -200,21 +200,17 @@ def test_every_error_of_a_file_at_once_in_order_of_lines():
         "1: models: ties needs a base; add base_model: MODEL",
         f"4: models[0].parameters.densty: ties has no such parameter (did you mean density?); {per_input}",
         "5: models[0].parameters.normalize: one value serves the whole merge; give it under the recipe's parameters",
-        "6: models[1].model: quarry/maths-7b+quarry/adapter: an adapter on top of a model is not supported; "
-        "merge it into the model first",
         "8: models[1].parameters.density: 1.5: out of range; needs a number between 0 and 1",
         "9: models[1].parameters.weight[1]: heavy: needs a number",
         "10: models[2].model: quarry/maths-7b@v2: a revision is not supported; name the folder of that revision",
-        "11: models[2].revision: unknown key; allowed keys: model, parameters",
+        "11: models[2].revision: not supported; mergekit passes it over here; name the folder of that revision; "
+        "allowed keys: model, parameters",
         "14: parameters.normalize: often: needs true or false",
         "15: parameters.normalise: ties has no such parameter (did you mean normalize?); "
         "allowed: density, lambda, normalize, scope, weight",
-        "18: tokenizer.tokens: not supported; tokens are matched by their text; allowed keys: source",
-        "20: chat_template: not supported; the result keeps the base's (without a base: the first model's); edit its "
-        "tokenizer_config.json; allowed keys: merge_method, base_model, models, slices, parameters, dtype, out_dtype, "
-        "tokenizer_source, tokenizer",
-        "21: dtypes: unknown key (did you mean dtype?); allowed keys: merge_method, base_model, models, slices, "
-        "parameters, dtype, out_dtype, tokenizer_source, tokenizer",
+        "19: tokenizer.tokens.<pad>.source: zero would be a model's name; write {kind: zero}",
+        "21: dtypes: unknown key (did you mean dtype?); allowed keys: merge_method, base_model, models, slices, modules, "
+        "parameters, dtype, out_dtype, tokenizer_source, tokenizer, chat_template, head_at",
         "22: dtype: bfloat: not known (did you mean bfloat16?); allowed: float32, float16, bfloat16",
         "23: key 'dtype' stands twice, first in line 22; keep one",
     ]
@@ -240,8 +236,7 @@ SLICE = "merge_method: ties\nbase_model: a\nslices:\n- sources:\n"
     ("method: ties\ninputs: [{model: a}]", "2: inputs: ties needs a base; add base: MODEL"),
     ("merge_method: ties\nbase_model: a\nmodels: [{model: a}]", "takes 1 or more model(s) beside the base; here: 0"),
     ("merge_method: slerp\nbase_model: c\n" + MODELS, "3: models: slerp takes 1 model(s) beside the base; here: 2"),
-    ("merge_method: linear\nmodules: {}\n" + MODELS, "2: modules: not supported; merge one module at a time"),
-    ("merge_method: linear\ntokenizer_source: b\n" + MODELS, "2: tokenizer_source: b: not supported; rows follow the base"),
+    ("merge_method: linear\nmodules: {}\n" + MODELS, "2: modules: takes one module, and neither"),
     ("merge_method: linear\ntokenizer_source: base\ntokenizer: {}\n" + MODELS, "3: tokenizer: tokenizer and tokenizer_s"),
     ("method: linear\nseed: 3\ninputs: [{model: a}, {model: b}]", "2: seed: not supported; give it with --seed"),
     ("method: linear\nmodels: []", "2: models: unknown key; allowed keys: method, base, inputs"),
@@ -258,7 +253,6 @@ SLICE = "merge_method: ties\nbase_model: a\nslices:\n- sources:\n"
      "4: slices[0]: the base a is not among the sources, and their layers differ"),
     (SLICE + "  - {model: b, layer_range: [0, 2]}\n  - {model: b, layer_range: [2, 4]}",
      "6: slices[0].sources[1]: b stands twice"),
-    (SLICE + "  - {model: b, layer_range: [0, 2]}\n  residual_weight: 1", "6: slices[0].residual_weight: not supported"),
     ("merge_method: linear\nslices: [{}]", "2: slices[0].sources: needs a list of models, one or more"),
 ])
 def test_structure(tmp_path, text, says):
@@ -267,7 +261,7 @@ def test_structure(tmp_path, text, says):
 
 @pytest.mark.parametrize(("name", "value", "says"), [
     ("weight", "true", "weight: true: needs a number"),
-    ("weight", "'0.5'", "weight: 0.5: needs a number; remove the quotes"),
+    ("weight", "'half'", "weight: half: needs a number"),
     ("weight", "", "weight: no value: needs a number"),
     ("weight", ".nan", "weight: nan: needs a number"),
     ("weight", "[.inf]", "weight[0]: inf: needs a number"),
@@ -362,9 +356,10 @@ def test_unreadable_files(tmp_path):
             read_recipe(path, METHODS)
 
 
-@pytest.mark.parametrize("name", ["recipes", "recipe_values"])
+@pytest.mark.parametrize("name", ["recipes", "recipe_values", "recipe_fields", "recipe_tokens", "mergekit_keys"])
 def test_the_standard_library_and_yaml_are_enough(name):
     module = ast.parse((config.ROOT / "models" / "merging" / f"{name}.py").read_text(encoding="utf-8"))
     imported = {alias.name for node in ast.walk(module) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in ast.walk(module) if isinstance(node, ast.ImportFrom)}
-    assert imported <= {*sys.stdlib_module_names, "collections.abc", "yaml", "errors", "models.merging.recipe_values"}
+    own = {f"models.merging.{part}" for part in ("recipe_values", "recipe_fields", "recipe_tokens", "mergekit_keys")}
+    assert imported <= {*sys.stdlib_module_names, "collections.abc", "yaml", "errors", *own}

@@ -133,8 +133,18 @@ def match_rows(policy: str, rows: Sequence[int], tokens: Sequence[Tokens | None]
     return RowMap(total, tuple(sources), entries)
 
 
-def check_ids(folder: Path, rows: RowMap) -> None:
+def entry(text: str, flags: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """A new token as tokenizer.json lists it; without flags a special token, which no other text is cut by."""
+    return {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True, **flags,
+            "id": number, "content": text}
+
+
+def check_ids(folder: Path, rows: RowMap, asked: str, instead: str) -> None:
     """That the tokenizers library numbers the new tokens as their rows are: it counts on by itself where ids have gaps.
+
+    Args:
+        asked: the flag or key that asks for the tokens.
+        instead: what to do instead.
 
     Raises:
         UserError: it gives one another id, or refuses the file.
@@ -147,11 +157,11 @@ def check_ids(folder: Path, rows: RowMap) -> None:
         made = Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # the library raises plain Exceptions
         raise UserError(f"{path}: the tokenizers library refuses it with the added tokens ({error}); replace it by the "
-                        "model's own file, or use --vocab base") from None
+                        f"model's own file, or {instead}") from None
     for token in rows.new_tokens:
         if (given := made.token_to_id(token["content"])) != token["id"]:
-            raise UserError(f"--vocab union: {path}: {token['content']!r} would get id {given}, its row is {token['id']}, "
-                            "for the ids of this tokenizer have gaps; use --vocab base, or add the token to the base first "
+            raise UserError(f"{asked}: {path}: {token['content']!r} would get id {given}, its row is {token['id']}, "
+                            f"for the ids of this tokenizer have gaps; {instead}, or add the token to the base first "
                             "(tokenizer.add_tokens, model.resize_token_embeddings)")
 
 
