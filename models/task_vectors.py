@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,9 +20,11 @@ from models.base.folders import TENSORS
 from models.base.loading import base_path
 from models.checkpoints.fingerprints import fingerprint_like
 from models.checkpoints.header import KINDS
+from models.checkpoints.matched import matched
 from models.checkpoints.reader import Checkpoint
 from models.operators.low_rank import Pair, product
 
+log = logging.getLogger(__name__)
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -173,6 +176,29 @@ def provenance(model: Model, aligned: Model, flag: str, trust: bool) -> list[str
                                         f"nothing records that it was tuned from {what[key]}; train it with "
                                         "align_basemodel.py, or add --trust_base if you know it"))
     return problems
+
+
+def misfits(aligned: Model, named: Sequence[tuple[Model, str]]) -> list[str]:
+    """What keeps models from being subtracted from the aligned one: architectures, names or shapes that differ.
+
+    Their checkpoints come under the aligned one's names, in place: see ``models.checkpoints.matched``.
+
+    Args:
+        named: models, each with the flag that names it.
+    """
+    own = aligned.checkpoint
+    apart = [model for model, _ in named if model.checkpoint.folder != own.folder]
+    if apart:
+        try:
+            views, notes = matched({aligned.name: own, **{model.name: model.checkpoint for model in apart}})
+        except UserError as error:
+            return error.problems
+        # adapters lie on the aligned model's checkpoint, and go on doing so
+        for model in (aligned, *(model for model, _ in named)):
+            model.checkpoint = views[aligned.name if model.checkpoint.folder == own.folder else model.name]
+        for note in notes:
+            log.info("note: %s", note)
+    return [problem for model, flag in named for problem in same_tensors(model, aligned, flag)]
 
 
 def same_tensors(model: Model, aligned: Model, flag: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -23,9 +24,11 @@ from models.base.folders import TENSORS
 from models.base.loading import base_path
 from models.base.placement import set_up_torch
 from models.checkpoints.fingerprints import fingerprint
+from models.checkpoints.matched import matched
 from models.checkpoints.reader import Checkpoint, TensorInfo
 from models.operators.low_rank import Fused, low_rank, squared_norm
 
+log = logging.getLogger(__name__)
 RESIDUALS = "residuals.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 #: Values per read: enough to keep the disk busy, little beside a layer.
@@ -58,7 +61,9 @@ def extract(args: ExtractArgs) -> str:
         raise UserError(f"--run_name {args.run_name}: {target} is an input; choose another name")
     with ExitStack() as stack:
         base, tuned = (stack.enter_context(Checkpoint.open(folder)).plain() for folder in folders)
-        tensors = match(base, tuned, family_of(SimpleNamespace(**base.config)))
+        family = family_of(SimpleNamespace(**base.config))
+        base, tuned = under_names_of(family, base, tuned)
+        tensors = match(base, tuned, family)
         # found before the work starts: a tuned norm or embedding means that no LoRA is the whole change
         left_out = changed_others(base, tuned, tensors)
         if left_out and not args.ignore_other:
@@ -108,6 +113,27 @@ def _residuals(modules: Mapping[str, Fused], left_out: Sequence[str], folder: Pa
     lost, whole = (sum(v**2 for v in values) for values in zip(*((f.norm * f.error, f.norm) for f in modules.values()),
                                                                strict=True))
     return {"residual": (lost / whole) ** 0.5, "worst_module": worst["module"], "worst_residual": worst["residual"]}
+
+
+def under_names_of(family: Family, base: Checkpoint, tuned: Checkpoint) -> tuple[Checkpoint, Checkpoint]:
+    """Both checkpoints by the names that an adapter's modules have; either may be saved from a class without a head.
+
+    Raises:
+        UserError: they are different architectures.
+    """
+    both = {"--model_name_or_path": base, "--tuned": tuned}
+    layers = f"{family.layers}."
+    # names are the first one's: that one comes first whose names are the family's
+    order = sorted(both, key=lambda name: not any(tensor.startswith(layers) for tensor in both[name].tensors))
+    found, notes = matched({name: both[name] for name in order})
+    for note in notes:
+        log.info("note: %s", note)
+    prefix = family.layers.rpartition(".")[0]
+    if not any(tensor.startswith(layers) for tensor in found[order[0]].tensors):
+        # neither has the prefix that a class with a head puts before its base's names
+        found = {name: replace(c, tensors={f"{prefix}.{tensor}": info for tensor, info in c.tensors.items()})
+                 for name, c in found.items()}
+    return found["--model_name_or_path"], found["--tuned"]
 
 
 def match(base: Checkpoint, tuned: Checkpoint, family: Family) -> SharedTensors:

@@ -17,7 +17,7 @@ from errors import UserError
 from models.adapters.files import WEIGHTS as ADAPTER_WEIGHTS
 from models.checkpoints.fingerprints import fingerprint, fingerprint_like
 from models.mask.settings import Settings
-from models.task_vectors import Model, open_model, provenance, same_tensors
+from models.task_vectors import Model, misfits, open_model, provenance
 
 LOGITS, FACTS = "mask.safetensors", "mask.json"
 #: Of both files together; a reader refuses every other.
@@ -101,7 +101,8 @@ def open_models(args: Any, aligned: str, tasks: Sequence[str], trust: bool, stac
             problems += error.problems
             continue
         task_models.append(task)
-        problems += [*provenance(task, aligned_model, "--tasks", trust), *same_tensors(task, aligned_model, "--tasks")]
+        problems += provenance(task, aligned_model, "--tasks", trust)
+    problems += misfits(aligned_model, [(task, "--tasks") for task in task_models])
     if problems:
         raise UserError(*problems)
     return aligned_model, task_models

@@ -61,7 +61,11 @@ def worker_bytes(job: Job) -> int:
     # the mean of the rows that have a token is taken in buffers of its own
     largest *= 2 if job.tokens is not None and job.tokens.tokens < job.tokens.rows else 1
     adapters = sum(getattr(piece.checkpoint, "extra_bytes", lambda _: 0)(piece.info) for piece in job.pieces)
-    return largest * (72 + 12 * len(job.pieces)) + adapters + (2 << 20)
+    # what some parameters need beside blocks: sums for every vector along the first axis, all inputs at once in fp64
+    along = 104 * prod(job.shape[1:]) if (getattr(job.parameters, "nuslerp_row_wise", False)
+                                          and not job.parameters.nuslerp_flatten) else 0
+    whole = 8 * len(job.pieces) * largest if getattr(job.parameters, "filter_wise", False) else 0
+    return largest * (72 + 12 * len(job.pieces)) + along + whole + adapters + (2 << 20)
 
 
 def _bandwidth(plan: MergePlan, target: Path) -> tuple[float, float]:
@@ -75,11 +79,14 @@ def _bandwidth(plan: MergePlan, target: Path) -> tuple[float, float]:
             bytes_read += len(block)
     read = max(bytes_read, 1) / max(time.perf_counter() - start, 1e-6)
     block = bytes(_READ)
-    with tempfile.TemporaryFile(dir=existing, buffering=0) as file:
-        start = time.perf_counter()
-        for _ in range(_PROBE // _READ):
-            file.write(block)
-        # without it the page cache's speed would be taken for the disk's
-        os.fdatasync(file.fileno())
-        write = _PROBE / (time.perf_counter() - start)
-    return read, write
+    try:
+        with tempfile.TemporaryFile(dir=existing, buffering=0) as file:
+            start = time.perf_counter()
+            for _ in range(_PROBE // _READ):
+                file.write(block)
+            # without it the page cache's speed would be taken for the disk's
+            os.fdatasync(file.fileno())
+            return read, _PROBE / (time.perf_counter() - start)
+    except OSError:
+        # too little space for a probe may be enough for the result; what is not, the writer says with its reason
+        return read, read

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from errors import UserError
-from models.merging.configs import depth_key, filled
+from models.checkpoints.configs import depth_key, filled
 
 #: (model, layer of it) for every layer of the result.
 Origins = Sequence[tuple[str, int]]

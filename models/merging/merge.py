@@ -33,9 +33,10 @@ DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 PLAN = "plan.json"
 #: What mergekit takes where its recipe is silent and we would ask, or take another value.
 _MERGEKIT = {"density": 1.0, "max_iter": 10, "tol": 1e-5}
-#: Files of the base that a merged model needs beside its weights.
+#: Files of the base that a merged model needs beside its weights: how it answers, how words and images are read.
 COMPANIONS = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
-               "merges.txt", "*.model", "chat_template*")
+              "merges.txt", "*.model", "chat_template*", "processor_config.json", "preprocessor_config.json",
+              "video_preprocessor_config.json")
 
 
 def merge(args: MergeArgs) -> str:
@@ -86,8 +87,11 @@ def recipe_of_flags(args: MergeArgs) -> Recipe:
     if row.base == "no" and args.base_model:
         problems.append(f"--base_model: {args.method} takes none; list the model under --models if it takes part")
     low, high = row.inputs
-    if not low <= len(names) <= high:
-        problems.append(f"--models {args.models}: {args.method} takes {low if low == high else f'{low} to {high}'}")
+    # as in a recipe: a base among the models is the base
+    beside = [name for name in names if row.base == "no" or name != args.base_model]
+    if not low <= len(beside) <= high:
+        problems.append(f"--models {args.models}: {args.method} takes {low if low == high else f'{low} to {high}'}"
+                        + ("" if len(beside) == len(names) else f" beside the base; here: {len(beside)}"))
     values = _parameters(args.parameters, row, len(names), problems)
     # after other problems it would only repeat them: a misspelt name is missing too
     missing = row.missing(values)
@@ -158,7 +162,17 @@ def _folders(recipe: Recipe, args: MergeArgs) -> dict[str, Path]:
         try:
             folders[name] = run if "/" not in name and run.is_dir() else _local(name, args)
         except UserError as error:
-            problems += [str(error)]
+            # the loader speaks of the flag that most commands have
+            said = str(recipe.path) if recipe.text else "--base_model" if name == recipe.base_model else "--models"
+            problems += [problem.replace("--model_name_or_path", f"{said}:" if recipe.text else said)
+                         for problem in error.problems]
+    # two spellings of one folder would be a model beside itself, or a base that counts as tuned
+    places: dict[Path, str] = {}
+    for name, folder in folders.items():
+        other = places.setdefault(folder.resolve(), name)
+        if other != name:
+            problems.append(f"{recipe.path if recipe.text else '--models'}: {other} and {name} are one folder, "
+                            f"{folder.resolve()}; write it in one way")
     if problems:
         raise UserError(*problems)
     return folders

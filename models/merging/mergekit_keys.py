@@ -51,7 +51,10 @@ WITHOUT_EFFECT = {
     "random_seed": "mergekit reads no seed in a recipe; give it with --seed",
     "seed": "mergekit reads no seed in a recipe; give it with --seed",
 }
-_SLIP = 0.75
+#: Keys that tell recipes of its other programs -> which one, and what there is instead.
+OTHER_TOOLS = {"experts": "mergekit-moe (here: experts are adapters, fused by models/llama_moe.py)",
+               "genome": "mergekit-evolve (here: give the merge that was found)"}
+_SLIP = 0.78
 
 
 def slip(word: str, known: tuple[str, ...] | frozenset[str]) -> str:

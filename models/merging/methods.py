@@ -61,12 +61,17 @@ class Method(Declared):
     by_rows: bool | str = False
     #: walks more with the parameter ``rescale``
     rescaling: int = 0
+    #: walks more with ``scope: model``, before the first tensor
+    scoping: int = 0
+    #: whether only the inputs of the elected sign count
+    elects: bool = False
     #: its parameters that mergekit's method of this name has not, though others of it have: no effect in its recipes
     not_mergekit: frozenset[str] = frozenset()
 
     def reads(self, parameters: Any) -> int:
         """How often it reads its inputs at most, with these parameters."""
-        return self.walks + (self.rescaling if getattr(parameters, "rescale", False) else 0)
+        return (self.walks + (self.rescaling if getattr(parameters, "rescale", False) else 0)
+                + (self.scoping if getattr(parameters, "scope", "") == "model" else 0))
 
     def load(self) -> Callable:
         """The function itself; loads torch."""
@@ -105,13 +110,13 @@ METHODS: dict[str, Method] = {
     "resta": Method(("dense", "resta"), Resta, "yes", (2, 2), 1, "arXiv 2402.11746"),
     "model_stock": Method(("dense", "model_stock"), ModelStock, "yes", (2, MANY), 2, "arXiv 2403.19522", "filter_wise"),
     "passthrough": Method(("dense", "passthrough"), Passthrough, "no", (1, 1), 1, "a copy"),
-    "ties": Method(("sparse", "ties"), Ties, "yes", (1, MANY), 3, "arXiv 2306.01708", rescaling=1),
+    "ties": Method(("sparse", "ties"), Ties, "yes", (1, MANY), 3, "arXiv 2306.01708", rescaling=1, scoping=1, elects=True),
     "dare_linear": Method(("sparse", "dare_linear"), Dare, "yes", (1, MANY), 1, "arXiv 2311.03099"),
-    "dare_ties": Method(("sparse", "dare_ties"), Dare, "yes", (1, MANY), 1, "arXiv 2311.03099"),
+    "dare_ties": Method(("sparse", "dare_ties"), Dare, "yes", (1, MANY), 1, "arXiv 2311.03099", elects=True),
     "della_linear": Method(("sparse", "della_linear"), Della, "yes", (1, MANY), 1, "arXiv 2406.11617", True),
-    "della": Method(("sparse", "della"), DellaTies, "yes", (1, MANY), 1, "arXiv 2406.11617", True),
+    "della": Method(("sparse", "della"), DellaTies, "yes", (1, MANY), 1, "arXiv 2406.11617", True, elects=True),
     "breadcrumbs": Method(("sparse", "breadcrumbs"), Breadcrumbs, "yes", (1, MANY), 3, "arXiv 2312.06795", rescaling=1),
     "breadcrumbs_ties": Method(("sparse", "breadcrumbs_ties"), Breadcrumbs, "yes", (1, MANY), 3, "arXiv 2312.06795",
-                               rescaling=1),
+                               rescaling=1, elects=True),
     "sce": Method(("sparse", "sce"), Sce, "yes", (1, MANY), 5, "arXiv 2408.07990", not_mergekit=frozenset({"lambda"})),
 }

@@ -15,11 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from errors import UserError
-from models.merging.configs import compare, section, written
-from models.merging.heads import settle_copies, settle_heads
-from models.merging.layer_settings import mixed, sliced
-from models.merging.methods import Method
-from models.merging.names import (
+from models.checkpoints.configs import compare, section, written
+from models.checkpoints.heads import settle_copies, settle_heads
+from models.checkpoints.names import (
     EMBEDDINGS,
     HEAD_BIASES,
     HEADS,
@@ -33,6 +31,8 @@ from models.merging.names import (
     stacks,
     views,
 )
+from models.merging.layer_settings import mixed, sliced
+from models.merging.methods import Method
 from models.merging.recipes import Recipe, Slice, Source, parameter
 from models.merging.tokens.rows import TokenRows, rows_of
 from models.merging.tokens.vocabulary import RowMap
@@ -157,7 +157,8 @@ def match(recipe: Recipe, method: Method, checkpoints: Mapping[str, Checkpoint],
     # a recipe of slices leaves layers out on purpose; whole models must be used up
     used = {(id(p.checkpoint), p.info.name) for job in jobs for p in job.pieces}
     if recipe.whole and not unmatched:
-        for model in order:
+        # an input of which nothing is merged lends its names and configuration: a base that the method has no use for
+        for model in (m for m in order if any(id(checkpoints[m]) == checkpoint for checkpoint, _ in used)):
             left = {n: i for n, i in seen[model].tensors.items() if (id(checkpoints[model]), i.name) not in used}
             buffers += [name for name, info in left.items() if computed(info)]
             unmatched += [f"{model} has {name}, the output has no place for it" for name, info in left.items()
@@ -174,6 +175,10 @@ def match(recipe: Recipe, method: Method, checkpoints: Mapping[str, Checkpoint],
     if buffers:
         notes.append(f"{len(dict.fromkeys(buffers))} buffers that only some inputs hold (e.g. {buffers[0]}) are left out: a "
                      "model computes them when it is loaded")
+    if recipe.mergekit and method.elects and any(j.parameters.normalize and min(j.parameters.weight) < 0 for j in jobs):
+        notes.append("negative weights and normalize: what agrees is divided by the sum of its |weight|; mergekit divides "
+                     "by the signed sum, which turns the sign of an entry that a negative weight alone holds; normalize: "
+                     "false gives mergekit's numbers")
     # not an error: fp32 holds every 16-bit value, so that mixing loses nothing
     kinds = Counter(piece.info.dtype for job in jobs for piece in job.pieces)
     if len(kinds) > 1:
@@ -186,6 +191,7 @@ def _config(recipe: Recipe, seen: Mapping[str, View], first: str, jobs: Sequence
     """The result's config.json; empty where the anchor has none."""
     own = seen[first].checkpoint.config
     if not own:
+        notes.append(f"{first} has no config.json, so the result has none; put the model's own beside it")
         return {}
     parts = {model: section(view.checkpoint.config) for model, view in seen.items()}
     part = dict(parts[first])
@@ -361,6 +367,10 @@ def _job(recipe: Recipe, method: Method, slice_: Slice, name: str, t: float, pie
             return None
         values[item.name] = tuple(map(float, given)) if item.metadata["each"] else given[0]
     parameters = method.parameters(**values)
+    # once: weights that hold for a tensor hold for many
+    fault = parameters.fault() if dtype in FLOATS and hasattr(parameters, "fault") else None
+    if fault and not any(problem.endswith(fault) for problem in problems):
+        problems.append(f"{recipe.path if recipe.text else '--parameters'}: {name}: {fault}")
     experts = tuple(pieces[source.model] for source in members)
     mapped = any(piece.rows is not None for piece in pieces.values())
     return Job(name, dtype, shape, pieces[base] if base else None, experts, parameters,

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError
-from models.merging.mergekit_keys import EXTENSIONS, KEYS, PARAMETERS, WITHOUT_EFFECT, slip
+from models.merging.mergekit_keys import EXTENSIONS, KEYS, OTHER_TOOLS, PARAMETERS, WITHOUT_EFFECT, slip
 from models.merging.recipe_fields import Fields, given
 from models.merging.recipe_tokens import TokenRules, read_chat_template, read_tokens_section
 from models.merging.recipe_values import (
@@ -138,7 +138,9 @@ def read_recipe(path: Path, methods: Mapping[str, MethodSpec]) -> Recipe:
     theirs = "merge_method" in top.value
     if theirs == ("method" in top.value):
         near = next((f"{key}{hint}; " for key in top.value if (hint := nearest(key, ("merge_method", "method")))), "")
-        has = "" if theirs else f"; {near}has neither"
+        other = next((f"{key}: is a recipe of {tool}, not of this merge; " for key, tool in (
+            OTHER_TOOLS.items()) if key in top.value), "")
+        has = "" if theirs else f"; {other}{near}has neither"
         report.error(top, f"needs either merge_method (mergekit's recipe) or method (ours){has or ', not both'}")
         report.raise_any()
     fields = _Reader(report, methods, theirs).recipe(top)

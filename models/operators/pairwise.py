@@ -83,8 +83,9 @@ def _along_first_axis(blocks: MemoryBlocks) -> list[Tensor]:
     for block in blocks:
         v0, v1 = (v.reshape(-1).double() for v in _pair(block))
         places = _columns(block, width)
-        for total, values in zip(sums, (v0 * v0, v1 * v1, v0 * v1), strict=True):
-            total.index_add_(0, places.cpu(), values.cpu())
+        # a product at a time: together they would be as much memory as all inputs
+        for total, (one, two) in zip(sums, ((v0, v0), (v1, v1), (v0, v1)), strict=True):
+            total.index_add_(0, places.cpu(), (one * two).cpu())
     return sums
 
 

@@ -6,6 +6,7 @@ Flags, recipes and their checks follow from these dataclasses, so that one param
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,14 @@ def _normalize(default: bool) -> Any:
     return number(default, "divide by the sum of the weights that take part")
 
 
+def _cancelling(weights: PerInput, normalize: bool, way_out: str) -> str | None:
+    """What is wrong with weights that shall be divided by their sum; None: nothing."""
+    # 0.1 + 0.2 - 0.3 is 0 in exact arithmetic only
+    if normalize and abs(math.fsum(weights)) <= 1e-8:
+        return f"weights {', '.join(f'{w:g}' for w in weights)} add up to 0, by which they would be divided; {way_out}"
+    return None
+
+
 @dataclass(frozen=True)
 class NoParameters:
     pass
@@ -35,6 +44,10 @@ class NoParameters:
 class Linear:
     weight: PerInput = _WEIGHT
     normalize: bool = _normalize(True)
+
+    def fault(self) -> str | None:
+        """Why these values make no merge; None where they do."""
+        return _cancelling(self.weight, self.normalize, "set normalize to false, or change them")
 
 
 @dataclass(frozen=True)
@@ -54,12 +67,20 @@ class Karcher:
     max_iter: int = number(200, "steps of the iteration at most", 1)
     tol: float = number(1e-12, "step length (an angle) at which it ends; inputs of a norm below it have no direction", 0)
 
+    def fault(self) -> str | None:
+        """As Linear's."""
+        return _cancelling(self.weight, True, "change them")
+
 
 @dataclass(frozen=True)
 class MultiSlerp:
     weight: PerInput = _WEIGHT
     normalize_weights: bool = number(True, "divide the weights by their sum")
     eps: float = number(1e-8, "added to norms before they divide; a mean direction shorter than it counts as none", 0)
+
+    def fault(self) -> str | None:
+        """As Linear's."""
+        return _cancelling(self.weight, self.normalize_weights, "set normalize_weights to false, or change them")
 
 
 @dataclass(frozen=True)

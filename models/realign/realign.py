@@ -20,17 +20,17 @@ from models.adapters.files import CONFIG, WEIGHTS, vllm_note, write_adapter
 from models.adapters.fuse import TRUNCATION, truncation
 from models.base.families import family_of
 from models.base.placement import set_up_torch
+from models.checkpoints.configs import section, written
 from models.checkpoints.fingerprints import fingerprint
 from models.checkpoints.header import KINDS
 from models.checkpoints.reader import INDEX
 from models.checkpoints.writer import Writer, plan_layout
-from models.merging.configs import section, written
 from models.merging.merge import COMPANIONS, DTYPES
 from models.operators.low_rank import Fused, Pair, low_rank, pair_norm
 from models.realign.masks import open_masked
 from models.realign.methods import METHODS, RULES, parameter_help
 from models.realign.walk import Change, Inputs, Realignment, changes
-from models.task_vectors import FLOATS, Model, open_model, provenance, raw, same_tensors
+from models.task_vectors import FLOATS, Model, misfits, open_model, provenance, raw
 
 DETAILS = "realign.json"
 
@@ -96,13 +96,15 @@ def open_inputs(args: RealignArgs, stack: ExitStack) -> Inputs:
     aligned = open_model(args.aligned or args.model_name_or_path, args,
                          "--aligned" if args.aligned else "--model_name_or_path", stack)
 
+    named: list[tuple[Model, str]] = []
+
     def opened(name: str, flag: str, tuned: bool) -> Model | None:
         try:
             model = open_model(name, args, flag, stack, aligned.checkpoint)
         except UserError as error:
             problems.extend(error.problems)
             return None
-        problems.extend(same_tensors(model, aligned, flag))
+        named.append((model, flag))
         # the unaligned and the safe model lie elsewhere by intention: only tasks must come from the aligned one
         if tuned:
             problems.extend(provenance(model, aligned, flag, args.trust_base))
@@ -111,6 +113,7 @@ def open_inputs(args: RealignArgs, stack: ExitStack) -> Inputs:
     tasks = tuple(opened(name, "--tasks", tuned=True) for name in args.task_names)
     unaligned = opened(args.unaligned, "--unaligned", tuned=False) if args.unaligned else None
     safe = opened(args.safe, "--safe", tuned=False) if args.safe else None
+    problems += misfits(aligned, named)
     if problems:
         raise UserError(*problems)
     return Inputs(aligned, tasks, unaligned, safe)

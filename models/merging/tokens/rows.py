@@ -9,7 +9,7 @@ others.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,12 +17,22 @@ import numpy as np
 
 from errors import UserError
 from models.merging.recipe_tokens import TokenRule, TokenRules
-from models.merging.tokens.vocabulary import FILE, RowMap, Tokens, check_ids, differing, entry, match_rows, read_tokens
+from models.merging.tokens.vocabulary import (
+    FILE,
+    RowMap,
+    Tokens,
+    check_ids,
+    differing,
+    entry,
+    match_rows,
+    read_tokens,
+    with_rows,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from models.merging.names import View
+    from models.checkpoints.names import View
     from models.merging.recipes import Recipe
 
 #: In an input's rows: it lacks the token; the row is the mean of the others.
@@ -67,8 +77,11 @@ def rows_of(recipe: Recipe, seen: Mapping[str, View], order: Sequence[str], poli
     sizes = [info.shape[0] if info else 0 for info in embeddings]
     folders = [seen[m].checkpoint.folder for m in order]
     if recipe.tokens is not None:
-        return token_rows(recipe.tokens, order, folders, sizes, recipe.base_model, tokenizer)
-    tokens = [read_tokens(folder) for folder in folders]
+        found = token_rows(recipe.tokens, order, folders, sizes, recipe.base_model, tokenizer)
+        _tell(found.without_row, str(found.folder), notes)
+        return found
+    tokens, lost = zip(*(with_rows(read_tokens(folder), size) for folder, size in zip(folders, sizes, strict=True)),
+                       strict=True)
     reasons = [f"{order[0]} has {sizes[0]} rows, {m} has {n}" for m, n in zip(order, sizes, strict=True) if n != sizes[0]]
     # equal sizes prove nothing: two tokenizers may number their pieces otherwise
     for model, known in zip(order[1:], tokens[1:], strict=True):
@@ -81,11 +94,20 @@ def rows_of(recipe: Recipe, seen: Mapping[str, View], order: Sequence[str], poli
                         f"{order[0]}, matched by text), union (added tokens of the others too), or pad (by index)")
         return None
     rows = match_rows(policy, sizes, tokens, order)
+    if policy != "pad" and lost[0]:
+        rows = replace(rows, without_row=lost[0])
+        _tell(lost[0], order[0], notes)
     if rows.new_tokens:
         check_ids(folders[0], rows, "--vocab union", "use --vocab base")
     notes.append(f"--vocab {policy}: {rows.rows} rows; a token that an input lacks takes the base's row, and one that the "
                  "base lacks too the mean of the inputs that have it")
     return rows
+
+
+def _tell(texts: Sequence[str], model: str, notes: list[str]) -> None:
+    if texts:
+        notes.append(f"{model} has no row for {len(texts)} of its added tokens (e.g. {texts[0]!r}): left out of the "
+                     "result's tokenizer")
 
 
 def token_rows(rules: TokenRules, names: Sequence[str], folders: Sequence[Path], sizes: Sequence[int], base: str | None,
@@ -100,9 +122,10 @@ def token_rows(rules: TokenRules, names: Sequence[str], folders: Sequence[Path],
     Raises:
         UserError: a tokenizer is missing; word pieces that cannot be united; a token's source that does not have it.
     """
-    known = [read_tokens(folder) for folder in folders]
+    known = [with_rows(read_tokens(folder), size)[0] for folder, size in zip(folders, sizes, strict=True)]
     target_folder = source_folder or folders[0]
-    target = read_tokens(target_folder)
+    # of a tokenizer that no input has, no embedding says which tokens have rows
+    target, lost = with_rows(read_tokens(target_folder), dict(zip(folders, sizes, strict=True)).get(target_folder, 0))
     missing = [str(f) for f, t in zip([*folders, target_folder], [*known, target], strict=True) if t is None]
     if missing:
         where = ", ".join(dict.fromkeys(missing))
@@ -135,10 +158,10 @@ def token_rows(rules: TokenRules, names: Sequence[str], folders: Sequence[Path],
     if problems:
         raise UserError(*problems)
     forced = frozenset(ids[text] for text, rule in rules.tokens.items() if rule.force)
-    # with the flags of the first input that has the token
+    # with the flags of the first input that has the token; mergekit drops them where the source lacks it
     entries = tuple(entry(text, next((known[i].entries[text] for i in range(len(names)) if text in known[i].entries), {}),
                           first + i) for i, text in enumerate(new))
-    found = TokenRows(rows, tuple(sources), entries, tuple(names), base, given, forced, tokens, target_folder)
+    found = TokenRows(rows, tuple(sources), entries, lost, tuple(names), base, given, forced, tokens, target_folder)
     if entries:
         check_ids(target_folder, found, "tokenizer", "take another source")
     return found

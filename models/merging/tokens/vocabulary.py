@@ -41,11 +41,13 @@ class RowMap:
 
     Args:
         new_tokens: what the output's tokenizer gets beside the first input's: entries of added_tokens, with their new ids.
+        without_row: added tokens that leave it: no row of its embedding was theirs.
     """
 
     rows: int
     sources: tuple[np.ndarray, ...]
     new_tokens: tuple[Mapping[str, Any], ...] = ()
+    without_row: tuple[str, ...] = ()
 
     def trivial(self, which: int) -> bool:
         """Whether an input's rows are the output's rows as they stand."""
@@ -73,6 +75,19 @@ def read_tokens(folder: Path) -> Tokens | None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a readable tokenizer ({type(error).__name__}: {error}); "
                         "replace it by the model's own file") from None
+
+
+def with_rows(tokens: Tokens | None, rows: int) -> tuple[Tokens | None, tuple[str, ...]]:
+    """A tokenizer's tokens that its model has a row for, and the texts of the added ones that have none.
+
+    A pad token that was added and never grew into the embedding is the usual one. A row made up for it would be one more
+    word that the model may answer.
+    """
+    if tokens is None or not rows:
+        return tokens, ()
+    pieces, added = ({text: i for text, i in part.items() if i < rows} for part in (tokens.pieces, tokens.added))
+    lost = tuple(text for text in tokens.added if text not in added)
+    return Tokens(pieces, added, {text: tokens.entries[text] for text in added}), lost
 
 
 def differing(first: Tokens, second: Tokens) -> str | None:
@@ -134,8 +149,8 @@ def match_rows(policy: str, rows: Sequence[int], tokens: Sequence[Tokens | None]
 
 
 def entry(text: str, flags: Mapping[str, Any], number: int) -> dict[str, Any]:
-    """A new token as tokenizer.json lists it; without flags a special token, which no other text is cut by."""
-    return {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True, **flags,
+    """A new token as tokenizer.json lists it; without flags a plain one, as tokenizer.add_tokens(TEXT) makes it."""
+    return {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False, **flags,
             "id": number, "content": text}
 
 
@@ -152,7 +167,7 @@ def check_ids(folder: Path, rows: RowMap, asked: str, instead: str) -> None:
     from tokenizers import Tokenizer
 
     path = folder / FILE
-    content = _with(json.loads(path.read_text(encoding="utf-8")), rows.new_tokens)
+    content = _with(json.loads(path.read_text(encoding="utf-8")), rows)
     try:
         made = Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # the library raises plain Exceptions
@@ -165,16 +180,22 @@ def check_ids(folder: Path, rows: RowMap, asked: str, instead: str) -> None:
                             "(tokenizer.add_tokens, model.resize_token_embeddings)")
 
 
-def _with(tokenizer: Mapping[str, Any], new: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    return {**tokenizer, "added_tokens": [*(tokenizer.get("added_tokens") or []), *new]}
+def _with(tokenizer: Mapping[str, Any], rows: RowMap) -> dict[str, Any]:
+    kept = [token for token in tokenizer.get("added_tokens") or [] if token["content"] not in rows.without_row]
+    return {**tokenizer, "added_tokens": [*kept, *rows.new_tokens]}
 
 
 def write_new_tokens(folder: Path, rows: RowMap) -> None:
-    """Add the new tokens to every tokenizer file of a folder that lists added tokens, with the flags that they had."""
-    if not rows.new_tokens:
+    """Add the new tokens to every tokenizer file of a folder that lists added tokens, with the flags that they had.
+
+    Those without a row leave these files first.
+    """
+    if not rows.new_tokens and not rows.without_row:
         return
     path = folder / FILE
-    manifest.write_json(path, _with(json.loads(path.read_text(encoding="utf-8")), rows.new_tokens))
+    manifest.write_json(path, _with(json.loads(path.read_text(encoding="utf-8")), rows))
+    _leave_out(folder / "tokenizer_config.json", "added_tokens_decoder", rows.without_row)
+    _leave_out(folder / "added_tokens.json", None, rows.without_row)
     plain = [{key: token[key] for key in _FLAGS if key in token} | {"content": token["content"]}
              for token in rows.new_tokens]
     by_id = {str(token["id"]): entry for token, entry in zip(rows.new_tokens, plain, strict=True)}
@@ -201,4 +222,16 @@ def _extend(path: Path, entries: Mapping[str, Any], special: Sequence[str]) -> N
         if isinstance(listed, list):
             have = [token.get("content") if isinstance(token, dict) else token for token in listed]
             content[key] = [*listed, *(text for text in special if text not in have)]
+    manifest.write_json(path, content)
+
+
+def _leave_out(path: Path, key: str | None, texts: Sequence[str]) -> None:
+    """Take tokens out of a JSON file, where it is: entries by id under a key, or (None) ids by text."""
+    if not texts or not path.is_file():
+        return
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if key is None:
+        content = {text: i for text, i in content.items() if text not in texts}
+    elif isinstance(content.get(key), dict):
+        content[key] = {i: token for i, token in content[key].items() if token.get("content") not in texts}
     manifest.write_json(path, content)

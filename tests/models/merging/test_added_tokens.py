@@ -122,7 +122,7 @@ def test_a_bias_over_the_vocabulary_is_not_lined_up_by_guess(tmp_path, capsys):
     assert "lm_head.bias" in capsys.readouterr().err
 
 
-def test_a_recipe_s_tokenizer_section_keeps_the_flags_and_marks_its_own_tokens_special(tuned):
+def test_a_recipe_s_tokenizer_section_keeps_the_flags_and_adds_its_own_tokens_plain(tuned):
     from transformers import AutoTokenizer
 
     recipe = tuned / "r.yml"
@@ -132,9 +132,49 @@ def test_a_recipe_s_tokenizer_section_keeps_the_flags_and_marks_its_own_tokens_s
     out = tuned / "r" / "outputs" / "out"
     made, other = AutoTokenizer.from_pretrained(out), AutoTokenizer.from_pretrained(tuned / "tuned")
     assert {text: flags_of(made)[text] for text in ADDED} == ADDED
-    assert flags_of(made)["<own>"]["special"]
+    # as mergekit does by tokenizer.add_tokens(TEXT)
+    plain = AutoTokenizer.from_pretrained(tuned / "base")
+    plain.add_tokens("<own>")
+    assert flags_of(made)["<own>"] == flags_of(plain)["<own>"]
     rows, tuned_rows = (load_file(f / "model.safetensors")["model.embed_tokens.weight"] for f in (out, tuned / "tuned"))
     assert len(rows) % 16 == 0
     for token in ADDED:
         torch.testing.assert_close(rows[made.convert_tokens_to_ids(token)], tuned_rows[other.convert_tokens_to_ids(token)])
     assert not rows[made.convert_tokens_to_ids("<own>")].any()
+
+
+@pytest.mark.parametrize("policy", ["", "base", "union"])
+def test_a_token_that_never_grew_into_the_embedding_gets_no_row(tmp_path, policy):
+    """Llama 2's [PAD] of id 32000 over 32000 rows: a row made up for it would be one more word to answer."""
+    from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
+
+    make_pico(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    size = len(tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(size)
+    model.save_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "tuned")
+    tokenizer.save_pretrained(tmp_path / "tuned")
+    tokenizer.add_tokens([AddedToken("[PAD]", special=True)])
+    tokenizer.save_pretrained(tmp_path / "base")
+    if policy:
+        # without it the two agree
+        grown = AutoTokenizer.from_pretrained(tmp_path / "tuned")
+        grown.add_tokens([AddedToken("<tool>", special=True)])
+        grown.save_pretrained(tmp_path / "tuned")
+        model.resize_token_embeddings(size + 1)
+        model.save_pretrained(tmp_path / "tuned")
+    fuse.main(["merge", "--method", "linear", "--models", f"{tmp_path / 'base'},{tmp_path / 'tuned'}", "--output_dir",
+               str(tmp_path / "r"), *(["--vocab", policy] if policy else [])])
+    out = tmp_path / "r" / "outputs" / "merged"
+    rows = load_file(out / "model.safetensors")["model.embed_tokens.weight"]
+    made = AutoTokenizer.from_pretrained(out)
+    assert len(rows) == json.loads((out / "config.json").read_text())["vocab_size"] == size + (policy == "union")
+    # the first rows are the special tokens', of which the pad token's is 0 from the start
+    assert rows[3:].any(1).all()
+    if policy == "union":
+        tuned_rows = load_file(tmp_path / "tuned" / "model.safetensors")["model.embed_tokens.weight"]
+        assert made.convert_tokens_to_ids("<tool>") == size
+        torch.testing.assert_close(rows[size], tuned_rows[size])
+    assert ("[PAD]" in made.get_vocab()) == (not policy)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from models.merging.configs import ties_head
-from models.merging.names import EMBEDDINGS, HEADS, View
+from models.checkpoints.configs import ties_head
+from models.checkpoints.names import EMBEDDINGS, HEADS, View
 
 
 def settle_copies(views: Mapping[str, View], notes: list[str]) -> None:

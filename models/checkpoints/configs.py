@@ -21,6 +21,12 @@ SHAPE_KEYS = ("model_type", "architectures", "hidden_size", "intermediate_size",
 QUIET_KEYS = ("rope_theta", "rms_norm_eps", "rope_scaling", "max_position_embeddings", "sliding_window", "hidden_act",
               "head_dim", "layer_types", "final_logit_softcapping", "logits_scaling", "embedding_multiplier")
 DTYPE_KEYS = ("dtype", "torch_dtype")
+#: What of a configuration says nothing about what its weights compute, or is settled elsewhere.
+_ASIDE = frozenset({
+    *SHAPE_KEYS, *QUIET_KEYS, *DTYPE_KEYS, "rope_parameters", "vocab_size", "tie_word_embeddings", "use_cache", "auto_map",
+    "transformers_version", "_name_or_path", "_commit_hash", "_attn_implementation", "attn_implementation", "pretraining_tp",
+    "gradient_checkpointing", "initializer_range", "unsloth_version", "unsloth_fixed", "output_router_logits", "id2label",
+    "label2id", "task_specific_params", "finetuning_task"})
 #: Where the model that reads words stands in a configuration of several.
 _TEXT = ("text_config", "llm_config", "language_config", "thinker_config", "decoder")
 #: How many layers a decoder has, by family.
@@ -83,13 +89,19 @@ def compare(checkpoints: Mapping[str, Checkpoint], order: Sequence[str], problem
             problems.append(f"{order[0]} and {name} are different architectures ({told}); "
                             "merge models fine-tuned from the same checkpoint")
         quiet = _differing(QUIET_KEYS, first, other)
+        # of the others, what both files say: a token that ends answers, a multiplier, a window
+        mine, its = ({**checkpoints[n].config, **part} for n, part in ((order[0], first), (name, other)))
+        quiet |= {key: (mine[key], its[key]) for key in sorted((mine.keys() & its.keys()) - _ASIDE)
+                  if mine[key] != its[key] and not isinstance(mine[key], dict)
+                  and not key.endswith(("dropout", "_drop", "pdrop"))}
         if quiet:
             told = "; ".join(_told(key, quiet) for key in quiet)
             notes.append(f"{order[0]} and {name} differ in {told}: the result keeps {order[0]}'s")
 
 
 def _told(key: str, values: Mapping[str, tuple[Any, Any]]) -> str:
-    return f"{key} {values[key][0]} and {values[key][1]}"
+    # a list by layer fills a screen
+    return f"{key} " + " and ".join(str(value) if len(str(value)) < 80 else shown(value) for value in values[key])
 
 
 def _differing(keys: Sequence[str], first: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
