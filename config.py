@@ -215,6 +215,10 @@ def _convert(command: type, values: dict[str, Any], prefix: str, problems: list[
     done: dict[str, Any] = {}
     for name, value in values.items():
         kind = _kind(command, name)
+        # "learning_rate:" with nothing behind it: where no value means something, None is one
+        if value is None and type(None) not in typing.get_args(_kinds(command)[name]):
+            problems.append(f"{prefix}{name}: is empty and needs {article(kind)}; give one, or drop the key")
+            continue
         try:
             done[name] = cast(kind, value)
         except (LookupError, TypeError, ValueError):
