@@ -126,7 +126,8 @@ def parse(command: type, argv: Sequence[str] | None = None) -> Parsed:
     training.update(extra)
     # what did not convert keeps its default here, so that one typo does not hide the other errors
     args = command(**values)
-    problems += [*_range_problems(args), *args.problems()]
+    problems += [*_range_problems(args), *args.problems(), *command.training_problems(training)]
+    problems += [f"--{name} {values[name]}: {why}" for name, why in command.idle(values).items() if name in texts]
     if problems:
         raise UserError(*problems)
     # first of all output, before a command has set up its log; once, not once a rank

@@ -223,7 +223,8 @@ def training_arguments(args: AlignArgs, extra: dict[str, Any], kind: type[Traini
     _select_best(args, values, extra, measured)
     try:
         made = kind(**values)
-    except (TypeError, ValueError) as error:
+    # a package that lacks or a mapping of another shape shows itself in any of these
+    except (TypeError, ValueError, ImportError, KeyError, AttributeError) as error:
         raise UserError(f"a training argument was refused by {kind.__name__}: {error}") from None
     steps = _steps(made, rows)
     if made.load_best_model_at_end and made.eval_strategy.value == "steps" and made.eval_steps > steps:
