@@ -39,9 +39,8 @@ class AdapterFlags(Flags):
     @classmethod
     def idle(cls, values: dict[str, Any]) -> dict[str, str]:
         # a preset's values for new adapters are no mistake
-        why = ("--tuning full trains no adapter; drop one of the two" if values.get("tuning") == "full" else
-               "--init_adapter brings the adapter's own; drop one of the two" if values.get("init_adapter") else None)
-        return {**super().idle(values), **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout") if why else (), why)}
+        own = ("lora_r", "lora_alpha", "lora_dropout") if values.get("tuning") == "full" else ()
+        return {**super().idle(values), **dict.fromkeys(own, "--tuning full trains no adapter; drop one of the two")}
 
     def problems(self) -> list[str]:
         found = super().problems()

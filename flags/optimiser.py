@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, ClassVar
@@ -25,10 +26,12 @@ UNREAD: dict[str, tuple[tuple[Any, ...], str]] = {
     "label_names": ((None, ["labels"]), "labels are made from the answers; drop it"),
     "label_smoothing_factor": ((0, 0.0), "the loss is the plain one; drop it"),
     "length_column_name": (("length",), "rows are grouped by their tokens; drop it"),
+    "parallelism_config": ((None,), "it needs an object of accelerate's, which no command line can give; drop it"),
     "remove_unused_columns": ((False,), "every column of an encoded row is read; drop it"),
     "train_sampling_strategy": (("random",), "rows of like length are batched, in an order that --seed gives; drop it"),
     "use_liger_kernel": ((False, None), "the loss reads the model without its head, which these kernels replace; drop it"),
 }
+_LEVELS = ("passive", "debug", "info", "warning", "error", "critical")
 #: What --report_to can name -> the packages of which one is needed.
 _TRACKERS = {"azure_ml": ("azureml",), "clearml": ("clearml",), "codecarbon": ("codecarbon",), "comet_ml": ("comet_ml",),
              "dvclive": ("dvclive",), "mlflow": ("mlflow",), "neptune": ("neptune",), "swanlab": ("swanlab",),
@@ -66,6 +69,11 @@ class OptimiserFlags(BatchFlags):
         # transformers takes 0 and -5 for "not given" and trains all epochs
         if isinstance(steps := training.get("max_steps"), int) and steps != -1 and steps < 1:
             found.append(f"--max_steps {steps}: must be 1 or more; -1, or leaving it out, goes by --num_train_epochs")
+        if (level := training.get("log_level")) is not None and level not in _LEVELS:
+            found.append(f"--log_level {level}: not known; allowed: {', '.join(_LEVELS)}")
+        if training.get("fsdp") and "RANK" not in os.environ:
+            found.append(f"--fsdp {training['fsdp']}: shards over processes, and there is one; start them: torchrun "
+                         "--nproc_per_node N align_basemodel.py ..")
         asked = training.get("report_to") or []
         for tracker in asked if isinstance(asked, list) else str(asked).split(","):
             packages = _TRACKERS.get(tracker)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 
 import manifest
@@ -144,12 +144,6 @@ class FusionTrainer(WholeMeans, SafeCheckpoints, Trainer):
         rows = len(inputs["labels"])
         return {"loss": (float(parts["lm"]), int(parts["tokens"])), **{
             name: (float(parts[name]), rows if name in self.per_sample else 1) for name in self.weights}}
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        if self.args.world_size == 1:
-            return super().get_eval_dataloader(eval_dataset)
-        # every process reads all rows: shared out, the last batch would be filled up with rows that were there before
-        return DataLoader(self.eval_dataset, self.args.eval_batch_size, collate_fn=self.data_collator)
 
     def progress(self) -> dict[str, Any]:
         return super().progress() | {"tokens": self.tokens_seen, "parts": self._parts, "steps_since_log": self._steps}

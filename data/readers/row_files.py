@@ -71,7 +71,7 @@ def read_rows(file: Path, problems: Problems, *, turns: bool = False, bare: Cont
         UserError: missing, a folder, another suffix, not UTF-8, empty.
     """
     if file.suffix.lower() == ".parquet" and file.is_file():
-        return _parquet_rows(file, problems)
+        return [_with_turns(row, problems) for row in _parquet_rows(file, problems)]
     text = read_text(file)
     if file.name.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
         one = bare and _is_one_column(text) and not heads_a_table(text, bare)
