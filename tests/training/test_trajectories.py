@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -106,8 +107,8 @@ def test_pairs_validated_by_two_processes_count_once(pico, tmp_path):
     files = {}
     for name, count in (("train", 8), ("held", 5)):
         files[name] = tmp_path / f"{name}.jsonl"
-        files[name].write_text("".join(json.dumps({"prompt": f"{name} {i}", "chosen": "good " * (1 + i), "rejected": f"bad {i}"})
-                                       + "\n" for i in range(count)))
+        files[name].write_text("".join(json.dumps(
+            {"prompt": f"{name} {i}", "chosen": "good " * (1 + i), "rejected": f"bad {i}"}) + "\n" for i in range(count)))
     words = ["--moe_flag", "0", "--method", "dpo", "--task_name", "safety", "--data_path", str(files["train"]),
              "--validation_path", str(files["held"]), "--learning_rate", "0.01", "--max_steps", "2", "--warmup_steps", "0",
              "--eval_strategy", "steps", "--eval_steps", "2", "--gradient_accumulation_steps", "1"]
@@ -122,8 +123,8 @@ def test_pairs_validated_by_two_processes_count_once(pico, tmp_path):
 
 def test_two_processes_give_the_losses_of_one(pico, fused, data, tmp_path):
     one = _run(pico, fused, tmp_path / "one", data, "sft", "--per_device_train_batch_size", "8")
-    _in_two_processes("29531", "--task_name", "helpfulness", *data_flag(data, "helpfulness"), *common(pico, tmp_path / "two"),
-                      "--moe_flag", "0", "--per_device_train_batch_size", "4")
+    _in_two_processes("29531", "--task_name", "helpfulness", *data_flag(data, "helpfulness"),
+                      *common(pico, tmp_path / "two"), "--moe_flag", "0", "--per_device_train_batch_size", "4")
     import manifest
 
     two = manifest.read(tmp_path / "two" / "outputs" / "helpfulness")
