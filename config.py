@@ -35,6 +35,9 @@ from scalars import BOOLEANS, Word, Yaml, article, cast, words_in
 __all__ = ["DEFAULT_PRESET", "PRESETS", "Parsed", "flag", "group_of", "parse"]
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent
+#: Flags whose value is a file, a folder or a name: an empty one is none.
+_PLACES = ("data_path", "validation_path", "extra_data", "init_adapter", "prompt_style_file", "model_name_or_path",
+           "output_dir")
 _NUMBER = re.compile(r"-\d+|[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+|-\.?\d[\d.]*|-inf|-nan")
 
 
@@ -126,7 +129,11 @@ def parse(command: type, argv: Sequence[str] | None = None) -> Parsed:
     training.update(extra)
     # what did not convert keeps its default here, so that one typo does not hide the other errors
     args = command(**values)
-    problems += [*_range_problems(args), *args.problems()]
+    problems += [*_range_problems(args), *args.problems(), *command.training_problems(training)]
+    # --data_path "$MINE" without a MINE would train on the embedded data
+    problems += [f"--{name}: is empty; give a place, or leave the flag out (a shell variable without a value?)"
+                 for name in _PLACES if texts.get(name) == ""]
+    problems += [f"--{name} {values[name]}: {why}" for name, why in command.idle(values).items() if name in texts]
     if problems:
         raise UserError(*problems)
     # first of all output, before a command has set up its log; once, not once a rank
@@ -215,6 +222,10 @@ def _convert(command: type, values: dict[str, Any], prefix: str, problems: list[
     done: dict[str, Any] = {}
     for name, value in values.items():
         kind = _kind(command, name)
+        # "learning_rate:" with nothing behind it: where no value means something, None is one
+        if value is None and type(None) not in typing.get_args(_kinds(command)[name]):
+            problems.append(f"{prefix}{name}: is empty and needs {article(kind)}; give one, or drop the key")
+            continue
         try:
             done[name] = cast(kind, value)
         except (LookupError, TypeError, ValueError):

@@ -65,7 +65,11 @@ def writing(target: Path, command: str, config: dict[str, Any], *, overwrite: bo
         finished(target, config, absent)
     if not resume:
         shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True, exist_ok=True)
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir: {staging.parent} cannot hold a run ({error.strerror or error}); give a folder that "
+                        "can be written to") from None
     run = Run(staging, command, config)
     start = time.time()
     try:

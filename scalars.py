@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Hashable
 from typing import Any, ClassVar
 
 import yaml
@@ -30,6 +31,23 @@ for _tag, _pattern, _first in (
         ("tag:yaml.org,2002:float", r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.inf|\.nan", "-+.0123456789"),
         ("!word", "(?i:yes|no|on|off)", "yYnNoO")):
     Yaml.add_implicit_resolver(_tag, re.compile(f"(?:{_pattern})$"), list(_first))
+def _mapping(loader: Yaml, node: yaml.MappingNode) -> dict[Any, Any]:
+    # PyYAML keeps the last of two keys and says nothing; what << brings in may be overridden, that is its use
+    seen: set[Any] = set()
+    for key, _ in node.value:
+        if key.tag != "tag:yaml.org,2002:merge":
+            name = loader.construct_object(key, deep=True)
+            if not isinstance(name, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key.start_mark)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key '{name}' stands here twice; drop one",
+                                                        key.start_mark)
+            seen.add(name)
+    loader.flatten_mapping(node)
+    return {loader.construct_object(key, deep=True): loader.construct_object(value, deep=True) for key, value in node.value}
+
+
+Yaml.add_constructor("tag:yaml.org,2002:map", _mapping)
 Yaml.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 Yaml.add_constructor("!word", lambda loader, node: Word(node.value))
 
@@ -51,10 +69,15 @@ def cast(kind: type, value: Any) -> Any:
     """A value in a flag's type; a LookupError, TypeError or ValueError where it does not fit."""
     if value is None:
         return None
+    # int(True) is 1, and the text of a mapping is no text that anybody meant
+    if isinstance(value, bool | dict) and kind is not bool:
+        raise TypeError(value)
     if kind is bool:
         return BOOLEANS[str(value).lower()]
-    if kind is str and isinstance(value, list):
+    if kind is str and isinstance(value, list) and not any(isinstance(item, list | dict | bool | None) for item in value):
         return ",".join(map(str, value))
+    if kind is str and isinstance(value, list):
+        raise TypeError(value)
     if kind is int and isinstance(value, float) and not value.is_integer():
         raise ValueError(value)
     return kind(value)

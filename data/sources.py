@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from data.readers.columns import tell_nothing
 from data.records import HELPFULNESS, OBJECTIVES, SAFETY, SPLITS, TASKS, TRUTHFULNESS, Choice, Pair, Record, normalise
 from data.sets import dialogs, embedded, published, skills
 from data.sets.embedded import JudgeRow, RefusalLabel
@@ -56,11 +57,13 @@ def load_records(
         records = dialogs.records(task, split, source if isinstance(source, str) else source[task])
         if split == "train":
             _warn_of_benchmarks(records, task)
+        _tell_nothing(records, task)
     elif source == "embedded":
         records = skills.records(task, split) if task in SKILLS else embedded.records(task, split, lite)
     else:
         records = published.records_of(_place(task, split, source), task, _objective(task), split, split_mode,
                                        unique_prompts)
+        _tell_nothing(records, task)
         if split == "train":
             _warn_of_benchmarks(records, task)
     return records if limit is None else records[:limit]
@@ -81,6 +84,9 @@ def load_pairs(task: str, split: str, *, source: str | Mapping[str, str] = "embe
         return [pair for name in OBJECTIVES for pair in load_pairs(name, split, source=source)]
     if isinstance(source, Mapping):
         pairs = published.pairs_of(_place(task, split, source), _objective(task), split)
+        tell_nothing(f"{task} pairs", {"chosen answers": [(p.chosen, p.id) for p in pairs],
+                                       "rejected answers": [(p.rejected, p.id) for p in pairs],
+                                       "inputs": [(p.input, p.id) for p in pairs]})
         _warn_of_benchmarks(pairs, f"{task} pairs")
         return pairs
     if source == "published":
@@ -146,6 +152,10 @@ def _objective(task: str) -> int:
     if task in DIALOGS:
         return SAFETY if task in dialogs.SAFETY_SETS else HELPFULNESS
     return SAFETY if task == "overrefusal" else OBJECTIVES.index(task)
+
+
+def _tell_nothing(records: Sequence[Record], task: str) -> None:
+    tell_nothing(task, {"answers": [(r.answer, r.id) for r in records], "inputs": [(r.input, r.id) for r in records]})
 
 
 def _warn_of_benchmarks(records: Sequence[Record | Pair], task: str) -> None:

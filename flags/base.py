@@ -91,6 +91,16 @@ class Flags:
         """Flags that are taken and not read -> why."""
         return WITHOUT_EFFECT.get(cls.__name__, {})
 
+    @classmethod
+    def training_problems(cls, training: dict[str, Any]) -> list[str]:
+        """What is wrong with the fields of transformers.TrainingArguments that were given."""
+        return []
+
+    @classmethod
+    def idle(cls, values: dict[str, Any]) -> dict[str, str]:
+        """Flags that nothing reads beside these values -> why; an error where one stands on the command line."""
+        return {}
+
     def problems(self) -> list[str]:
         """What is wrong with the values; each group says what concerns itself, a command what concerns several."""
         return []
@@ -158,6 +168,11 @@ class SeedFlags(Flags):
 
     heading, general = "Results", True
     seed: int = flag(42, "seeds every random choice", low=0)
+
+    def problems(self) -> list[str]:
+        # NumPy's generator takes 32 bits
+        large = [] if self.seed < 1 << 32 else [f"--seed {self.seed}: must be below {1 << 32}"]
+        return [*super().problems(), *large]
 
 
 @dataclass(frozen=True)

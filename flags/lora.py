@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from config import flag
 from flags.base import Flags
@@ -34,6 +35,12 @@ class AdapterFlags(Flags):
     tuning: str | None = flag(None, "dense runs: lora, or every weight in full; empty: lora", choices=("lora", "full"))
     lora_targets: str | None = flag(None, "modules that LoRA trains, e.g. q_proj,v_proj; empty: the FFN projections")
     init_adapter: str | None = flag(None, "go on training this adapter (a run or folder) with its own rank, alpha, modules")
+
+    @classmethod
+    def idle(cls, values: dict[str, Any]) -> dict[str, str]:
+        # a preset's values for new adapters are no mistake
+        own = ("lora_r", "lora_alpha", "lora_dropout") if values.get("tuning") == "full" else ()
+        return {**super().idle(values), **dict.fromkeys(own, "--tuning full trains no adapter; drop one of the two")}
 
     def problems(self) -> list[str]:
         found = super().problems()

@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from typing import ClassVar
+from importlib.util import find_spec
+from typing import Any, ClassVar
 
 from config import flag
 from flags.base import Flags
+
+#: Fields of transformers.TrainingArguments that our trainers do not read or that would break them: what stands for nothing
+#: asked, and what to do instead. Taken in silence, each would make another run than the one asked for.
+UNREAD: dict[str, tuple[tuple[Any, ...], str]] = {
+    "auto_find_batch_size": ((False,), "a batch that shrinks by itself makes other results; give "
+                                       "--per_device_train_batch_size and --gradient_accumulation_steps"),
+    "average_tokens_across_devices": ((True,), "an answer token weighs the same on whichever device it falls; drop it"),
+    "bf16": ((False,), "--dtype says in what is computed; use --dtype bfloat16"),
+    "bf16_full_eval": ((False,), "validation computes as training does; use --dtype bfloat16"),
+    "data_seed": ((None,), "--seed orders the rows, too; use it"),
+    "do_predict": ((False,), "a run is answered with by inference.py; drop it"),
+    "do_train": ((True,), "this command trains; drop it"),
+    "fp16": ((False,), "--dtype says in what is computed; use --dtype float16, on a GPU"),
+    "fp16_full_eval": ((False,), "validation computes as training does; use --dtype float16, on a GPU"),
+    "label_names": ((None, ["labels"]), "labels are made from the answers; drop it"),
+    "label_smoothing_factor": ((0, 0.0), "the loss is the plain one; drop it"),
+    "length_column_name": (("length",), "rows are grouped by their tokens; drop it"),
+    "parallelism_config": ((None,), "it needs an object of accelerate's, which no command line can give; drop it"),
+    "remove_unused_columns": ((False,), "every column of an encoded row is read; drop it"),
+    "train_sampling_strategy": (("random",), "rows of like length are batched, in an order that --seed gives; drop it"),
+    "use_liger_kernel": ((False, None), "the loss reads the model without its head, which these kernels replace; drop it"),
+}
+_LEVELS = ("passive", "debug", "info", "warning", "error", "critical")
+#: What --report_to can name -> the packages of which one is needed.
+_TRACKERS = {"azure_ml": ("azureml",), "clearml": ("clearml",), "codecarbon": ("codecarbon",), "comet_ml": ("comet_ml",),
+             "dvclive": ("dvclive",), "mlflow": ("mlflow",), "neptune": ("neptune",), "swanlab": ("swanlab",),
+             "tensorboard": ("tensorboard", "tensorboardX"), "trackio": ("trackio",), "wandb": ("wandb",)}
 
 
 @dataclass(frozen=True)
@@ -30,6 +59,29 @@ class OptimiserFlags(BatchFlags):
     logging_steps: int = flag(100, "steps between log lines", low=1)
 
     takes_training_arguments: ClassVar[bool] = True
+
+    @classmethod
+    def training_problems(cls, training: dict[str, Any]) -> list[str]:
+        found = [f"--{name} {training[name]}: {advice}" for name, (neutral, advice) in UNREAD.items()
+                 if name in training and training[name] not in neutral
+                 # what is no truth value at all is said already
+                 and not (isinstance(neutral[0], bool) and isinstance(training[name], str))]
+        # transformers takes 0 and -5 for "not given" and trains all epochs
+        if isinstance(steps := training.get("max_steps"), int) and steps != -1 and steps < 1:
+            found.append(f"--max_steps {steps}: must be 1 or more; -1, or leaving it out, goes by --num_train_epochs")
+        if (level := training.get("log_level")) is not None and level not in _LEVELS:
+            found.append(f"--log_level {level}: not known; allowed: {', '.join(_LEVELS)}")
+        if training.get("fsdp") and "RANK" not in os.environ:
+            found.append(f"--fsdp {training['fsdp']}: shards over processes, and there is one; start them: torchrun "
+                         "--nproc_per_node N align_basemodel.py ..")
+        asked = training.get("report_to") or []
+        for tracker in asked if isinstance(asked, list) else str(asked).split(","):
+            packages = _TRACKERS.get(tracker)
+            if packages and not any(find_spec(package) for package in packages):
+                found.append(f"--report_to {tracker}: {' or '.join(packages)} is not installed; install it, or use none")
+            elif not packages and tracker not in ("none", "all"):
+                found.append(f"--report_to {tracker}: not known; allowed: none, {', '.join(_TRACKERS)}")
+        return found
 
 
 @dataclass(frozen=True)

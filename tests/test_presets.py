@@ -194,3 +194,31 @@ def test_the_memory_that_somf_tinyllama_names_is_what_its_mask_plans():
     head = (config.PRESETS / "somf_tinyllama.yaml").read_text(encoding="utf-8")
     assert f"plans {plan.total / 2**30:.1f} GiB" in head
     assert f"every weight {parameters * 16 / 2**30:.1f} GiB" in head
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("align:\n  learning_rate: 1e-4\n  learning_rate: 5e-3\n", "the key 'learning_rate' stands here twice; drop one"),
+    ("align:\n  learning_rate: 1e-4\nalign:\n  lora_r: 4\n", "the key 'align' stands here twice"),
+    ("align:\n  lr_scheduler_kwargs: {min_lr: 1e-6, min_lr: 1e-5}\n", "the key 'min_lr' stands here twice"),
+    ("align:\n  [1]: 2\n", "a key must be a word"),
+    ("align:\n  learning_rate: true\n", "learning_rate True: needs a number"),
+    ("align:\n  lora_r: true\n", "lora_r True: needs a whole number"),
+    ("align:\n  lora_targets: true\n", "lora_targets True: needs text"),
+    ("align:\n  lora_targets: {q_proj: 1}\n", "lora_targets {'q_proj': 1}: needs text"),
+    ("align:\n  lora_targets: [q_proj, [v_proj]]\n", "needs text"),
+    ("align:\n  learning_rate:\n", "learning_rate: is empty and needs a number; give one, or drop the key"),
+    ("common:\n  dtype: null\n", "dtype: is empty and needs text"),
+])
+def test_a_preset_that_says_nothing_or_two_things_is_refused(preset, capsys, text, said):
+    """The last of two sections won, true was a learning rate of 1, and an empty value a crash after the model was loaded."""
+    with pytest.raises(UserError) as stopped:
+        parse(capsys, *SFT, *preset(text))
+    assert len(stopped.value.problems) == 1
+    assert said in stopped.value.problems[0]
+    assert "mine.yaml" in stopped.value.problems[0]
+
+
+def test_a_merged_mapping_may_be_overridden(preset, capsys):
+    parsed, _ = parse(capsys, *SFT, *preset("common: &a\n  seed: 4\nalign:\n  <<: *a\n  seed: 5\n  lora_targets: [q, v]\n"))
+    assert values(parsed.args, "seed", "lora_targets") == (5, "q,v")
+    assert parse(capsys, *SFT, *preset("align:\n  data_path:\n"))[0].args.data_path is None

@@ -6,12 +6,13 @@ ends (DeepSpeed, FSDP) keep their own formats.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,17 @@ class SafeCheckpoints:
     @property
     def _sharded(self) -> bool:
         return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
+
+    # ---- making
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        with _refused(f"--optim {getattr(self.args.optim, 'value', self.args.optim)}"):
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        kind = self.args.lr_scheduler_type
+        with _refused(f"--lr_scheduler_type {getattr(kind, 'value', kind)}"):
+            return super().create_scheduler(*args, **kwargs)
 
     # ---- saving
 
@@ -214,6 +226,15 @@ class SafeCheckpoints:
         return super()._finalize_training(*args, **kwargs)
 
 
+@contextlib.contextmanager
+def _refused(flag: str) -> Iterator[None]:
+    """What a flag asks for in a sentence where it cannot be made: a package lacks, or an argument is not known."""
+    try:
+        yield
+    except (ImportError, TypeError, ValueError) as error:
+        raise UserError(f"{flag}: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
+
+
 def trainable(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of the parameters that train, on the CPU."""
     return {n: p.detach().to("cpu", copy=True).contiguous() for n, p in model.named_parameters() if p.requires_grad}
@@ -225,10 +246,14 @@ def save_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
     tensors, plain = {}, {}
     for index, values in state["state"].items():
         for key, value in values.items():
-            if torch.is_tensor(value):
-                tensors[f"{index}.{key}"] = value.detach().cpu().contiguous()
-            else:
-                plain[f"{index}.{key}"] = value
+            # bitsandbytes keeps the tables of its 8-bit moments one level deeper, and all parameters share them: copied
+            deeper = isinstance(value, dict)
+            leaves = {f"{key}.{k}": v for k, v in value.items()} if deeper else {key: value}
+            for name, leaf in ((f"{index}.{k}", v) for k, v in leaves.items()):
+                if torch.is_tensor(leaf):
+                    tensors[name] = leaf.detach().to("cpu", copy=deeper).contiguous()
+                else:
+                    plain[name] = leaf
     save_file(tensors, folder / OPTIMIZER)
     # Adam's rates and betas, and where the schedule stands, are plain numbers: JSON needs no pickle for them
     content = {"plain": plain, "param_groups": state["param_groups"], "scheduler": scheduler.state_dict()}
@@ -240,9 +265,13 @@ def load_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
     content = json.loads((folder / STATE).read_text(encoding="utf-8"))
     state: dict[int, dict[str, Any]] = {}
     for name, value in (*load_file(folder / OPTIMIZER).items(), *content["plain"].items()):
-        index, key = name.split(".", 1)
+        index, key, *inner = name.split(".")
         # the optimiser numbers its parameters by int; file names and JSON know text only
-        state.setdefault(int(index), {})[key] = value
+        values = state.setdefault(int(index), {})
+        if inner:
+            values.setdefault(key, {})[inner[0]] = value
+        else:
+            values[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": content["param_groups"]})
     scheduler.load_state_dict(content["scheduler"])
 

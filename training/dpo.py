@@ -38,7 +38,7 @@ from models.base.loading import base_path, load_tokenizer
 from models.base.placement import set_up_torch
 from models.checkpoints.fingerprints import fingerprint
 from training.checkpoints import SafeCheckpoints
-from training.packing import pack_forward, refuse_head_lora
+from training.packing import check_padded, pack_forward, refuse_head_lora
 from training.samples import VALIDATION_ROWS, source_of
 from training.sft import adapter_folder, save_adapter, started_from, to_train
 from training.trainer import fit, training_arguments, validates_on_the_way
@@ -73,6 +73,8 @@ class SafeDPOTrainer(WholeMeans, SafeCheckpoints, DPOTrainer):
         for model in (self.model, self.ref_model):
             inner = model.get_base_model() if isinstance(model, PeftModel) else model
             # WPO's weights need a number that packing does not compute
+            if inner is not None and self.use_weighting:
+                check_padded(inner)
             if inner is not None and (self.use_weighting or not pack_forward(inner)):
                 self.packed = False
                 log.info("preference data: batches of %s stay padded", inner.config.model_type)

@@ -87,6 +87,9 @@ def to_train(base: Path, args: ExpertArgs | DpoArgs, dtype: torch.dtype,
     if args.lora_targets and trained != set(targets_of(args)):
         raise UserError(f"--lora_targets {args.lora_targets}: --init_adapter {args.init_adapter} trains "
                         f"{','.join(sorted(trained))}; give these, or leave the flag out")
+    own = adapter.config
+    log.info("--init_adapter %s: goes on with its own rank %s, alpha %s and dropout %s, not with --lora_r and its kin",
+             args.init_adapter, own.get("r"), own.get("lora_alpha"), own.get("lora_dropout"))
     torch.manual_seed(args.seed)
     return PeftModel.from_pretrained(frozen(), folder, is_trainable=True)
 

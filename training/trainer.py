@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 
 import manifest
@@ -145,12 +145,6 @@ class FusionTrainer(WholeMeans, SafeCheckpoints, Trainer):
         return {"loss": (float(parts["lm"]), int(parts["tokens"])), **{
             name: (float(parts[name]), rows if name in self.per_sample else 1) for name in self.weights}}
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        if self.args.world_size == 1:
-            return super().get_eval_dataloader(eval_dataset)
-        # every process reads all rows: shared out, the last batch would be filled up with rows that were there before
-        return DataLoader(self.eval_dataset, self.args.eval_batch_size, collate_fn=self.data_collator)
-
     def progress(self) -> dict[str, Any]:
         return super().progress() | {"tokens": self.tokens_seen, "parts": self._parts, "steps_since_log": self._steps}
 
@@ -223,7 +217,8 @@ def training_arguments(args: AlignArgs, extra: dict[str, Any], kind: type[Traini
     _select_best(args, values, extra, measured)
     try:
         made = kind(**values)
-    except (TypeError, ValueError) as error:
+    # a package that lacks or a mapping of another shape shows itself in any of these
+    except (TypeError, ValueError, ImportError, KeyError, AttributeError) as error:
         raise UserError(f"a training argument was refused by {kind.__name__}: {error}") from None
     steps = _steps(made, rows)
     if made.load_best_model_at_end and made.eval_strategy.value == "steps" and made.eval_steps > steps:

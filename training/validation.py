@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import gather_object
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback
 
 from data.records import Pair, Record, normalise
@@ -92,6 +94,23 @@ class WholeMeans:
         """Of one batch, without gradients: name -> (sum, of how many); one is named "loss"."""
         raise NotImplementedError
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        if self.args.world_size == 1:
+            return super().get_eval_dataloader(eval_dataset)
+        # every process reads all rows: shared out, the last batch would be filled up with rows that were there before
+        return DataLoader(self.eval_dataset, self.args.eval_batch_size, collate_fn=self.data_collator)
+
+    @contextlib.contextmanager
+    def _outside_training(self) -> Iterator[None]:
+        # of what processes gather, accelerate drops as many rows as the last batch of the training's loader was filled with
+        state = self.accelerator.gradient_state
+        loaders = state.dataloader_references
+        state.dataloader_references = [*loaders, None]
+        try:
+            yield
+        finally:
+            state.dataloader_references = loaders
+
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool,
                         ignore_keys: list[str] | None = None) -> tuple[None, None, None]:
         with torch.no_grad():
@@ -104,7 +123,7 @@ class WholeMeans:
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         self._sums = {}
         devices = [self.args.device.index or 0] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), self._outside_training():
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         # a process for itself would find another best checkpoint than its neighbour
         parts = gather_object([self._sums]) if self.args.world_size > 1 else [self._sums]

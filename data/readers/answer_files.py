@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -10,13 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from data.readers.answer_text import judged
+from data.readers.columns import folded, tell_nothing
+from data.readers.delimited import column_name
+from data.readers.json_objects import DECODER
 from data.readers.row_files import Problems, Row, read_rows, read_text
+from data.readers.turns import is_turns
 from errors import UserError
 
 log = logging.getLogger(__name__)
 #: Our field: the column names that may hold it, the published ones first.
 COLUMNS: dict[str, tuple[str, ...]] = {
-    "prompt": ("prompts", "prompt", "question", "questions", "instruction", "request", "goal", "que"),
+    "prompt": ("prompts", "prompt", "question", "questions", "instruction", "request", "goal", "que", "forbidden_prompt",
+               "test_case"),
     "output": ("outputs", "output", "answer", "answers", "response", "responses", "completion", "completions", "generation",
                "ans"),
 }
@@ -49,6 +53,7 @@ def read_answer_file(place: str, flag: str) -> list[dict[str, Any]]:
     problems.raise_if_any()
     if empty := sum(not row["output"].strip() for row in answers):
         log.warning("%s %s: %d of %d answers are empty; they count as broken text", flag, place, empty, len(answers))
+    tell_nothing(f"{flag} {place}", {"answers": [(row["output"], row["id"]) for row in answers]})
     # scores are kept by id: of two rows with one id the later would take the earlier's place
     if len({row["id"] for row in answers}) < len(answers):
         log.warning("%s %s: ids repeat; rows are numbered instead", flag, place)
@@ -65,7 +70,7 @@ def _whole_json(file: Path) -> list[Row]:
         return []
     text = read_text(file)
     try:
-        value = json.loads(text)
+        value = DECODER.decode(text)
     except (ValueError, RecursionError):
         return []
     if not isinstance(value, dict) or not value:
@@ -79,7 +84,8 @@ def _whole_json(file: Path) -> list[Row]:
     if len(lists) == 1 and next(iter(lists)) in _WRAPPERS:
         return _numbered(file, next(iter(lists.values())))
     # HarmBench: every key a behaviour, every value its test cases with their generations
-    if len(lists) == len(value) and all("generation" in row for rows in lists.values() for row in rows):
+    answer = (*COLUMNS["output"], "test_case")
+    if len(lists) == len(value) and all(any(key in answer for key in row) for rows in lists.values() for row in rows):
         return [Row({**row, "id": key if len(rows) == 1 else f"{key}-{number}"}, f"{file}: {key}[{number}]")
                 for key, rows in lists.items() for number, row in enumerate(rows)]
     # pandas' default, {column: {index: cell}}, or {column: [cells]}
@@ -88,6 +94,11 @@ def _whole_json(file: Path) -> list[Row]:
     if len(columns) == len(value) and len({len(cells) for cells in columns.values()}) == 1 and any(
             str(key).strip().lower() in COLUMNS["output"] for key in columns):
         return _numbered(file, [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)])
+    # completions by behaviour alone, {id: [text, ..]}: an answer is judged beside its prompt
+    if all(isinstance(cells, list) and cells and all(isinstance(cell, str) for cell in cells) for cells in value.values()):
+        raise UserError(f"{file}: lists of texts under the keys {', '.join(map(str, list(value)[:4]))}, without the prompts "
+                        "that they answer; give rows of a prompt and an answer, or HarmBench's {id: [{test_case, "
+                        "generation}]}")
     # one row that was printed over several lines; on one line it is a file of one object a line
     if "\n" not in text.strip():
         return []
@@ -127,6 +138,21 @@ def _plain_row(row: Row, problems: Problems) -> Row:
     return Row({**rest, "prompt": prompt, "output": output}, row.where)
 
 
+def _asked(value: Any) -> Any:
+    """The text of a prompt that is a list of one user turn, after a system turn if there is one; others as they are."""
+    if not is_turns(value):
+        return value
+    spoken = [(str(turn.get("role", turn.get("from"))).lower(), turn.get("content", turn.get("value")))
+              for turn in ([value] if isinstance(value, dict) else value)]
+    asked = [content for role, content in spoken if role not in ("system", "developer")]
+    return _turn_text(asked[0]) if len(asked) == 1 and spoken[-1][0] in ("user", "human") else value
+
+
+def _only(value: Any) -> Any:
+    """The one text of a list, as programs write that could give several answers; anything else as it is."""
+    return value[0] if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str) else value
+
+
 def _turn_text(content: Any) -> Any:
     """Text of a turn, also of one in parts; anything else is refused as a cell that is no text."""
     if isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
@@ -158,7 +184,11 @@ def _lm_eval_answer(resps: Any, where: str, problems: Problems) -> Any:
 
 def _column(row: Row, ours: str, place: str, flag: str) -> str:
     # headers come with spaces, capitals and underscores as their authors liked
-    keys = {str(key).strip().lower().replace(" ", "_"): key for key in row.fields}
+    keys = {column_name(str(key)): key for key in row.fields}
+    try:
+        folded(row.fields)
+    except ValueError as error:
+        raise UserError(f"{row.where}: {error}") from None
     there = [name for name in COLUMNS[ours] if name in keys]
     if not there:
         has = ", ".join(filter(None, keys)) or "no named column"
@@ -171,8 +201,13 @@ def _column(row: Row, ours: str, place: str, flag: str) -> str:
 
 
 def _row(row: Row, names: dict[str, Any], number: int, problems: Problems) -> dict[str, Any]:
-    prompt, output = (_text(row, names[ours], problems) for ours in ("prompt", "output"))
-    if not prompt.strip():
+    if lacking := [name for name in names.values() if name not in row.fields]:
+        problems.add(f"{row.where}: no column {' and none '.join(map(str, lacking))}, which the first row has; it has "
+                     f"{', '.join(map(str, row.fields)) or 'none'}")
+        return {"output": "", "id": str(number)}
+    before = len(problems.found)
+    prompt, output = (_text(row, names[ours], ours, problems) for ours in ("prompt", "output"))
+    if not prompt.strip() and len(problems.found) == before:
         problems.add(f"{row.where}: the prompt (column {names['prompt']}) is empty; every answer needs its prompt")
     # a CSV written by pandas keeps its index in a column without a name
     extra = {name: _plain(row.fields.get(name)) for name in _OPTIONAL}
@@ -185,12 +220,15 @@ def _row(row: Row, names: dict[str, Any], number: int, problems: Problems) -> di
     return cells
 
 
-def _text(row: Row, column: Any, problems: Problems) -> str:
-    value = row.fields.get(column)
+def _text(row: Row, column: Any, ours: str, problems: Problems) -> str:
+    value = row.fields[column]
+    value = _asked(value) if ours == "prompt" else _only(value)
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if not isinstance(value, str):
-        problems.add(f"{row.where}: column {column} is a {type(value).__name__} and needs text")
+        turns = ours == "prompt" and is_turns(value)
+        problems.add(f"{row.where}: column {column} is a {type(value).__name__} and needs text"
+                     f"{': a prompt is one user turn, after a system turn if there is one' if turns else ''}")
         return ""
     return "" if value.strip().lower() in _MISSING else value
 

@@ -56,6 +56,43 @@ _ASKED = ("the system text", "earlier exchanges", "tools", "images, video or sou
 _OF = {column: meaning for meaning, (columns, _, _) in MEANINGS.items() for column in columns}
 
 
+#: Texts by which programs write that there is none. They can be answers, too, so they are told and kept.
+_NOTHING = ("none", "null", "n/a", "#n/a", "na", "<na>", "nan", "nat", "<noinput>", "noinput")
+
+
+def folded(fields: dict[Any, Any]) -> dict[str, Any]:
+    """The fields under small letters: sets differ in the capitals of their columns, not in what these mean.
+
+    Raises:
+        ValueError: two columns differ in capitals alone, and in what they hold.
+    """
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        key = str(name).strip().lower()
+        if not empty(found.get(key)) and not empty(value) and found[key] != value:
+            raise ValueError(f"has two columns '{key}', in capital and small letters, with different values; drop one")
+        if empty(found.get(key)):
+            found[key] = value
+    return found
+
+
+def says_nothing(text: str) -> bool:
+    """Whether a text is one by which programs write that there is none."""
+    return text.strip().lower() in _NOTHING
+
+
+def tell_nothing(place: Any, texts: dict[str, Iterable[tuple[str, str]]]) -> None:
+    """Say how many texts of rows are words for nothing: they stay texts, since an answer may be one.
+
+    Args:
+        texts: what the texts are -> (text, name of its row).
+    """
+    for what, pairs in texts.items():
+        if found := [(text, name) for text, name in pairs if says_nothing(text)]:
+            log.warning("%s: %d %s are only '%s' or the like and are kept as text; where nothing is meant, leave it empty "
+                        "(first: row %s)", place, len(found), what, found[0][0].strip(), found[0][1])
+
+
 def refused(fields: dict[str, Any], read: Container[str], split: str = "train") -> list[str]:
     """A sentence for each column of a known meaning that says something and is not among those that are read.
 

@@ -12,17 +12,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data.readers.columns import HISTORY, SYSTEM, refused, tell_unread
+from data.readers.columns import HISTORY, SYSTEM, folded, refused, tell_unread
 from data.readers.row_files import Problems, Row, read_rows
-from data.readers.turns import Exchange, empty, exchange, history_of, is_turns, read_turns
+from data.readers.turns import TURNS, Exchange, empty, exchange, history_of, is_turns, read_turns
 from data.records import SAFETY, Record
 
 log = logging.getLogger(__name__)
 #: Names that head a column of prompts.
 HEADS = ("prompt", "prompts", "question", "questions", "instruction", "goal", "behavior", "text", "request",
          "forbidden_prompt")
-#: Columns that hold the turns of a dialog.
-TURNS = ("messages", "conversations", "conversation")
 
 
 @dataclass(frozen=True)
@@ -92,8 +90,11 @@ def records_of_rows(rows: Sequence[Row], split: str, objective: int, name: str, 
     """
     records, read = [], {*TURNS, *SYSTEM, *HISTORY}
     for number, row in enumerate(rows):
-        # sets differ in the capitals of their columns, not in what these mean
-        fields = {str(key).strip().lower(): value for key, value in row.fields.items()}
+        try:
+            fields = folded(row.fields)
+        except ValueError as error:
+            problems.add(f"{row.where}: {error}")
+            continue
         turns = [column for column in TURNS if not empty(fields.get(column))]
         if not turns and not any(shape.fits(fields) for shape in SHAPES):
             turns = [column for column in TURNS if column in fields]

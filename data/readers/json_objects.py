@@ -11,6 +11,22 @@ from data.readers.turns import is_turns
 WRAPPERS = ("data", "rows", "train", "examples", "instances", "samples", "items", "records", "questions", "dataset")
 
 
+class Twice(ValueError):
+    """An object that names a field twice: a decoder keeps the last one and says nothing."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise Twice(f"an object names '{next(name for name in names if names.count(name) > 1)[:60]}' twice")
+    return found
+
+
+#: JSON as it is read here.
+DECODER = json.JSONDecoder(object_pairs_hook=_once)
+
+
 class Damaged(Exception):
     """An object after the first one that is no JSON: its line, and the decoder's error."""
 
@@ -30,14 +46,15 @@ def spread_objects(text: str) -> list[tuple[Any, int, int]] | None:
     start = len(text) - len(text.lstrip())
     if text[start : start + 1] != "{":
         return None
-    decoder = json.JSONDecoder()
+    decoder = DECODER
     at, line, counted, found = start, 1, 0, []
     while at < len(text):
         line, counted = line + text.count("\n", counted, at), at
         try:
             value, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
-            if not found:
+            # an object over several lines has no line of its own that the reader of lines could name
+            if not found and not (isinstance(error, Twice) and "\n" in text.strip()):
                 return None
             raise Damaged(line, error) from None
         rest = end

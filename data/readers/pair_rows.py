@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from data.readers.columns import HISTORY, SYSTEM, refused
-from data.readers.dialog_files import TURNS, text_of, with_system
-from data.readers.turns import Exchange, empty, exchange, hh_turns, history_of, is_hh, is_turns, read_turns
+from data.readers.dialog_files import text_of, with_system
+from data.readers.turns import TURNS, Exchange, empty, exchange, hh_turns, history_of, is_hh, is_turns, read_turns
 from data.records import Pair
 
 #: Columns of the two answers, the better one first.
@@ -91,6 +91,9 @@ def _sides(fields: dict[str, Any], turns: list[str]) -> tuple[Any, Any, list[str
 
 def _turns(value: Any, name: str) -> list[tuple[str, str]]:
     """A side as turns: a text is one answer."""
+    if isinstance(value, list | tuple) and value and all(isinstance(text, str) for text in value):
+        raise ValueError(f"field '{name}' is a list of {len(value)} texts; a pair has one text a side: write a row for each "
+                         "pair")
     return read_turns(value) if is_turns(value) else [("assistant", text_of(name, value, True, number=True))]
 
 

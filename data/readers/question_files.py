@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from data.readers.delimited import column_name, heads_a_table
+from data.readers.dialog_files import HEADS
+from data.readers.json_objects import DECODER
 from data.readers.row_files import Problems, Row, read_rows, read_text
 from errors import UserError
 
@@ -47,7 +49,7 @@ def _whole_json(file: Path) -> Any:
     if file.suffix.lower() != ".json":
         return None
     try:
-        value = json.loads(text)
+        value = DECODER.decode(text)
     except (ValueError, RecursionError):
         return None  # one object a line, or damaged: the row reader names the line
     if isinstance(value, list):
@@ -89,12 +91,17 @@ def _category_name(number: int, categories: Sequence[str]) -> str:
 
 def _bare_rows(file: Path, category: str, problems: Problems) -> Iterator[Row]:
     """One prompt a row; a first row that only says ``prompt`` is a header."""
-    reader = csv.reader(io.StringIO(read_text(file), newline=""), strict=True)
+    text = read_text(file)
+    if heads_a_table(text, HEADS):
+        problems.add(f"{file}:1: names several columns; a file of such a folder holds one prompt a row and nothing else")
+        return
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     line = 1
     try:
         for values in reader:
             where, line = f"{file}:{line}", reader.line_num + 1
-            if not any(value.strip() for value in values) or values == ["prompt"]:
+            if not any(value.strip() for value in values) or (
+                    len(values) == 1 and where == f"{file}:1" and column_name(values[0]) in HEADS):
                 continue
             if len(values) > 1:
                 problems.add(f"{where}: {len(values)} fields where one prompt is expected; quote prompts that hold commas")

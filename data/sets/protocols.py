@@ -15,8 +15,10 @@ from typing import Any
 
 import yaml
 
+from data.readers.columns import folded
 from data.readers.question_files import read_questions
 from data.readers.row_files import Problems, Row
+from data.readers.turns import empty
 from data.records import OBJECTIVES, SAFETY, Record, normalise
 from data.sets import embedded
 from data.sets.published import category_text, hub_rows, is_local, truthfulqa_side
@@ -203,7 +205,11 @@ def _rows(protocol: Protocol, place: str) -> list[Row]:
     raw = read_questions(file, protocol.categories) if is_local(place) else hub_rows(place, "test")
     named_rows, faults = [], Problems()
     for row in raw:
-        fields = {str(key).strip().lower().replace(" ", "_"): value for key, value in row.fields.items()}
+        try:
+            fields = {key.replace(" ", "_"): value for key, value in folded(row.fields).items()}
+        except ValueError as error:
+            faults.add(f"{row.where}: {error}")
+            continue
         # reference answers are read where the table names them only: some sets ship harmful ones
         # files under our column names are read as well; where both are there, the set's own name wins
         ours = {name: fields[column] for name in {*_OURS, *protocol.columns}
@@ -262,16 +268,43 @@ def _half(rows: list[Row], protocol: Protocol) -> list[Row]:
 
 def _labelled(rows: list[Row], protocol: Protocol) -> list[Row]:
     """XSTest's label column or, in files without one, its type: contrast_... is unsafe."""
-    if lacking := next((row for row in rows if not (row.fields.get("label") or row.fields.get("category"))), None):
+    if lacking := next((row for row in rows if not (_label(row) or row.fields.get("category"))), None):
         raise UserError(f"{lacking.where}: neither a label (safe, unsafe) nor a type; needed: {protocol.shapes}")
     faults, sides = Problems(), []
+    meant = _sides_of_flags(rows)
     for row in rows:
-        kind = "unsafe" if str(row.fields.get("category")).startswith("contrast") else "safe"
-        sides.append(str(row.fields.get("label") or kind).strip().lower())
+        side = _label(row) or _kind(row)
+        sides.append(meant.get(side, side))
         if sides[-1] not in ("safe", "unsafe"):
-            faults.add(f"{row.where}: label '{sides[-1]}'; allowed: safe, unsafe")
+            faults.add(f"{row.where}: label '{sides[-1]}'; allowed: safe, unsafe" + (
+                "; 0 and 1 are read beside the column type, of which one of them always is contrast_..." if side in _FLAGS
+                else ""))
     faults.raise_if_any()
     return [row for row, side in zip(rows, sides, strict=True) if side == protocol.rule["label"]]
+
+
+#: Labels as a table of numbers or booleans has them.
+_FLAGS = ("0", "1", "0.0", "1.0", "true", "false")
+
+
+def _label(row: Row) -> str:
+    value = row.fields.get("label")
+    # 0 and False are labels, not missing ones
+    return "" if empty(value) else str(value).strip().lower()
+
+
+def _kind(row: Row) -> str:
+    return "unsafe" if str(row.fields.get("category")).startswith("contrast") else "safe"
+
+
+def _sides_of_flags(rows: Sequence[Row]) -> dict[str, str]:
+    """Which side 0 and 1 mean, told by the types beside them; empty where these do not tell, or contradict."""
+    seen: dict[str, set[str]] = {}
+    for row in rows:
+        if _label(row) in _FLAGS and row.fields.get("category"):
+            seen.setdefault(_label(row), set()).add(_kind(row))
+    sides = [next(iter(kinds)) for kinds in seen.values() if len(kinds) == 1]
+    return dict(zip(seen, sides, strict=True)) if len(set(sides)) == len(seen) == 2 else {}
 
 
 _RULES: dict[str, Callable[[list[Row], Protocol], list[Row]]] = {

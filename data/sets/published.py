@@ -15,10 +15,10 @@ from data.readers import pair_rows
 from data.readers.columns import HISTORY, SYSTEM, refused, tell_unread
 from data.readers.dialog_files import KNOWN as DIALOG_SHAPES
 from data.readers.dialog_files import SHAPES as TABLE_SHAPES
-from data.readers.dialog_files import TURNS, records_of_rows, system_of
+from data.readers.dialog_files import records_of_rows, system_of
 from data.readers.fields import Shape, checked
 from data.readers.row_files import Problems, Row, read_rows
-from data.readers.turns import empty, history_of
+from data.readers.turns import TURNS, empty, history_of
 from data.records import Pair, Record, stable_hash
 from data.sets.hub import hub_rows, is_local
 from errors import UserError

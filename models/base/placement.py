@@ -31,7 +31,7 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
         return getattr(torch, name)
     if device.type == "cuda":
         # fp16 is what devices without bfloat16 multiply in
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     # asked, never assumed: without these units bfloat16 is emulated; with them four times fp32 (docs/lab-log.md)
     abilities = torch.cpu.get_capabilities()
     return torch.bfloat16 if abilities.get("amx_bf16") or abilities.get("avx512_bf16") else torch.float32

@@ -291,3 +291,41 @@ def test_every_command_of_the_published_path_parses(tmp_path, line):
 def test_published_lines_go_on(caplog, line):
     assert isinstance(config.parse(AlignArgs, line.split()).args, AlignArgs)
     assert not caplog.records
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--tuning", "full", "--lora_r", "8"], "--lora_r 8: --tuning full trains no adapter"),
+    (["--tuning", "full", "--lora_alpha", "8", "--method", "dpo"], "--lora_alpha 8.0: --tuning full trains no adapter"),
+    (["--seed", str(1 << 32)], "--seed 4294967296: must be below 4294967296"),
+    (["--max_steps", "0"], "--max_steps 0: must be 1 or more"),
+    (["--max_steps", "-5"], "--max_steps -5: must be 1 or more"),
+    (["--data_path", ""], "--data_path: is empty; give a place"),
+    (["--model_name_or_path", ""], "--model_name_or_path: is empty"),
+    (["--output_dir="], "--output_dir: is empty"),
+    (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor 0.1: the loss is the plain one"),
+    (["--label_smoothing_factor", "0.1", "--method", "dpo"], "--label_smoothing_factor 0.1: the loss is the plain one"),
+    (["--remove_unused_columns", "true"], "--remove_unused_columns True: every column"),
+    (["--bf16"], "--bf16 True: --dtype says in what is computed"),
+    (["--data_seed", "5"], "--data_seed 5: --seed orders the rows"),
+    (["--train_sampling_strategy", "group_by_length"], "rows of like length are batched"),
+    (["--use_liger_kernel", "true"], "--use_liger_kernel True: the loss reads"),
+    (["--do_train", "false"], "--do_train False: this command trains"),
+    (["--report_to", "wandbb"], "--report_to wandbb: not known; allowed: none, azure_ml"),
+    (["--report_to", "dvclive"], "--report_to dvclive: dvclive is not installed"),
+    (["--log_level", "loud"], "--log_level loud: not known; allowed: passive"),
+    (["--fsdp", "full_shard"], "--fsdp full_shard: shards over processes"),
+])
+def test_what_no_training_reads_is_refused(words, said, monkeypatch):
+    """Each was taken in silence and made another run than the one that was asked for, or ended in a traceback."""
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UserError) as stopped:
+        config.parse(AlignArgs, ["--moe_flag", "0", "--task_name", "safety", *words])
+    assert [problem for problem in stopped.value.problems if said in problem] == list(stopped.value.problems)
+
+
+def test_values_that_ask_for_nothing_pass(tmp_path):
+    preset = tmp_path / "mine.yaml"
+    preset.write_text("align: {tuning: full, lora_r: 8, lora_alpha: 16, bf16: false, label_smoothing_factor: 0}\n")
+    words = ["--moe_flag", "0", "--task_name", "safety", "--report_to", "none", "--max_steps", "-1", "--label_names",
+             "[labels]"]
+    assert config.parse(AlignArgs, [*words, "--preset", str(preset)]).args.tuning == "full"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -37,6 +39,57 @@ def test_optimizer_round_trip(tmp_path):
     for a, b in zip(one[0].parameters(), two[0].parameters(), strict=True):
         assert torch.equal(a, b)
     assert one[2].state_dict() == two[2].state_dict()
+
+
+def test_moments_that_lie_deeper_and_share_a_table_round_trip(tmp_path):
+    """bitsandbytes' 8-bit Adam packs its moments so; a run ended in a traceback when its first checkpoint was written."""
+    table = torch.linspace(-1, 1, 256)
+
+    class EightBit:
+        def __init__(self, state):
+            self.state = state
+
+        def state_dict(self):
+            return {"state": self.state, "param_groups": [{"lr": 0.1, "params": [0, 1]}]}
+
+        def load_state_dict(self, found):
+            self.state = found["state"]
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD([torch.zeros(1)], lr=0.1), lambda step: 1.0)
+    moments = {i: {"step": 3, "packed": {"state1": torch.full((4,), i, dtype=torch.uint8), "qmap1": table}} for i in (0, 1)}
+    save_optimizer(tmp_path, EightBit(moments), schedule)
+    found = EightBit({})
+    load_optimizer(tmp_path, found, schedule)
+    assert found.state.keys() == moments.keys()
+    for i, values in moments.items():
+        assert found.state[i]["step"] == 3
+        assert found.state[i]["packed"].keys() == values["packed"].keys()
+        assert all(torch.equal(found.state[i]["packed"][name], tensor) for name, tensor in values["packed"].items())
+
+
+def test_a_checkpoint_of_the_8_bit_optimiser_is_written_and_read(pico, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    words = ("--moe_flag", "0", "--optim", "adamw_8bit", "--save_steps", "1", "--per_device_train_batch_size", "4")
+    data = write_data(tmp_path / "data")
+    whole = align(pico, tmp_path / "whole", data, "helpfulness", *words, "--max_steps", "3")
+    align(pico, tmp_path / "cut", data, "helpfulness", *words, "--max_steps", "3")
+    checkpoints = tmp_path / "cut" / "checkpoints" / "helpfulness"
+    shutil.rmtree(tmp_path / "cut" / "outputs")
+    shutil.rmtree(checkpoints / "checkpoint-3")
+    again = align(pico, tmp_path / "cut", data, "helpfulness", *words, "--max_steps", "3")
+    assert again["metrics"]["history"][-1]["loss"] == whole["metrics"]["history"][-1]["loss"]
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (("--adam_beta1", "2"), "--optim adamw_torch_fused: Invalid beta"),
+    (("--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"bogus": 1}'),
+     "--lr_scheduler_type cosine_with_min_lr: .* unexpected keyword argument 'bogus'")])
+def test_an_optimiser_that_cannot_be_made_is_a_sentence(pico, tmp_path, capsys, words, said):
+    with pytest.raises(SystemExit) as stopped:
+        align(pico, tmp_path, write_data(tmp_path / "data"), "helpfulness", "--moe_flag", "0", "--max_steps", "1", *words)
+    assert stopped.value.code == 2
+    assert re.search(said, capsys.readouterr().err)
+    assert not (tmp_path / "outputs" / "helpfulness").exists()
 
 
 def test_random_states_round_trip(tmp_path):

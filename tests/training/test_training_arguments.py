@@ -61,7 +61,7 @@ def test_float16_on_a_cpu_is_refused_before_a_model_is_loaded(pico, place, tmp_p
 def test_float16_on_a_gpu_scales_the_loss(pico, tmp_path, monkeypatch):
     """transformers' float16 mode, which makes the scaler; auto picks float16 where a GPU has no bfloat16."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
     seen = []
 
     def kind(**values):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -90,15 +91,40 @@ def test_the_same_command_gives_the_same_weights(pico, fused, data, tmp_path):
     assert all((one[key] == two[key]).all() for key in one)
 
 
-def test_two_processes_give_the_losses_of_one(pico, fused, data, tmp_path):
-    one = _run(pico, fused, tmp_path / "one", data, "sft", "--per_device_train_batch_size", "8")
-    words = ["--task_name", "helpfulness", *data_flag(data, "helpfulness"), *common(pico, tmp_path / "two"), "--moe_flag",
-             "0", "--per_device_train_batch_size", "4", "--device", "cpu", "--threads", "1"]
+def _in_two_processes(port, *words):
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29531",
-         str(config.ROOT / "align_basemodel.py"), *words],
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port,
+         str(config.ROOT / "align_basemodel.py"), *words, "--device", "cpu", "--threads", "1"],
         env=os.environ | {"PYTHONPATH": str(config.ROOT)}, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_pairs_validated_by_two_processes_count_once(pico, tmp_path):
+    """Shared out, the last batch of an odd number of rows was filled up with pairs that were there before."""
+    import align_basemodel
+    import manifest
+
+    files = {}
+    for name, count in (("train", 8), ("held", 5)):
+        files[name] = tmp_path / f"{name}.jsonl"
+        files[name].write_text("".join(json.dumps(
+            {"prompt": f"{name} {i}", "chosen": "good " * (1 + i), "rejected": f"bad {i}"}) + "\n" for i in range(count)))
+    words = ["--moe_flag", "0", "--method", "dpo", "--task_name", "safety", "--data_path", str(files["train"]),
+             "--validation_path", str(files["held"]), "--learning_rate", "0.01", "--max_steps", "2", "--warmup_steps", "0",
+             "--eval_strategy", "steps", "--eval_steps", "2", "--gradient_accumulation_steps", "1"]
+    align_basemodel.main([*words, *common(pico, tmp_path / "one"), "--per_device_train_batch_size", "4"])
+    _in_two_processes("29532", *words, *common(pico, tmp_path / "two"), "--per_device_train_batch_size", "2")
+    one, two = (manifest.read(tmp_path / where / "outputs" / "safety")["metrics"] for where in ("one", "two"))
+    names = [name for name in one if name.startswith("validation_") and name != "validation_history"]
+    assert {"validation_loss", "validation_rewards/margins", "validation_logps/chosen"} <= set(names)
+    assert one["validation_loss"] < 0.69
+    assert [two[name] for name in names] == pytest.approx([one[name] for name in names], rel=1e-4)
+
+
+def test_two_processes_give_the_losses_of_one(pico, fused, data, tmp_path):
+    one = _run(pico, fused, tmp_path / "one", data, "sft", "--per_device_train_batch_size", "8")
+    _in_two_processes("29531", "--task_name", "helpfulness", *data_flag(data, "helpfulness"),
+                      *common(pico, tmp_path / "two"), "--moe_flag", "0", "--per_device_train_batch_size", "4")
     import manifest
 
     two = manifest.read(tmp_path / "two" / "outputs" / "helpfulness")
