@@ -26,6 +26,8 @@ _VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "
                "spm.model", "tekken.json", "tiktoken.model", "vocab.model")
 #: What of a tokenizer.json decides how a text is split and put together again; its post-processor transformers takes over.
 _PIPELINE = ("model", "normalizer", "pre_tokenizer", "decoder")
+#: An answer that is found again in what a chat template writes.
+_ANSWER = "xAnswerx"
 #: A text whose tokens nobody takes for special ones.
 _PROBE = "a"
 
@@ -171,11 +173,21 @@ def _shown(tokenizer: Any) -> str:
     """What the chat template writes around a short exchange; empty without a template that can."""
     if not tokenizer.chat_template:
         return ""
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}]
     try:
         return tokenizer.apply_chat_template(turns, tokenize=False)
     except Exception:  # templates raise what they like; the one who uses it tells that
         return ""
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """The special token that the chat template puts behind an answer; None where it puts none."""
+    _, found, after = _shown(tokenizer).rpartition(_ANSWER)
+    after = after.strip() if found else ""
+    first = next(iter(tokenizer(after, add_special_tokens=False)["input_ids"]), None) if after else None
+    token = tokenizer.added_tokens_decoder.get(first)
+    # a word is no end; neither is what starts a text
+    return first if token is not None and token.special and first != tokenizer.bos_token_id else None
 
 
 def _forget(tokenizer: Any, tokens: dict[str, int]) -> None:
