@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -40,6 +41,7 @@ ALPACA_HASHES = {
 
 #: The day that chat templates are told it is; Llama 3's own where it is told none.
 _DAY = datetime(2024, 7, 26)
+_NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 #: What a chat template, or transformers over several of them, may raise.
 _RAISED = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 #: Earlier exchanges of a dialog: (the user's words, the answer).
@@ -187,13 +189,15 @@ def _chat(tokenizer: Any, prompt: str, input: str, system: str = "", history: _H
         raise UserError(f"--template chat: the model's chat template refuses {what} ({error}); "
                         f"{'change the rows' if history else 'mend it'}, or use --template llama2 or alpaca") from None
     # some templates know user turns alone and pass over all others without a word
-    if lost := next((t["role"] for t in turns[:-1] if t["content"].strip() not in text), None):
+    if lost := next((t["role"] for t in turns if t["content"].strip() not in text), None):
         raise UserError(f"--template chat: the model's chat template leaves the {lost} turn out; use rows of one exchange, "
                         "or --template llama2")
     return text
 
 
 def _rendered(tokenizer: Any, turns: Sequence[dict[str, str]]) -> str:
-    # Llama 3 and Mistral write the day into the system turn: prompts of two days would be two sets, and no run comes again
-    day = {"strftime_now": _DAY.strftime} if "strftime_now" in str(tokenizer.chat_template) else {}
-    return tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True, **day)
+    given = {}
+    if "strftime_now" in str(tokenizer.chat_template):
+        # Llama 3 and Mistral write the day into the system turn: prompts of two days would be two sets, no run came again
+        given["chat_template"] = _NOW.sub(lambda call: repr(_DAY.strftime(call[2])), tokenizer.get_chat_template())
+    return tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True, **given)

@@ -6,6 +6,8 @@ model that reads both ways (BERT's kind, which transformers opens as a language 
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from transformers import PreTrainedModel
 
@@ -13,6 +15,24 @@ from errors import UserError
 
 #: Tokens of each of the two rows.
 _TOKENS = 6
+
+
+@torch.no_grad()
+def reads_padding(model: PreTrainedModel) -> bool:
+    """Whether padding in front of a row changes what the model writes after it, in spite of the mask (RWKV has none)."""
+    row = (torch.arange(_TOKENS, device=model.device) % model.config.get_text_config().vocab_size)[None]
+    padded = torch.cat((row[:, -1:], row[:, -1:], row), 1)
+    mask = torch.ones_like(padded)
+    mask[:, :2] = 0
+    # as generation counts them: a table of positions starts with the row, not with the padding
+    places = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if _takes_positions(model) else {}
+    alone, behind = (model(input_ids=ids, attention_mask=seen, use_cache=False, **more).logits[0, -1].float()
+                     for ids, seen, more in ((row, torch.ones_like(row), {}), (padded, mask, places)))
+    return float((alone - behind).abs().max()) > float(alone.abs().max()) * (1e-3 if model.dtype == torch.float32 else 5e-2)
+
+
+def _takes_positions(model: PreTrainedModel) -> bool:
+    return "position_ids" in inspect.signature(model.forward).parameters
 
 
 @torch.no_grad()

@@ -98,7 +98,15 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrai
     """
     # names and shapes first: what no class can be made of is told in a moment
     config = skeleton(folder).config
-    model = read_weights(folder, dtype=dtype, attn_implementation=attention.implementation_for(config, device))
+    kernel = attention.implementation_for(config, device)
+    try:
+        skeleton(folder, kernel)
+    except UserError:  # Falcon has a table of its own and no place for others
+        kernel = "eager"
+    # a kernel that config.json names (flash_attention_2) wins over the argument, and may not be installed
+    config._attn_implementation = kernel
+    named = {"config": config} if "_attn_implementation" in _config(folder) else {}
+    model = read_weights(folder, dtype=dtype, attn_implementation=kernel, **named)
     model = model.to(device).eval()
     check_forward(model, str(folder))
     return model
@@ -146,8 +154,11 @@ def keep_ends(model: PreTrainedModel) -> None:
     model.generation_config = GenerationConfig(eos_token_id=ends[0] if len(ends) == 1 else ends or None, pad_token_id=pad)
 
 
-def skeleton(folder: Path) -> PreTrainedModel:
+def skeleton(folder: Path, kernel: str = "eager") -> PreTrainedModel:
     """The model of a folder without its weights: names and shapes, no memory.
+
+    Args:
+        kernel: of its attention; by default one that every model has.
 
     Raises:
         UserError: transformers cannot make one of its config.json.
@@ -156,7 +167,7 @@ def skeleton(folder: Path) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         # the file's own choice may be a kernel that is not installed
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+            return AutoModelForCausalLM.from_config(config, attn_implementation=kernel)
     except Exception as error:  # KeyError for an unknown activation, TypeError, ValueError: one sentence is wanted
         said = " ".join(str(error).split())[:160] or "no reason given"
         raise UserError(f"{folder / 'config.json'}: transformers cannot make a model of it ({type(error).__name__}: {said})"
