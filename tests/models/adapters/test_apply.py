@@ -291,7 +291,7 @@ def test_going_on_with_the_factors_that_are_there(pico, home):
     from flags import ExpertArgs
     from training.sft import to_train
 
-    variant(home, "named", lambda key: key.replace(".weight", ".default.weight"))
+    variant(home, "named", lambda key: key.replace(".weight", ".safety.weight"))
     starts = [to_train(pico, ExpertArgs(task_name="safety", output_dir=str(home), init_adapter=name), torch.float32, CPU)
               for name in ("plain", "named")]
     want, got = ({k: v for k, v in model.state_dict().items() if "lora_" in k} for model in starts)
