@@ -134,10 +134,11 @@ def answer_all(loaded: Loaded, records: Sequence[Record], args: InferenceArgs, p
     from tqdm import tqdm
 
     from data.encode import render
-    from models.generation import Decoding, answer_batch
+    from models.generation import Decoding, answer_batch, check_lengths
 
     asked = [form.apply(replace(record, prompt=wrapper.wrap(record.prompt))) for record in records]
     rendered = [render(loaded.template, row) for row in asked]
+    check_lengths(loaded, [text + wrapper.start for text in rendered], args.max_new_tokens)
     # like lengths together: a batch is as slow as its longest prompt
     order = sorted(range(len(records)), key=lambda i: (len(rendered[i]), i))
     batches = [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]

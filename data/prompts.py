@@ -11,14 +11,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 
 from errors import UserError
 
+log = logging.getLogger(__name__)
 END_MARKER = "###END"
 LLAMA2_MARKS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
@@ -35,6 +39,11 @@ ALPACA_HASHES = {
     "without input": (ALPACA_NO_INPUT, "35101bc36d10997c7d926d8f21f7d173aec6523f3a57d78821b944a89925cdca"),
 }
 
+#: The day that chat templates are told it is; Llama 3's own where it is told none.
+_DAY = datetime(2024, 7, 26)
+_NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+#: What a chat template, or transformers over several of them, may raise.
+_RAISED = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 #: Earlier exchanges of a dialog: (the user's words, the answer).
 _History = Sequence[tuple[str, str]]
 
@@ -87,6 +96,9 @@ def template(name: str, tokenizer: Any) -> Template:
             prompt, input, system, history, _between(tokenizer)), " ", special_tokens=True, lead=" ")
     if not getattr(tokenizer, "chat_template", None):
         raise UserError("--template chat: this tokenizer has no chat template; use --template alpaca")
+    if "strftime_now" in str(tokenizer.chat_template):
+        log.info("the chat template asks for the day; every prompt is told %s, so that runs of two days are one experiment",
+                 _DAY.strftime("%d %b %Y"))
     return Template("chat", lambda prompt, input, system="", history=(): _chat(tokenizer, prompt, input, system, history),
                     "", special_tokens=False)
 
@@ -164,7 +176,7 @@ def _chat(tokenizer: Any, prompt: str, input: str, system: str = "", history: _H
         turns += [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
     turns.append({"role": "user", "content": content})
     if system:
-        with contextlib.suppress(TemplateError):
+        with contextlib.suppress(*_RAISED):
             text = _rendered(tokenizer, [{"role": "system", "content": system}, *turns])
             # templates strip what they are given
             if all(turn["content"].strip() in text for turn in ({"content": system}, *turns)):
@@ -172,16 +184,20 @@ def _chat(tokenizer: Any, prompt: str, input: str, system: str = "", history: _H
         turns[0] = {"role": "user", "content": f"{system}\n\n{turns[0]['content']}"}
     try:
         text = _rendered(tokenizer, turns)
-    except TemplateError as error:
+    except _RAISED as error:
         what = f"turns by {', '.join(turn['role'] for turn in turns)}" if history else "a single user turn"
         raise UserError(f"--template chat: the model's chat template refuses {what} ({error}); "
                         f"{'change the rows' if history else 'mend it'}, or use --template llama2 or alpaca") from None
     # some templates know user turns alone and pass over all others without a word
-    if lost := next((t["role"] for t in turns[:-1] if t["content"].strip() not in text), None):
+    if lost := next((t["role"] for t in turns if t["content"].strip() not in text), None):
         raise UserError(f"--template chat: the model's chat template leaves the {lost} turn out; use rows of one exchange, "
                         "or --template llama2")
     return text
 
 
 def _rendered(tokenizer: Any, turns: Sequence[dict[str, str]]) -> str:
-    return tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
+    given = {}
+    if "strftime_now" in str(tokenizer.chat_template):
+        # Llama 3 and Mistral write the day into the system turn: prompts of two days would be two sets, no run came again
+        given["chat_template"] = _NOW.sub(lambda call: repr(_DAY.strftime(call[2])), tokenizer.get_chat_template())
+    return tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True, **given)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data.encode import prompt_ids
+from errors import UserError
+from models.base.asked import reads_padding
+from models.base.families import FAMILIES
+from models.base.tokenizers import turn_end
 from models.moe.files import moe_layers
 from models.moe.router import mean_probabilities
 from models.runs import Loaded
@@ -41,9 +46,12 @@ def answer_batch(loaded: Loaded, prompts: Sequence[str], decoding: Decoding, see
         prompts: rendered texts, ending with the cue for the answer.
         seed: seeds sampling for this batch alone, so that a resumed run draws what an uninterrupted one draws.
     """
+    # known families are held to it by their tests
+    if len(prompts) > 1 and loaded.model.config.model_type not in FAMILIES and reads_padding(loaded.model):
+        return [answer_batch(loaded, [prompt], decoding, seed + place)[0] for place, prompt in enumerate(prompts)]
     tokenizer, device = loaded.tokenizer, loaded.device
     rows = [prompt_ids(prompt, tokenizer, loaded.template) for prompt in prompts]
-    ids, mask = left_pad(rows, tokenizer.pad_token_id, device)
+    ids, mask = left_pad(rows, pad_id(tokenizer), device)
     # top_k 0: transformers' default of 50 would cut the distribution that --temperature and --top_p describe
     sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0} if decoding.do_sample else {}
     stops = {"stop_strings": [loaded.template.stop], "tokenizer": tokenizer} if loaded.template.stop else {}
@@ -51,21 +59,50 @@ def answer_batch(loaded: Loaded, prompts: Sequence[str], decoding: Decoding, see
     torch.manual_seed(seed)
     output = loaded.model.generate(
         input_ids=ids, attention_mask=mask, max_new_tokens=decoding.max_new_tokens, do_sample=decoding.do_sample,
-        eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, **sampling, **stops,
+        eos_token_id=ends or None, pad_token_id=pad_id(tokenizer), **sampling, **stops,
     )
     # rows were padded on the left to one length: answers begin at the same place
     return [_answer(row, ends, loaded) for row in output[:, ids.shape[1]:].tolist()]
 
 
 def stop_ids(loaded: Loaded) -> list[int]:
-    """Every id that ends an answer: the tokenizer's EOS and all that the model's own settings list.
+    """Every id that ends an answer: the tokenizer's EOS, all that the model's own settings list, and what its chat template
+    closes an answer with.
 
     Chat models end a turn with another token than a text: Gemma with <end_of_turn>, Llama-3 with <|eot_id|>, Phi-3 with
-    <|end|>; only generation_config.json, or config.json, names it.
+    <|end|>. generation_config.json or config.json name it, unless the model was saved without or tuned on another template.
     """
     listed = loaded.model.generation_config.eos_token_id
-    ends = {loaded.tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
-    return sorted(ends)
+    ends = {loaded.tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
+    if loaded.template.name == "chat":
+        ends.add(turn_end(loaded.tokenizer))
+    return sorted(ends - {None})
+
+
+def pad_id(tokenizer: Any) -> int:
+    """What fills rows; a tokenizer without pad and EOS may take any id, for no token looks at it."""
+    return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def check_lengths(loaded: Loaded, prompts: Sequence[str], new: int) -> None:
+    """Refuse prompts beyond what the model can read, before any is answered.
+
+    Raises:
+        UserError: RoPE goes on beyond the positions that a model was trained on, and its answers turn to noise; a table of
+            positions ends.
+    """
+    config = loaded.model.config.get_text_config()
+    reach = getattr(config, "max_position_embeddings", None)
+    if not reach:
+        return
+    lengths = [len(prompt_ids(prompt, loaded.tokenizer, loaded.template)) for prompt in prompts]
+    if beyond := sum(length >= reach for length in lengths):
+        raise UserError(f"--model_name_or_path: {beyond} of {len(prompts)} prompts are longer than the {reach} positions of "
+                        f"this model (the longest: {max(lengths)} tokens); leave them out, or give a model that reads more")
+    # of an unknown type it is not known whether positions go on
+    if loaded.model.config.model_type not in FAMILIES and max(lengths, default=0) + new > reach:
+        raise UserError(f"--max_new_tokens {new}: the longest prompt has {max(lengths)} tokens, and model type "
+                        f"'{loaded.model.config.model_type}' has {reach} positions; give at most {reach - max(lengths)}")
 
 
 def _answer(ids: list[int], ends: Sequence[int], loaded: Loaded) -> Answer:
@@ -101,7 +138,7 @@ def router_shares(loaded: Loaded, texts: Sequence[str], batch_size: int = 16) ->
         for layer in layers:
             layer.record = True
         for start in range(0, len(rows), batch_size):
-            ids, mask = left_pad(rows[start : start + batch_size], tokenizer.pad_token_id, loaded.device)
+            ids, mask = left_pad(rows[start : start + batch_size], pad_id(tokenizer), loaded.device)
             loaded.model.model(input_ids=ids, attention_mask=mask, use_cache=False)
             means = mean_probabilities([layer.probabilities for layer in layers], mask)  # (layers, batch, experts)
             total += means.sum(1).float().cpu().numpy()

@@ -73,7 +73,7 @@ def load_adapter(folder: Path, base: Path, dtype: torch.dtype, device: torch.dev
     check_fit([adapter], skeleton(base))
     # merged in fp32 where there is room for it: a device that holds the 16-bit model may not hold twice that
     model = load_base(base, torch.float32, torch.device("cpu"))
-    add_to(model, adapter.modules, bool(adapter.config.get("fan_in_fan_out")), adapter.scales)
+    add_to(model, adapter.modules, adapter.scales)
     return settled(model, dtype, device)
 
 

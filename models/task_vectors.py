@@ -15,7 +15,7 @@ from torch import Tensor
 
 import manifest
 from errors import UserError
-from models.adapters.files import CONFIG, WEIGHTS, Adapter, read_adapter
+from models.adapters.files import CONFIG, WEIGHTS, Adapter, read_adapter, transposed
 from models.base.folders import TENSORS
 from models.base.loading import base_path
 from models.checkpoints.fingerprints import fingerprint_like
@@ -61,7 +61,8 @@ class Model:
         if pair is None:
             return None
         # fan_in_fan_out layers (Conv1D) store their weight as (in, out)
-        return product(pair).T if self.adapter.config.get("fan_in_fan_out") else product(pair)
+        turned = transposed(self.adapter.config, self.checkpoint.config, name.removesuffix(".weight"))
+        return product(pair).T if turned else product(pair)
 
     def weight(self, name: str) -> Tensor:
         """The model's weight, fp32."""
@@ -137,10 +138,9 @@ def open_model(name: str, args: Any, flag: str, stack: ExitStack, base: Checkpoi
         base = stack.enter_context(Checkpoint.open(base_path(args.model_name_or_path, args.cache_dir, use=TENSORS))).plain()
     model = Model(name, folder, base, adapter)
     # checked here and not while reading: before any work, and with the flag's name
-    transposed = bool(adapter.config.get("fan_in_fan_out"))
     for module, (a, b) in adapter.modules.items():
         info = base.tensors.get(f"{module}.weight")
-        shape = (a.shape[1], b.shape[0]) if transposed else (b.shape[0], a.shape[1])
+        shape = (a.shape[1], b.shape[0]) if transposed(adapter.config, base.config, module) else (b.shape[0], a.shape[1])
         if info is None or tuple(info.shape) != shape:
             raise UserError(f"{flag} {name}: its module {module} is {list(shape)}, but the base has "
                             f"{list(info.shape) if info else 'no such weight'}; give its base with --model_name_or_path")

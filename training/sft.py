@@ -79,7 +79,7 @@ def to_train(base: Path, args: ExpertArgs | DpoArgs, dtype: torch.dtype,
     folder = adapter_folder(args)
     check_base(folder, base)
     # the same checks as for fusing it: a plain LoRA, nothing else
-    adapter = read_adapter(folder, args.init_adapter)
+    adapter = read_adapter(folder, args.init_adapter, scaled=False)
     # PEFT would leave out what fits nowhere, and start it anew
     check_fit([adapter], skeleton(base))
     trained = {module.rpartition(".")[2] for module in adapter.modules}
@@ -91,7 +91,14 @@ def to_train(base: Path, args: ExpertArgs | DpoArgs, dtype: torch.dtype,
     log.info("--init_adapter %s: goes on with its own rank %s, alpha %s and dropout %s, not with --lora_r and its kin",
              args.init_adapter, own.get("r"), own.get("lora_alpha"), own.get("lora_dropout"))
     torch.manual_seed(args.seed)
-    return PeftModel.from_pretrained(frozen(), folder, is_trainable=True)
+    model = PeftModel.from_pretrained(frozen(), folder, is_trainable=True)
+    with torch.no_grad():
+        for name, module in model.get_base_model().named_modules():
+            # PEFT finds no factors under a state_dict()'s names (lora_A.default.weight) and starts them anew
+            for part, factor in zip((module.lora_A, module.lora_B), adapter.modules[name], strict=True) \
+                    if name in adapter.modules else ():
+                part["default"].weight.copy_(factor)
+    return model
 
 
 def adapter_folder(args: ExpertArgs | DpoArgs) -> Path:

@@ -39,7 +39,7 @@ class AdaptedCheckpoint(Checkpoint):
             UserError: no LoRA adapter there, or one that is no sum of B A over the base's tensors.
         """
         # loads torch: only for recipes that name an adapter
-        from models.adapters.files import WEIGHTS, read_adapter
+        from models.adapters.files import WEIGHTS, read_adapter, transposed
 
         # read whole once, for every check that fuse adapters makes, and let go: the blocks read their factors again
         known = read_adapter(adapter, name)
@@ -48,14 +48,15 @@ class AdaptedCheckpoint(Checkpoint):
         view = cls(**{key: getattr(base, key) for key in ("folder", "files", "metadata", "config", "_streams", "_closing")},
                    tensors=dict(base.tensors))
         view.adapter, view.file = adapter, stack.enter_context(Checkpoint.open(adapter / WEIGHTS))
-        view.transposed, view.changes = bool(config.get("fan_in_fan_out")), {}
+        view.changes = {}
         # state_dict() puts the adapter's name into the key, save_pretrained does not
         factors = {_NAME.sub(r"\1\2", key): info for key, info in view.file.tensors.items()}
         problems = []
         for module, scale in scales.items():
             tensor = _tensor(module, base)
             a, b = (factors[f"base_model.model.{module}.lora_{part}.weight"] for part in "AB")
-            shape = (b.shape[0], a.shape[1])[:: -1 if view.transposed else 1]
+            turned = transposed(config, base.config, module)
+            shape = (b.shape[0], a.shape[1])[:: -1 if turned else 1]
             info = base.tensors.get(tensor)
             if info is None:
                 tied = tensor.endswith("lm_head.weight")
@@ -68,7 +69,7 @@ class AdaptedCheckpoint(Checkpoint):
             elif info.dtype not in ("F32", "F16", "BF16", "F64"):
                 problems.append(f"{name}: {tensor} is {info.dtype}: an adapter cannot be added to packed weights")
             else:
-                view.changes[tensor] = (a, b, scale)
+                view.changes[tensor] = (a, b, scale, turned)
         if problems:
             raise UserError(*problems)
         return view
@@ -77,7 +78,7 @@ class AdaptedCheckpoint(Checkpoint):
         """What reading a block of this tensor takes beside the block: fp32 factors, each with its raw bytes."""
         if info.name not in self.changes:
             return 0
-        a, b, _ = self.changes[info.name]
+        a, b, _, _ = self.changes[info.name]
         return 8 * (prod(a.shape) + prod(b.shape))
 
     def read(self, info: TensorInfo, first: int, count: int, out: Tensor) -> Tensor:
@@ -86,11 +87,11 @@ class AdaptedCheckpoint(Checkpoint):
         change = self.changes.get(info.name)
         if change is None or not count:
             return values
-        a, b, scale = change
+        a, b, scale, turned = change
         columns = info.shape[1]
         top, bottom = first // columns, (first + count - 1) // columns + 1
         # W + B A, or its transpose where the weight is kept as (in, out)
-        if self.transposed:
+        if turned:
             left, right = self._factor(a)[:, top:bottom].T, self._factor(b).T
         else:
             left, right = self._factor(b, top, bottom), self._factor(a)

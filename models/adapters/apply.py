@@ -23,6 +23,8 @@ from models.operators.low_rank import Pair, product
 log = logging.getLogger(__name__)
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
             "target_parameters")
+#: What adapters are trained for beside a language model's answers.
+_OTHER_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 def check_fit(adapters: Iterable[Adapter], model: PreTrainedModel) -> None:
@@ -37,20 +39,22 @@ def check_fit(adapters: Iterable[Adapter], model: PreTrainedModel) -> None:
     there = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     problems = []
     for adapter in adapters:
-        file, asked = adapter.folder / WEIGHTS, bool(adapter.config.get("fan_in_fan_out"))
+        file = adapter.folder / WEIGHTS
         odd = [module for module in in_order([adapter]) if module not in there]
         if odd:
             problems.append(f"{file}: {len(odd)} of its {len(adapter.modules)} modules are not in this base, e.g. "
                             f"'{odd[0]}'; {_nearest(odd[0], there, model)}; give the adapter's own base with "
                             "--model_name_or_path, or save it again from the plain base with PeftModel.save_pretrained")
             continue
-        wrong = {name: shape for name, (a, b) in adapter.modules.items()
-                 if (shape := tuple(there[name].weight.shape)) != _shape(a, b, asked)}
+        wrong = {name: (shape, own) for name, (a, b) in adapter.modules.items()
+                 if (shape := tuple(there[name].weight.shape)) != (own := _shape(a, b, _in_out(there[name])))}
         if wrong:
-            name, shape = next(iter(wrong.items()))
-            problems.append(f"{file}: {len(wrong)} modules do not fit this base, e.g. '{name}' is "
-                            f"{_shape(*adapter.modules[name], asked)}, the base has {shape}; give the adapter's own base "
-                            "with --model_name_or_path")
+            name, (shape, own) = next(iter(wrong.items()))
+            problems.append(f"{file}: {len(wrong)} modules do not fit this base, e.g. '{name}' is {own}, the base has "
+                            f"{shape}; give the adapter's own base with --model_name_or_path")
+        if (task := adapter.config.get("task_type")) in _OTHER_TASKS:
+            problems.append(f"{file}: was trained for {task}, on a head of its own that this language model has not; give "
+                            f"an adapter whose task_type in {CONFIG} is CAUSAL_LM")
         if lost := sorted(_targeted(adapter, there) - adapter.modules.keys()):
             problems.append(f"{file}: has no factors for {len(lost)} modules that its {CONFIG} names, e.g. '{lost[0]}'; "
                             "save the adapter again, or mend target_modules")
@@ -80,14 +84,12 @@ def _targeted(adapter: Adapter, there: Iterable[str]) -> set[str]:
 
 
 @torch.no_grad()
-def add_to(model: PreTrainedModel, pairs: Mapping[str, Pair], transposed: bool = False,
-           scales: Mapping[str, float] | None = None) -> None:
+def add_to(model: PreTrainedModel, pairs: Mapping[str, Pair], scales: Mapping[str, float] | None = None) -> None:
     """Add B A, times its scale, to each named module's weight, in place; ``check_fit`` has seen to it that all fit.
 
     A head that shares its weight with the embedding gets one of its own first: the change is the head's alone.
 
     Args:
-        transposed: weights are (in, out), as GPT-2 keeps them.
         scales: of each module; none: 1.
     """
     there = dict(model.named_modules())
@@ -97,7 +99,7 @@ def add_to(model: PreTrainedModel, pairs: Mapping[str, Pair], transposed: bool =
         weight = there[name].weight
         change = product((a.to(weight), b.to(weight)))
         # in this order, transposed, scaled, added, as PEFT merges: the same bits
-        change = change.T if transposed else change
+        change = change.T if _in_out(there[name]) else change
         weight += change if scales is None else change * scales[name]
 
 
@@ -112,6 +114,11 @@ def untie_head(model: PreTrainedModel, changed: Iterable[str]) -> None:
         # whoever ties weights again by the configuration would undo it
         model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
         log.info("%s shares its weight with the embedding; it gets its own, because an adapter changes it", name)
+
+
+def _in_out(module: nn.Module) -> bool:
+    """Whether a layer keeps its weight as (in, out), as GPT-2's do. PEFT goes by the layer, too, not by fan_in_fan_out."""
+    return isinstance(module, Conv1D)
 
 
 def _shape(a: torch.Tensor, b: torch.Tensor, transposed: bool) -> tuple[int, int]:

@@ -42,8 +42,10 @@ _FOREIGN = (
 )
 _REFUSED = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication",
             "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config")
+#: Types of models whose layers, all but the head, keep their weights as (in, out).
+_IN_OUT = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 #: Initialisations that take B A out of the base's weights: the factors are not the whole change.
-_MUTATING = ("pissa", "olora", "corda", "lora_ga")
+_MUTATING = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,10 @@ def read_adapter(folder: Path, name: str | None = None, scaled: bool = True) -> 
         raise UserError(f"{folder / WEIGHTS}: {len(nested)} keys are nested, e.g. '{nested[0]}' (the base has modules like "
                         f"'{_KEY.match(nested[0])['module'].removeprefix('base_model.model.')}'): the model was wrapped by "
                         "PEFT twice; save it from one wrapper with PeftModel.save_pretrained, or rename the keys")
+    # their numbers are codes that want a scale
+    if codes := sorted(key for key, tensor in tensors.items() if not tensor.is_floating_point()):
+        raise UserError(f"{folder / WEIGHTS}: {len(codes)} factors are no floating-point numbers, e.g. '{codes[0]}' is "
+                        f"{tensors[codes[0]].dtype}; give the adapter as PeftModel.save_pretrained wrote it")
     halves: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = _KEY.match(key)
@@ -151,20 +157,57 @@ def _read_config(path: Path) -> dict[str, Any]:
     # their B A is the adapter's difference from a changed base, which is nowhere in the folder
     if str(config.get("init_lora_weights")).startswith(_MUTATING):
         problems.append(f"{path}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base too; save it "
-                        "again with path_initial_model_for_weight_conversion, which makes it a plain LoRA")
+                        "again with path_initial_model_for_weight_conversion, which makes it a plain LoRA, or train again")
     patterns = config.get("alpha_pattern") or {}
     # JSON holds true and NaN where a number should be; either would pass a plain comparison
     alphas = [config.get("lora_alpha"), *(patterns.values() if isinstance(patterns, dict) else [None])]
     if not all(isinstance(a, int | float) and not isinstance(a, bool) and math.isfinite(a) and a for a in alphas):
         problems.append(f"{path}: lora_alpha and the values of alpha_pattern must be numbers other than 0")
-    for pattern in patterns if isinstance(patterns, dict) else ():
-        try:
-            re.compile(pattern)
-        except re.error:
-            problems.append(f"{path}: alpha_pattern {pattern!r} is not a regular expression")
+    problems += [f"{path}: {problem}" for problem in _malformed(config)]
     if problems:
         raise UserError(*problems)
     return config
+
+
+def _malformed(config: Mapping[str, Any]) -> list[str]:
+    """Settings of another type than PEFT writes: it would take a text for true, or end in a traceback."""
+    problems = [f"{key} is {config[key]!r}, allowed are true and false" for key in ("use_rslora", "fan_in_fan_out")
+                if not isinstance(config.get(key), bool | None)]
+    ranks = config.get("rank_pattern") or {}
+    whole = [config.get("r", 1), *(ranks.values() if isinstance(ranks, dict) else [None])]
+    if not all(isinstance(rank, int) and not isinstance(rank, bool) and rank > 0 for rank in whole):
+        problems.append("r and the values of rank_pattern must be whole numbers from 1 on")
+    patterns = {key: list(value) for key in ("alpha_pattern", "rank_pattern") if isinstance(value := config.get(key), dict)}
+    for key in ("target_modules", "exclude_modules"):
+        names = config.get(key)
+        if isinstance(names, str) and names != "all-linear":
+            patterns[key] = [names]
+        elif not isinstance(names, str | None) and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
+            problems.append(f"{key} must be a list of names, or one regular expression")
+    layers = config.get("layers_to_transform")
+    if not all(isinstance(layer, int | None) and not isinstance(layer, bool)
+               for layer in (layers if isinstance(layers, list) else [layers])):
+        problems.append("layers_to_transform must be a whole number or a list of them")
+    for key, expressions in patterns.items():
+        for expression in expressions:
+            try:
+                re.compile(expression)
+            except re.error:
+                problems.append(f"{key} {expression!r} is not a regular expression")
+    return problems
+
+
+def transposed(config: Mapping[str, Any], base: Mapping[str, Any], module: str) -> bool:
+    """Whether the base keeps a module's weight as (in, out), for readers of files.
+
+    PEFT asks the layer (GPT-2's Conv1D) and corrects ``fan_in_fan_out``; a file has no layers, but names its type.
+
+    Args:
+        config: of the adapter.
+        base: config.json of its base; without a model_type the adapter is believed.
+    """
+    kind = base.get("model_type")
+    return kind in _IN_OUT and not module.endswith("lm_head") if kind else bool(config.get("fan_in_fan_out"))
 
 
 def _described(foreign: Sequence[str]) -> str:

@@ -57,6 +57,5 @@ def load_mix(results: Path, parts: Parts, base: Path, dtype: torch.dtype, device
     fused = fuse(adapters, ADAPTER_METHODS["cat"], Cat(), [weight for _, weight in parts], {}, 0)
     # summed in fp32 where there is room for it: a device that holds the 16-bit model may not hold twice that
     model = load_base(base, torch.float32, torch.device("cpu"))
-    add_to(model, {module: change.pair for module, change in fused.items()},
-           transposed=bool(adapters[0].config.get("fan_in_fan_out")))
+    add_to(model, {module: change.pair for module, change in fused.items()})
     return settled(model, dtype, device)

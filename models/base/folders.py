@@ -15,6 +15,8 @@ from typing import Any
 
 from errors import UserError
 from models.checkpoints.header import TensorInfo
+from models.checkpoints.kinds import ADAPTER
+from models.checkpoints.kinds import packed as packed_kind
 from models.checkpoints.reader import CONFIG, Checkpoint
 
 #: What the folder is opened for: to run it as a language model, as a classifier (a judge), or for its tensors alone.
@@ -55,10 +57,16 @@ def check_folder(folder: Path, flag: str, use: str = CAUSAL) -> None:
             tensors = checkpoint.tensors
     except UserError as error:
         problems += [f"{flag}: {problem}" for problem in _one_a_file(error.problems) if not problem.startswith(str(path))]
-    quantised = quantisation(config) or packed(tensors.values())
+    if use != TENSORS:
+        # transformers would load the adapter's base, whatever lies here, and put the adapter on it
+        if (folder / ADAPTER).is_file():
+            problems.append(f"{flag}: holds an adapter ({ADAPTER}) beside a model's weights, and transformers would open "
+                            "the adapter's base in their place; move the adapter's files into a folder of their own")
+        problems += [f"{flag}: {problem}" for problem in _ends_problems(folder)]
+    quantised = quantisation(config) or packed(tensors.values()) or packed_kind(tensors, {})
     if quantised:
         problems.append(f"{flag}: its weights are quantised ({quantised}), which is not read; {_FULL}")
-    elif use != TENSORS and config and (problem := architecture_problem(config, use)):
+    elif use != TENSORS and config and (problem := architecture_problem(config, use) or _unmade(folder)):
         problems.append(f"{flag}: {problem}")
     if problems:
         raise UserError(*problems)
@@ -121,6 +129,29 @@ def packed(tensors: Iterable[TensorInfo]) -> str:
     return ""
 
 
+def _unmade(folder: Path) -> str:
+    """Why transformers cannot read the settings of a type that it knows; empty where it can."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # a setting of another type, sizes that do not divide, RoPE without its factor
+        return (f"its {CONFIG} holds what transformers cannot use ({' '.join(str(error).split())[:200]}); give the {CONFIG} "
+                "that was saved with the weights")
+    return ""
+
+
+def _ends_problems(folder: Path) -> list[str]:
+    """What is wrong with the file that says where answers end; transformers passes over one that it cannot read."""
+    path, problems = folder / "generation_config.json", []
+    if path.is_file():
+        ends = read_config(path, problems).get("eos_token_id")
+        for end in ends if isinstance(ends, list) else [ends]:
+            if end is not None and (not isinstance(end, int) or isinstance(end, bool)):
+                problems.append(f"{path}: eos_token_id holds {end!r}, allowed are ids (whole numbers); write the token's id")
+    return problems
+
+
 def architecture_problem(config: dict[str, Any], use: str) -> str:
     """Why transformers has no class of its own for this model; empty where it has one."""
     # transformers' tables of names: importing them loads no model's code
@@ -132,7 +163,7 @@ def architecture_problem(config: dict[str, Any], use: str) -> str:
     )
 
     kind = config.get("model_type")
-    if kind is None:
+    if not isinstance(kind, str):
         return f"its {CONFIG} names no model_type; give a folder that transformers' save_pretrained wrote"
     if kind not in CONFIG_MAPPING_NAMES:
         if config.get("auto_map"):

@@ -8,17 +8,18 @@ What a library only warns about is an error here: weights that are missing or le
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils import logging as hf_logging
 
 from errors import UserError
 from models.base import attention, tokenizers
-from models.base.folders import CAUSAL, check_folder, gguf_advice, quantisation
+from models.base.asked import check_forward
+from models.base.folders import CAUSAL, check_folder, gguf_advice, quantisation, read_config
 from models.checkpoints.fingerprints import fingerprint, fingerprint_like, same_base
 from models.run_folders import ADAPTER
 
@@ -84,18 +85,31 @@ def load_tokenizer(folder: Path, base: Path | None = None, ends: bool = False) -
 def _rows(folder: Path) -> int | None:
     """Rows of a model's embedding as its config.json says; None where it says nothing."""
     content = _config(folder)
-    return content.get("vocab_size") or (content.get("text_config") or {}).get("vocab_size")
+    inner = content.get("text_config")
+    return content.get("vocab_size") or (inner.get("vocab_size") if isinstance(inner, dict) else None)
 
 
 def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """A causal LM in evaluation mode; its generation settings are reset so that every model decodes alike.
 
     Raises:
-        UserError: its weights are not those of its config.json: some are missing, left over, or of other shapes.
+        UserError: its weights are not those of its config.json: some are missing, left over, or of other shapes; it computes
+            NaN, or its tokens look ahead.
     """
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    model = read_weights(folder, dtype=dtype, attn_implementation=attention.implementation_for(config, device))
-    return model.to(device).eval()
+    # names and shapes first: what no class can be made of is told in a moment
+    config = skeleton(folder).config
+    kernel = attention.implementation_for(config, device)
+    try:
+        skeleton(folder, kernel)
+    except UserError:  # Falcon has a table of its own and no place for others
+        kernel = "eager"
+    # a kernel that config.json names (flash_attention_2) wins over the argument, and may not be installed
+    config._attn_implementation = kernel
+    named = {"config": config} if "_attn_implementation" in _config(folder) else {}
+    model = read_weights(folder, dtype=dtype, attn_implementation=kernel, **named)
+    model = model.to(device).eval()
+    check_forward(model, str(folder))
+    return model
 
 
 def read_weights(folder: Path, **options: Any) -> PreTrainedModel:
@@ -104,7 +118,10 @@ def read_weights(folder: Path, **options: Any) -> PreTrainedModel:
     Raises:
         UserError: see ``load_base``.
     """
+    said = hf_logging.get_verbosity()
     try:
+        # its table of what lacks or is left over: told in a sentence below
+        hf_logging.set_verbosity_error()
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **options)
     except RuntimeError as error:
@@ -113,6 +130,8 @@ def read_weights(folder: Path, **options: Any) -> PreTrainedModel:
             raise
         raise UserError(f"{folder}: some of its weights have other shapes than its config.json says; give the config.json "
                         f"that was saved with them ({_example(error)})") from None
+    finally:
+        hf_logging.set_verbosity(said)
     odd = {"lacks weights of": report["missing_keys"], "holds weights that are no part of": report["unexpected_keys"]}
     if problems := [f"{folder}: {what} {type(model).__name__}, {len(names)} of them, e.g. {min(names)}; transformers would "
                     "go on without a word; give the config.json that was saved with the weights, or a whole model"
@@ -135,10 +154,24 @@ def keep_ends(model: PreTrainedModel) -> None:
     model.generation_config = GenerationConfig(eos_token_id=ends[0] if len(ends) == 1 else ends or None, pad_token_id=pad)
 
 
-def skeleton(folder: Path) -> PreTrainedModel:
-    """The model of a folder without its weights: names and shapes, no memory."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+def skeleton(folder: Path, kernel: str = "eager") -> PreTrainedModel:
+    """The model of a folder without its weights: names and shapes, no memory.
+
+    Args:
+        kernel: of its attention; by default one that every model has.
+
+    Raises:
+        UserError: transformers cannot make one of its config.json.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        # the file's own choice may be a kernel that is not installed
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, attn_implementation=kernel)
+    except Exception as error:  # KeyError for an unknown activation, TypeError, ValueError: one sentence is wanted
+        said = " ".join(str(error).split())[:160] or "no reason given"
+        raise UserError(f"{folder / 'config.json'}: transformers cannot make a model of it ({type(error).__name__}: {said})"
+                        "; give the config.json that was saved with the weights") from None
 
 
 def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -163,15 +196,15 @@ def check_base(folder: Path, base: Path) -> str:
     Raises:
         UserError: it was trained on another base, or nothing tells which.
     """
-    manifest = folder / "manifest.json"
-    want = json.loads(manifest.read_text()).get("inputs", {}).get("base") if manifest.is_file() else None
+    want = _recorded(folder)
     if want is None:
-        named = json.loads((folder / ADAPTER).read_text()).get("base_model_name_or_path") or ""
-        # a hub name says which base was meant, not which weights were used
-        if not Path(named).is_dir():
+        named = _config(folder, ADAPTER).get("base_model_name_or_path") or ""
+        named = str(Path(named).expanduser()) if named and isinstance(named, str) else ""
+        # a hub name says which base was meant, not which weights were used; nothing at all would be this folder here
+        if not named or not (Path(named) / "config.json").is_file():
             raise UserError(
                 f"{folder}: has no manifest.json with the fingerprint of its base, and its base_model_name_or_path "
-                f"'{named}' is no local folder; train it with align_basemodel.py, or point that entry at the base"
+                f"'{named}' is no local folder of a model; train it with align_basemodel.py, or point that entry at the base"
             )
         if method := quantisation(_config(Path(named))):
             _check_quantised(folder, Path(named), method, base)
@@ -202,6 +235,20 @@ def _check_quantised(folder: Path, named: Path, method: str, base: Path) -> None
              base)
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def _recorded(folder: Path) -> str | None:
+    """The base's fingerprint in the manifest of a run; None without one."""
+    inputs = _config(folder, "manifest.json").get("inputs") or {}
+    want = inputs.get("base") if isinstance(inputs, dict) else inputs
+    if want is not None and not isinstance(want, str):
+        raise UserError(f"{folder / 'manifest.json'}: the fingerprint of the base (inputs, base) is no text; delete it "
+                        f"and point base_model_name_or_path of {ADAPTER} at the base")
+    return want
+
+
+def _config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """A JSON object of a folder, {} where there is no such file; a UserError where it is damaged."""
+    problems: list[str] = []
+    content = read_config(folder / name, problems) if (folder / name).is_file() else {}
+    if problems:
+        raise UserError(*problems)
+    return content

@@ -1,7 +1,8 @@
 """Tokenizers, made to fit the model that they are used with, or refused.
 
 What a tokenizer of a user's own brings along and a model cannot stand: no vocabulary (transformers then makes an empty one
-without a word), an end token after every text, ids beyond the rows of the embedding. Embeddings are never resized.
+without a word), a class that splits texts otherwise than its tokenizer.json, an end token after every text, ids beyond the
+rows of the embedding. Embeddings are never resized.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
 from tokenizers.processors import ByteLevel, TemplateProcessing
 from transformers import AutoTokenizer
 
@@ -22,6 +24,10 @@ log = logging.getLogger(__name__)
 #: Files that hold a vocabulary; without any of them there is no tokenizer, whatever its configuration names.
 _VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
                "spm.model", "tekken.json", "tiktoken.model", "vocab.model")
+#: What of a tokenizer.json decides how a text is split and put together again; its post-processor transformers takes over.
+_PIPELINE = ("model", "normalizer", "pre_tokenizer", "decoder")
+#: An answer that is found again in what a chat template writes.
+_ANSWER = "xAnswerx"
 #: A text whose tokens nobody takes for special ones.
 _PROBE = "a"
 
@@ -42,6 +48,7 @@ def load(folder: Path, rows: int | None, ends: bool = False) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a dozen unrelated types, and whole paragraphs; the user needs one sentence
         raise UserError(f"{folder}: {_unreadable(folder, error)}") from None
+    _as_its_file(tokenizer, folder)
     # only names of special tokens were there: transformers makes a tokenizer that knows nothing else
     if tokenizer.vocab_size <= len(tokenizer.all_special_tokens):
         raise UserError(f"{folder}: its tokenizer has no vocabulary ({tokenizer.vocab_size} tokens); put tokenizer.json "
@@ -80,6 +87,32 @@ def _unreadable(folder: Path, error: Exception) -> str:
                 f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})")
     first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     return f"its tokenizer cannot be read ({type(error).__name__}: {first}); download or save tokenizer.json again"
+
+
+def _as_its_file(tokenizer: Any, folder: Path) -> None:
+    """Split texts as the model's tokenizer.json says, whatever class its configuration names.
+
+    transformers 5 builds most classes (GPT2Tokenizer, Qwen2Tokenizer, LlamaTokenizer) from the vocabulary alone, with the
+    normaliser and the splits of the class: those of OLMo 2, which names GPT2Tokenizer, are others, and so are its numbers'
+    tokens. It knows some such models by their hub names, which a folder has not.
+    """
+    file, backend = folder / "tokenizer.json", getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not file.is_file():
+        return
+    saved = Tokenizer.from_file(str(file))
+    # BERT's kind takes case and accents from tokenizer_config.json, and always has
+    if isinstance(saved.model, WordPiece):
+        return
+    other = [part for part in _PIPELINE if _state(getattr(saved, part)) != _state(getattr(backend, part))]
+    for part in other:
+        setattr(backend, part, getattr(saved, part))
+    if other:
+        log.info("%s: %s would read texts otherwise than its tokenizer.json (%s); the file is followed", folder,
+                 type(tokenizer).__name__, ", ".join(other))
+
+
+def _state(part: Any) -> bytes | None:
+    return None if part is None else part.__getstate__()
 
 
 def _never_end(tokenizer: Any, folder: Path) -> None:
@@ -140,11 +173,21 @@ def _shown(tokenizer: Any) -> str:
     """What the chat template writes around a short exchange; empty without a template that can."""
     if not tokenizer.chat_template:
         return ""
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}]
     try:
         return tokenizer.apply_chat_template(turns, tokenize=False)
     except Exception:  # templates raise what they like; the one who uses it tells that
         return ""
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """The special token that the chat template puts behind an answer; None where it puts none."""
+    _, found, after = _shown(tokenizer).rpartition(_ANSWER)
+    after = after.strip() if found else ""
+    first = next(iter(tokenizer(after, add_special_tokens=False)["input_ids"]), None) if after else None
+    token = tokenizer.added_tokens_decoder.get(first)
+    # a word is no end; neither is what starts a text
+    return first if token is not None and token.special and first != tokenizer.bos_token_id else None
 
 
 def _forget(tokenizer: Any, tokens: dict[str, int]) -> None:

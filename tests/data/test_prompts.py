@@ -129,3 +129,27 @@ def test_a_template_that_refuses_every_turn_is_refused_by_name():
     tokenizer.chat_template = "{{ raise_exception('tools only') }}"
     with pytest.raises(UserError, match=r"--template chat: .*refuses a single user turn \(tools only\)"):
         template("chat", tokenizer).render("Say hi", "")
+
+
+def chatting(tokenizer, text):
+    tokenizer.chat_template = text
+    return template("chat", tokenizer).render("Say hi", "")
+
+
+def test_the_day_is_one_day_for_every_run():
+    tokenizer = pico_tokenizer()
+    text = ("{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }} {% endif %}"
+            "{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    assert chatting(tokenizer, text) == "26 Jul 2024 Say hi"
+    assert chatting(tokenizer, {"default": text, "tools": "x"}) == "26 Jul 2024 Say hi"
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("{% for m in messages %}{{ m['content'] + 5 }}{% endfor %}", "refuses a single user turn"),
+    ({"rag": "x", "tools": "y"}, "no default"),
+    ("{% for m in messages %}{{ m['content'][0]['text'] }}{% endfor %}", "leaves the user turn out"),
+    ("{% for m in messages if m['role'] == 'assistant' %}{{ m['content'] }}{% endfor %}Assistant:", "leaves the user turn"),
+])
+def test_templates_that_raise_or_lose_the_question(text, says):
+    with pytest.raises(UserError, match=says):
+        chatting(pico_tokenizer(), text)

@@ -242,3 +242,59 @@ def test_what_an_earlier_version_recorded_still_names_its_base(pico, home, tmp_p
             ours(base, folder)
     with pytest.raises(UserError, match="trained on different bases"):
         common_base(both)
+
+
+def test_the_layer_says_which_way_its_weight_lies_and_not_the_configuration(pico, home):
+    folder = variant(home, "turned", fan_in_fan_out=True)
+    torch.testing.assert_close(ours(pico, folder), theirs(pico, folder), atol=2e-5, rtol=1e-4)
+    assert torch.equal(ours(pico, folder), ours(pico, home / "outputs" / "plain"))
+
+
+@pytest.mark.parametrize(("config", "says"), [
+    ({"rank_pattern": ["q_proj"]}, "rank_pattern must be whole numbers"), ({"r": "4"}, "r and the values"),
+    ({"rank_pattern": {"(": 4}}, r"rank_pattern '\(' is not a regular"),
+    ({"target_modules": "*proj"}, r"target_modules '\*proj' is not a regular"),
+    ({"target_modules": [1]}, "target_modules must be a list"), ({"exclude_modules": "*q"}, "exclude_modules"),
+    ({"layers_to_transform": "0"}, "layers_to_transform must be"), ({"use_rslora": "false"}, "use_rslora is 'false'"),
+    ({"init_lora_weights": "loftq"}, "changes the base too"), ({"task_type": "SEQ_CLS"}, "was trained for SEQ_CLS"),
+])
+def test_settings_of_other_types_or_for_other_models(pico, home, config, says):
+    with pytest.raises(UserError, match=says):
+        ours(pico, variant(home, "odd", **config))
+
+
+def test_factors_that_are_codes(pico, home):
+    folder = variant(home, "codes", weights=lambda ts: {k: (v * 50).to(torch.int8) for k, v in ts.items()})
+    with pytest.raises(UserError, match="28 factors are no floating-point numbers"):
+        ours(pico, folder)
+
+
+@pytest.mark.parametrize(("content", "says"), [("{", "cannot be read"), ("[]", "not a JSON object"),
+                                               ('{"inputs": {"base": 5}}', "is no text")])
+def test_damaged_manifests(pico, home, content, says):
+    folder = variant(home, "odd")
+    (folder / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match=says):
+        ours(pico, folder)
+
+
+@pytest.mark.parametrize("named", ["", None, ["x"], "/"])
+def test_no_base_named_is_not_the_folder_that_one_stands_in(pico, home, named, monkeypatch):
+    folder = variant(home, "nameless", base_model_name_or_path=named)
+    (folder / "manifest.json").unlink()
+    monkeypatch.chdir(pico)
+    with pytest.raises(UserError, match="is no local folder of a model"):
+        ours(pico, folder)
+
+
+def test_going_on_with_the_factors_that_are_there(pico, home):
+    from flags import ExpertArgs
+    from training.sft import to_train
+
+    variant(home, "named", lambda key: key.replace(".weight", ".safety.weight"))
+    starts = [to_train(pico, ExpertArgs(task_name="safety", output_dir=str(home), init_adapter=name), torch.float32, CPU)
+              for name in ("plain", "named")]
+    want, got = ({k: v for k, v in model.state_dict().items() if "lora_" in k} for model in starts)
+    assert want.keys() == got.keys()
+    assert all(torch.equal(want[key], got[key]) for key in want)
+    assert any(value.abs().sum() for key, value in got.items() if "lora_B" in key)

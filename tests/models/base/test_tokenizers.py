@@ -6,6 +6,7 @@ import json
 
 import pytest
 from pico import make_pico
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
@@ -187,3 +188,53 @@ def test_code_is_never_needed_nor_run(base):
     (base / "tokenizer.json").rename(base / "vocab.json")
     with pytest.raises(UserError, match="auto_map"):
         load_tokenizer(base)
+
+
+def piped(base, name, **parts):
+    """The tokenizer.json of ``base`` with other parts and a class's name beside it; returns that file, read by itself."""
+    content = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(content | {"tokenizer_class": name}))
+    saved = Tokenizer.from_file(str(base / "tokenizer.json"))
+    for part, value in parts.items():
+        setattr(saved, part, value)
+    saved.save(str(base / "tokenizer.json"))
+    return saved
+
+
+# OLMo 2 and StarCoder 2 name GPT2Tokenizer, and transformers' class of that name splits otherwise
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "Qwen2Tokenizer", "CohereTokenizerFast", "Phi3Tokenizer"])
+@pytest.mark.parametrize("parts", [
+    {"normalizer": normalizers.NFKC()},
+    {"pre_tokenizer": pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r"\p{N}{1,3}| ?[^\s\p{N}]+|\s+"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])},
+], ids=str)
+def test_texts_are_split_as_the_file_says_and_not_as_the_class_would(base, tmp_path, name, parts):
+    saved = piped(base, name, **parts)
+    tokenizer = load_tokenizer(base)
+    tokenizer.save_pretrained(tmp_path / "run")
+    for text in ("Hello  there, I'm\n\n  fine.", "Mix 12345 g of Ｆlour"):
+        want = saved.encode(text, add_special_tokens=False).ids
+        assert tokenizer(text, add_special_tokens=False).input_ids == want
+        assert load_tokenizer(tmp_path / "run", base)(text, add_special_tokens=False).input_ids == want
+        assert tokenizer.decode(want) == saved.decode(want)
+
+
+def test_llama_2s_space_after_a_special_token(base):
+    from tokenizers import decoders, models
+
+    pieces = ["<unk>", "<s>", "</s>", "▁", *"abcdefghijklmnopqrstuvwxyz[]/", "▁h", "▁["]
+    saved = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[("▁", "h"), ("▁", "[")],
+                                 fuse_unk=True, unk_token="<unk>"))
+    saved.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    saved.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    saved.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    saved.add_special_tokens(["<unk>", "<s>", "</s>"])
+    saved.save(str(base / "tokenizer.json"))
+    (base / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>",
+                                                           "eos_token": "</s>", "unk_token": "<unk>", "legacy": False}))
+    text = "[inst] hi [/inst] a </s><s>[inst] b"
+    tokenizer = load_tokenizer(base)
+    assert tokenizer(text).input_ids == saved.encode(text).ids
+    # transformers' own class leaves the second "▁[" out
+    assert tokenizer(text).input_ids.count(pieces.index("▁[")) == 3
