@@ -14,6 +14,7 @@ from data.encode import prompt_ids
 from errors import UserError
 from models.base.asked import reads_padding
 from models.base.families import FAMILIES
+from models.base.positions import positions
 from models.base.tokenizers import turn_end
 from models.moe.files import moe_layers
 from models.moe.router import mean_probabilities
@@ -91,9 +92,8 @@ def check_lengths(loaded: Loaded, prompts: Sequence[str], new: int) -> None:
         UserError: RoPE goes on beyond the positions that a model was trained on, and its answers turn to noise; a table of
             positions ends.
     """
-    config = loaded.model.config.get_text_config()
-    reach = getattr(config, "max_position_embeddings", None)
-    if not reach:
+    reach = positions(loaded.model.config)
+    if reach is None:
         return
     lengths = [len(prompt_ids(prompt, loaded.tokenizer, loaded.template)) for prompt in prompts]
     if beyond := sum(length >= reach for length in lengths):

@@ -36,6 +36,7 @@ from flags import DpoArgs, MaskArgs
 from models.adapters.files import CONFIG, WEIGHTS
 from models.base.loading import base_path, load_tokenizer
 from models.base.placement import set_up_torch
+from models.base.positions import check_rows
 from models.checkpoints.fingerprints import fingerprint
 from training.checkpoints import SafeCheckpoints
 from training.packing import check_padded, pack_forward, refuse_head_lora
@@ -173,8 +174,8 @@ def train(args: DpoArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     tokenizer = load_tokenizer(base)
     form = template(args.template, tokenizer)
     pairs, held_out = drawn_pairs(args, extra)
-    rows = encode_pairs(pairs, tokenizer, form, args.model_max_length)
-    validation = encode_pairs(held_out, tokenizer, form, args.model_max_length) if held_out else []
+    rows = encode_pairs(pairs, tokenizer, form, args.model_max_length, base)
+    validation = encode_pairs(held_out, tokenizer, form, args.model_max_length, base) if held_out else []
     device, dtype = set_up_torch(args)
     arguments = preference_arguments(args, extra, dtype, len(rows), validates=bool(validation))
     model = to_train(base, args, dtype, device)
@@ -237,13 +238,19 @@ def drawn_pairs(args: DpoArgs | MaskArgs, extra: dict[str, Any]) -> tuple[list[P
     return mix(pairs, args.max_train_samples, "proportional", args.seed), held_out
 
 
-def encode_pairs(pairs: list[Pair], tokenizer: Any, form: Template, max_length: int) -> list[dict[str, list[int]]]:
+def encode_pairs(pairs: list[Pair], tokenizer: Any, form: Template, max_length: int,
+                 base: Path) -> list[dict[str, list[int]]]:
     """Rows {prompt_ids, chosen_ids, rejected_ids} as ``data/encode.py`` makes them, what was cut and dropped said.
 
+    Args:
+        base: folder of the model that is to read them.
+
     Raises:
-        UserError: no pair fits.
+        UserError: no pair fits, or some are longer than the base can read.
     """
     rows, facts = encode.encode_pairs(pairs, tokenizer, form, max_length)
     log.info("preference data: %d pairs, %d dropped because their prompt fills the window; at %d tokens %d answers cut",
              len(rows), facts.dropped, max_length, facts.truncated)
+    check_rows(base, [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows],
+               max_length)
     return rows

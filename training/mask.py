@@ -158,12 +158,13 @@ def train(args: MaskArgs, extra: dict[str, Any], run: manifest.Run) -> None:
         aligned, tasks = open_models(args, args.aligned, args.task_names, args.trust_base, stack)
         settings, specs = settings_for(args, aligned, tasks)
         # what files, flags and data can have wrong comes out here, before a model is loaded
-        tokenizer = load_tokenizer(_tokenizer_folder(aligned), aligned.checkpoint.folder)
+        base = aligned.checkpoint.folder
+        tokenizer = load_tokenizer(_tokenizer_folder(aligned), base)
         form = template(args.template, tokenizer)
         pairs, held_out = drawn_pairs(args, extra)
-        rows = encode_pairs(pairs, tokenizer, form, args.model_max_length)
-        validation = encode_pairs(held_out, tokenizer, form, args.model_max_length) if held_out else []
-        anchors = anchor_rows(args, tokenizer, form)
+        rows = encode_pairs(pairs, tokenizer, form, args.model_max_length, base)
+        validation = encode_pairs(held_out, tokenizer, form, args.model_max_length, base) if held_out else []
+        anchors = anchor_rows(args, tokenizer, form, base)
         device, dtype = set_up_torch(args)
         arguments = preference_arguments(args, extra, dtype, len(rows), validates=bool(validation))
         # LoRA factors are small enough for fp32, whatever --storage says of whole weights

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from data.encode import IGNORE, encode
 from data.prompts import Template
 from errors import UserError
 from flags import MaskArgs
+from models.base.positions import check_rows
 
 log = logging.getLogger(__name__)
 #: Tokens of the teacher's distribution that are kept; the others count as one.
@@ -70,11 +72,14 @@ def coarse_kl(teacher: Tensor, student: Tensor) -> Tensor:
     return (teacher.exp() * (teacher - student)).sum(-1) + others.exp() * (others - theirs)
 
 
-def anchor_rows(args: MaskArgs, tokenizer: Any, form: Template) -> list[list[dict[str, Any]]]:
+def anchor_rows(args: MaskArgs, tokenizer: Any, form: Template, base: Path) -> list[list[dict[str, Any]]]:
     """Encoded samples of each task; read before a model is loaded.
 
+    Args:
+        base: folder of the model that is to read them.
+
     Raises:
-        UserError: no such data.
+        UserError: no such data, or rows longer than the base can read.
     """
     if args.anchor == "none":
         return []
@@ -88,6 +93,7 @@ def anchor_rows(args: MaskArgs, tokenizer: Any, form: Template) -> list[list[dic
         chosen = mix([replace(r, objective=0) for r in records], args.anchor_samples, "proportional", args.seed)
         rows = encode(chosen, tokenizer, form, args.model_max_length)
         log.info("anchor %s: %s", name, rows.report(args.model_max_length))
+        check_rows(base, [len(row["input_ids"]) for row in rows.rows], args.model_max_length)
         groups.append(rows.rows)
     return groups
 

@@ -103,8 +103,9 @@ def train(args: FusedMoeArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     raw = run_folder(args.results, args.raw_moe)
     config = read_config(raw)
     check(args, config)
-    tokenizer = load_tokenizer(raw, base_path(args.model_name_or_path, args.cache_dir))
-    train_rows, validation = training_rows(args, tokenizer)
+    base = base_path(args.model_name_or_path, args.cache_dir)
+    tokenizer = load_tokenizer(raw, base)
+    train_rows, validation = training_rows(args, tokenizer, base)
     device, dtype = set_up_torch(args)
     # three gammas, one for each objective; a MoE of fewer experts takes the first ones
     gammas = {f"drift_{name}": gamma for name, gamma in zip(config.experts, args.gammas, strict=False)}

@@ -16,6 +16,7 @@ from data.records import OBJECTIVES, Record
 from errors import UserError
 from flags import AlignArgs, ExpertArgs, SearchArgs
 from flags.data import FramedFlags
+from models.base.positions import check_rows
 from training.validation import divide
 
 log = logging.getLogger(__name__)
@@ -56,8 +57,15 @@ def with_extra(records: list[Record], args: ExpertArgs | SearchArgs) -> list[Rec
     return [*records, *extra]
 
 
-def training_rows(args: AlignArgs, tokenizer: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Encoded rows to train on and to validate on: of own data what ``divide`` gives, else the embedded sets' own."""
+def training_rows(args: AlignArgs, tokenizer: Any, base: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Encoded rows to train on and to validate on: of own data what ``divide`` gives, else the embedded sets' own.
+
+    Args:
+        base: folder of the model that is to read them.
+
+    Raises:
+        UserError: data or flags have problems; rows are longer than the base can read.
+    """
     def read(given: AlignArgs) -> list[Record]:
         return sources.load_records(args.task_name, "train", source=source_of(given), split_mode=args.split_mode)
 
@@ -72,6 +80,7 @@ def training_rows(args: AlignArgs, tokenizer: Any) -> tuple[list[dict[str, Any]]
     form = template(args.template, tokenizer)
     train = encode(records, tokenizer, form, args.model_max_length, args.train_on_turns)
     log.info("training data: %s", train.report(args.model_max_length))
+    check_rows(base, [len(row["input_ids"]) for row in train.rows], args.model_max_length)
     counts = {name: sum(r["objective"] == i for r in train.rows) for i, name in enumerate(OBJECTIVES)}
     log.info("rows by objective: %s", ", ".join(f"{name} {count}" for name, count in counts.items() if count))
     if not held_out and source != "embedded":

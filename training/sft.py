@@ -33,7 +33,7 @@ def train(args: ExpertArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     """Train an adapter and write it, the tokenizer and the run's facts into ``run``."""
     base = base_path(args.model_name_or_path, args.cache_dir)
     tokenizer = load_tokenizer(base)
-    train_rows, validation = training_rows(args, tokenizer)
+    train_rows, validation = training_rows(args, tokenizer, base)
     device, dtype = set_up_torch(args)
     arguments = training_arguments(args, extra, rows=len(train_rows), validates=bool(validation))
     model = to_train(base, args, dtype, device)

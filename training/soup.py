@@ -98,7 +98,7 @@ def train(args: SearchArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     base_hash = {check_base(folder, base) for folder in folders}.pop()
     check_fit(adapters, skeleton(base))
     tokenizer = load_tokenizer(base)
-    rows, validation = training_rows(args, tokenizer)
+    rows, validation = training_rows(args, tokenizer, base)
     device, dtype = set_up_torch(args)
     arguments = None
     if args.method == "soup":

@@ -142,7 +142,7 @@ def test_labels_match_their_source(pico, tmp_path, sizes):
     data = write_data(tmp_path, *sizes)
     args = _args(pico, tmp_path, *data_flag(data, "mix"), "--task_name", "mix")
     tokenizer = load_tokenizer(pico)
-    rows, _ = training_rows(args, tokenizer)
+    rows, _ = training_rows(args, tokenizer, pico)
     signs = {0: "round", 1: "help with that", 2: "No"}
     for row in rows:
         answer = tokenizer.decode([label for label in row["labels"] if label != -100])

@@ -1,0 +1,45 @@
+"""How long a text a model can read: its positions, as its configuration counts them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from errors import UserError
+
+#: Kinds of RoPE that stretch the positions which ``max_position_embeddings`` counts before the stretch.
+_STRETCHED = ("linear", "dynamic", "yarn")
+
+
+def positions(config: Any) -> int | None:
+    """Tokens that a model of this transformers configuration reads at most; None where nothing says.
+
+    Linear, dynamic and YaRN scaling stretch by a factor, and files differ on whether ``max_position_embeddings`` has it
+    already: the longer reading counts, so that nothing is refused which a model can read.
+    """
+    config = config.get_text_config()
+    counted = getattr(config, "max_position_embeddings", None)
+    if not isinstance(counted, int) or counted <= 0:
+        return None
+    rope = getattr(config, "rope_parameters", None) or {}
+    # Gemma 3 has one for each kind of layer
+    scaled = [rope, *(inner for inner in rope.values() if isinstance(inner, dict))]
+    return max(counted, *(int((kind.get("original_max_position_embeddings") or counted) * (kind.get("factor") or 1))
+                          for kind in scaled if kind.get("rope_type") in _STRETCHED), 0)
+
+
+def check_rows(base: Path, lengths: Sequence[int], window: int) -> None:
+    """Refuse to train on rows beyond the positions of a base: RoPE goes on there, and what is learned is noise.
+
+    Args:
+        lengths: tokens of each row, cut at the window.
+        window: --model_max_length.
+    """
+    from transformers import AutoConfig
+
+    reach = positions(AutoConfig.from_pretrained(base, trust_remote_code=False))
+    if reach and (beyond := sum(length > reach for length in lengths)):
+        raise UserError(f"--model_max_length {window}: {beyond} of {len(lengths)} rows are longer than the {reach} "
+                        f"positions of this base (the longest: {max(lengths)} tokens); give --model_max_length {reach}, "
+                        "which cuts them, or a base that reads more")
