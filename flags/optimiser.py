@@ -27,10 +27,18 @@ UNREAD: dict[str, tuple[tuple[Any, ...], str]] = {
     "label_smoothing_factor": ((0, 0.0), "the loss is the plain one; drop it"),
     "length_column_name": (("length",), "rows are grouped by their tokens; drop it"),
     "parallelism_config": ((None,), "it needs an object of accelerate's, which no command line can give; drop it"),
+    "push_to_hub": ((False,), "a run's result lies in outputs/NAME of --output_dir; drop it, and upload that folder (hf "
+                             "upload)"),
     "remove_unused_columns": ((False,), "every column of an encoded row is read; drop it"),
+    "torch_compile": ((False, None), "the losses run a model's body and its head apart, on rows packed to new lengths at "
+                                     "every step, which no compiled graph holds; drop it"),
+    "torch_compile_backend": ((None,), "nothing is compiled; drop it"),
+    "torch_compile_mode": ((None,), "nothing is compiled; drop it"),
     "train_sampling_strategy": (("random",), "rows of like length are batched, in an order that --seed gives; drop it"),
     "use_liger_kernel": ((False, None), "the loss reads the model without its head, which these kernels replace; drop it"),
 }
+#: Optimisers to which transformers passes no --optim_args, without a word.
+_OWN_FLAGS = ("adamw_torch", "adamw_torch_fused", "adafactor")
 _LEVELS = ("passive", "debug", "info", "warning", "error", "critical")
 #: What --report_to can name -> the packages of which one is needed.
 _TRACKERS = {"azure_ml": ("azureml",), "clearml": ("clearml",), "codecarbon": ("codecarbon",), "comet_ml": ("comet_ml",),
@@ -69,6 +77,9 @@ class OptimiserFlags(BatchFlags):
         # transformers takes 0 and -5 for "not given" and trains all epochs
         if isinstance(steps := training.get("max_steps"), int) and steps != -1 and steps < 1:
             found.append(f"--max_steps {steps}: must be 1 or more; -1, or leaving it out, goes by --num_train_epochs")
+        if (given := training.get("optim_args")) and (name := str(training.get("optim") or "adamw_torch")) in _OWN_FLAGS:
+            found.append(f"--optim_args {given}: {name} takes none of these; drop it, or give --adam_beta1, --adam_beta2, "
+                         "--adam_epsilon, --weight_decay")
         if (level := training.get("log_level")) is not None and level not in _LEVELS:
             found.append(f"--log_level {level}: not known; allowed: {', '.join(_LEVELS)}")
         if training.get("fsdp") and "RANK" not in os.environ:
