@@ -32,7 +32,8 @@ def decoded(data: bytes, file: Path) -> str:
     """
     kind = next((kind for mark, kind in _BYTE_ORDER if data.startswith(mark)), "utf-8-sig")
     try:
-        return data.decode(kind)
+        # tools that each put a mark in front leave two
+        return data.decode(kind).lstrip("\ufeff")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         said = "UTF-8" if kind == "utf-8-sig" else f"the {kind.upper()} that its first bytes announce"

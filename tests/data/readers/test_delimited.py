@@ -43,6 +43,7 @@ def records(place, task="helpfulness", split="train"):
     ("a.csv.gz", gzip.compress(b'prompt,completion\nq; r,"a, ""b"""\n')),
     ("a.tsv.gz", gzip.compress(b'prompt\tcompletion\nq; r\t"a, ""b"""\n')),
     ("a.ndjson", '{"prompt": "q; r", "completion": "a, \\"b\\""}\n'),
+    ("a.csv", "\ufeff\ufeffprompt,completion\nq; r,\"a, \"\"b\"\"\"\n".encode()),
     ("a.json", json.dumps([{"prompt": "q; r", "completion": 'a, "b"'}]).encode("utf-16")),
 ])
 @pytest.mark.parametrize("task", ["helpfulness", "dialogs"])
