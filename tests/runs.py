@@ -42,7 +42,8 @@ def align(pico: Path, out: Path, data: dict[str, str], task: str, *flags: str) -
     from config import parse
     from flags import AlignArgs
 
-    words = ["--task_name", task, *data_flag(data, task), *common(pico, out), *flags]
+    # no data of its own: the task's embedded rows
+    words = ["--task_name", task, *(data_flag(data, task) if data else []), *common(pico, out), *flags]
     align_basemodel.main(words)
     return manifest.read(out / "outputs" / parse(AlignArgs, words).args.name)
 

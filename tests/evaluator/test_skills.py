@@ -58,8 +58,7 @@ def test_unknown_tasks_and_missing_runs(scored, capsys):
 def test_a_row_over_several_runs_has_their_mean_and_a_t_interval(pico, tmp_path, tasks, capsys):
     flags = ("--moe_flag", "0", "--learning_rate", "0.05", "--max_steps", "2")
     for i in (1, 2, 3):
-        align(pico, tmp_path, {"english": "unused"}, "english", *flags, "--data_path=", "--run_name", f"m{i}", "--seed",
-              str(i))
+        align(pico, tmp_path, {}, "english", *flags, "--run_name", f"m{i}", "--seed", str(i))
     evaluate_skills.main(["--task_name", "raw,cross_m1,cross_m2,cross_m3", "--skills", "english",
                            *common(pico, tmp_path)[:-2]])
     report.main(["--runs", "base=base,one=m1,three=m1+m2+m3", "--output_dir", str(tmp_path), "--name", "several"])

@@ -99,7 +99,10 @@ def test_families_that_are_refused_say_what_works():
 
 
 def test_models_that_look_ahead_are_refused(tmp_path):
-    model = made("gemma3_text", tmp_path, use_bidirectional_attention=True)
+    with pytest.raises(UserError, match="look ahead .*use_bidirectional_attention"):
+        made("gemma3_text", tmp_path, use_bidirectional_attention=True)
+    # made in another way, past the door
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "gemma3_text")
     for refused in (lambda: family_of(model.config), lambda: AnswerModel(model, torch.float32)):
         with pytest.raises(UserError, match="use_bidirectional_attention is set"):
             refused()
