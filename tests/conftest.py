@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -46,6 +47,14 @@ def adapters(pico, tmp_path_factory) -> Path:
     for seed, name in enumerate(OBJECTIVES):
         _make_adapter(pico, results / "outputs" / name, seed=seed)
     return results
+
+
+@pytest.fixture
+def home(adapters, tmp_path) -> Path:
+    """A results folder of a test's own with the three adapters of ``pico``; what other tests fused there stays away."""
+    shutil.copytree(adapters / "outputs", tmp_path / "results" / "outputs",
+                    ignore=lambda folder, names: [n for n in names if n in ("fused", "average", "bad")])
+    return tmp_path / "results"
 
 
 @pytest.fixture

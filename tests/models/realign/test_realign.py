@@ -23,14 +23,6 @@ IDS = torch.arange(10, 40)[None]
 
 
 @pytest.fixture
-def home(adapters, tmp_path):
-    """A results folder of its own with the three adapters of ``pico``."""
-    shutil.copytree(adapters / "outputs", tmp_path / "results" / "outputs",
-                    ignore=lambda folder, names: [n for n in names if n in ("fused", "average", "bad")])
-    return tmp_path / "results"
-
-
-@pytest.fixture
 def realign(pico, home):
     def run(*flags, base=pico, name="out"):
         main(["realign", "--model_name_or_path", str(base), "--output_dir", str(home), "--run_name", name, *flags])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from argparse import Namespace
 from contextlib import ExitStack
 
@@ -20,13 +19,6 @@ from models.mask.slots import plan
 from models.realign.masks import shuffled
 
 TASKS = ("safety", "helpfulness")
-
-
-@pytest.fixture
-def home(adapters, tmp_path):
-    shutil.copytree(adapters / "outputs", tmp_path / "results" / "outputs",
-                    ignore=lambda folder, names: [n for n in names if n in ("fused", "average", "bad")])
-    return tmp_path / "results"
 
 
 @pytest.fixture
