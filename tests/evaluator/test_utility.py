@@ -173,6 +173,16 @@ def test_humaneval_runs_the_code_in_its_sandbox(run, data_dir, answers, body, pa
     assert [row["output"] for row in rows] == [body, body]
 
 
+def test_unsafe_code_makes_scores_of_its_own_and_no_other_task_anew(run, data_dir, answers, capsys):
+    answers("    return a + b\n")
+    folder = run(*humaneval(data_dir, "--unsafe_code", "yes", "--tasks", "humaneval,copa"))
+    code, copa = (json.loads((folder / f"evaluate_utility.{name}.json").read_text()) for name in ("humaneval", "copa"))
+    assert code["config"]["unsafe_code"] == "yes"
+    assert "tests in a process of their own" in code["inputs"]["humaneval"]
+    # as score files of before the flag have it
+    assert "unsafe_code" not in copa["config"]
+
+
 def test_humaneval_is_refused_where_nothing_confines_the_code(run, data_dir, capsys, monkeypatch):
     if not code_sandbox.missing():
         monkeypatch.setattr(code_sandbox, "missing", lambda: "namespaces (unshare): Operation not permitted")
