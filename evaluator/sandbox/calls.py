@@ -17,8 +17,8 @@ ALLOWED: dict[str, tuple[int, int]] = {
     "pread64": (17, 67), "pwrite64": (18, 68), "readv": (19, 65), "writev": (20, 66), "access": (21, -1),
     "pipe": (22, -1), "select": (23, -1), "sched_yield": (24, 124), "mremap": (25, 216), "madvise": (28, 233),
     "dup": (32, 23), "dup2": (33, -1), "nanosleep": (35, 101), "getitimer": (36, 102), "alarm": (37, -1),
-    "setitimer": (38, 103), "getpid": (39, 172), "exit": (60, 93), "uname": (63, 160), "fcntl": (72, 25),
-    "flock": (73, 32), "fsync": (74, 82), "fdatasync": (75, 83), "truncate": (76, 45), "ftruncate": (77, 46),
+    "setitimer": (38, 103), "getpid": (39, 172), "exit": (60, 93), "uname": (63, 160), "fsync": (74, 82),
+    "fdatasync": (75, 83), "truncate": (76, 45), "ftruncate": (77, 46),
     "getcwd": (79, 17), "chdir": (80, 49), "fchdir": (81, 50), "rename": (82, -1), "mkdir": (83, -1), "rmdir": (84, -1),
     "creat": (85, -1), "link": (86, -1), "unlink": (87, -1), "symlink": (88, -1), "readlink": (89, -1), "chmod": (90, -1),
     "fchmod": (91, 52), "umask": (95, 166), "gettimeofday": (96, 169), "getrlimit": (97, 163), "getrusage": (98, 165),
@@ -30,6 +30,9 @@ ALLOWED: dict[str, tuple[int, int]] = {
     "renameat": (264, 38), "linkat": (265, 37), "symlinkat": (266, 36), "readlinkat": (267, 78), "fchmodat": (268, 53),
     "faccessat": (269, 48), "pselect6": (270, 72), "ppoll": (271, 73), "utimensat": (280, 88), "dup3": (292, 24),
     "pipe2": (293, 59), "renameat2": (316, 276), "getrandom": (318, 278), "statx": (332, 291), "faccessat2": (439, 439)}
+#: Allowed with some commands only: copies and flags of descriptors (F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL,
+#: F_DUPFD_CLOEXEC), but no lock and no lease, which files outside could be held with.
+FCNTL, FCNTL_COMMANDS = (72, 25), (0, 1, 2, 3, 4, 1030)
 #: AUDIT_ARCH of the kernel's table, its column above, and the first number of a second table that is never used.
 _MACHINES = {"x86_64": (0xC000003E, 0, 0x40000000), "aarch64": (0xC00000B7, 1, 0x40000000)}
 _LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
@@ -45,9 +48,13 @@ def program(machine: str | None = None) -> bytes:
     def step(code: int, value: int, true: int = 0, false: int = 0) -> bytes:
         return struct.pack("=HBBI", code, true, false, value)
 
-    # struct seccomp_data: the number at 0, the architecture at 4
+    # struct seccomp_data: the number at 0, the architecture at 4, the low half of the second argument at 24
     head = [step(_LOAD, 4), step(_EQUAL, arch, 1, 0), step(_RETURN, _KILL), step(_LOAD, 0),
             # the x32 table has the same architecture
             step(_AT_LEAST, foreign, 0, 1), step(_RETURN, _KILL)]
-    tests = [step(_EQUAL, number, len(numbers) - at, 0) for at, number in enumerate(numbers)]
+    # one test each, then those of fcntl, then the two ends: a jump counts the steps that it leaves out
+    commands = len(FCNTL_COMMANDS)
+    tests = [step(_EQUAL, number, len(numbers) - at + commands + 2, 0) for at, number in enumerate(numbers)]
+    tests += [step(_EQUAL, FCNTL[column], 0, commands + 1), step(_LOAD, 24)]
+    tests += [step(_EQUAL, command, commands - at, 0) for at, command in enumerate(FCNTL_COMMANDS)]
     return b"".join([*head, *tests, step(_RETURN, _DENY), step(_RETURN, _ALLOW)])

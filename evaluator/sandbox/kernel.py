@@ -89,6 +89,8 @@ def enter_root() -> None:
     for source in ("/dev/null", "/dev/urandom"):
         os.close(os.open(root + source, os.O_CREAT | os.O_WRONLY, 0o644))
         _mount(source, root + source, None, _MS_BIND)
+        # a device can be written to all the same, but its times and mode are the system's
+        _read_only(root + source, devices=True)
     os.mkdir(root + WORK)
     _mount("tmpfs", root + WORK, "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC,
            f"size={WORK_BYTES},nr_inodes={WORK_FILES},mode=700,uid={NOBODY},gid={NOBODY}")
@@ -116,9 +118,9 @@ def _mount(source: str, target: str, kind: str | None, flags: int, options: str 
                                         options.encode() or None))
 
 
-def _read_only(path: str) -> None:
+def _read_only(path: str, *, devices: bool = False) -> None:
     # mounts inside it too, which a remount would leave as they are
-    attributes = (ctypes.c_uint64 * 4)(_ATTR_RDONLY | _ATTR_NOSUID | _ATTR_NODEV, 0, 0, 0)
+    attributes = (ctypes.c_uint64 * 4)(_ATTR_RDONLY | _ATTR_NOSUID | (0 if devices else _ATTR_NODEV), 0, 0, 0)
     _try(f"read-only {path} (mount_setattr)", _syscall(_MOUNT_SETATTR, _AT_FDCWD, path.encode(), _AT_RECURSIVE,
                                                        ctypes.byref(attributes), ctypes.sizeof(attributes)))
 

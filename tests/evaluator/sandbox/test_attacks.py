@@ -6,6 +6,7 @@ it failed. Effects outside are looked at from outside.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -33,8 +34,8 @@ FORBIDDEN = {
     "setresuid": 117, "capset": 126, "prctl": 157, "seccomp": 317, "setrlimit": 160, "prlimit64": 302, "keyctl": 250,
     "add_key": 248, "bpf": 321, "perf_event_open": 298, "io_uring_setup": 425, "userfaultfd": 323, "memfd_create": 319,
     "shmget": 29, "msgget": 68, "ioctl": 16, "clone3": 435, "setsid": 112, "setpgid": 109, "init_module": 175,
-    "reboot": 169, "sethostname": 170, "mknod": 133, "chown": 92, "pidfd_getfd": 438, "landlock_create_ruleset": 444,
-    "io_setup": 206, "mbind": 237}
+    "reboot": 169, "sethostname": 170, "mknod": 133, "flock": 73, "chown": 92, "pidfd_getfd": 438,
+    "landlock_create_ruleset": 444, "io_setup": 206, "mbind": 237}
 #: What system() gives where it could start no shell.
 NO_SHELL = 127 << 8
 #: For attacks that are written as expressions: what an expression gives, an exception as its name.
@@ -210,6 +211,41 @@ def test_everything_outside_its_folder_is_read_only_or_absent():
     assert told("os.mknod('/sandbox/disk', 0o60600, os.makedev(254, 0))", ["PermissionError"]).passed
 
 
+@pytest.mark.parametrize("work", [
+    "os.utime('/dev/null')", "os.utime(0)", "os.fchmod(0, 0)", "os.chmod('/dev/null', 0)", "os.utime(os.__file__)",
+    # locks and leases on files that others use
+    "fcntl.flock(0, fcntl.LOCK_EX)", "fcntl.lockf(0, fcntl.LOCK_EX)", "fcntl.flock(open(os.__file__), fcntl.LOCK_SH)",
+    "fcntl.fcntl(open(os.__file__), fcntl.F_SETLEASE, fcntl.F_RDLCK)", "fcntl.fcntl(0, 1031, 1 << 20)"])
+def test_nothing_that_is_shared_is_touched_or_locked(work):
+    assert told(work, ["PermissionError", "OSError"], "import fcntl\n").passed
+
+
+def test_landlock_is_a_lock_of_its_own(tmp_path):
+    """Without namespaces and seccomp: what it alone holds, where the kernel has it."""
+    code = ("import os, socket, sys\nfrom evaluator.sandbox import kernel\nkernel.WORK = sys.argv[1]\n"
+            "kernel._libc.prctl(38, 1, 0, 0, 0)\nif not kernel.landlock(): sys.exit(7)\n"
+            "open(sys.argv[1] + '/inside', 'w').close()\nopen('/dev/null', 'w').close()\n"
+            "for work in (lambda: open(sys.argv[1] + '/../outside', 'w'), lambda: os.remove(sys.argv[2]),\n"
+            "             lambda: os.truncate(sys.argv[2], 0), lambda: os.execv('/bin/sh', ['sh'])):\n"
+            "    try: work()\n    except PermissionError: continue\n    sys.exit(1)\n")
+    (tmp_path / "work").mkdir()
+    (tmp_path / "kept").write_text("whole")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "work", tmp_path / "kept"], cwd=ROOT, capture_output=True)
+    assert done.returncode in (0, 7), done.stderr
+    assert (tmp_path / "kept").read_text() == "whole"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "work"]
+    # 7: a kernel without it, as the same question put by hand says
+    libc = ctypes.CDLL(None)
+    there = libc.syscall(ctypes.c_long(444), None, ctypes.c_long(0), ctypes.c_long(1)) > 0
+    assert done.returncode == (0 if there else 7)
+
+
+def test_descriptors_are_copied_as_ever():
+    assert told("fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, 20)", [20], "import fcntl\n").passed
+    assert told("os.set_inheritable(0, True)", [None]).passed
+    assert told("fcntl.fcntl(0, fcntl.F_GETFL) & os.O_RDWR", [os.O_RDWR], "import fcntl\n").passed
+
+
 def test_a_way_up_ends_at_its_own_root():
     climb = ("def climb():\n    os.chdir('/sandbox')\n    for i in range(99): os.chdir('..')\n"
              "    return sorted(os.listdir('.'))\n")
@@ -290,12 +326,13 @@ def test_32_bit_and_x32_calls_kill(tmp_path):
 @pytest.mark.parametrize(("machine", "column", "header"), [
     ("x86_64", 0, "/usr/include/x86_64-linux-gnu/asm/unistd_64.h"), ("aarch64", 1, "/usr/include/asm-generic/unistd.h")])
 def test_the_numbers_are_the_kernels(machine, column, header):
-    assert len(calls.program(machine)) // 8 == 8 + sum(numbers[column] >= 0 for numbers in calls.ALLOWED.values())
+    assert len(calls.program(machine)) // 8 == 10 + len(calls.FCNTL_COMMANDS) + sum(
+        numbers[column] >= 0 for numbers in calls.ALLOWED.values())
     if not os.path.exists(header):
         return
     found = dict(re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", Path(header).read_text()))
     generic = {"newfstatat": "fstatat"} if column else {}
-    for name, numbers in calls.ALLOWED.items():
+    for name, numbers in {**calls.ALLOWED, "fcntl": calls.FCNTL}.items():
         if numbers[column] >= 0:
             assert int(found[generic.get(name, name)]) == numbers[column], name
 
