@@ -24,9 +24,9 @@ _LAUNCHER = Path(__file__).resolve().parent.parent / "sandbox"
 _GRACE = 5
 _FILE_BYTES = 1 << 20
 _AT_LIMIT = 3
-#: What is asked of the kernel before anything is scored, and must pass.
-_PROBE = {"program": "def f(x):\n    return x + 1\n", "prompt": "def f(x):\n", "entry_point": "f",
-          "test": "def check(f):\n    assert f(1) == 2\n"}
+#: What is asked of the kernel before anything is scored, and must pass; a library that nobody may read shows here too.
+_PROBE = {"program": "import statistics\ndef f(x):\n    return statistics.mean([x, x]) + 1\n",
+          "prompt": "def f(x):\n", "entry_point": "f", "test": "def check(f):\n    assert f(1) == 2\n"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,9 @@ def missing() -> str:
         outcome = _run(_PROBE, 5, 512, confined=True)
     except Refused as refused:
         return str(refused)
-    return "" if outcome.passed else f"the probe ended with: {outcome.status}"
+    if outcome.status == "ModuleNotFoundError":
+        return f"Python's library at {sys.base_prefix} is not readable for other users than its owner"
+    return "" if outcome.passed else f"a trivial program ended with {outcome.status}"
 
 
 def check(unsafe: bool = False) -> None:

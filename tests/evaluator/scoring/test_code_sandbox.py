@@ -131,6 +131,15 @@ def test_a_kernel_without_user_namespaces_is_seen():
 
 
 @confined
+def test_a_probe_that_fails_says_why(monkeypatch):
+    program = "import no_such_library\ndef f(x):\n    return x + 1\n"
+    monkeypatch.setitem(code_sandbox._PROBE, "program", program)
+    assert "is not readable for other users" in code_sandbox.missing.__wrapped__()
+    monkeypatch.setitem(code_sandbox._PROBE, "program", "def f(x): return 0\n")
+    assert code_sandbox.missing.__wrapped__() == "a trivial program ended with AssertionError"
+
+
+@confined
 def test_a_step_that_fails_at_run_time_is_an_error_not_a_failure(monkeypatch):
     monkeypatch.setattr(code_sandbox, "_FILE_BYTES", 1 << 70)
     with pytest.raises(code_sandbox.Refused, match="too large"):
