@@ -19,7 +19,8 @@ GSM8K_FILTERS = ("strict-match", "flexible-extract")
 #: Flags that only some tasks look at: another value of one makes no other task's scores anew.
 LOOKED_AT_BY: dict[str, tuple[str, ...]] = {
     "num_fewshot": tuple(BENCHMARKS), "gsm8k_filter": ("gsm8k",), "max_new_tokens": ("asdiv_probe", "gsm8k_probe"),
-    "allow_code_execution": ("humaneval",), "code_seconds": ("humaneval",), "code_memory_mb": ("humaneval",)}
+    "allow_code_execution": ("humaneval",), "code_seconds": ("humaneval",), "code_memory_mb": ("humaneval",),
+    "unsafe_code": ("humaneval",)}
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,10 @@ class EvaluateUtilityArgs(EvaluateArgs):
                              choices=GSM8K_FILTERS)
     max_new_tokens: int = flag(48, "tokens that a number probe may write", low=1)
     harness_batch_size: int = flag(8, "rows of one batch of lm-eval and of the number probes", low=1)
-    allow_code_execution: bool = flag(False, "humaneval: run the code that the model wrote, in a limited subprocess on this "
-                                             "machine; that is no full sandbox")
+    allow_code_execution: bool = flag(False, "humaneval: run the code that the model wrote on this machine, in a process "
+                                             "that the kernel confines (docs/security.md)")
+    unsafe_code: str = flag("no", "humaneval: yes runs that code with limits on time and memory alone, for where the kernel "
+                                  "does not confine it; it may then do whatever you may", choices=("no", "yes"))
     code_seconds: int = flag(5, "humaneval: seconds of one program", low=1)
     code_memory_mb: int = flag(512, "humaneval: address space of one program in MB", low=64)
 

@@ -37,7 +37,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("models/generation.py",),
     ("models/llama_moe.py", "models/fuse.py"),
     ("training/",),
-    ("evaluator/judges/", "evaluator/statistics/"),
+    ("evaluator/judges/", "evaluator/statistics/", "evaluator/sandbox/"),
     ("evaluator/scoring/",),
     ("evaluator/reporting/",),
     ("evaluator/",),

@@ -13,6 +13,7 @@ from pico import make_pico
 from runs import align, build_moe, common, write_data
 
 import inference
+import manifest
 from config import parse
 from data.prompts import Template
 from flags import InferenceArgs
@@ -110,6 +111,36 @@ def test_files_and_rerun(pico, data, tmp_path, caplog):
     stamp = (folder / "outputs_final.csv").stat().st_mtime_ns
     _infer(pico, tmp_path, data)
     assert (folder / "outputs_final.csv").stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize("counts", [("--dtype", "bfloat16"), ("--dtype", "auto"), ("--do_sample",)])
+def test_answers_in_other_batches_are_other_answers(pico, data, tmp_path, capsys, counts):
+    folder = _infer(pico, tmp_path, data, *counts) / "raw"
+    assert manifest.read(folder)["config"]["batch_size"] == 5
+    with pytest.raises(SystemExit) as stop:
+        _infer(pico, tmp_path, data, *counts, "--batch_size", "7")
+    assert stop.value.code == 2
+    assert "batch_size: 5 there, 7 here" in capsys.readouterr().err
+    _infer(pico, tmp_path, data, *counts, "--batch_size", "7", "--overwrite")
+    assert manifest.read(folder)["config"]["batch_size"] == 7
+
+
+def test_in_float32_batches_decide_nothing(pico, data, tmp_path, caplog):
+    folder = _infer(pico, tmp_path, data) / "raw"
+    caplog.set_level("INFO")
+    _infer(pico, tmp_path, data, "--batch_size", "7")
+    assert f"{folder}: already answered" in caplog.text
+    assert "batch_size" not in manifest.read(folder)["config"]
+
+
+def test_answers_that_did_not_record_their_batches_stay_readable(pico, data, tmp_path, caplog):
+    folder = _infer(pico, tmp_path, data, "--dtype", "bfloat16") / "raw"
+    old = manifest.read(folder)
+    del old["config"]["batch_size"]
+    manifest.write_json(folder / manifest.MANIFEST, old)
+    caplog.set_level("INFO")
+    _infer(pico, tmp_path, data, "--dtype", "bfloat16", "--batch_size", "7")
+    assert f"{folder}: already answered" in caplog.text
 
 
 def test_empty_answer_survives(tmp_path):

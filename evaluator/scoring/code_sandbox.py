@@ -1,9 +1,7 @@
-"""Run a program that a model wrote: a process of its own with limits, in an empty folder, no sockets, no writes outside it.
+"""Run a program that a model wrote, and its tests, in two processes that the kernel confines; only JSON passes between them.
 
-Limits: CPU seconds and wall clock, address space, file size, open files, processes; an audit hook refuses sockets,
-subprocesses, ctypes and every change to files outside the folder. That stops accidents and plain tricks. It is no wall
-against an attacker: reading files is allowed, and code that walks the interpreter's frames can reach the hook and the
-verdict. Hence --allow_code_execution; run strangers' models in a container.
+What confines them lies in evaluator/sandbox/; what that holds and what not, in docs/security.md. The verdict is computed
+where no line of the program runs, so that the program can give wrong results and nothing else.
 """
 
 from __future__ import annotations
@@ -12,147 +10,120 @@ import contextlib
 import importlib.util
 import json
 import os
-import secrets
 import signal
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 from errors import UserError
 
-PASSED = "passed"
-#: Wall-clock seconds beyond the CPU limit: the interpreter's start, and programs that sleep instead of computing.
-_GRACE = 3
+_LAUNCHER = Path(__file__).resolve().parent.parent / "sandbox"
+#: Wall-clock seconds beyond five times the CPU limit: that limit decides, on a busy machine too; this ends what sleeps.
+_GRACE = 5
 _FILE_BYTES = 1 << 20
-
-# Runs in the child. The verdict goes out through a descriptor that the program's own prints cannot reach, behind a token
-# that no module holds: a program that ends the process early has not passed.
-_RUNNER = r"""
-import json, os, resource, sys
-
-job = json.loads(sys.stdin.buffer.read())
-out = os.dup(1)
-null = os.open(os.devnull, os.O_RDWR)
-for fd in (0, 1, 2):
-    os.dup2(null, fd)
-for what, limit in ((resource.RLIMIT_CPU, job["seconds"]), (resource.RLIMIT_AS, job["memory"]),
-                    (resource.RLIMIT_FSIZE, job["file_bytes"]), (resource.RLIMIT_NOFILE, 32), (resource.RLIMIT_NPROC, 0),
-                    (resource.RLIMIT_CORE, 0)):
-    hard = resource.getrlimit(what)[1]
-    resource.setrlimit(what, (limit, limit) if hard == resource.RLIM_INFINITY else (min(limit, hard), min(limit, hard)))
-
-
-def fence():
-    # all in a closure of constants: a program that finds this module finds nothing to change
-    writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-    prefixes = ("socket.", "subprocess.", "ctypes.", "shutil.", "ftplib.", "http.", "urllib.", "smtplib.", "mmap.")
-    events = frozenset({"os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "os.kill",
-                        "os.killpg", "pty.spawn", "resource.setrlimit", "resource.prlimit", "sys.addaudithook",
-                        "signal.pthread_kill"})
-    modules = frozenset({"ctypes", "_ctypes", "_posixsubprocess", "_socket", "_winapi", "multiprocessing",
-                         "_multiprocessing", "gc"})
-    changes = frozenset({"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.chmod",
-                         "os.chown", "os.truncate", "os.utime", "os.setxattr", "os.removexattr", "os.mkfifo", "os.mknod",
-                         "os.chdir", "os.fchdir"})
-    real, isdir, fsdecode = os.path.realpath, os.path.isdir, os.fsdecode
-    home = real(os.getcwd()) + os.sep
-
-    def inside(path):
-        return not isinstance(path, (str, bytes)) or (real(fsdecode(path)) + "/").startswith(home)
-
-    def guard(event, args):
-        if event == "open":
-            path, _, flags = args
-            if inside(path) or path == "/dev/null":
-                return
-            # an open folder would be a way around: paths relative to it do not show where they lead
-            if (flags and flags & writes) or isdir(path):
-                raise PermissionError("the sandbox lets nothing be written outside its folder")
-        elif event in changes:
-            if not all(inside(path) for path in args if isinstance(path, (str, bytes))):
-                raise PermissionError("the sandbox lets nothing be changed outside its folder")
-        elif event in events or event.startswith(prefixes) or (event == "import" and args[0] in modules):
-            raise PermissionError("the sandbox refuses " + event)
-
-    return guard
-
-
-def play(program, token, out, guard):
-    write, leave = os.write, os._exit
-
-    def verdict(word):
-        write(out, (token + " " + word).encode())
-        leave(0)
-
-    try:
-        code = compile(program, "program.py", "exec")
-        main = type(sys)("__main__")
-        sys.modules["__main__"] = main
-        sys.addaudithook(guard)
-        exec(code, main.__dict__)
-    except BaseException as error:
-        verdict(type(error).__name__)
-    verdict("passed")
-
-
-play(job.pop("program"), job.pop("token"), out, fence())
-"""
+_AT_LIMIT = 3
+#: What is asked of the kernel before anything is scored, and must pass; a library that nobody may read shows here too.
+_PROBE = {"program": "import statistics\ndef f(x):\n    return statistics.mean([x, x]) + 1\n",
+          "prompt": "def f(x):\n", "entry_point": "f", "test": "def check(f):\n    assert f(1) == 2\n"}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a program: ``passed``, the name of its exception, ``timeout``, or ``ended`` without a verdict."""
+    """What became of a program; the status is passed, an exception's name, timeout, ended, or unreadable reply."""
 
+    passed: bool
     status: str
 
-    @property
-    def passed(self) -> bool:
-        return self.status == PASSED
+
+class Refused(UserError):
+    """This system confines no process; the text is what it said."""
 
 
-def check() -> None:
-    """Whether programs can be run with limits here.
+@cache
+def missing() -> str:
+    """What this system lacks to confine a process; empty where a confined program has just been run."""
+    if sys.platform != "linux":
+        return f"{sys.platform} has no namespaces and no seccomp"
+    try:
+        outcome = _run(_PROBE, 5, 512, confined=True)
+    except Refused as refused:
+        return str(refused)
+    if outcome.status == "ModuleNotFoundError":
+        return f"Python's library at {sys.base_prefix} is not readable for other users than its owner"
+    return "" if outcome.passed else f"a trivial program ended with {outcome.status}"
+
+
+def check(unsafe: bool = False) -> None:
+    """Whether programs can be run here.
+
+    Args:
+        unsafe: take limits alone, without confinement.
 
     Raises:
-        UserError: this system has no resource limits.
+        UserError: no confinement, and not asked to go without; no process limits at all.
     """
     if importlib.util.find_spec("resource") is None:
         raise UserError("--tasks humaneval: needs process limits (the resource module), which this system does not have; "
                         "run it on Linux or in a container")
+    if not unsafe and (lack := missing()):
+        raise UserError(f"--tasks humaneval: this system does not confine the code that the model wrote ({lack}); use Linux "
+                        "5.12 or newer and allow user namespaces (sysctl user.max_user_namespaces=15000, on Ubuntu also "
+                        "kernel.apparmor_restrict_unprivileged_userns=0; docker run --security-opt seccomp=unconfined "
+                        "--security-opt apparmor=unconfined --cap-add SYS_ADMIN), drop humaneval, or, on a machine that "
+                        "you can throw away, run it with limits alone: --unsafe_code yes (docs/security.md)")
 
 
-def run(program: str, seconds: int, memory_mb: int) -> Outcome:
-    """Run a program to its end or to a limit.
+def run(prompt: str, answer: str, test: str, entry_point: str, seconds: int, memory_mb: int, *,
+        unsafe: bool = False) -> Outcome:
+    """Whether a function that a model completed passes its tests.
 
     Args:
-        program: Python source; it passes if it runs through without an exception.
-        seconds: CPU time; wall-clock time may be 3 s longer.
-        memory_mb: address space, the interpreter included.
+        prompt: the task's code up to the function's docstring; its helpers may be called by the tests.
+        answer: what the model wrote after it.
+        test: defines ``check(candidate)``; arguments and results must be plain data (numbers, strings, containers, None).
+        seconds: CPU time of each process; the wall clock ends both after 5 times as long and 5 s.
+        memory_mb: address space of each process, the interpreter included.
+        unsafe: with limits, but not confined.
+
+    Raises:
+        UserError: the kernel refused a step, or the test passes a function to the program.
     """
-    # fresh for each program: none can pass by what another one saw
-    token = secrets.token_hex(16)
-    job = {"program": program, "token": token, "seconds": seconds, "memory": memory_mb << 20, "file_bytes": _FILE_BYTES}
-    with tempfile.TemporaryDirectory(prefix="code-", ignore_cleanup_errors=True) as folder:
-        # nothing of our environment goes in: it may hold keys; -I and -S: only the standard library can be imported
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", "-c", _RUNNER], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, env={"TMPDIR": folder, "HOME": folder, "PYTHONHASHSEED": "0"},
-            # a group of its own, so that what it started can be ended with it
-            start_new_session=True)
-        try:
-            reply, _ = process.communicate(json.dumps(job).encode(), timeout=seconds + _GRACE)
-        except subprocess.TimeoutExpired:
-            return Outcome("timeout")
-        finally:
-            # also after a normal end: children may live on
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            for stream in (process.stdin, process.stdout):
-                stream.close()
-    given, _, status = reply.decode("utf-8", "replace").partition(" ")
-    if given == token and status:
-        return Outcome(status)
-    # what the kernel ends a program with at its CPU limit, and we at the wall clock's
-    return Outcome("timeout" if process.returncode in (-signal.SIGXCPU, -signal.SIGKILL) else "ended")
+    job = {"program": prompt + answer, "prompt": prompt, "test": test, "entry_point": entry_point}
+    outcome = _run(job, seconds, memory_mb, confined=not unsafe)
+    what, _, why = outcome.status.partition(": ")
+    if what == "untestable":
+        raise UserError(f"humaneval: the test of {entry_point} cannot be run: {why}; arguments "
+                        "cross to the program's process as data (numbers, strings, lists, tuples, sets, dicts, None)")
+    return outcome
+
+
+def _run(job: dict[str, str], seconds: int, memory_mb: int, *, confined: bool) -> Outcome:
+    flags = {"confined": confined, "seconds": seconds, "memory": memory_mb << 20, "file_bytes": _FILE_BYTES}
+    process = subprocess.Popen(
+        # -I and -S: only the standard library can be imported; no environment of ours, which may hold keys
+        [sys.executable, "-I", "-S", str(_LAUNCHER), json.dumps(flags)], cwd="/", stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={"PYTHONHASHSEED": "0"},
+        # no terminal, and a group of its own, so that all of it can be ended at once
+        start_new_session=True)
+    try:
+        verdict, refusal = process.communicate(json.dumps(job).encode(), timeout=5 * seconds + _GRACE)
+    except subprocess.TimeoutExpired:
+        return Outcome(passed=False, status="timeout")
+    finally:
+        # also after a normal end
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            stream.close()
+    if refusal:
+        raise Refused(refusal.decode("utf-8", "replace").splitlines()[0])
+    if not verdict:
+        # the checker itself met a limit
+        return Outcome(passed=False, status="timeout")
+    found = json.loads(verdict)
+    if found["status"] == "ended" and process.returncode == _AT_LIMIT:
+        return Outcome(passed=False, status="timeout")
+    return Outcome(passed=found["passed"] is True, status=found["status"])

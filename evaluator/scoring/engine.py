@@ -34,6 +34,8 @@ _SELECT = ("task_name", "aligned_flag", "checkpoint_number", "batch_tokens", "ou
            "judge_batch_tokens", "judge_concurrency", "judge_retries", "judge_timeout",
            "judge_key_variable", "judge_prices", "max_cost", "alpaca_eval", "alpaca_annotator",
            "data_dir", "harness_batch_size")
+#: Flags that came later than the first scores: left out of the settings where they change nothing.
+_NEUTRAL = {"unsafe_code": "no"}
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,8 @@ def _settings(args: EvaluateArgs) -> dict[str, Any]:
     """Flags that change the scores; those of the judges choose nothing where no judge is named."""
     judging = {f.name for f in fields(JudgeFlags)} - {f.name for f in fields(ModelCommand)}
     unused = () if getattr(args, "judges", "") else judging
-    return {k: v for k, v in asdict(args).items() if k not in _SELECT and k not in unused}
+    return {k: v for k, v in asdict(args).items() if k not in _SELECT and k not in unused
+            and not (k in _NEUTRAL and v == _NEUTRAL[k])}
 
 
 def _same(path: Path, settings: dict[str, Any], inputs: dict[str, str]) -> bool:

@@ -80,7 +80,7 @@ def build(args: EvaluateUtilityArgs, name: str) -> Benchmark:
 
     version()
     if name == "humaneval":
-        code_sandbox.check()
+        code_sandbox.check(args.unsafe_code == "yes")
     # 0 is a choice, so "as published" is -1
     shots = args.num_fewshot if args.num_fewshot >= 0 else BENCHMARKS[name]
     made: dict[str, Any] = {}
@@ -159,6 +159,9 @@ def run(benchmark: Benchmark, loaded: Loaded, args: EvaluateUtilityArgs
     text = (f"{name} through lm-eval {version()}: share of rows that are right ({metric}{filtered}, {benchmark.shots}-shot, "
             "plain prompt)")
     details = {"shots": benchmark.shots, "metric": metric, "data": benchmark.place, "rows": len(hits)}
+    if name == "humaneval":
+        details["confined"] = args.unsafe_code == "no"
+        text += "" if details["confined"] else ", the code run without confinement"
     if wanted:
         details["filter"] = wanted
         details["other_filters"] = {key: metrics.rate(values, f"{name} {key}", "", higher_is_better=True).as_dict()
@@ -264,17 +267,15 @@ def _embedded_human_eval(**_: Any) -> dict[str, Any]:
 
 
 def _executed(args: EvaluateUtilityArgs) -> dict[str, Any]:
-    """HumanEval's metric and filter, ours: the program in a limited process, one sample, greedy (pass@1)."""
-    def pass_at_1(references: Sequence[str], predictions: Sequence[Sequence[str]], **_: Any) -> float:
-        # the answer behind its prompt, then the tests that call it
-        program = f"{predictions[0][0]}\n{references[0]}\n"
-        return float(code_sandbox.run(program, args.code_seconds, args.code_memory_mb).passed)
+    """HumanEval's scoring, ours: the function in a confined process, its tests in another, one sample, greedy (pass@1)."""
+    def score(row: dict[str, str], answers: Sequence[str]) -> dict[str, float]:
+        outcome = code_sandbox.run(row["prompt"], answers[0], row["test"], row["entry_point"], args.code_seconds,
+                                   args.code_memory_mb, unsafe=args.unsafe_code == "yes")
+        return {"pass_at_1": float(outcome.passed)}
 
-    def programs(answers: Sequence[Sequence[str]], docs: Sequence[dict[str, str]]) -> list[list[str]]:
-        return [[doc["prompt"] + answer for answer in said] for said, doc in zip(answers, docs, strict=True)]
-
-    return {"metric_list": [{"metric": pass_at_1, "aggregation": "mean", "higher_is_better": True}],
-            "filter_list": [{"name": "program", "filter": [{"function": "custom", "filter_fn": programs}]}]}
+    return {"process_results": score,
+            "metric_list": [{"metric": "pass_at_1", "aggregation": "mean", "higher_is_better": True}],
+            "filter_list": [{"name": "program", "filter": [{"function": "take_first"}]}]}
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from data.records import Choice
 from data.sets import probes
 from data.sets.probes import Problem
 from evaluator import evaluate_utility, report
-from evaluator.scoring import engine, harness
+from evaluator.scoring import code_sandbox, engine, harness
 from evaluator.statistics import comparison
 
 COPA = [{"premise": f"The dog number {i} sailed.", "choice1": "It took a boat.", "choice2": "It baked bread.",
@@ -138,22 +138,58 @@ def test_flags_are_checked_together(run, capsys):
     assert "--allow_code_execution" in said
 
 
-@pytest.mark.parametrize(("body", "passes"), [("    return a + b\n", 1), ("    return a - b\n", 0),
-                                              ("    while True: pass\n", 0)])
-def test_humaneval_runs_the_code_in_its_sandbox(run, data_dir, monkeypatch, body, passes):
+@pytest.fixture
+def answers(data_dir, monkeypatch):
+    """Let the model answer every prompt of HumanEval with one body."""
     (data_dir / "humaneval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CODE))
     wrapped = harness.wrapped
 
-    def planted(loaded, batch_size):
-        lm = wrapped(loaded, batch_size)
-        lm.generate_until = lambda requests, **_: [body] * len(requests)
-        return lm
-    monkeypatch.setattr(harness, "wrapped", planted)
-    found, rows = read(run("--tasks", "humaneval", "--data_dir", data_dir, "--allow_code_execution", "--code_seconds", 1,
-                           "--num_samples", 2), "humaneval")
+    def all_say(body):
+        def planted(loaded, batch_size):
+            lm = wrapped(loaded, batch_size)
+            lm.generate_until = lambda requests, **_: [body] * len(requests)
+            return lm
+        monkeypatch.setattr(harness, "wrapped", planted)
+    return all_say
+
+
+def humaneval(data_dir, *words):
+    return ("--tasks", "humaneval", "--data_dir", data_dir, "--allow_code_execution", "--code_seconds", 1,
+            "--num_samples", 2, *words)
+
+
+@pytest.mark.parametrize(("body", "passes"), [("    return a + b\n", 1), ("    return a - b\n", 0),
+                                              ("    while True: pass\n", 0), ("    import os; os._exit(0)\n", 0)])
+@pytest.mark.parametrize("unsafe", ["no", "yes"])
+def test_humaneval_runs_the_code_in_its_sandbox(run, data_dir, answers, body, passes, unsafe):
+    if unsafe == "no" and (lack := code_sandbox.missing()):
+        pytest.skip(f"not confined here, and refused: {lack}")
+    answers(body)
+    found, rows = read(run(*humaneval(data_dir, "--unsafe_code", unsafe)), "humaneval")
     assert found["scores"]["humaneval"]["value"] == passes
     assert "pass_at_1" in found["scores"]["humaneval"]["definition"]
+    assert ("without confinement" in found["scores"]["humaneval"]["definition"]) == (unsafe == "yes")
+    assert found["utility"]["humaneval"]["confined"] == (unsafe == "no")
     assert [row["output"] for row in rows] == [body, body]
+
+
+def test_unsafe_code_makes_scores_of_its_own_and_no_other_task_anew(run, data_dir, answers, capsys):
+    answers("    return a + b\n")
+    folder = run(*humaneval(data_dir, "--unsafe_code", "yes", "--tasks", "humaneval,copa"))
+    code, copa = (json.loads((folder / f"evaluate_utility.{name}.json").read_text()) for name in ("humaneval", "copa"))
+    assert code["config"]["unsafe_code"] == "yes"
+    assert "tests in a process of their own" in code["inputs"]["humaneval"]
+    # as score files of before the flag have it
+    assert "unsafe_code" not in copa["config"]
+
+
+def test_humaneval_is_refused_where_nothing_confines_the_code(run, data_dir, capsys, monkeypatch):
+    if not code_sandbox.missing():
+        monkeypatch.setattr(code_sandbox, "missing", lambda: "namespaces (unshare): Operation not permitted")
+    said = fails(run, capsys, *humaneval(data_dir))
+    assert "does not confine the code that the model wrote (" in said
+    assert "user namespaces" in said
+    assert "--unsafe_code yes" in said
 
 
 def test_probes_have_a_file_and_a_label_of_their_own(run, small_probes):
