@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from errors import UserError
+from evaluator.judges.judged_text import Piece
 from evaluator.judges.local import Reader, Source, batches
 from evaluator.judges.prompts import Encoded, Prompt, fit_length, renderer, token_ids
 from evaluator.judges.protocol import Item
@@ -27,12 +28,12 @@ def first_tokens(source: Source, prompt: Prompt, words: Sequence[str]) -> tuple[
         UserError: a word melts into the prompt's last token, or two words begin with the same token.
     """
     render = renderer(prompt, source.tokenizer, source.flag)
-    text = render(_PROBE)
-    before = token_ids(text, source.tokenizer, prompt)
+    pieces = render(_PROBE)
+    before = token_ids(pieces, source.tokenizer, prompt)
     firsts = []
     for word in words:
         # in place: a tokenizer may join a word with the blank before it
-        after = token_ids(text + word, source.tokenizer, prompt)
+        after = token_ids([*pieces, Piece(word, False)], source.tokenizer, prompt)
         if after[: len(before)] != before or len(after) == len(before):
             raise UserError(f"{source.flag}: '{word}' does not begin with a token of its own behind the judge's prompt; "
                             "give another lead or word with --judge_prompts FILE.yaml")
