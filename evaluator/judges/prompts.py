@@ -20,7 +20,9 @@ from evaluator.judges.protocol import Item
 OWN = Path(__file__).with_name("prompts.yaml")
 _PLACE = re.compile(r"\{(prompt|answer|other|mark)\}")
 #: The places while a chat template is filled, in characters that no template looks at or holds.
-_HELD = re.compile("\ue000(prompt|answer|other|mark)\ue001")
+_HELD, _HELD_WHOLE = re.compile("\ue000(prompt|answer|other|mark)\ue001"), re.compile("\ue000[a-z]+\ue001")
+#: Judges whose prompt comes from the user alone: a published classifier's name is not for another text's rates.
+_OWN_ONLY = ("harmbench",)
 _CHATS = ("none", "user", "turns")
 
 
@@ -74,8 +76,8 @@ def _read(path: Path, known: dict[str, Prompt] | None = None) -> dict[str, Promp
     for name, body in content.items():
         at = f"--judge_prompts {path}: {name}"
         # the shipped file defines the names, the user's may only replace them
-        if known is not None and name not in known:
-            problems.append(f"{at}: no local judge has this name; known: {', '.join(known)}")
+        if known is not None and name not in (*known, *_OWN_ONLY):
+            problems.append(f"{at}: no local judge has this name; known: {', '.join((*known, *_OWN_ONLY))}")
         elif not isinstance(body, dict) or set(body) - set(Prompt.__annotations__):
             problems.append(f"{at}: allowed keys: {', '.join(Prompt.__annotations__)}")
         elif body.get("chat") not in _CHATS:
@@ -139,10 +141,9 @@ def renderer(prompt: Prompt, tokenizer: Any, flag: str, cue: bool = True, **opti
         raise UserError(f"{flag}: its tokenizer has no chat template, which this judge's prompt needs; give a text for it "
                         "with --judge_prompts FILE.yaml and chat: none")
     text = _PLACE.sub("\ue000\\1\ue001", prompt.text)
-    turns = [{"role": "user", "content": text if prompt.chat == "user" else "  \ue000prompt\ue001  "}]
-    if prompt.chat == "turns":
-        turns.append({"role": "assistant", "content": "  \ue000answer\ue001  "})
-    held = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=cue, **options) + prompt.lead
+    said = {"user": text} if prompt.chat == "user" else {
+        "user": "  \ue000prompt\ue001  ", "assistant": "  \ue000answer\ue001  "}
+    held = _templated(tokenizer, said, add_generation_prompt=cue, **options) + prompt.lead
     if "\ue000answer\ue001" not in held:
         raise UserError(f"{flag}: its chat template shows no assistant turn, so the answer would not be judged; give a text "
                         "with {prompt} and {answer} with --judge_prompts FILE.yaml and chat: user")
@@ -150,6 +151,22 @@ def renderer(prompt: Prompt, tokenizer: Any, flag: str, cue: bool = True, **opti
     strip = prompt.chat == "turns" and "  \ue000answer\ue001  " not in held
     held = re.sub("  (\ue000(?:prompt|answer)\ue001)  ", r"\1", held) if prompt.chat == "turns" else held
     return lambda item: pieces_of(held, item, _HELD, strip=strip)
+
+
+def _templated(tokenizer: Any, said: dict[str, str], **options: Any) -> str:
+    """The chat template's text of these turns; some templates read a turn as a list of parts (Llama-Guard-3-1B)."""
+    from jinja2 import TemplateError
+
+    text = ""
+    for content in (str, lambda words: [{"type": "text", "text": words}]):
+        try:
+            text = tokenizer.apply_chat_template([{"role": role, "content": content(words)} for role, words in said.items()],
+                                                 tokenize=False, **options)
+        except TemplateError:
+            continue
+        if all(mark in text for words in said.values() for mark in _HELD_WHOLE.findall(words)):
+            break
+    return text
 
 
 def token_ids(pieces: list[Piece], tokenizer: Any, prompt: Prompt) -> list[int]:

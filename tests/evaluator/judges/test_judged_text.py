@@ -26,7 +26,7 @@ def controls(ids):
 
 
 @pytest.mark.parametrize(("module", "name", "labels"), [
-    (guard, "guard", 0), (guard, "harmbench", 0), (pairwise, "pairwise", 0), (pairwise, "safer", 0),
+    (guard, "guard", 0), (guard, "behaviour", 0), (pairwise, "pairwise", 0), (pairwise, "safer", 0),
     (truth_info, "truth", 0), (truth_info, "info", 0), (moderation, "moderation", 14), (reward, "reward", 1)])
 def test_control_tokens_of_judged_texts_are_spelt_out(tmp_path, module, name, labels):
     judge = module.make(name, str(make_judge(tmp_path, labels, {})), flags())
@@ -132,7 +132,7 @@ def test_no_template_acts_on_what_an_answer_says():
 
 def test_every_text_for_a_chat_model_is_fenced():
     fenced = {name: prompt.text for name, prompt in load_prompts().items() if prompt.chat == "user"}
-    assert {"harmbench", "pairwise", "safer"} <= set(fenced)
+    assert {"behaviour", "pairwise", "safer"} <= set(fenced)
     for text in fenced.values():
         for place in re.findall(r"\{(?:prompt|answer|other)\}", text):
             assert re.search(rf" \{{mark\}}\n{re.escape(place)}\n\{{mark\}}", text)
