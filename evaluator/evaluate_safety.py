@@ -76,6 +76,7 @@ def plan(args: EvaluateSafetyArgs, subject: Subject) -> Work:
 def score(args: EvaluateSafetyArgs, subject: Subject, harmful: list[dict], edgy: list[dict],
           judges: Sequence[Named] = ()) -> Result:
     """Judge the answers; over-refusal stays out, with the command that would make it, when it was not generated."""
+    from data.readers.answer_text import counted
     from evaluator.judges import fitted, keyword
     from evaluator.scoring import engine, judging
     from evaluator.statistics import metrics
@@ -103,6 +104,7 @@ def score(args: EvaluateSafetyArgs, subject: Subject, harmful: list[dict], edgy:
         "categories_published_asr": _categories([row for row in rows if row["set"] == sets[0]], "published_asr"),
         "overrefusal": "not given: add --overrefusal_answers FILE" if args.answers else f"not generated: run {command}",
         "protocols": _protocols(args, subject),
+        "texts": {name: found for name, answers in zip(sets, (harmful, edgy), strict=True) if (found := counted(answers))},
     }
     if edgy:
         # over-refusal is optional, but a report must be able to say why it is missing
