@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def judged(rows: list[dict[str, Any]], place: str) -> list[dict[str, Any]]:
     return done
 
 
-def counted(rows: list[dict[str, Any]]) -> dict[str, int]:
+def counted(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
     """How many of ``judged``'s rows held reasoning, ended inside it, or held tokens of the template; {} when none did."""
     found = [row["found"] for row in rows if "found" in row]
     return {name: found.count(name) for name in ("reasoning", "unclosed", "tokens") if name in found}
