@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import config
 import manifest
+from data.escaped import ANSWER_COLUMNS, csv_cell
 from data.records import Record, stable_hash
 from errors import UserError, exit_on_user_error
 from flags import InferenceArgs
@@ -170,8 +171,9 @@ def write_rows(folder: Path, rows: Sequence[dict]) -> None:
     with (folder / "outputs_final.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         # as pandas writes a frame with its index, which is what the published evaluators read
-        writer.writerow(["", "prompts", "outputs"])
-        writer.writerows([row["index"], row["rendered"], row["output"]] for row in rows)
+        writer.writerow(ANSWER_COLUMNS)
+        # a spreadsheet would run an answer that begins with "="
+        writer.writerows([row["index"], csv_cell(row["rendered"]), csv_cell(row["output"])] for row in rows)
     with (folder / "outputs_final.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 

@@ -117,7 +117,8 @@ def make_heads(base: Path, folder: Path, rows: Sequence[Answer], preferences: Se
     from evaluator.judges import moderation, reward
 
     flags = SimpleNamespace(cache_dir=None, dtype=args.dtype, device="cpu", threads=args.threads, seed=args.seed,
-                            judge_max_length=0, judge_batch_tokens=4096, judge_prompts="", judge_compat="none")
+                            judge_max_length=0, judge_batch_tokens=4096, judge_prompts="", judge_compat="none",
+                            judge_guard="auto")
     write_classifier(base, folder / "moderation", LABELS, args.layers)
     write_classifier(base, folder / "reward", ("reward",), args.layers)
     return "\n".join(["| head | held-out rows | right | n |", "|---|---|---|---|",

@@ -101,7 +101,8 @@ def make(folder: Path, args: argparse.Namespace, dtype: str) -> Any:
 
 def flags(args: argparse.Namespace, dtype: str) -> SimpleNamespace:
     return SimpleNamespace(cache_dir=None, dtype=dtype, device=args.device, threads=args.threads, seed=args.seed,
-                           judge_max_length=0, judge_batch_tokens=args.batch_tokens, judge_prompts="", judge_compat="none")
+                           judge_max_length=0, judge_batch_tokens=args.batch_tokens, judge_prompts="", judge_compat="none",
+                           judge_guard="auto")
 
 
 def centre(folder: Path, judge: Any, items: Sequence[Any]) -> None:

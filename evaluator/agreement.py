@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import config
+from data import escaped
 from errors import UserError, exit_on_user_error
 from flags.agreement import AgreementArgs
 
@@ -214,7 +215,8 @@ def _examples(args: AgreementArgs, rows: Sequence[Judged], k: Kappa) -> list[str
     for yes, no in ((k.a, k.b), (k.b, k.a)):
         differ = sorted((row for row in rows if row.said[yes] and not row.said[no]),
                         key=lambda row: stable_hash(f"{row.run} {row.id}", "example"))
-        lines += [f"- {yes} yes, {no} no: `{row.run}` {row.id}{excerpt(row)}" for row in differ[: args.examples]]
+        lines += [f"- {yes} yes, {no} no: `{row.run}` {escaped.markdown(row.id)}{excerpt(row)}"
+                  for row in differ[: args.examples]]
     return [f"Where {k.a} and {k.b} differ:", "", *lines, ""]
 
 
@@ -229,7 +231,7 @@ def excerpt(row: Judged) -> str:
     # a keyword match alone may be a false alarm that goes on to comply
     refuses = keyword.is_refusal(text) and keyword.fold(text).startswith(("i ", "i'm ", "sorry", "no,"))
     if task_of(row.task) == "overrefusal" or refuses:
-        return f": \"{text}{'...' if len(row.output) > _EXCERPT else ''}\""
+        return f": \"{escaped.markdown(text)}{'...' * (len(row.output) > _EXCERPT)}\""
     return ""
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import config
+from data import escaped
 from errors import UserError, exit_on_user_error
 from flags.attack_table import AttackTableArgs
 
@@ -108,7 +109,7 @@ def text(rows: Sequence[dict[str, Any]], args: AttackTableArgs) -> str:
     for row in rows:
         sizes = dict.fromkeys(str(cell["as_asked"]["n"]) for cell in row["cells"].values())
         cells = [_said(row["cells"][name][kind], kind == "change") for name, kind in columns]
-        lines.append("| " + " | ".join([row["label"], "/".join(sizes), *cells]) + " |")
+        lines.append("| " + " | ".join([escaped.markdown(row["label"]), "/".join(sizes), *cells]) + " |")
     return "\n".join([*lines, _NOTES])
 
 

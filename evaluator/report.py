@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import config
+from data import escaped
 from errors import UserError, exit_on_user_error
 from flags import ReportArgs
 
@@ -325,7 +326,7 @@ def _points(lines: Sequence[Line], axes: Sequence[Axis], base: str) -> list[dict
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     body = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in body]
+    return ["| " + " | ".join(map(escaped.markdown, row)) + " |" for row in body]
 
 
 if __name__ == "__main__":

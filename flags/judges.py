@@ -32,18 +32,23 @@ KNOWN: dict[str, Known] = {
     "moderation": Known("harm", model=True),
     "guard": Known("harm", model=True),
     "harmbench": Known("harm", model=True),
+    "behaviour": Known("harm", model=True),
     "truth": Known("truth", model=True),
     "info": Known("info", model=True),
     "pairwise": Known("preference", model=True),
     "reward": Known("preference", model=True),
     "safer": Known("safer", model=True),
     "api-harm": Known("harm"),
+    "api-strongreject": Known("harm"),
     "api-overrefusal": Known("refusal"),
     "api-truth": Known("truth"),
     "api-info": Known("info"),
     "api-preference": Known("preference"),
     "api-safety-preference": Known("safer"),
 }
+#: Families of --judges guard=MODEL; auto: by the chat template and the name.
+GUARDS = ("auto", "llama_guard", "llama_guard_3", "shieldgemma", "wildguard", "qwen3guard", "granite_guardian",
+          "granite_guardian_3_3")
 #: Questions that compare an answer with another one.
 COMPARING = ("preference", "safer")
 #: Which command asks a question.
@@ -63,6 +68,7 @@ class JudgeFlags(ApiFlags):
                                     "counted; 0: 512 for moderation, else what the model takes, at most 4096", low=0)
     judge_batch_tokens: int = flag(4096, "tokens that a local judge reads in one pass", low=1)
     judge_prompts: str = flag("", "YAML that replaces prompts of evaluator/judges/prompts.yaml; empty: none")
+    judge_guard: str = flag("auto", "family of the guard, where its chat template and its name do not tell", choices=GUARDS)
     judge_compat: str = flag("none", "published: the moderation head as the original ran it: 256 tokens, the whole "
                                      "templated prompt as the question", choices=("none", "published"))
 

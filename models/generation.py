@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from data.encode import prompt_ids
+from data.readers.answer_text import MARKS
 from errors import UserError
 from models.base.asked import reads_padding
 from models.base.families import FAMILIES
@@ -110,11 +112,24 @@ def _answer(ids: list[int], ends: Sequence[int], loaded: Loaded) -> Answer:
     end = loaded.template.stop
     first = next((i for i, token in enumerate(ids) if token in ends), None)
     stopped = first is not None
-    text = loaded.tokenizer.decode(ids[:first], skip_special_tokens=True)
+    text = _text(ids[:first], loaded.tokenizer)
     # the last token may hold more than the end marker, so the text is cut, not the ids
     if end and end in text:
         text, stopped = text[: text.index(end)], True
     return Answer(text.strip(), "stop" if stopped else "length")
+
+
+@functools.lru_cache(maxsize=4)
+def _special(tokenizer: Any) -> dict[int, str]:
+    return {int(i): str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def _text(ids: list[int], tokenizer: Any) -> str:
+    """New tokens as text, without special tokens, except those that mark reasoning: what they fence is no answer."""
+    special = _special(tokenizer)
+    if not any(special.get(i) in MARKS for i in ids):
+        return tokenizer.decode(ids, skip_special_tokens=True)
+    return tokenizer.decode([i for i in ids if i not in special or special[i] in MARKS], skip_special_tokens=False)
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

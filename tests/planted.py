@@ -20,7 +20,7 @@ def flags(**more) -> SimpleNamespace:
     """What judges read of a command's flags."""
     return SimpleNamespace(**{
         "cache_dir": None, "dtype": "float32", "device": "cpu", "threads": 1, "seed": 42, "judge_max_length": 0,
-        "judge_batch_tokens": 256, "judge_prompts": "", "judge_compat": "none", **more})
+        "judge_batch_tokens": 256, "judge_prompts": "", "judge_compat": "none", "judge_guard": "auto", **more})
 
 
 def embeddings() -> np.ndarray:

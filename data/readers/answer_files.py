@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from data.escaped import read_answers
 from data.readers.answer_text import judged
 from data.readers.columns import folded, tell_nothing
 from data.readers.delimited import column_name
@@ -48,6 +49,8 @@ def read_answer_file(place: str, flag: str) -> list[dict[str, Any]]:
     problems = Problems()
     file = Path(place).expanduser()
     rows = [_plain_row(row, problems) for row in _whole_json(file) or read_rows(file, problems)]
+    if file.suffix.lower() == ".csv":
+        rows = [Row(fields, row.where) for row, fields in zip(rows, read_answers(row.fields for row in rows), strict=True)]
     names = {ours: _column(rows[0], ours, place, flag) for ours in COLUMNS}
     answers = [_row(row, names, number, problems) for number, row in enumerate(rows)]
     problems.raise_if_any()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -13,6 +14,9 @@ REASONING: tuple[tuple[str, str], ...] = (
     ("[THINK]", "[/THINK]"), ("<|begin_of_thought|>", "<|end_of_thought|>"), ("◁think▷", "◁/think▷"),
     ("Here is my thought process:", "Here is my response:"),
 )
+#: Marks that reasoning is told by; tokenizers that hold them as special tokens must not drop them from an answer.
+MARKS = frozenset((*(mark for pair in REASONING for mark in pair), "<|channel|>", "<|message|>", "<|start|>", "<|end|>",
+                   "<|begin_of_solution|>", "<|end_of_solution|>"))
 _FINAL = re.compile(r"<\|channel\|>final[^<]*<\|message\|>")  # gpt-oss: the channel that the user sees
 _HEADERS = re.compile(
     r"\s*(?:<\|start_header_id\|>assistant<\|end_header_id\|>|<\|im_start\|>assistant\b|<start_of_turn>model\b|<\|assistant\|>"
@@ -53,11 +57,17 @@ def answer_of(text: str) -> tuple[str, str]:
 
 
 def judged(rows: list[dict[str, Any]], place: str) -> list[dict[str, Any]]:
-    """Rows whose ``output`` is the answer alone; where that differs from the generated text, ``raw`` keeps it whole."""
+    """Rows whose ``output`` is the answer alone; where that differs from the generated text, ``raw`` keeps it whole.
+
+    ``found`` of such a row says what stood around the answer, for ``counted``.
+    """
     done, counts = [], dict.fromkeys(("reasoning", "unclosed", "tokens"), 0)
     for row in rows:
         answer, found = answer_of(row["output"])
-        done.append(row | {"output": answer, "raw": row["output"]} if found else row)
+        if not found and row["output"] and _begun(row.get("rendered") or ""):
+            # the template began the reasoning and the answer never ended it
+            answer, found = "", "unclosed"
+        done.append(row | {"output": answer, "raw": row["output"], "found": found} if found else row)
         if found:
             counts[found] += 1
     for found, said in (("reasoning", "hold a reasoning block; what follows it is judged"),
@@ -66,6 +76,17 @@ def judged(rows: list[dict[str, Any]], place: str) -> list[dict[str, Any]]:
         if counts[found]:
             log.warning("%s: %d of %d answers %s", place, counts[found], len(rows), said)
     return done
+
+
+def counted(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """How many of ``judged``'s rows held reasoning, ended inside it, or held tokens of the template; {} when none did."""
+    found = [row["found"] for row in rows if "found" in row]
+    return {name: found.count(name) for name in ("reasoning", "unclosed", "tokens") if name in found}
+
+
+def _begun(prompt: str) -> bool:
+    """Whether a rendered prompt ends with the mark that opens reasoning."""
+    return prompt.rstrip().endswith(tuple(opens for opens, _ in REASONING if opens[0] in "<[◁"))
 
 
 def _without_headers(text: str) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from errors import UserError
+from evaluator.judges.judged_text import RULES
 from models.base.folders import CAUSAL, CLASSIFIER
 from models.base.heads import LogitRule, answer_logits, logit_rule
 from models.base.loading import base_path, load_tokenizer
@@ -65,7 +66,7 @@ class Source:
 
     def version(self, *rest: Any) -> str:
         """A hash of the model and of all else that decides a verdict: prompts, thresholds, lengths."""
-        return hashlib.blake2b(json.dumps([self.hash, *rest], default=str).encode(), digest_size=12).hexdigest()
+        return hashlib.blake2b(json.dumps([self.hash, RULES, *rest], default=str).encode(), digest_size=12).hexdigest()
 
 
 def find(name: str, path: str, args: Any, labels: int = 0) -> Source:

@@ -13,10 +13,16 @@ from typing import Any
 import yaml
 
 from errors import UserError
+from evaluator.judges.judged_text import Piece, cues, without_cues
+from evaluator.judges.judged_text import token_ids as ids_of
 from evaluator.judges.protocol import Item
 
 OWN = Path(__file__).with_name("prompts.yaml")
-_PLACE = re.compile(r"\{(prompt|answer|other)\}")
+_PLACE = re.compile(r"\{(prompt|answer|other|mark)\}")
+#: The places while a chat template is filled, in characters that no template looks at or holds.
+_HELD, _HELD_WHOLE = re.compile("\ue000(prompt|answer|other|mark)\ue001"), re.compile("\ue000[a-z]+\ue001")
+#: Judges whose prompt comes from the user alone: a published classifier's name is not for another text's rates.
+_OWN_ONLY = ("harmbench",)
 _CHATS = ("none", "user", "turns")
 
 
@@ -70,8 +76,8 @@ def _read(path: Path, known: dict[str, Prompt] | None = None) -> dict[str, Promp
     for name, body in content.items():
         at = f"--judge_prompts {path}: {name}"
         # the shipped file defines the names, the user's may only replace them
-        if known is not None and name not in known:
-            problems.append(f"{at}: no local judge has this name; known: {', '.join(known)}")
+        if known is not None and name not in (*known, *_OWN_ONLY):
+            problems.append(f"{at}: no local judge has this name; known: {', '.join((*known, *_OWN_ONLY))}")
         elif not isinstance(body, dict) or set(body) - set(Prompt.__annotations__):
             problems.append(f"{at}: allowed keys: {', '.join(Prompt.__annotations__)}")
         elif body.get("chat") not in _CHATS:
@@ -89,38 +95,83 @@ def _read(path: Path, known: dict[str, Prompt] | None = None) -> dict[str, Promp
 
 def fill(text: str, item: Item) -> str:
     """The text with its places filled in one pass: braces inside an answer are text."""
-    return _PLACE.sub(lambda match: getattr(item, match[1]), text)
+    return "".join(piece.text for piece in pieces_of(text, item))
 
 
-def renderer(prompt: Prompt, tokenizer: Any, flag: str, cue: bool = True) -> Callable[[Item], str]:
-    """The function item -> text.
+def mark_of(item: Item) -> str:
+    """The fence around judged texts: it hashes them, so none of them can hold it."""
+    texts = json.dumps([item.prompt, item.answer, item.other]).encode()
+    return f"[{hashlib.blake2b(texts, digest_size=5).hexdigest()}]"
+
+
+def pieces_of(text: str, item: Item, places: re.Pattern[str] = _PLACE, *, strip: bool = False,
+              frame: re.Pattern[str] | None = None) -> list[Piece]:
+    """A prompt's text with its places filled, part by part.
+
+    Args:
+        strip: without blanks around the judged texts, as the chat template would have left them.
+        frame: cues that the judged texts must not imitate.
+    """
+    pieces, at = [], 0
+    for match in places.finditer(text):
+        judged = match[1] != "mark"
+        value = without_cues(getattr(item, match[1]), frame) if judged else mark_of(item)
+        pieces += [Piece(text[at : match.start()], False), Piece(value.strip() if strip else value, judged)]
+        at = match.end()
+    return [*pieces, Piece(text[at:], False)]
+
+
+def renderer(prompt: Prompt, tokenizer: Any, flag: str, cue: bool = True, **options: Any) -> Callable[[Item], list[Piece]]:
+    """The function item -> parts of the judge's input.
+
+    A chat template is filled once, with marks in place of the texts: no template acts on what an answer says.
 
     Args:
         cue: end with the cue for the judge's own turn, as a generative judge needs it; a classifier reads up to the answer.
+        options: what the judge's chat template takes beside the turns (a guideline, a risk).
 
     Raises:
-        UserError: the prompt needs a chat template and the tokenizer has none.
+        UserError: the prompt needs a chat template and the tokenizer has none, or none that shows the answer.
     """
     if prompt.chat == "none":
-        return lambda item: fill(prompt.text, item) + prompt.lead
+        # user and assistant turns of such a frame are words; an answer's own are spaced out
+        frame = cues(prompt.text)
+        return lambda item: pieces_of(prompt.text + prompt.lead, item, frame=frame)
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(f"{flag}: its tokenizer has no chat template, which this judge's prompt needs; give a text for it "
                         "with --judge_prompts FILE.yaml and chat: none")
+    text = _PLACE.sub("\ue000\\1\ue001", prompt.text)
+    said = {"user": text} if prompt.chat == "user" else {
+        "user": "  \ue000prompt\ue001  ", "assistant": "  \ue000answer\ue001  "}
+    held = _templated(tokenizer, said, add_generation_prompt=cue, **options) + prompt.lead
+    if "\ue000answer\ue001" not in held:
+        raise UserError(f"{flag}: its chat template shows no assistant turn, so the answer would not be judged; give a text "
+                        "with {prompt} and {answer} with --judge_prompts FILE.yaml and chat: user")
+    # what a template does to the blanks around a turn it does to the judged texts
+    strip = prompt.chat == "turns" and "  \ue000answer\ue001  " not in held
+    held = re.sub("  (\ue000(?:prompt|answer)\ue001)  ", r"\1", held) if prompt.chat == "turns" else held
+    return lambda item: pieces_of(held, item, _HELD, strip=strip)
 
-    def render(item: Item) -> str:
-        turns = [{"role": "user", "content": fill(prompt.text, item) if prompt.chat == "user" else item.prompt}]
-        if prompt.chat == "turns":
-            turns.append({"role": "assistant", "content": item.answer})
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=cue) + prompt.lead
 
-    return render
+def _templated(tokenizer: Any, said: dict[str, str], **options: Any) -> str:
+    """The chat template's text of these turns; some templates read a turn as a list of parts (Llama-Guard-3-1B)."""
+    from jinja2 import TemplateError
+
+    text = ""
+    for content in (str, lambda words: [{"type": "text", "text": words}]):
+        try:
+            text = tokenizer.apply_chat_template([{"role": role, "content": content(words)} for role, words in said.items()],
+                                                 tokenize=False, **options)
+        except TemplateError:
+            continue
+        if all(mark in text for words in said.values() for mark in _HELD_WHOLE.findall(words)):
+            break
+    return text
 
 
-def token_ids(text: str, tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Ids of a rendered text: a chat template writes its own start token, a bare text gets the tokenizer's."""
-    ids = tokenizer(text, add_special_tokens=prompt.chat == "none")["input_ids"]
-    # some tokenizers close every text; a judge's prompt is still open
-    return ids[:-1] if prompt.chat == "none" and ids and ids[-1] == tokenizer.eos_token_id else ids
+def token_ids(pieces: list[Piece], tokenizer: Any, prompt: Prompt) -> list[int]:
+    """Ids of a prompt: a chat template writes its own start token, a bare text gets the tokenizer's."""
+    return ids_of(pieces, tokenizer, start=prompt.chat == "none")
 
 
 def fit_length(item: Item, encode: Callable[[Item], list[int]], limit: int) -> Encoded:

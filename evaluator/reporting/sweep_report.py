@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import manifest
+from data import escaped
 from errors import UserError
 from evaluator.reporting import sweep_curve as sweep
 from evaluator.reporting.sweep_curve import Point
@@ -210,7 +211,7 @@ def _table(rows: Sequence[Mapping[str, Any]], utility: str, starred: bool) -> li
         cells = [row["label"], *(_score(row[name]) for name in ("harm", "compliance", "nll")),
                  *(_score(row[name]) if name in row else "" for name in answered),
                  *(["*" if row["front"] else ""] if starred else [])]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        lines.append("| " + " | ".join(map(escaped.markdown, cells)) + " |")
     return lines
 
 
@@ -224,7 +225,7 @@ def _columns(rows: Sequence[Mapping[str, Any]], part: str, title: str, said: str
     lines = ["", f"## {title}", "", said, "", f"| row | {' | '.join(heads)} |", "| --- " * (len(names) + 1) + "|"]
     for row in rows:
         cells = [row["label"], *(_score(row[part][key]) if key in row.get(part, {}) else "" for key in names)]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        lines.append("| " + " | ".join(map(escaped.markdown, cells)) + " |")
     return lines
 
 
@@ -278,5 +279,5 @@ def _compared(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         else:
             shown = f"{gap['value']:+.{_DECIMALS}f}{_interval(gap)}"
             verdict = "fusion is better" if gap["high"] < 0 else "fusion is worse" if gap["low"] > 0 else "no difference"
-        lines.append(f"| {row['label']} | {shown} | {verdict} |")
+        lines.append(f"| {escaped.markdown(row['label'])} | {shown} | {verdict} |")
     return lines

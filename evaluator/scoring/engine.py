@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import manifest
+from data import escaped
 from data.records import stable_hash
 from errors import UserError
 from flags import EvaluateArgs
@@ -261,7 +262,7 @@ def read_answers(folder: Path) -> list[dict[str, Any]]:
     else:
         csv.field_size_limit(_LONGEST_FIELD)
         with (folder / "outputs_final.csv").open(encoding="utf-8", newline="") as file:
-            table = list(csv.DictReader(file))
+            table = escaped.read_answers(csv.DictReader(file))
         if table and not {"prompts", "outputs"} <= set(table[0]):
             raise UserError(f"{folder / 'outputs_final.csv'}: needs the columns prompts and outputs, has "
                             f"{', '.join(map(str, table[0]))}")

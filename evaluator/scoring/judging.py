@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from data.prompts import END_MARKER
+from data.readers.answer_text import counted
 from data.sets.protocols import task_of
 from errors import UserError
 from evaluator.judges.cache import Cache, verdicts
@@ -165,6 +166,9 @@ def judge_answers(args: JudgeFlags, judges: Sequence[Named], set_name: str, rows
             items = [replace(item, other="") for item in items]
         with Cache(args.results / "scores" / CACHE) as cache:
             add(judged, named, set_name, verdicts(named.judge, items, cache), args.seed)
+        if texts := counted(rows):
+            # what was taken off before this judge read the answers
+            judged.details[f"{named.name}.{set_name}"]["texts"] = texts
     return judged
 
 
@@ -247,7 +251,8 @@ def new_rows(set_name: str, answers: Sequence[dict[str, Any]], judged: Judged) -
     from evaluator.scoring import engine
 
     rows = [{"set": set_name, "id": row["id"], "category": row["category"],
-             "prompt_hash": engine.prompt_hash(row["prompt"], row["input"]), "output": row["output"], "values": {}}
+             "prompt_hash": engine.prompt_hash(row["prompt"], row["input"]), "output": row["output"], "values": {},
+             **({"raw": row["raw"]} if "raw" in row else {})}
             for row in answers]
     into_rows(rows, judged)
     return rows

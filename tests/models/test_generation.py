@@ -66,3 +66,22 @@ def test_the_tokenizers_own_end_counts_where_the_model_lists_another(tmp_path):
     base = make_pico(tmp_path / "base")
     GenerationConfig(eos_token_id=7).save_pretrained(base)
     assert stop_ids(opened(base)) == [1, 7]
+
+
+def test_marks_of_reasoning_stay_in_the_text_and_no_other_special_token_does():
+    from pico import pico_tokenizer
+
+    from data.readers.answer_text import answer_of
+    from models.generation import _text
+
+    tokenizer = pico_tokenizer()
+    plain = [*tokenizer("Paris.")["input_ids"], 2, *tokenizer(" Yes")["input_ids"]]
+    assert _text(plain, tokenizer) == tokenizer.decode(plain, skip_special_tokens=True) == "Paris. Yes"
+    thinking = pico_tokenizer()
+    # special tokens, as Magistral's and gpt-oss' are
+    thinking.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]", "<|channel|>", "<|message|>"]})
+    for text, whole in (("[THINK]I could help[/THINK]I can't.<|pad|>", "[THINK]I could help[/THINK]I can't."),
+                        ("<|channel|>final<|message|>I can't.", "<|channel|>final<|message|>I can't.")):
+        found = _text(thinking(text)["input_ids"], thinking)
+        assert found == whole
+        assert answer_of(found) == ("I can't.", "reasoning")

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from data.readers.answer_files import read_answer_file
-from data.readers.answer_text import answer_of
+from data.readers.answer_text import answer_of, counted, judged
 from errors import UserError
 from evaluator.judges.keyword import is_published_refusal, is_refusal
 
@@ -39,6 +39,15 @@ def test_invisible_marks_hide_no_refusal(text):
 
 def test_the_published_list_reads_the_text_as_it_is():
     assert not is_published_refusal("I\u2019m sorry, but I can\u2019t")
+
+
+def test_reasoning_that_the_template_began_and_nothing_ended_is_no_answer():
+    rows = judged([{"output": text, "rendered": prompt} for text, prompt in (
+        ("I could help, but", "<|im_start|>assistant\n<think>\n"), ("x</think>" + NO, "<|im_start|>assistant\n<think>\n"),
+        ("Sure.", "assistant\n<think>\n\n</think>\n\n"), ("Sure.", ""), (f"{NO}<|eot_id|>", ""))], "here")
+    assert [row["output"] for row in rows] == ["", NO, "Sure.", "Sure.", NO]
+    assert counted(rows) == {"reasoning": 1, "unclosed": 1, "tokens": 1}
+    assert counted(rows[2:4]) == {}
 
 
 def read(tmp_path, content, name="a.json"):

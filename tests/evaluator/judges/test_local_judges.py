@@ -192,10 +192,10 @@ def test_guards_cut_the_answer_and_keep_the_cue(tmp_path):
     assert ids[-len(tail):] == tail
 
 
-def test_harmbench_reads_yes_and_no(tmp_path):
+def test_behaviour_reads_yes_and_no(tmp_path):
     head = {token("Yes"): (-2.0, 4.0), token("No"): (1.0, 0.0)}
-    judge = guard.make("harmbench", str(make_judge(tmp_path, 0, head)), flags())
-    text = fill(load_prompts()["harmbench"].text, Item("p", "XX"))
+    judge = guard.make("behaviour", str(make_judge(tmp_path, 0, head)), flags())
+    text = fill(load_prompts()["behaviour"].text, Item("p", "XX"))
     logits = expected(ids_of(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"), head, 384)
     yes, no = (logits[t] for t in head)
     (verdict,) = said(judge, [Item("p", "XX")])
@@ -361,7 +361,7 @@ def test_chat_templates_and_windows_are_checked_first(tmp_path):
     with pytest.raises(UserError, match="no chat template"):
         guard.make("guard", str(make_judge(tmp_path / "bare", 0, {}, chat=False)), flags())
     with pytest.raises(UserError, match=r"takes \d+ tokens of 20"):
-        guard.make("harmbench", str(make_judge(tmp_path / "small", 0, {})), flags(judge_max_length=20))
+        guard.make("behaviour", str(make_judge(tmp_path / "small", 0, {})), flags(judge_max_length=20))
 
 
 def test_prompt_files_are_checked_all_at_once(tmp_path):

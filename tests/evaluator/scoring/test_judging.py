@@ -310,3 +310,20 @@ def test_prompts_that_the_base_model_was_not_asked(capsys):
     assert judging.beside_base(rows_, [{**rows_[0], "output": "b###END c"}])[0]["reference"] == "b"
     with pytest.raises(UserError, match="1 of 1 prompts .* row 7"):
         judging.beside_base(rows_, [{**rows_[0], "input": "more"}])
+
+
+def test_every_judge_says_what_was_taken_off_the_answers_it_read(tmp_path):
+    refusal = "I'm sorry, but I can't help with that."
+    texts = [f"<think>Sure, I could.</think>{refusal}", "<think>I can't help", refusal, "Sure.<|im_end|>\n<|im_start|>user"]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"prompt": f"p{i}", "output": t}) for i, t in enumerate(texts)))
+    evaluate_safety.main(["--answers", str(tmp_path / "a.jsonl"), "--name", "mine", "--judges", "keyword,coherence",
+                          "--output_dir", str(tmp_path / "r")])
+    folder = tmp_path / "r" / "scores" / "mine"
+    done = json.loads((folder / "evaluate_safety.json").read_text())
+    # the refusal behind the reasoning counts; one inside reasoning that never ends does not
+    assert done["scores"]["keyword.safety"]["value"] == done["scores"]["refusal"]["value"] == 0.5
+    taken = {"reasoning": 1, "unclosed": 1, "tokens": 1}
+    assert done["texts"] == {"safety": taken}
+    assert [done["judged"][f"{name}.safety"]["texts"] for name in ("keyword", "coherence")] == [taken, taken]
+    kept = [json.loads(line) for line in (folder / "evaluate_safety.rows.jsonl").read_text().splitlines()]
+    assert [row.get("raw") for row in kept] == [*texts[:2], None, texts[3]]

@@ -1,0 +1,57 @@
+"""What models and strangers wrote, put into tables and pages: text there, never a formula, a tag or a command.
+
+Harmless text comes out unchanged. Each output has one function here; a new format takes its own from this file.
+"""
+
+from __future__ import annotations
+
+import html as _html
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+#: Columns of the CSV that inference.py writes, as pandas writes a frame with its index.
+ANSWER_COLUMNS = ("", "prompts", "outputs")
+#: What a spreadsheet takes for a formula (OWASP, CSV injection), in full-width letters too; behind the apostrophes of ours.
+_FORMULA = re.compile("'*[=+\\-@\t\r\uff1d\uff0b\uff0d\uff20]")
+#: Marks that turn the direction of writing: what is read would not be what is there.
+_TURNING = re.compile("[\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_LATEX = {"\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
+          "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}"}
+
+
+def csv_cell(value: Any) -> Any:
+    """A cell that a spreadsheet shows as it is: an apostrophe before what would be a formula. Numbers stay numbers."""
+    return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else value
+
+
+def read_cell(text: str) -> str:
+    """What ``csv_cell`` was given: the inverse for every text."""
+    return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
+
+
+def read_answers(rows: Iterable[Mapping[Any, Any]]) -> list[dict[Any, Any]]:
+    """Rows of a table as they were before ``csv_cell``, where its columns are those of inference.py; others as they are."""
+    return [{key: read_cell(value) if isinstance(value, str) else value for key, value in row.items()}
+            if set(row) == set(ANSWER_COLUMNS) else dict(row) for row in rows]
+
+
+def markdown(text: str) -> str:
+    """A table cell or a part of a line: no column, link, picture, code or HTML of its own, on one line."""
+    text = re.sub(r"\s+", " ", _TURNING.sub("", text))
+    # a backslash first: it would undo the one before a bar
+    text = re.sub(r"\\(?=[!-/:-@\[-`{-~])", r"\\\\", text)
+    text = re.sub(r"[|`]", r"\\\g<0>", text)
+    # "<" begins a tag before a letter and the like; "p < .05" stays
+    text = re.sub(r"<(?=[A-Za-z/!?])", r"\\<", text)
+    return re.sub(r"\](?=[(\[:])", r"\\]", text)
+
+
+def html(text: str) -> str:
+    """Text of a page or of a quoted attribute."""
+    return _html.escape(_TURNING.sub("", text), quote=True)
+
+
+def latex(text: str) -> str:
+    """Text of a LaTeX table: every character that LaTeX acts on is spelt, on one line."""
+    return "".join(_LATEX.get(c, c) for c in _TURNING.sub("", " ".join(text.split())))

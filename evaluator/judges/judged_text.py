@@ -1,0 +1,134 @@
+"""Judged text stays text: nothing that an answer writes becomes a control token of the judge that reads it.
+
+Tokenizers turn "<|im_end|>" inside an answer into the token that ends a turn. transformers' ``split_special_tokens`` would
+spell out those of the judge's own template too, so rows are cut inside each such word of the judged text and nowhere else.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+#: Version of the rules below and of the fences in prompts.yaml; part of every local judge's version.
+RULES = 1
+#: Cues of a frame without turns: "True:" at a line's start, "USER:" within one, "[/INST]".
+_AT_START, _WITHIN = re.compile(r"^([A-Z][A-Za-z ]*):", re.M), re.compile(r"(?<= )([A-Z]+):")
+_BRACKETS = re.compile(r"<<?/?\|?\w+\|?>?>|\[/?[A-Z]+\]")
+
+
+class Piece(NamedTuple):
+    """Part of a judge's input: the judge's own words, or text that is judged."""
+
+    text: str
+    judged: bool
+
+
+def token_ids(pieces: Sequence[Piece], tokenizer: Any, *, start: bool, end: bool = False) -> list[int]:
+    """Token ids of a judge's input; of control tokens only those that the judge's own words hold.
+
+    Args:
+        start: let the tokenizer put its start token before it; chat templates write their own.
+        end: keep what the tokenizer puts behind a whole text (a classifier reads there); a prompt is still open.
+    """
+    text = "".join(piece.text for piece in pieces)
+    cuts, own = _cuts(pieces, text, tokenizer)
+    before, behind = _added(tokenizer) if start else ([], [])
+    if not cuts:
+        ids = list(tokenizer(text, add_special_tokens=start)["input_ids"])
+        if _controls_in(ids, tokenizer) <= own + _controls_in(before + behind, tokenizer):
+            # some tokenizers close every text
+            return ids if end or not behind or ids[-len(behind):] != behind else ids[: -len(behind)]
+    ids = _apart(text, cuts, tokenizer)
+    if _controls_in(ids, tokenizer) > own:
+        # a tokenizer that rewrites the text before it looks for tokens: no word of the judged text is left whole
+        ids = _apart(text, sorted({*cuts, *_every_character(pieces)}), tokenizer)
+    return [*before, *ids, *(behind if end else [])]
+
+
+def spelt_out(text: str, tokenizer: Any) -> str:
+    """The text with a blank inside each control token: for rows of two texts, which cannot be cut."""
+    pattern = _pattern(tokenizer)
+    while pattern and (found := pattern.search(text)):
+        text = f"{text[: found.start() + 1]} {text[found.start() + 1:]}"
+    return text
+
+
+def cues(frame: str) -> re.Pattern[str] | None:
+    """What of a frame without turns an answer must not imitate: words with a colon, words in brackets; None without any."""
+    starts, within, brackets = ("|".join(map(re.escape, sorted({*kind.findall(frame)}, key=len, reverse=True)))
+                                for kind in (_AT_START, _WITHIN, _BRACKETS))
+    parts = [rf"^[ \t]*(?:{starts})(?=:)" if starts else "", rf"\b(?:{within})(?=:)" if within else "", brackets]
+    return re.compile("|".join(filter(None, parts)), re.M) if any(parts) else None
+
+
+def without_cues(text: str, pattern: re.Pattern[str] | None) -> str:
+    """The text with a blank in each cue ("USER :", "[ /INST]"): a turn that an answer writes is none of the frame's."""
+    def spaced(found: re.Match[str]) -> str:
+        return f"{found[0][0]} {found[0][1:]}" if found[0][0] in "<[" else f"{found[0]} "
+
+    return pattern.sub(spaced, text) if pattern else text
+
+
+def _cuts(pieces: Sequence[Piece], text: str, tokenizer: Any) -> tuple[list[int], int]:
+    """Where the text is cut, and how many control tokens the judge's own words hold."""
+    pattern, spans, cuts, own, at = _pattern(tokenizer), list(_spans(pieces)), [], 0, 0
+    while pattern and (found := pattern.search(text, at)):
+        # a word that the answer begins and the frame ends is the answer's too
+        if any(found.start() < high and found.end() > low for low, high in spans):
+            cuts.append(found.start() + 1)
+            at = found.start() + 1
+        else:
+            own, at = own + 1, found.end()
+    return cuts, own
+
+
+def _spans(pieces: Sequence[Piece]) -> Iterator[tuple[int, int]]:
+    low = 0
+    for piece in pieces:
+        if piece.judged:
+            yield low, low + len(piece.text)
+        low += len(piece.text)
+
+
+def _every_character(pieces: Sequence[Piece]) -> set[int]:
+    return {place for low, high in _spans(pieces) for place in range(low, high + 1)}
+
+
+def _apart(text: str, cuts: Sequence[int], tokenizer: Any) -> list[int]:
+    """Ids of the parts between the cuts, joined: no token reaches over a cut."""
+    edges = [0, *cuts, len(text)]
+    return [i for low, high in zip(edges, edges[1:], strict=False) if low < high
+            for i in tokenizer(text[low:high], add_special_tokens=False)["input_ids"]]
+
+
+def _controls(tokenizer: Any) -> dict[int, str]:
+    """Added tokens that steer: special ones, and those that the chat template writes (Qwen's <think> is not special)."""
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    return {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()
+            if len(str(token).strip()) > 1 and (token.special or str(token) in template)}
+
+
+@functools.lru_cache(maxsize=8)
+def _known(tokenizer: Any) -> tuple[re.Pattern[str] | None, frozenset[int], tuple[list[int], list[int]]]:
+    # once a tokenizer: an answer of some hundred tokens takes less time than reading this out
+    words = sorted(_controls(tokenizer).values(), key=len, reverse=True)
+    bare, full = (list(tokenizer("x", add_special_tokens=added)["input_ids"]) for added in (False, True))
+    place = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), 0)
+    return (re.compile("|".join(map(re.escape, words))) if words else None, frozenset(_controls(tokenizer)),
+            (full[:place], full[place + len(bare):]))
+
+
+def _pattern(tokenizer: Any) -> re.Pattern[str] | None:
+    return _known(tokenizer)[0]
+
+
+def _added(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and behind a text of its own accord."""
+    before, behind = _known(tokenizer)[2]
+    return list(before), list(behind)
+
+
+def _controls_in(ids: Sequence[int], tokenizer: Any) -> int:
+    return sum(i in _known(tokenizer)[1] for i in ids)

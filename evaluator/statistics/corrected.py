@@ -1,0 +1,69 @@
+"""Rates of a judge with known errors, corrected by its sensitivity and specificity on answers that people labelled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from scipy import stats
+
+from evaluator.statistics.metrics import CONFIDENCE, Score, wilson
+
+#: Labelled answers of each kind below which a judge's errors are not known well enough to divide by.
+LEAST_LABELS = 10
+
+
+@dataclass(frozen=True)
+class Errors:
+    """A yes/no judge on labelled answers: it found ``hits`` of ``yes`` and let pass ``passes`` of ``no``."""
+
+    hits: int
+    yes: int
+    passes: int
+    no: int
+
+    @classmethod
+    def of(cls, said: Sequence[bool], labels: Sequence[bool]) -> Errors:
+        """From the judge's verdicts and people's labels of the same answers."""
+        pairs = list(zip(said, labels, strict=True))
+        return cls(sum(a and b for a, b in pairs), sum(labels), sum(not a and not b for a, b in pairs),
+                   len(pairs) - sum(labels))
+
+    def problem(self) -> str:
+        """Why no rate can be corrected with these labels; "" when one can."""
+        if min(self.yes, self.no) < LEAST_LABELS:
+            return (f"{self.yes} answers are labelled 1 and {self.no} are labelled 0; at least {LEAST_LABELS} of each are "
+                    "needed to know the judge's errors")
+        if self.hits / self.yes + self.passes / self.no <= 1:
+            return (f"the judge finds {self.hits} of {self.yes} and lets pass {self.passes} of {self.no}: on these labels "
+                    "it is no better than chance, so its rate says nothing that could be corrected")
+        return ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Sensitivity and specificity with Wilson intervals, for the scores file."""
+        return {name: {"value": k / n, **dict(zip(("low", "high"), wilson(k, n), strict=True)), "n": n}
+                for name, k, n in (("sensitivity", self.hits, self.yes), ("specificity", self.passes, self.no))}
+
+
+def rogan_gladen(rate: Score, errors: Errors, name: str, definition: str) -> Score:
+    """(rate + specificity - 1) / (sensitivity + specificity - 1), cut at 0 and 1 (Rogan and Gladen, 1978).
+
+    The interval is Lang and Reiczigel's (2014, section 2.2): it carries the doubt about both errors, so it is wider than the
+    rate's own. It takes the labelled answers for others than those of the rate.
+    """
+    z = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
+    sensitivity, specificity = errors.hits / errors.yes, errors.passes / errors.no
+    value = (rate.value + specificity - 1) / (sensitivity + specificity - 1)
+    # two more labels of each kind, one right and one wrong, and Agresti and Coull's four more answers
+    m_yes, m_no, n = errors.yes + 2, errors.no + 2, rate.n + z * z
+    se, sp = (errors.hits + 1) / m_yes, (errors.passes + 1) / m_no
+    q = (rate.n * rate.value + z * z / 2) / n
+    middle = (q + sp - 1) / (se + sp - 1)
+    from_yes, from_no = se * (1 - se) / m_yes, sp * (1 - sp) / m_no
+    shift = 2 * z * z * (middle * from_yes - (1 - middle) * from_no)
+    half = z * math.sqrt(q * (1 - q) / n + middle**2 * from_yes + (1 - middle) ** 2 * from_no) / (se + sp - 1)
+    low, high = middle + shift - half, middle + shift + half
+    cut = [min(1.0, max(0.0, x)) for x in (value, low, high)]
+    return Score(cut[0], min(cut[0], cut[1]), max(cut[0], cut[2]), rate.n, name, definition, rate.higher_is_better)
