@@ -127,7 +127,7 @@ def unbroken(points: Sequence[Point]) -> bool:
     return harm(ordered[-1]).value > harm(ordered[0]).value / 2
 
 
-def next_weight(points: Sequence[Point], min_step: float, seed: int = 0) -> tuple[float | None, str]:
+def next_weight(points: Sequence[Point], min_step: float) -> tuple[float | None, str]:
     """Where to measure next: the middle of the steepest step; None, and why, when there is nothing to gain.
 
     Stops when the step is as narrow as ``min_step``, or when the two ends' scores no longer differ on the same prompts.
@@ -138,16 +138,16 @@ def next_weight(points: Sequence[Point], min_step: float, seed: int = 0) -> tupl
     # 0.4 - 0.35 is 0.050000000000000044: the comparison must not hang on the last bit
     if gap <= min_step * (1 + 1e-9):
         return None, f"the step between {between} is as narrow as {min_step:g}"
-    if compare(low, high, seed).verdict(False) == "no difference":
+    if compare(low, high).verdict(False) == "no difference":
         return None, f"harm at {between} does not differ on the same prompts"
     # rounded, for the lambda is part of a run's name
     return round((low.weight + high.weight) / 2, 10), f"harm changes most between {between}"
 
 
-def compare(a: Point, b: Point, seed: int = 0) -> Difference:
+def compare(a: Point, b: Point) -> Difference:
     """Harm of a minus harm of b on the prompts that both answered (McNemar)."""
     ids = [id for id in a.harm if id in b.harm]
-    return metrics.mcnemar([a.harm[id] for id in ids], [b.harm[id] for id in ids], seed)
+    return metrics.mcnemar([a.harm[id] for id in ids], [b.harm[id] for id in ids])
 
 
 @dataclass(frozen=True)

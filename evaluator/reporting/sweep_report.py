@@ -14,7 +14,7 @@ from errors import UserError
 from evaluator.reporting import sweep_curve as sweep
 from evaluator.reporting.sweep_curve import Point
 from evaluator.scoring import answer_scores
-from evaluator.statistics import metrics
+from evaluator.statistics import crossed
 
 #: Groups of rows, in the order of the table; the first is the sweep itself.
 GROUPS = ("fusion", "shrink", "random", "reverse", "control")
@@ -147,7 +147,7 @@ def _each_over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _over_seeds(found: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:
-    return metrics.over_seeds([tuple(math.nan if part[k] is None else part[k] for k in ("value", "low", "high"))
+    return crossed.over_seeds([tuple(math.nan if part[k] is None else part[k] for k in ("value", "low", "high"))
                                for part in found])
 
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from evaluator.statistics.crossed import over_seeds as joined
 from evaluator.statistics.metrics import CONFIDENCE, Score
-from evaluator.statistics.metrics import over_seeds as joined
 from evaluator.statistics.pairing import how_scored
 from flags.judges import KNOWN
 from flags.utility import BENCHMARKS, PROBES
