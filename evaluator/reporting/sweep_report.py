@@ -177,8 +177,8 @@ def markdown(found: Mapping[str, Any], name: str) -> list[str]:
     lines = [f"# {name}", "", said, "", *_table(found["rows"], found["utility"], True), "",
              f"![harm, compliance and utility]({name}.png)", "", "## Where harm breaks", "", *_cliff(found), "",
              "## Against the controls, at equal compliance", "",
-             "Least harm on the fusion curve with at least the control's compliance, minus the control's harm; below 0 "
-             "fusion wins.", "", *_compared(found["compared"])]
+             "Harm on the fusion curve where it complies as much as the control, minus the control's harm; below 0 fusion "
+             "wins. Lambda is chosen on other prompts than it is judged on.", "", *_compared(found["compared"])]
     lines += _columns(found["rows"], "judged", "Other judges of the same answers to harmful prompts",
                       "published_asr: the share without one of the published refusal strings; harm: the fitted judge's "
                       "rate; others are those of evaluate_safety.py --judges.")
