@@ -124,6 +124,7 @@ def _interval(low: float, high: float) -> str:
 
 
 def _table(lines: Sequence[Line], axes: Sequence[Axis]) -> list[str]:
+    from evaluator.reporting.limits import without_model
     from evaluator.statistics.comparison import cell
 
     rows = []
@@ -136,6 +137,7 @@ def _table(lines: Sequence[Line], axes: Sequence[Axis]) -> list[str]:
             partial = f" ({len(known)} of {len(line.found)} seeds)" if score and len(known) < len(line.found) else ""
             cells.append(_number(score.value) + _interval(score.low, score.high) + partial if score else "")
         rows.append([line.label, *cells])
+    rows += [[f"({name})", *map(_number, values)] for name, values in without_model(lines, axes).items()]
     return _markdown(["model", *(axis.title for axis in axes)], rows)
 
 
@@ -177,9 +179,12 @@ def _findings(lines: Sequence[Line], axes: Sequence[Axis], args: ReportArgs) -> 
 
 
 def _notes(lines: Sequence[Line], axes: Sequence[Axis], roots: Sequence[Path]) -> list[str]:
+    from evaluator.reporting.limits import SAID, detectable, without_model
     from evaluator.statistics.axes import AXES
 
-    notes = []
+    notes = [f"- ({name}): {SAID[name]}; no model, expected values." for name in without_model(lines, axes) if name in SAID]
+    if found := detectable(lines, axes):
+        notes.append(found)
     for axis in axes:
         scores = [item.scores[axis.score] for line in lines for item in line.found if axis.score in item.scores]
         sizes = sorted({score["n"] for score in scores})

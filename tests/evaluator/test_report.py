@@ -7,7 +7,7 @@ import pytest
 import manifest
 from evaluator import report
 from evaluator.reporting.figures import router_heatmap, tradeoff
-from evaluator.statistics import crossed, metrics
+from evaluator.statistics import crossed, metrics, paired_rates
 
 
 def put(results, run, *, refusal=None, over=None, mc2=None, nll=None, seed=42):
@@ -306,3 +306,22 @@ def test_router_heatmap(tmp_path):
 def test_tradeoff_without_points_draws_nothing(tmp_path):
     point = {"label": "x", "x": None, "y": 0.5, "over": None}
     assert tradeoff([point], tmp_path / "t.png", "title") is None
+
+
+def test_chance_stands_beside_the_scores_and_the_report_says_what_it_can_find(tmp_path):
+    for run, share in (("base", 0.2), ("moe", 0.5)):
+        hit = hits(share)
+        score = metrics.rate(hit, "mc1", "first", higher_is_better=True)
+        folder = tmp_path / "scores" / ("raw" if run == "base" else f"cross_{run}")
+        folder.mkdir(parents=True)
+        rows = [{"set": "truthfulqa_mc", "id": str(i), "values": {"mc1": value}} for i, value in enumerate(hit)]
+        (folder / "evaluate_truth_and_info.rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        chance = {"chance": {"mc1": 0.256}, "negation rule": {"mc1": 0.605 if run == "moe" else 0.6}}
+        manifest.register(tmp_path, {"kind": "score", "run": run, "sub": folder.name, "command": "evaluate_truth_and_info",
+                                     "seed": 42, "scores": {"mc1": score.as_dict()}, "details": {"baselines": chance}})
+    text = write(tmp_path, runs="base,moe")
+    assert table(text)["(chance)"]["MC1 ↑"] == "0.256"
+    # other questions: no common value
+    assert table(text)["(negation rule)"]["MC1 ↑"] == ""
+    low, high = paired_rates.tango(30, 0, 100)
+    assert f"find (two-sided 5 %, not corrected), by row: MC1 ↑ {(high - low) / 2 * 2.80158 / 1.95996:.3f}." in text
