@@ -71,6 +71,10 @@ def write(args: ReportArgs) -> Path:
     if drawn:
         parts += ["", f"![safety beside truth or utility]({drawn.name})"]
     parts += _aggregates(lines)
+    if args.published:
+        from evaluator.reporting.published_numbers import markdown, published
+
+        parts += markdown(published(args.published))
     if any(len(line.found) > 1 for line in lines):
         parts += ["", "## Per seed", "", *_seed_table(lines, axes)]
     if len(lines) > 1:

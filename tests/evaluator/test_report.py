@@ -325,3 +325,21 @@ def test_chance_stands_beside_the_scores_and_the_report_says_what_it_can_find(tm
     assert table(text)["(negation rule)"]["MC1 ↑"] == ""
     low, high = paired_rates.tango(30, 0, 100)
     assert f"find (two-sided 5 %, not corrected), by row: MC1 ↑ {(high - low) / 2 * 2.80158 / 1.95996:.3f}." in text
+
+
+def test_published_numbers_stand_below_the_table_with_their_marks(tmp_path, capsys):
+    from evaluator.reporting.published_numbers import papers
+    from flags.evaluate import PAPERS
+
+    assert papers() == PAPERS
+    put(tmp_path, "base", refusal=hits(0.1))
+    assert "## Published" not in write(tmp_path, runs="base")
+    text = write(tmp_path, "--published", "h3fusion", runs="base")
+    assert "## Published: H3Fusion (arXiv 2411.17792)" in text
+    assert "| model-merging approaches | 6.18 |" in text
+    assert "Win Rate | 80 [unverified] | 96.75 [unverified] |" in text
+    # not reported: empty, without a mark
+    assert "total time (unit not given) | 7260 [unverified] |  | 1500 [unverified] |" in text
+    with pytest.raises(SystemExit):
+        report.main(["--runs", "base", "--published", "nobody", "--output_dir", str(tmp_path)])
+    assert "--published" in capsys.readouterr().err
