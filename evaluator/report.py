@@ -45,7 +45,7 @@ def write(args: ReportArgs) -> Path:
         UserError: no runs named, a results folder is missing, or none of the runs was scored.
     """
     from evaluator.reporting.figures import tradeoff
-    from evaluator.statistics.axes import AXES, SECONDARY, UTILITY_AXES, judge_axes
+    from evaluator.statistics.axes import AXES, SECONDARY, UTILITY_AXES, judge_axes, set_axes
     from evaluator.statistics.comparison import cell, measured
 
     roots = [Path(r.strip()).expanduser().resolve() for r in args.roots.split(",") if r.strip()] or [args.results]
@@ -58,8 +58,9 @@ def write(args: ReportArgs) -> Path:
              for label, runs in named]
     # a judge's rate is a column, the mean of its number stays in the score files
     judged = judge_axes(item for line in lines for item in line.found)
+    other_sets = set_axes(item for line in lines for item in line.found)
     asked = [axis for axis in SECONDARY if axis.score in args.more_columns]
-    known = [*AXES[:3], *asked, *AXES[3:], *UTILITY_AXES, *(axis for axis in judged if axis.kind != "scale")]
+    known = [*AXES[:3], *other_sets, *asked, *AXES[3:], *UTILITY_AXES, *(axis for axis in judged if axis.kind != "scale")]
     # a column that no row has would only make the table wider
     axes = [axis for axis in known if any(cell(line.found, axis) for line in lines)]
     if not axes:
