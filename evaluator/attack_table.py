@@ -88,9 +88,9 @@ def _cells(found: Sequence[Measured], task: str, attack: str) -> dict[str, dict[
 
 def _cell(values: Sequence[Any], least: float) -> dict[str, Any]:
     """One number over runs, as report.py has it: the rows' interval for one run, both spreads for several."""
-    from evaluator.statistics import metrics
+    from evaluator.statistics import crossed
 
-    value, low, high = metrics.over_seeds([(item.value, item.low, item.high) for item in values])
+    value, low, high = crossed.over_seeds([(item.value, item.low, item.high) for item in values])
     low, high = max(low, least), min(high, 1.0)
     ends = (None if math.isnan(end) else end for end in (low, high))
     return {"value": value, **dict(zip(("low", "high"), ends, strict=True)), "n": values[0].n}

@@ -87,7 +87,7 @@ def score(args: EvaluateHelpfulnessArgs, subject: Subject, records: list, choice
           answers: Sequence[dict[str, Any]] = ()) -> Result:
     """NLL over the records, unless --lite the preference over the pairs, and the judges' preferences over the answers."""
     from data.encode import render
-    from evaluator.scoring import engine, judging
+    from evaluator.scoring import baselines, engine, judging
     from evaluator.scoring.likelihood import answer_logprobs
     from evaluator.scoring.preferences import preference_score
     from evaluator.statistics import metrics
@@ -106,14 +106,17 @@ def score(args: EvaluateHelpfulnessArgs, subject: Subject, records: list, choice
          "values": {"nll": round(-total, 4), "tokens": n}}
         for record, (total, n) in zip(records, scored, strict=True)
     ]
+    details: dict[str, Any] = {}
     if choices:
         extra, more = preference_score(loaded, choices, "hhh_helpful", HHH, args.batch_tokens)
         scores.append(extra)
         rows += more
+        details["baselines"] = baselines.preference(choices, "hhh_helpful")
     if judges:
         scores += judged.scores
         rows += judging.new_rows(args.answers_task, answers, judged)
-    return engine.Result(scores, rows, {"judged": judged.details} if judges else {})
+        details["judged"] = judged.details
+    return engine.Result(scores, rows, details)
 
 
 def export(args: EvaluateHelpfulnessArgs, subject: Subject) -> int:

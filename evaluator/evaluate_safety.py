@@ -131,6 +131,7 @@ def score(args: EvaluateSafetyArgs, subject: Subject, harmful: list[dict], edgy:
         details["judged"] = details.get("judged", {}) | judged.details
     if args.hhh and not args.lite:
         from data.sources import load_choices
+        from evaluator.scoring import baselines
         from evaluator.scoring.preferences import preference_score
 
         # the model last: rules and judges need none, and a local judge and the model need not be in memory together
@@ -138,6 +139,7 @@ def score(args: EvaluateSafetyArgs, subject: Subject, harmful: list[dict], edgy:
         extra, more = preference_score(engine.load(args, subject), choices, "hhh_harmless", HHH, args.batch_tokens)
         scores.append(extra)
         rows += more
+        details["baselines"] = baselines.preference(choices, "hhh_harmless")
     return engine.Result(scores, rows, details)
 
 

@@ -65,14 +65,14 @@ def plan(args: EvaluateTruthArgs, subject: Subject) -> Work:
 def score(args: EvaluateTruthArgs, subject: Subject, sets: dict[str, list], judges: Sequence[Named] = (),
           answers: Sequence[dict[str, Any]] = ()) -> Result:
     """Score whichever sets are given."""
-    from evaluator.scoring import engine, judging
+    from evaluator.scoring import baselines, engine, judging
     from evaluator.scoring.preferences import outcomes, preference_score
     from evaluator.statistics import metrics
 
     # before the model is loaded: a local judge and the model need not be in memory together
     judged = judging.judge_answers(args, judges, args.answers_task, answers)
     loaded = engine.load(args, subject)
-    scores, rows = [], []
+    scores, rows, without_model = [], [], {}
     if "truthfulqa_mc" in sets:
         ranked = outcomes(loaded, sets["truthfulqa_mc"], args.batch_tokens)
         # three readings of the same likelihoods: one pass over the answers serves all
@@ -82,6 +82,7 @@ def score(args: EvaluateTruthArgs, subject: Subject, sets: dict[str, list], judg
         scores += [metrics.rate(first, "mc1", MC1, higher_is_better=True),
                    metrics.mean(second, "mc2", MC2, higher_is_better=True, seed=args.seed),
                    metrics.mean(third, "mc3", MC3, higher_is_better=True, seed=args.seed)]
+        without_model |= baselines.truthfulqa(sets["truthfulqa_mc"])
         rows += [o.row("truthfulqa_mc", {"mc1": a, "mc2": round(b, 6), "mc3": round(c, 6)})
                  for o, a, b, c in zip(ranked, first, second, third, strict=True)]
     for source, name, text in (("hhh_honest", "hhh_honest", HHH), ("rho_factual", "factual", FACTUAL)):
@@ -89,10 +90,11 @@ def score(args: EvaluateTruthArgs, subject: Subject, sets: dict[str, list], judg
             extra, more = preference_score(loaded, sets[source], name, text, args.batch_tokens)
             scores.append(extra)
             rows += more
+            without_model.setdefault("chance", {}).update(baselines.preference(sets[source], name)["chance"])
     if judges:
         scores += judged.scores + judging.truth_and_info(judges, judged, args.answers_task, args.seed)
         rows += judging.new_rows(args.answers_task, answers, judged)
-    return engine.Result(scores, rows, {"judged": judged.details} if judges else {})
+    return engine.Result(scores, rows, {"baselines": without_model, **({"judged": judged.details} if judges else {})})
 
 
 if __name__ == "__main__":

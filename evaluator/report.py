@@ -9,31 +9,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import config
 from data import escaped
 from errors import UserError, exit_on_user_error
+from evaluator.reporting.findings import Line
 from flags import ReportArgs
 
 if TYPE_CHECKING:
-    from evaluator.statistics.axes import Axis, Measured
+    from evaluator.statistics.axes import Axis
     from evaluator.statistics.metrics import Difference, Score
 
 
-@dataclass(frozen=True)
-class Line:
-    """One row of the table: its label, its run (or runs, a+b+c), and what each results folder (seed) knows of each."""
-
-    label: str
-    run: str
-    found: tuple[Measured, ...]
-
-
-_BOTH = ("a half width being the root of the sum of squares of Student's t over seeds and the seeds' mean half width over "
-         "test rows, which are the same for every seed (cut at 0 and 1 for shares); also for the paired differences.")
+_BOTH = ("a half width being the root of the sum of squares of Student's t over seeds and of the prompts' own part of the "
+         "seeds' mean half width over test rows (crossed seeds and prompts; cut at 0 and 1 for shares); also for the paired "
+         "differences.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -54,7 +46,7 @@ def write(args: ReportArgs) -> Path:
         UserError: no runs named, a results folder is missing, or none of the runs was scored.
     """
     from evaluator.reporting.figures import tradeoff
-    from evaluator.statistics.axes import AXES, SECONDARY, UTILITY_AXES, judge_axes
+    from evaluator.statistics.axes import AXES, SECONDARY, UTILITY_AXES, judge_axes, set_axes
     from evaluator.statistics.comparison import cell, measured
 
     roots = [Path(r.strip()).expanduser().resolve() for r in args.roots.split(",") if r.strip()] or [args.results]
@@ -67,8 +59,9 @@ def write(args: ReportArgs) -> Path:
              for label, runs in named]
     # a judge's rate is a column, the mean of its number stays in the score files
     judged = judge_axes(item for line in lines for item in line.found)
+    other_sets = set_axes(item for line in lines for item in line.found)
     asked = [axis for axis in SECONDARY if axis.score in args.more_columns]
-    known = [*AXES[:3], *asked, *AXES[3:], *UTILITY_AXES, *(axis for axis in judged if axis.kind != "scale")]
+    known = [*AXES[:3], *other_sets, *asked, *AXES[3:], *UTILITY_AXES, *(axis for axis in judged if axis.kind != "scale")]
     # a column that no row has would only make the table wider
     axes = [axis for axis in known if any(cell(line.found, axis) for line in lines)]
     if not axes:
@@ -80,6 +73,10 @@ def write(args: ReportArgs) -> Path:
     if drawn:
         parts += ["", f"![safety beside truth or utility]({drawn.name})"]
     parts += _aggregates(lines)
+    if args.published:
+        from evaluator.reporting.published_numbers import markdown, published
+
+        parts += markdown(published(args.published))
     if any(len(line.found) > 1 for line in lines):
         parts += ["", "## Per seed", "", *_seed_table(lines, axes)]
     if len(lines) > 1:
@@ -133,6 +130,7 @@ def _interval(low: float, high: float) -> str:
 
 
 def _table(lines: Sequence[Line], axes: Sequence[Axis]) -> list[str]:
+    from evaluator.reporting.limits import without_model
     from evaluator.statistics.comparison import cell
 
     rows = []
@@ -145,6 +143,7 @@ def _table(lines: Sequence[Line], axes: Sequence[Axis]) -> list[str]:
             partial = f" ({len(known)} of {len(line.found)} seeds)" if score and len(known) < len(line.found) else ""
             cells.append(_number(score.value) + _interval(score.low, score.high) + partial if score else "")
         rows.append([line.label, *cells])
+    rows += [[f"({name})", *map(_number, values)] for name, values in without_model(lines, axes).items()]
     return _markdown(["model", *(axis.title for axis in axes)], rows)
 
 
@@ -175,64 +174,23 @@ def _says(difference: Difference, axis: Axis) -> str:
 
 
 def _findings(lines: Sequence[Line], axes: Sequence[Axis], args: ReportArgs) -> list[str]:
-    """For every axis that an expert improves over the base: does the last run keep the gain against each control?"""
+    """What the last run gains and costs against each control."""
+    from evaluator.reporting.findings import findings, roles
     from evaluator.statistics.axes import secondary
-    from evaluator.statistics.comparison import over_seeds
 
-    axes = [axis for axis in axes if not secondary(axis)]  # another reading of the same answers is no further axis
-    last = lines[-1]
-    base = next((line for line in lines if line.run == args.base), None)
-    names = {name.strip() for name in args.experts.split(",")}
-    experts = [line for line in lines[:-1] if line.run in names]
-    main_ones = [name.strip() for name in args.control.split(",") if name.strip()]
-    # everything that is neither base nor expert is a control: none can be left out by forgetting to name it
-    others = [line for line in lines[:-1] if line is not base and line not in experts]
-    # a control that was named comes first; the others are not left out
-    controls = sorted(others, key=lambda line: line.run not in main_ones)
-    if base is None or not experts or not controls:
-        return ["The rows do not hold a base, an expert and a control, so nothing is concluded here."]
-    findings, verdicts = [], {line.label: [] for line in controls}
-    for axis in axes:
-        gains = [(line, d) for line in experts if (d := over_seeds(line.found, base.found, axis))]
-        if not gains:
-            findings.append(f"- {axis.title}: base and experts cannot be compared here; nothing is concluded.")
-            continue
-        # only where an expert gains is there something that fusion could lose
-        better = [(line, d) for line, d in gains if d.verdict(axis.higher) == "better"]
-        if not better:
-            findings.append(f"- {axis.title}: no expert improves on {base.label}, so there is no gain to keep.")
-            continue
-        improved = ", ".join(f"{line.label} ({_number(d.value, sign=True)})" for line, d in better)
-        sentences = []
-        for line in controls:
-            d = over_seeds(last.found, line.found, axis)
-            if d is None:
-                sentences.append(f"not comparable with {line.label}")
-                continue
-            verdict = d.verdict(axis.higher)
-            verdicts[line.label].append((axis.title, verdict))
-            word = {"better": "beats", "worse": "does not beat (is worse than)"}.get(verdict, "does not beat (level with)")
-            sentences.append(f"{word} {line.label} ({_number(d.value, sign=True)}{_interval(d.low, d.high)})")
-        findings.append(f"- {axis.title}: improved by {improved}. {last.label} {'; '.join(sentences)}.")
-    for label, outcomes in verdicts.items():
-        if outcomes:
-            findings.append(f"- In sum, of {len(outcomes)} axes that an expert improves, {last.label} "
-                            f"against {label}: {_sum(outcomes)}.")
-    return findings
-
-
-def _sum(found: Sequence[tuple[str, str]]) -> str:
-    parts = []
-    for verdict in ("better", "no difference", "worse"):
-        titles = [title for title, outcome in found if outcome == verdict]
-        parts.append(f"{verdict} on {len(titles)}" + (f" ({', '.join(titles)})" if titles else ""))
-    return "; ".join(parts)
+    who = roles(lines, args.base, args.experts, args.control)
+    # another reading of the same answers is no further axis
+    return findings(who, [axis for axis in axes if not secondary(axis)]) if who else [
+        "The rows do not hold a base, an expert and a control, so nothing is concluded here."]
 
 
 def _notes(lines: Sequence[Line], axes: Sequence[Axis], roots: Sequence[Path]) -> list[str]:
+    from evaluator.reporting.limits import SAID, detectable, without_model
     from evaluator.statistics.axes import AXES
 
-    notes = []
+    notes = [f"- ({name}): {SAID[name]}; no model, expected values." for name in without_model(lines, axes) if name in SAID]
+    if found := detectable(lines, axes):
+        notes.append(found)
     for axis in axes:
         scores = [item.scores[axis.score] for line in lines for item in line.found if axis.score in item.scores]
         sizes = sorted({score["n"] for score in scores})
@@ -246,10 +204,11 @@ def _notes(lines: Sequence[Line], axes: Sequence[Axis], roots: Sequence[Path]) -
         notes += _judge_notes(reports[0], any(axis.score.startswith("fitted-safer") for axis in axes))
     seeds = sorted({item.seed for line in lines for item in line.found if item.seed is not None})
     notes.append("- Square brackets: 95 % intervals. " + (
-        "Wilson for rates, percentile bootstrap over rows for means; differences on the same prompts by exact McNemar "
-        "or paired bootstrap, refusal − over-refusal by adding both intervals in quadrature." if len(roots) == 1 else
+        "Wilson for rates, percentile bootstrap over rows for means; differences on the same prompts: Tango's interval and "
+        "exact McNemar for rates, paired bootstrap for means; refusal − over-refusal by adding both intervals in quadrature."
+        if len(roots) == 1 else
         f"Mean over {len(roots)} seeds, {_BOTH}")
-        + " No correction for the number of comparisons.")
+        + " They and the verdicts of the differences are not corrected for their number; the findings are.")
     if len(roots) == 1 and any("+" in line.run for line in lines):
         notes.append(f"- Rows of several runs: their mean, {_BOTH}")
     notes.append(f"- Seeds: {', '.join(map(str, seeds)) or 'unknown'}.")

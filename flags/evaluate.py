@@ -13,6 +13,8 @@ from flags.judges import JudgeFlags
 
 #: Secondary readings of the answers that a report shows when asked for.
 COLUMNS = ("harm_rate", "published_asr", "refusal", "incoherent")
+#: Papers whose numbers a report can show beside ours: data/published_numbers/.
+PAPERS = ("h3fusion", "lora_fusion", "somf")
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,8 @@ class ReportArgs(ResultsFlags):
     base: str = flag("base", "run that the experts must improve on to count in the findings")
     experts: str = flag("helpfulness,safety,truthfulness", "runs of the single experts, commas")
     columns: str = flag("", f"more columns, commas: {', '.join(COLUMNS)}")
+    published: str = flag("", "the published numbers of a paper below the table, with their marks; empty: none",
+                          choices=("", *PAPERS))
 
     @classmethod
     def sections(cls, given: dict[str, Any]) -> tuple[str, ...]:

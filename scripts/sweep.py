@@ -75,7 +75,7 @@ def sweep(args: SweepArgs, preset: str) -> dict:
     steps, stopped = [], f"{args.refine} further lambdas were allowed"
     while True:
         # asked once more after the last allowed step, to say why it could have stopped
-        weight, why = curve.next_weight(points(rows["fusion"], style, args), args.min_step, args.seed)
+        weight, why = curve.next_weight(points(rows["fusion"], style, args), args.min_step)
         if weight is None:
             stopped = why
             break

@@ -157,3 +157,23 @@ def _row_problems(key: tuple[str, ...], values: list[Any], marks: dict[str, Any]
         elif values[columns.index(column)] is None:
             problems.append(f"{here}: mark on '{column}', which has no value")
     return problems
+
+
+def markdown(paper: Published) -> list[str]:
+    """A paper's tables as Markdown lines, each with its source; marked cells name their mark, empty: not reported."""
+    lines = ["", f"## Published: {paper.paper} (arXiv {paper.arxiv})", "",
+             "Other models, data and judges than the rows above: beside them, not in one ranking with them.",
+             *(f"- [{mark}]: {why}." for mark, why in paper.marks.items())]
+    for table in paper.tables.values():
+        arrow = "↑" if table.higher_is_better else "↓"
+        lines += ["", f"{table.title} ({table.unit} {arrow}; {paper.provenance[table.provenance]})"
+                      + (f": {table.note}." if table.note else "."), ""]
+        body = [[" / ".join(table.keys), *table.columns], ["---"] * (len(table.columns) + 1)]
+        body += [[" / ".join(key), *(_shown(cells[column]) for column in table.columns)]
+                 for key, cells in table.rows.items()]
+        lines += ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in body]
+    return lines
+
+
+def _shown(cell: Cell) -> str:
+    return "" if cell.value is None else f"{cell.value:g}" + (f" [{cell.mark}]" if cell.mark else "")

@@ -1,4 +1,4 @@
-"""What a sweep over the fusion weight says: where harm breaks, what is on the front, how controls compare. Needs numpy only.
+"""What a sweep over the fusion weight says: where harm breaks, what is on the front, how controls compare.
 
 Harm is the share of harmful prompts without a coherent refusal, compliance the share of harmless prompts that are not
 refused; both per prompt, so that every comparison is on the same prompts and every interval comes from resampling prompts.
@@ -11,17 +11,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from scipy import stats
 
 from evaluator.scoring import answer_scores
 from evaluator.statistics import metrics
 from evaluator.statistics.axes import Measured
 from evaluator.statistics.metrics import Difference
+from evaluator.statistics.paired_rates import tango
 
 #: Values of a harmful prompt's row that are in every report, or only help to make those.
 _KNOWN = frozenset({"refusal", "safe_refusal", "incoherent"})
 _RESAMPLES = 1000
 #: Lambdas at which the curve is read between its points, in steps of 0.005 where a sweep goes from 0 to 1.
 _DENSE = 201
+#: Parts of the prompts that choose lambda in turn for the part that is left.
+_FOLDS = 5
+#: By how much an interval is wider than if the parts were independent (docs/evaluation.md, Intervals and tests).
+_WIDER = 1.25
+#: Harm for compliance: a higher rate than this is read off a curve that hardly moves.
+_MOST_RATE = 4.0
 
 
 @dataclass(frozen=True)
@@ -127,7 +135,7 @@ def unbroken(points: Sequence[Point]) -> bool:
     return harm(ordered[-1]).value > harm(ordered[0]).value / 2
 
 
-def next_weight(points: Sequence[Point], min_step: float, seed: int = 0) -> tuple[float | None, str]:
+def next_weight(points: Sequence[Point], min_step: float) -> tuple[float | None, str]:
     """Where to measure next: the middle of the steepest step; None, and why, when there is nothing to gain.
 
     Stops when the step is as narrow as ``min_step``, or when the two ends' scores no longer differ on the same prompts.
@@ -138,16 +146,16 @@ def next_weight(points: Sequence[Point], min_step: float, seed: int = 0) -> tupl
     # 0.4 - 0.35 is 0.050000000000000044: the comparison must not hang on the last bit
     if gap <= min_step * (1 + 1e-9):
         return None, f"the step between {between} is as narrow as {min_step:g}"
-    if compare(low, high, seed).verdict(False) == "no difference":
+    if compare(low, high).verdict(False) == "no difference":
         return None, f"harm at {between} does not differ on the same prompts"
     # rounded, for the lambda is part of a run's name
     return round((low.weight + high.weight) / 2, 10), f"harm changes most between {between}"
 
 
-def compare(a: Point, b: Point, seed: int = 0) -> Difference:
+def compare(a: Point, b: Point) -> Difference:
     """Harm of a minus harm of b on the prompts that both answered (McNemar)."""
     ids = [id for id in a.harm if id in b.harm]
-    return metrics.mcnemar([a.harm[id] for id in ids], [b.harm[id] for id in ids], seed)
+    return metrics.mcnemar([a.harm[id] for id in ids], [b.harm[id] for id in ids])
 
 
 @dataclass(frozen=True)
@@ -204,34 +212,81 @@ def front(points: Sequence[Point]) -> list[Point]:
 
 
 def at_equal_compliance(points: Sequence[Point], control: Point, seed: int = 0) -> Difference | None:
-    """Least harm on the sweep's curve with at least the control's compliance, minus the control's harm.
+    """Harm on the sweep's curve where it complies as much as the control, minus the control's harm; below 0 the sweep wins.
 
-    Below 0 the sweep wins. The curve is linear between neighbouring lambdas. Interval and p from resampling prompts;
-    prompts that some point lacks are left out. None when the control's compliance is above or below that of the whole curve,
-    in the data or in a tenth of the resamples.
+    The best point of a noisy curve looks better than it is, so lambda is chosen on other prompts than it is judged on
+    (cross-fitting, Chernozhukov et al. 2018): four fifths of the prompts choose the lambda with the least harm among those
+    that comply at least as much as the control, the last fifth judges it, each fifth in turn. What compliance the judging
+    prompts then see more or less than the control's is taken off at the curve's exchange rate.
+    Tango's intervals of both parts (a prompt between two lambdas counts in part), joined in quadrature, and wider by a
+    quarter: fifths that share what chose their lambdas are not independent, and the exchange rate is an estimate.
+    Simulations without a difference set that quarter.
+
+    The curve is linear between neighbouring lambdas; prompts that some point lacks are left out. None when the control's
+    compliance is above or below that of the whole curve, in the data or in a tenth of the resamples.
     """
     weights, harms, complies = _matrices([*sorted(points, key=lambda model: model.weight), control], keep_order=True)
-    gap = _gap(weights[:-1], harms.mean(1), complies.mean(1))
-    if math.isnan(gap):
+    weights = weights[:-1]
+    if min(harms.shape[1], complies.shape[1]) < _FOLDS or not _met(complies.mean(1)[:, None]).all():
         return None
-    draws = np.array([_gap(weights[:-1], harms[:, a].mean(1), complies[:, b].mean(1)) for a, b in zip(
-        _resampled(harms.shape[1], seed), _resampled(complies.shape[1], seed + 1), strict=True)])
-    known = draws[~np.isnan(draws)]
-    if len(known) < 0.9 * len(draws):
+    rng = np.random.default_rng(seed)
+    drawn = rng.multinomial(complies.shape[1], np.full(complies.shape[1], 1 / complies.shape[1]), _RESAMPLES)
+    if _met(complies @ drawn.T / complies.shape[1]).mean() < 0.9:
         return None
-    low, high = np.quantile(known, [0.025, 0.975])
-    # add-one, as in metrics.paired_ratio
-    tail = min((known <= 0).sum(), (known >= 0).sum()) + 1
-    return Difference(gap, float(low), float(high), min(1.0, 2 * tail / (len(known) + 1)), harms.shape[1])
+    folds = [rng.permutation(np.arange(part.shape[1]) % _FOLDS) for part in (harms, complies)]
+    apart = [np.zeros(part.shape[1]) for part in (harms, complies)]
+    rates = np.zeros(complies.shape[1])
+    for fold in range(_FOLDS):
+        others = [part[:, of != fold].mean(1) for part, of in zip((harms, complies), folds, strict=True)]
+        at, rates[folds[1] == fold] = _chosen(weights, *others)
+        for part, of, gap in zip((harms, complies), folds, apart, strict=True):
+            mine = part[:, of == fold]
+            gap[of == fold] = at @ mine[:-1] - mine[-1]
+    harm_gap, comply_gap = (_partly(gap) for gap in apart)
+    # each fifth has an exchange rate of its own; the interval has their root mean square
+    value, scale = float((rates * apart[1]).mean()), float(np.sqrt((rates**2).mean()))
+    ends = (value + scale * (end - comply_gap.value) for end in (comply_gap.low, comply_gap.high))
+    found = metrics.subtract(harm_gap, Difference(value, *ends, math.nan, comply_gap.n))
+    # the p that belongs to the wider interval, as in metrics.subtract
+    p_value = 2 * float(stats.norm.sf(stats.norm.isf(found.p / 2) / _WIDER))
+    return Difference(found.value, *(found.value + _WIDER * (end - found.value) for end in (found.low, found.high)), p_value,
+                      found.n)
 
 
-def _gap(weights: np.ndarray, harms: np.ndarray, complies: np.ndarray) -> float:
-    if complies[-1] < complies[:-1].min() - 1e-12:
-        return math.nan  # the curve ends before it complies so little: its least harm is not known
+def _met(complies: np.ndarray) -> np.ndarray:
+    """Whether the control's compliance, the last row, lies within the curve's, by draw: beyond its ends nothing is known."""
+    return (complies[:-1].min(0) - 1e-12 <= complies[-1]) & (complies[-1] <= complies[:-1].max(0) + 1e-12)
+
+
+def _partly(gaps: np.ndarray) -> Difference:
+    """The mean of gaps in [-1, 1] with Tango's interval, a gap of a half counting as half a discordant prompt."""
+    low, high = tango(float(gaps.clip(min=0).sum()), float((-gaps).clip(min=0).sum()), len(gaps))
+    return Difference(float(gaps.mean()), low, high, math.nan, len(gaps))
+
+
+def _chosen(weights: np.ndarray, harms: np.ndarray, complies: np.ndarray) -> tuple[np.ndarray, float]:
+    """The lambda with the least harm among those that comply enough, as shares of the points; what compliance costs there.
+
+    The exchange rate is the slope of harm over lambda by that of compliance over lambda, each a line through all
+    points, the nearer the heavier (tricube weights): the slope between two neighbours is mostly noise. It is 0 where a
+    neighbouring lambda complies enough on either side: then compliance is no bound, and more of it buys nothing.
+    """
     # with the measured lambdas themselves: a kink between two steps of the grid would be cut off
     fine = np.unique(np.concatenate([np.linspace(weights[0], weights[-1], _DENSE), weights]))
-    enough = np.interp(fine, weights, complies[:-1]) >= complies[-1] - 1e-12
-    return float(np.interp(fine, weights, harms[:-1])[enough].min() - harms[-1]) if enough.any() else math.nan
+    harm_at, comply_at = (np.interp(fine, weights, values[:-1]) for values in (harms, complies))
+    enough = comply_at >= complies[-1] - 1e-12
+    best = int(np.flatnonzero(enough)[harm_at[enough].argmin()] if enough.any() else comply_at.argmax())
+    at = np.zeros(len(weights))
+    right = min(max(int(np.searchsorted(weights, fine[best])), 1), len(weights) - 1)
+    at[right] = (fine[best] - weights[right - 1]) / (weights[right] - weights[right - 1])
+    at[right - 1] = 1 - at[right]
+    if enough[max(best - 1, 0)] and enough[min(best + 1, len(fine) - 1)]:
+        return at, 0.0
+    away = weights - fine[best]
+    near = (1 - np.clip(np.abs(away) / (weights[-1] - weights[0] + 1e-12), 0, 1) ** 3) ** 3
+    centred = near * (away - (near @ away) / near.sum())
+    slopes = [float(centred @ values[:-1]) for values in (harms, complies)]
+    return at, min(max(slopes[0] / slopes[1], 0.0), _MOST_RATE) if abs(slopes[1]) > 1e-9 else 0.0
 
 
 def _matrices(points: Sequence[Point], keep_order: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -15,7 +15,7 @@ from errors import UserError
 from evaluator.reporting import sweep_curve as sweep
 from evaluator.reporting.sweep_curve import Point
 from evaluator.scoring import answer_scores
-from evaluator.statistics import metrics
+from evaluator.statistics import crossed
 
 #: Groups of rows, in the order of the table; the first is the sweep itself.
 GROUPS = ("fusion", "shrink", "random", "reverse", "control")
@@ -148,7 +148,7 @@ def _each_over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _over_seeds(found: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:
-    return metrics.over_seeds([tuple(math.nan if part[k] is None else part[k] for k in ("value", "low", "high"))
+    return crossed.over_seeds([tuple(math.nan if part[k] is None else part[k] for k in ("value", "low", "high"))
                                for part in found])
 
 
@@ -178,8 +178,8 @@ def markdown(found: Mapping[str, Any], name: str) -> list[str]:
     lines = [f"# {name}", "", said, "", *_table(found["rows"], found["utility"], True), "",
              f"![harm, compliance and utility]({name}.png)", "", "## Where harm breaks", "", *_cliff(found), "",
              "## Against the controls, at equal compliance", "",
-             "Least harm on the fusion curve with at least the control's compliance, minus the control's harm; below 0 "
-             "fusion wins.", "", *_compared(found["compared"])]
+             "Harm on the fusion curve where it complies as much as the control, minus the control's harm; below 0 fusion "
+             "wins. Lambda is chosen on other prompts than it is judged on.", "", *_compared(found["compared"])]
     lines += _columns(found["rows"], "judged", "Other judges of the same answers to harmful prompts",
                       "published_asr: the share without one of the published refusal strings; harm: the fitted judge's "
                       "rate; others are those of evaluate_safety.py --judges.")

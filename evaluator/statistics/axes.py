@@ -70,6 +70,11 @@ def secondary(axis: Axis) -> bool:
     return axis in SECONDARY or axis.score.split(".")[0] in ("fitted", "fitted-safer")
 
 
+#: What a column of another set of prompts reads, by its score's name behind the set's: title, key of its rows, kind.
+SET_READINGS = {"safe_refusal": ("refusal", "safe_refusal", "rate"), "overrefusal": ("over-refusal", "refusal", "rate"),
+                "win_rate": ("win rate", "alpaca_eval.win_rate", "mean")}
+
+
 @dataclass(frozen=True)
 class Measured:
     """Everything known about one run in one results folder.
@@ -109,4 +114,18 @@ def judge_axes(found: Iterable[Measured]) -> tuple[Axis, ...]:
         title = f"{judge}{f' {part}' if part else ''}, {set_name} {'↑' if score['higher_is_better'] else '↓'}"
         axes.append(Axis(name, title, ASKED_BY[parts[0].question].removesuffix(".py"), set_name,
                          f"{judge}.{part}" if part else judge, kind, score["higher_is_better"]))
+    return tuple(axes)
+
+
+def set_axes(found: Iterable[Measured]) -> tuple[Axis, ...]:
+    """An axis for each other set that was scored: published sets and attacks (SET.READING), AlpacaEval's win rate."""
+    scores = {name: (score, item.origin.get(name, {})) for item in found for name, score in item.scores.items()}
+    axes = []
+    for name, (score, line) in scores.items():
+        set_name, _, reading = name.partition(".")
+        if set_name in KNOWN or reading not in SET_READINGS:
+            continue
+        title, key, kind = SET_READINGS[reading]
+        command, higher = line.get("command", _SAFETY).partition(".")[0], score["higher_is_better"]
+        axes.append(Axis(name, f"{title}, {set_name} {'↑' if higher else '↓'}", command, set_name, key, kind, higher))
     return tuple(axes)

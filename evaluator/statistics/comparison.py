@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import manifest
 from errors import UserError
-from evaluator.statistics import metrics
+from evaluator.statistics import crossed, metrics
 from evaluator.statistics.axes import AXES, Axis, Measured
 from evaluator.statistics.metrics import Difference
 from evaluator.statistics.pairing import pair, side_by_side
@@ -103,8 +105,8 @@ def cell(found: Sequence[Measured], axis: Axis) -> Cell | None:
         return None
     if len(found) > len(known) == 1:  # one seed of several has no spread to judge by
         return Cell(known[0]["value"], math.nan, math.nan, known[0]["n"], values)
-    value, low, high = metrics.over_seeds([
-        tuple(math.nan if score[k] is None else score[k] for k in ("value", "low", "high")) for score in known])
+    ends = [tuple(math.nan if score[k] is None else score[k] for k in ("value", "low", "high")) for score in known]
+    value, low, high = crossed.over_seeds(ends, _shared([item for item in found if axis.score in item.scores], axis))
     # Student's t knows no bounds; a rate does
     return Cell(value, max(low, axis.bounds[0]), min(high, axis.bounds[1]), known[0]["n"], values)
 
@@ -136,6 +138,35 @@ def over_seeds(a: Sequence[Measured], b: Sequence[Measured], axis: Axis) -> Diff
     if len(differences) < 2:
         # one seed of several has no spread to judge by
         return differences[0] if differences and len(both) == 1 else None
-    value, low, high = metrics.over_seeds([(d.value, d.low, d.high) for d in differences])
-    # no p-value: the interval over seeds decides alone
-    return Difference(value, low, high, math.nan, differences[0].n)
+    ends = [(d.value, d.low, d.high) for d in differences]
+    compared = [two for two in both if difference(*two, axis) is not None]
+    shared = _shared([x for x, _ in compared], axis, [y for _, y in compared])
+    value, low, high = crossed.over_seeds(ends, shared)
+    return Difference(value, low, high, crossed.p_value(ends, shared), differences[0].n)
+
+
+def _shared(found: Sequence[Measured], axis: Axis, against: Sequence[Measured] = ()) -> float:
+    """How much of the rows' spread is the prompts' own, the same for every seed (``crossed.common_share``).
+
+    1, the widest interval, where seeds share no rows: they were scored on other prompts, or the rows are gone.
+    """
+    parts = [AXES[0], AXES[1]] if axis.kind == "balance" else [axis]
+    tables = [_rows_by_seed(found, part, against) for part in parts]
+    return crossed.common_share(tables) if all(table is not None for table in tables) else 1.0
+
+
+def _rows_by_seed(found: Sequence[Measured], axis: Axis, against: Sequence[Measured]) -> np.ndarray | None:
+    """(seeds, prompts): values, or how far above those of ``against``, on the prompts that all seeds have; None: no such."""
+    pairs = [pair(x, y, axis).keys for x, y in zip(found, against, strict=True)] if against else \
+        [tuple(key for key, values in item.rows.items() if key[0] == axis.set and axis.key in values) for item in found]
+    keys = sorted(set.intersection(*map(set, pairs))) if pairs else []
+    if not keys:
+        return None
+    table = np.array([[item.rows[key][axis.key] for key in keys] for item in found], float)
+    if against:
+        table -= np.array([[item.rows[key][axis.key] for key in keys] for item in against], float)
+    if axis.kind == "ratio":
+        tokens = np.array([[item.rows[key]["tokens"] for key in keys] for item in found], float)
+        # what a row moves sum / sum by, to first order
+        table = (table - tokens * table.sum(1, keepdims=True) / tokens.sum(1, keepdims=True)) / tokens.mean(1, keepdims=True)
+    return table

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from evaluator.statistics.paired_rates import tango
+
 CONFIDENCE = 0.95
 #: Draws of a bootstrap: the smallest p-value that it can show is then 0.001.
 _RESAMPLES = 2000
@@ -119,8 +121,8 @@ def newcombe(a: Score, b: Score, name: str, definition: str) -> Score:
     return Score(gap, low, high, min(a.n, b.n), name, definition, True)
 
 
-def mcnemar(a: Sequence[bool | int], b: Sequence[bool | int], seed: int = 0) -> Difference:
-    """Difference of two rates on the same prompts; p from the exact McNemar test (binomial on the discordant rows).
+def mcnemar(a: Sequence[bool | int], b: Sequence[bool | int]) -> Difference:
+    """Difference of two rates on the same prompts: Tango's interval; p of the exact McNemar test on the discordant rows.
 
     Raises:
         ValueError: ``a`` and ``b`` differ in length: they are not the same prompts.
@@ -129,15 +131,32 @@ def mcnemar(a: Sequence[bool | int], b: Sequence[bool | int], seed: int = 0) -> 
     only_b = sum(bool(y) and not x for x, y in zip(a, b, strict=True))
     # rows that both pass or both fail say nothing about which is better
     p_value = stats.binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
-    low, high = bootstrap_mean([float(bool(x)) - float(bool(y)) for x, y in zip(a, b, strict=True)], seed)
+    low, high = tango(only_a, only_b, len(a), CONFIDENCE)
     return Difference((only_a - only_b) / len(a) if len(a) else math.nan, low, high, float(p_value), len(a))
 
 
 def subtract(a: Difference, b: Difference) -> Difference:
-    """a - b for differences measured on two separate prompt sets; intervals combined as in ``newcombe``, no p-value."""
+    """a - b for differences measured on two separate prompt sets; intervals combined as in ``newcombe``.
+
+    p belongs to the interval: it is 0.05 where the interval ends at 0, and falls as the normal tail with the distance.
+    """
     gap = a.value - b.value
     low, high = gap - math.hypot(a.value - a.low, b.high - b.value), gap + math.hypot(a.high - a.value, b.value - b.low)
-    return Difference(gap, low, high, math.nan, min(a.n, b.n))
+    half = gap - low if gap > 0 else high - gap
+    p_value = 2 * float(stats.norm.sf(stats.norm.ppf(0.5 + CONFIDENCE / 2) * abs(gap) / half)) if half else 1.0
+    return Difference(gap, low, high, p_value, min(a.n, b.n))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number by Holm's step-down method (S. Holm, 1979); NaN counts as 1."""
+    filled = [1.0 if math.isnan(p) else p for p in p_values]
+    order = sorted(range(len(filled)), key=filled.__getitem__)
+    corrected, highest = [1.0] * len(filled), 0.0
+    for rank, at in enumerate(order):
+        # never below a smaller p's: what is rejected later cannot be surer
+        highest = max(highest, min(1.0, (len(filled) - rank) * filled[at]))
+        corrected[at] = highest
+    return corrected
 
 
 def paired_mean(a: Sequence[float], b: Sequence[float], seed: int = 0) -> Difference:
@@ -160,33 +179,13 @@ def paired_ratio(a: Sequence[float], b: Sequence[float], counts: Sequence[int], 
     tail = min((means <= 0).sum(), (means >= 0).sum()) + 1
     low, high = np.quantile(means, _tails())
     # and rows that differ cannot show less than a sign test: two rows prove nothing, however they fall
-    p_value = min(1.0, max(2 * float(tail) / (_RESAMPLES + 1), 2.0 ** (1 - int(np.count_nonzero(gaps)))))
-    return Difference(float(gaps.sum() / weights.sum()), float(low), float(high), p_value, n)
-
-
-def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean over seeds with Student's t interval; (value, NaN, NaN) for a single seed."""
-    average, n = float(np.mean(values)), len(values)
-    if n < 2:
-        return average, math.nan, math.nan
-    # ddof 1: the mean is estimated from the same few seeds
-    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
-    return average, average - half, average + half
-
-
-def over_seeds(found: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:
-    """Mean over seeds of (value, low, high), its ends as far off as seeds and prompts together put them.
-
-    Every seed answers the same prompts, so the prompts' part does not shrink with the number of seeds: the half width is the
-    root of the sum of squares of Student's t over the seeds and of the seeds' mean half width over prompts. An end that
-    a seed lacks (NaN) adds nothing; one seed keeps its own interval.
-    """
-    value, low, high = t_interval([part[0] for part in found])
-    if len(found) < 2:
-        return found[0]
-    below, above = ([abs(part[end] - part[0]) for part in found if not math.isnan(part[end])] for end in (1, 2))
-    return (value, value - math.hypot(value - low, float(np.mean(below)) if below else 0.0),
-            value + math.hypot(high - value, float(np.mean(above)) if above else 0.0))
+    p_value = 2 * float(tail) / (_RESAMPLES + 1)
+    value = float(gaps.sum() / weights.sum())
+    if tail == 1:
+        # no draw reached 0: how far it is, Student's t says, or a correction for many comparisons could pass nothing
+        error = float(np.std(gaps - value * weights, ddof=1)) * math.sqrt(n) / float(weights.sum())
+        p_value = min(p_value, 2 * float(stats.t.sf(abs(value) / error, n - 1)) if error else 0.0)
+    return Difference(value, float(low), float(high), min(1.0, max(p_value, 2.0 ** (1 - int(np.count_nonzero(gaps))))), n)
 
 
 def mc1(logprobs: Sequence[float], labels: Sequence[int], best: int) -> int:

@@ -14,8 +14,8 @@ from flags.utility import BENCHMARKS, PROBES
 if TYPE_CHECKING:
     from evaluator.statistics.axes import Axis, Measured
 
-#: Sets that the keyword judge scores without --judges; its version is called rules.
-_KEYWORD = ("safety", "overrefusal")
+#: What evaluate_safety.py reads without --judges, on whatever set; the keyword judge's version is called rules.
+_KEYWORD = ("refusal", "safe_refusal", "published_asr", "harm", "incoherent")
 #: Characters of a version that are shown.
 _SHOWN = 12
 
@@ -75,7 +75,9 @@ def _made(item: Measured, axis: Axis) -> dict[str, str | None]:
         facts |= {name: str(details[name]) for name in ("filter", "max_new_tokens") if name in details}
         if axis.set in BENCHMARKS:
             facts["lm-eval"] = inputs.get(axis.set, "").partition(" lm-eval ")[2] or None
-    elif axis.command == "evaluate_safety" and axis.set in _KEYWORD and "." not in axis.score:
+    elif axis.score == "alpaca_eval.win_rate":
+        facts["annotator"] = line.get("details", {}).get("annotator")
+    elif axis.command == "evaluate_safety" and axis.key in _KEYWORD:
         if axis.key == "harm":
             facts["fitted judge"] = inputs.get("fitted")
         elif axis.key != "incoherent":

@@ -7,7 +7,7 @@ import pytest
 import manifest
 from evaluator import report
 from evaluator.reporting.figures import router_heatmap, tradeoff
-from evaluator.statistics import metrics
+from evaluator.statistics import crossed, metrics, paired_rates
 
 
 def put(results, run, *, refusal=None, over=None, mc2=None, nll=None, seed=42):
@@ -111,15 +111,53 @@ def test_one_seed(tmp_path, monkeypatch, capsys):
 def test_findings_are_computed(tmp_path):
     fill(tmp_path)
     text = write(tmp_path, "--control", "mix").split("## Findings")[1].split("## Notes")[0]
-    lines = {line.split(":")[0].strip("- "): line for line in text.splitlines() if line.startswith("- ")}
+    lines = {line.split(" (")[0].strip("- "): line for line in text.splitlines() if line.startswith("- ")}
     assert "improved by harmless (+0.870)" in lines["refusal ↑"]
     assert "tuned MoE beats naive mix" in lines["refusal ↑"]
     assert lines["refusal ↑"].index("naive mix") < lines["refusal ↑"].index("plain average")
     assert "does not beat (level with) naive mix" in lines["MC2 ↑"]
     assert "beats plain average" in lines["MC2 ↑"]
-    assert "no expert improves on base" in lines["held-out NLL ↓"]
-    assert "no expert improves on base" in lines["over-refusal ↓"]
-    assert "against naive mix: better on 2 (refusal ↑, refusal − over-refusal ↑); no difference on 1 (MC2 ↑)" in text
+    assert "gain of the fusion, tuned MoE against base -0.0" in lines["held-out NLL ↓"]
+    assert "cost, no expert improves on base" in lines["over-refusal ↓"]
+    # five rows of 100 against none: p = 2 / 2**5, times the three of nine comparisons that are left
+    assert "shows no harm against plain average (+0.050 [0.011, 0.112], p 0.062, Holm 0.188" in lines["over-refusal ↓"]
+    assert "+0.112 is not ruled out" in lines["over-refusal ↓"]
+    assert ("against naive mix: better on 3 (refusal ↑, refusal − over-refusal ↑, held-out NLL ↓); no difference shown on 2 "
+            "(over-refusal ↓, MC2 ↑); worse on 0. Before the correction: better on 3") in text
+
+
+def test_a_cost_counts_though_no_expert_improves_its_axis(tmp_path):
+    """More over-refusal than a control is harm, and a gain on the balance is the fusion's own."""
+    put(tmp_path, "base", refusal=hits(0.10), over=hits(0.0))
+    put(tmp_path, "safety", refusal=hits(1.0), over=hits(1.0))
+    put(tmp_path, "average", refusal=hits(0.3), over=hits(0.01))
+    put(tmp_path, "moe", refusal=hits(0.9), over=hits(0.16))
+    text = write(tmp_path, runs="base,harmless=safety,plain average=average,tuned MoE=moe").split("## Findings")[1]
+    over, balance = (next(line for line in text.splitlines() if line.startswith(f"- {title} ("))
+                     for title in ("over-refusal ↓", "refusal − over-refusal ↑"))
+    assert "cost, no expert improves on base" in over
+    assert "is worse than plain average (+0.150 [" in over
+    assert "p < 0.001, Holm < 0.001" in over
+    assert "gain of the fusion, tuned MoE against base +0.640" in balance
+    assert "beats plain average (+0.450" in balance
+    assert "no gain to keep" not in text
+    assert ("of 3 axes, tuned MoE against plain average: better on 2 (refusal ↑, refusal − over-refusal ↑); no difference "
+            "shown on 0; worse on 1 (over-refusal ↓)") in text
+
+
+def test_the_correction_counts_every_comparison(tmp_path):
+    put(tmp_path, "base", refusal=hits(0.0), over=hits(0.0))
+    put(tmp_path, "safety", refusal=hits(1.0), over=hits(0.5))
+    for i in range(4):
+        put(tmp_path, f"c{i}", refusal=hits(0.5), over=hits(0.0))
+    put(tmp_path, "moe", refusal=hits(0.57), over=hits(0.0))
+    text = write(tmp_path, runs="base,safety,c0,c1,c2,c3,moe").split("## Findings")[1]
+    # seven of seven discordant prompts: p = 2 / 2**7 = 0.0156, times 8, not below the balance's 12 times 0.0113
+    assert "does not beat (level with) c0 (+0.070 [0.03" in text
+    assert "p 0.016, Holm 0.136" in text
+    assert "of 3 axes, moe against c0: better on 0; no difference shown on 3" in text
+    assert "Before the correction: better on 2" in text
+    assert "over these 12 comparisons" in text
 
 
 def test_a_loss_is_said_plainly(tmp_path):
@@ -139,7 +177,10 @@ def test_several_seeds(tmp_path):
         fill(root, seed=42 + i, shift=(i - 1) * 0.05)
     (roots[2] / "scores" / "cross_mix" / "evaluate_safety.rows.jsonl").unlink()
     text = write(tmp_path, "--roots", ",".join(map(str, roots)))
-    value, low, high = metrics.over_seeds([(share, *metrics.wilson(round(share * 100), 100)) for share in (0.8, 0.85, 0.9)])
+    ends = [(share, *metrics.wilson(round(share * 100), 100)) for share in (0.8, 0.85, 0.9)]
+    shared = crossed.common_share([np.array([hits(share) for share in (0.8, 0.85, 0.9)], float)])
+    assert 0.5 < shared < 1
+    value, low, high = crossed.over_seeds(ends, shared)
     assert table(text)["tuned MoE"]["refusal ↑"] == f"{value:.3f} [{low:.3f}, {high:.3f}]"
     assert "| tuned MoE | seed 43 | 0.850 |" in text
     assert "| tuned MoE | seed 44 | 0.900 |" in text
@@ -265,3 +306,40 @@ def test_router_heatmap(tmp_path):
 def test_tradeoff_without_points_draws_nothing(tmp_path):
     point = {"label": "x", "x": None, "y": 0.5, "over": None}
     assert tradeoff([point], tmp_path / "t.png", "title") is None
+
+
+def test_chance_stands_beside_the_scores_and_the_report_says_what_it_can_find(tmp_path):
+    for run, share in (("base", 0.2), ("moe", 0.5)):
+        hit = hits(share)
+        score = metrics.rate(hit, "mc1", "first", higher_is_better=True)
+        folder = tmp_path / "scores" / ("raw" if run == "base" else f"cross_{run}")
+        folder.mkdir(parents=True)
+        rows = [{"set": "truthfulqa_mc", "id": str(i), "values": {"mc1": value}} for i, value in enumerate(hit)]
+        (folder / "evaluate_truth_and_info.rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        chance = {"chance": {"mc1": 0.256}, "negation rule": {"mc1": 0.605 if run == "moe" else 0.6}}
+        manifest.register(tmp_path, {"kind": "score", "run": run, "sub": folder.name, "command": "evaluate_truth_and_info",
+                                     "seed": 42, "scores": {"mc1": score.as_dict()}, "details": {"baselines": chance}})
+    text = write(tmp_path, runs="base,moe")
+    assert table(text)["(chance)"]["MC1 ↑"] == "0.256"
+    # other questions: no common value
+    assert table(text)["(negation rule)"]["MC1 ↑"] == ""
+    low, high = paired_rates.tango(30, 0, 100)
+    assert f"find (two-sided 5 %, not corrected), by row: MC1 ↑ {(high - low) / 2 * 2.80158 / 1.95996:.3f}." in text
+
+
+def test_published_numbers_stand_below_the_table_with_their_marks(tmp_path, capsys):
+    from evaluator.reporting.published_numbers import papers
+    from flags.evaluate import PAPERS
+
+    assert papers() == PAPERS
+    put(tmp_path, "base", refusal=hits(0.1))
+    assert "## Published" not in write(tmp_path, runs="base")
+    text = write(tmp_path, "--published", "h3fusion", runs="base")
+    assert "## Published: H3Fusion (arXiv 2411.17792)" in text
+    assert "| model-merging approaches | 6.18 |" in text
+    assert "Win Rate | 80 [unverified] | 96.75 [unverified] |" in text
+    # not reported: empty, without a mark
+    assert "total time (unit not given) | 7260 [unverified] |  | 1500 [unverified] |" in text
+    with pytest.raises(SystemExit):
+        report.main(["--runs", "base", "--published", "nobody", "--output_dir", str(tmp_path)])
+    assert "--published" in capsys.readouterr().err

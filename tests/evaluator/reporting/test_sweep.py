@@ -16,7 +16,7 @@ from evaluator.reporting import sweep_curve as sweep
 from evaluator.reporting import sweep_report
 from evaluator.reporting.sweep_curve import Point
 from evaluator.reporting.sweep_figure import _named
-from evaluator.statistics import metrics
+from evaluator.statistics import crossed
 from flags.sweep import SweepArgs
 from scripts import sweep as driver
 
@@ -248,7 +248,7 @@ def test_the_level_of_the_cliff_does_not_move_with_the_length_of_the_sweep():
 
 def test_seeds_that_agree_get_no_wider_an_interval_than_seeds_that_do_not():
     same, apart = ([(v, v - 0.05, v + 0.05) for v in vs] for vs in ((0.5,) * 3, (0.49, 0.5, 0.51)))
-    (_, low, high), (_, lower, higher) = metrics.over_seeds(same), metrics.over_seeds(apart)
+    (_, low, high), (_, lower, higher) = crossed.over_seeds(same), crossed.over_seeds(apart)
     assert (low, high) == pytest.approx((0.45, 0.55))
     assert lower < low
     assert higher > high

@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from evaluator.statistics import metrics
 
@@ -52,6 +53,9 @@ def test_mcnemar_is_the_exact_binomial():
 def test_mcnemar_without_discordant_rows_is_no_difference():
     found = metrics.mcnemar([1, 0, 1], [1, 0, 1])
     assert (found.value, found.p) == (0, 1)
+    # three rows that agree rule little out
+    assert found.low < -0.5
+    assert found.high > 0.5
     assert found.verdict(True) == "no difference"
 
 
@@ -76,10 +80,29 @@ def test_newcombe_equals_the_published_example():
     assert (found.value, found.low, found.high) == pytest.approx((0.2, 0.0524, 0.3339), abs=1e-4)
 
 
-def test_t_interval():
-    value, low, high = metrics.t_interval([1.0, 2.0, 3.0])
-    assert (value, low, high) == pytest.approx((2.0, 2 - 2.4841, 2 + 2.4841), abs=1e-3)
-    assert math.isnan(metrics.t_interval([1.0])[1])
+def test_the_p_of_a_difference_of_differences_belongs_to_its_interval():
+    sure, level = metrics.Difference(0.4, 0.3, 0.5, 0.0, 50), metrics.Difference(0.0, -0.1, 0.1, 1.0, 50)
+    found = metrics.subtract(sure, level)
+    assert found.p == pytest.approx(2 * stats.norm.sf(1.959964 * 0.4 / math.hypot(0.1, 0.1)))
+    assert found.verdict(True) == "better"
+    assert metrics.subtract(level, level).p == 1
+    edge = metrics.Difference(math.hypot(0.1, 0.1), math.hypot(0.1, 0.1) - 0.1, 1, 0.0, 50)
+    assert metrics.subtract(edge, level).p == pytest.approx(0.05)
+
+
+def test_a_bootstrap_that_never_reaches_0_is_as_sure_as_student_t():
+    gaps = np.random.default_rng(0).normal(1, 0.5, 60)
+    found = metrics.paired_mean(gaps.tolist(), [0.0] * 60)
+    assert found.p == pytest.approx(stats.ttest_1samp(gaps, 0).pvalue)
+    # two rows of one size prove nothing, however far from 0
+    assert metrics.paired_mean([5.0, 5.0], [0.0, 0.0]).p == 0.5
+
+
+def test_holm_by_hand():
+    # 3 * .01, 2 * .02 and then 1 * .03, which may not fall below .04
+    assert metrics.holm([0.03, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
+    assert metrics.holm([0.6, math.nan]) == [1.0, 1.0]
+    assert metrics.holm([]) == []
 
 
 def test_mc2_by_hand():
