@@ -1,4 +1,4 @@
-"""Verdicts and limits of a confined program; what attackers tried is in tests/evaluator/sandbox/test_attacks.py."""
+"""Verdicts and limits of a confined program; what attackers tried is in tests/evaluator/sandbox/test_sandbox_attacks.py."""
 
 from __future__ import annotations
 
