@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from errors import UserError
 from models.base.attention import additive, within
 from models.base.families import FAMILIES
 from models.base.heads import LogitRule, answer_logits, logit_rule
+from models.base.positions import positions, ropes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -132,28 +133,22 @@ def shareable(model: PreTrainedModel, longest: int) -> bool:
     if config.model_type not in FAMILIES or getattr(config, "use_bidirectional_attention", None):
         return False
     reaches = [settings.get("original_max_position_embeddings") or config.max_position_embeddings
-               for settings in _ropes(config) if settings.get("rope_type") in ("longrope", "dynamic")]
+               for settings in ropes(config) if settings.get("rope_type") in ("longrope", "dynamic")]
     return all(longest <= reach for reach in reaches)
-
-
-def _ropes(config: Any) -> list[dict[str, Any]]:
-    """A model's RoPE settings: one for all layers, or one by layer type (Gemma 3)."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    return [part for part in (rope, *rope.values()) if isinstance(part, dict)]
 
 
 def _alone(loaded: Loaded, prompt: list[int], answer: list[int]) -> float:
     """The sum for one row by the model's own forward, whatever its family does with positions, masks and logits."""
     # the last token too, though nobody asks what follows it: RoPE may go by the length of the whole row
     ids = [*prompt, *answer]
-    reach = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    reach = positions(loaded.model.config)
     if loaded.model.config.model_type not in FAMILIES and reach and len(ids) > reach:
         raise UserError(f"--model_name_or_path: a prompt and its answer have {len(ids)} tokens, but model type "
                         f"'{loaded.model.config.model_type}' has {reach} positions; use a model with more")
     if not answer:
         return 0.0
     row = torch.tensor([ids], device=loaded.device)
-    if any(settings.get("rope_type") == "dynamic" for settings in _ropes(loaded.model.config)):
+    if any(settings.get("rope_type") == "dynamic" for settings in ropes(loaded.model.config)):
         # transformers keeps the frequencies of the longest row so far, until it reads a short one
         loaded.model(input_ids=row[:, :1], use_cache=False)
     logits = loaded.model(input_ids=row, use_cache=False).logits[0, len(prompt) - 1 : -1]

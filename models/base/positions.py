@@ -22,11 +22,14 @@ def positions(config: Any) -> int | None:
     counted = getattr(config, "max_position_embeddings", None)
     if not isinstance(counted, int) or counted <= 0:
         return None
+    return max(counted, *(int((rope.get("original_max_position_embeddings") or counted) * (rope.get("factor") or 1))
+                          for rope in ropes(config) if rope.get("rope_type") in _STRETCHED), 0)
+
+
+def ropes(config: Any) -> list[dict[str, Any]]:
+    """A model's RoPE settings: one for all layers, or one by layer type (Gemma 3)."""
     rope = getattr(config, "rope_parameters", None) or {}
-    # Gemma 3 has one for each kind of layer
-    scaled = [rope, *(inner for inner in rope.values() if isinstance(inner, dict))]
-    return max(counted, *(int((kind.get("original_max_position_embeddings") or counted) * (kind.get("factor") or 1))
-                          for kind in scaled if kind.get("rope_type") in _STRETCHED), 0)
+    return [part for part in (rope, *rope.values()) if isinstance(part, dict)]
 
 
 def check_rows(base: Path, lengths: Sequence[int], window: int) -> None:
