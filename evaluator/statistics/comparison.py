@@ -124,7 +124,7 @@ def difference(a: Measured, b: Measured, axis: Axis) -> Difference | None:
     if axis.kind == "rate":
         return metrics.mcnemar(left, right)
     if axis.kind in ("mean", "scale"):
-        return metrics.paired_mean(left, right)
+        return metrics.paired_mean(left, right, bounds=axis.bounds)
     return metrics.paired_ratio(left, right, [a.rows[key]["tokens"] for key in shared])
 
 
