@@ -94,10 +94,11 @@ def _cell(values: Sequence[Any], by_prompt: Sequence[dict[str, int]], least: flo
     """One number over runs, as report.py has it: the rows' interval for one run, crossed runs and prompts for several."""
     from evaluator.statistics import crossed
 
-    value, low, high = crossed.over_seeds([(item.value, item.low, item.high) for item in values], crossed.share_of([by_prompt]))
+    ends = [(item.value, item.low, item.high) for item in values]
+    value, low, high = crossed.over_seeds(ends, crossed.share_of([by_prompt]))
     low, high = max(low, least), min(high, 1.0)
-    ends = (None if math.isnan(end) else end for end in (low, high))
-    return {"value": value, **dict(zip(("low", "high"), ends, strict=True)), "n": values[0].n}
+    known = (None if math.isnan(end) else end for end in (low, high))
+    return {"value": value, **dict(zip(("low", "high"), known, strict=True)), "n": values[0].n}
 
 
 def text(rows: Sequence[dict[str, Any]], args: AttackTableArgs) -> str:

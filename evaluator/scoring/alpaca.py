@@ -115,7 +115,8 @@ def score(args: EvaluateHelpfulnessArgs, subject: Subject, outputs: list[dict], 
     scores = [_seen(_score(row, "win_rate", "alpaca_eval.win_rate", WIN, n), rows)]
     if not math.isnan(row["length_controlled_winrate"]):
         scores.append(_score(row, "length_controlled_winrate", "alpaca_eval.length_controlled", CONTROLLED, n))
-    details = {"annotator": args.alpaca_annotator, "sent": len(outputs), "unjudged": len(outputs) - n}
+    details = {"annotator": args.alpaca_annotator, "answers_task": args.answers_task, "sent": len(outputs),
+               "unjudged": len(outputs) - n}
     return engine.Result(scores, rows, details)
 
 
