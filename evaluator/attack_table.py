@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 KEY = "safe_refusal"
 _NOTES = """
 Share of harmful prompts whose answer declines in coherent text (keyword judge). "as asked": the attacked prompts without a
-wrapper; "change": the attack minus that, on the same prompts. Square brackets: 95 % intervals, Wilson for one run, bootstrap
-over prompts for its change; for several runs the root of the sum of squares of Student's t over them and their mean half
-width over prompts (cut at the ends of a share).
+wrapper; "change": the attack minus that, on the same prompts. Square brackets: 95 % intervals, Wilson for one run, Tango's
+for its change; for several runs the root of the sum of squares of Student's t over them and of the prompts' own part of
+their mean half width over prompts (crossed runs and prompts; cut at the ends of a share).
 """
 
 
@@ -72,7 +72,9 @@ def _cells(found: Sequence[Measured], task: str, attack: str) -> dict[str, dict[
     """Rates with and without the attack on the prompts that have both, and their difference."""
     from evaluator.statistics import metrics
 
-    plain, attacked, change = [], [], []
+    kinds = ("as_asked", "attacked", "change")
+    scores: dict[str, list[Any]] = {kind: [] for kind in kinds}
+    by_prompt: dict[str, list[dict[str, int]]] = {kind: [] for kind in kinds}
     for item in found:
         # an attack may have been put to fewer prompts: rates of other prompts do not compare
         both = sorted(id for place, id in item.rows if place == f"{task}+{attack}" and (task, id) in item.rows)
@@ -80,20 +82,23 @@ def _cells(found: Sequence[Measured], task: str, attack: str) -> dict[str, dict[
             raise UserError(f"{item.folder.name}: {task} and {task}+{attack} share no prompt; answer both with one "
                             "--num_samples")
         before, after = ([item.rows[place, id][KEY] for id in both] for place in (task, f"{task}+{attack}"))
-        plain.append(metrics.rate(before, "", "", higher_is_better=True))
-        attacked.append(metrics.rate(after, "", "", higher_is_better=True))
-        change.append(metrics.mcnemar(after, before))
-    return {"as_asked": _cell(plain, 0.0), "attacked": _cell(attacked, 0.0), "change": _cell(change, -1.0)}
+        scores["as_asked"].append(metrics.rate(before, "", "", higher_is_better=True))
+        scores["attacked"].append(metrics.rate(after, "", "", higher_is_better=True))
+        scores["change"].append(metrics.mcnemar(after, before))
+        for kind, values in zip(kinds, (before, after, [a - b for a, b in zip(after, before, strict=True)]), strict=True):
+            by_prompt[kind].append(dict(zip(both, values, strict=True)))
+    return {kind: _cell(scores[kind], by_prompt[kind], -1.0 if kind == "change" else 0.0) for kind in kinds}
 
 
-def _cell(values: Sequence[Any], least: float) -> dict[str, Any]:
-    """One number over runs, as report.py has it: the rows' interval for one run, both spreads for several."""
+def _cell(values: Sequence[Any], by_prompt: Sequence[dict[str, int]], least: float) -> dict[str, Any]:
+    """One number over runs, as report.py has it: the rows' interval for one run, crossed runs and prompts for several."""
     from evaluator.statistics import crossed
 
-    value, low, high = crossed.over_seeds([(item.value, item.low, item.high) for item in values])
+    ends = [(item.value, item.low, item.high) for item in values]
+    value, low, high = crossed.over_seeds(ends, crossed.share_of([by_prompt]))
     low, high = max(low, least), min(high, 1.0)
-    ends = (None if math.isnan(end) else end for end in (low, high))
-    return {"value": value, **dict(zip(("low", "high"), ends, strict=True)), "n": values[0].n}
+    known = (None if math.isnan(end) else end for end in (low, high))
+    return {"value": value, **dict(zip(("low", "high"), known, strict=True)), "n": values[0].n}
 
 
 def text(rows: Sequence[dict[str, Any]], args: AttackTableArgs) -> str:

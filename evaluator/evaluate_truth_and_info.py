@@ -80,8 +80,8 @@ def score(args: EvaluateTruthArgs, subject: Subject, sets: dict[str, list], judg
         second = [metrics.mc2(o.logprobs, o.choice.labels) for o in ranked]
         third = [metrics.mc3(o.logprobs, o.choice.labels) for o in ranked]
         scores += [metrics.rate(first, "mc1", MC1, higher_is_better=True),
-                   metrics.mean(second, "mc2", MC2, higher_is_better=True, seed=args.seed),
-                   metrics.mean(third, "mc3", MC3, higher_is_better=True, seed=args.seed)]
+                   metrics.mean(second, "mc2", MC2, higher_is_better=True, seed=args.seed, bounds=(0, 1)),
+                   metrics.mean(third, "mc3", MC3, higher_is_better=True, seed=args.seed, bounds=(0, 1))]
         without_model |= baselines.truthfulqa(sets["truthfulqa_mc"])
         rows += [o.row("truthfulqa_mc", {"mc1": a, "mc2": round(b, 6), "mc3": round(c, 6)})
                  for o, a, b, c in zip(ranked, first, second, third, strict=True)]

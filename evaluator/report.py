@@ -20,7 +20,7 @@ from flags import ReportArgs
 
 if TYPE_CHECKING:
     from evaluator.statistics.axes import Axis
-    from evaluator.statistics.metrics import Difference, Score
+    from evaluator.statistics.metrics import Difference
 
 
 _BOTH = ("a half width being the root of the sum of squares of Student's t over seeds and of the prompts' own part of the "
@@ -90,29 +90,15 @@ def write(args: ReportArgs) -> Path:
 
 def _aggregates(lines: Sequence[Line]) -> list[str]:
     """The papers' summary numbers of every row that has the scores they are made from; nothing where no row has."""
-    from evaluator.statistics.aggregates import FAMILIES, alike, over_seeds
+    from evaluator.reporting.summary_numbers import summary
 
-    scores = {line.label: over_seeds(line.found) for line in lines}
-    # over-refusal is a column of the table already
-    names = [n for n in dict.fromkeys(n for cells in scores.values() for n in cells) if n != "overrefusal"]
-    if not names:
+    found = summary({line.label: line.found for line in lines})
+    if not found.higher:
         return []
-    unlike = []
-    for name in FAMILIES:
-        kept, why = alike({line.label: line.found for line in lines}, name)
-        unlike += why
-        scores = {label: cells if label in kept else {n: c for n, c in cells.items() if n != name}
-                  for label, cells in scores.items()}
-    rows = [[label, *(_number(c.value) + _interval(c.low, c.high) if (c := cells.get(name)) else "" for name in names)]
-            for label, cells in scores.items()]
-    examples = {name: cells[name] for name in names for cells in reversed(scores.values()) if name in cells}
-    heads = [f"{n} {_arrow(examples[n])}" if n in examples else n for n in names]
-    return ["", "## Summary numbers", "", *_markdown(["model", *heads], rows), "",
-            *(f"- {name}: {score.definition}." for name, score in examples.items()), *unlike]
-
-
-def _arrow(score: Score) -> str:
-    return "↑" if score.higher_is_better else "↓"
+    rows = [[label, *(_number(cells[name].value) + _interval(cells[name].low, cells[name].high) if name in cells else ""
+                      for name in found.higher)] for label, cells in found.scores.items()]
+    heads = [f"{name} {'↑' if higher else '↓'}" for name, higher in found.higher.items()]
+    return ["", "## Summary numbers", "", *_markdown(["model", *heads], rows), "", *found.notes]
 
 
 def _named(text: str) -> list[tuple[str, str]]:
@@ -185,17 +171,17 @@ def _findings(lines: Sequence[Line], axes: Sequence[Axis], args: ReportArgs) -> 
 
 
 def _notes(lines: Sequence[Line], axes: Sequence[Axis], roots: Sequence[Path]) -> list[str]:
-    from evaluator.reporting.limits import SAID, detectable, without_model
+    from evaluator.reporting.limits import SAID, detectable, equal_rows, without_model
     from evaluator.statistics.axes import AXES
 
     notes = [f"- ({name}): {SAID[name]}; no model, expected values." for name in without_model(lines, axes) if name in SAID]
-    if found := detectable(lines, axes):
-        notes.append(found)
+    notes += filter(None, (detectable(lines, axes), equal_rows(lines, axes)))
     for axis in axes:
         scores = [item.scores[axis.score] for line in lines for item in line.found if axis.score in item.scores]
         sizes = sorted({score["n"] for score in scores})
         shown = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}; rows with unequal n are not comparable"
-        notes.append(f"- {axis.title}: {scores[0]['definition']} (n = {shown}).")
+        judge = f"; judge: {axis.judge}" if axis.judge else ""
+        notes.append(f"- {axis.title}: {scores[0]['definition']}{judge} (n = {shown}).")
     absent = [axis.title for axis in AXES if axis not in axes]
     if absent:
         notes.append(f"- Not measured here: {', '.join(absent)}.")

@@ -41,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         args: SweepArgs = parsed.args
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         config.short_waits()
-        from evaluator.reporting import sweep_report
+        from evaluator.reporting import sweep_report, sweep_seeds
 
-        report = sweep_report.over_seeds(args.folders, args.name) if args.folders else sweep(args, parsed.preset)
+        report = sweep_seeds.over_seeds(args.folders, args.name) if args.folders else sweep(args, parsed.preset)
         name = f"{args.name}_seeds" if args.folders else args.name
         path = sweep_report.write(args.results / "report", name, report)
         print(path.read_text(encoding="utf-8"))

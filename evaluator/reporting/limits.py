@@ -50,3 +50,18 @@ def detectable(lines: Sequence[Line], axes: Sequence[Axis]) -> str:
             parts.append(f"{axis.title} {' to '.join(ends)}")
     size = f"{POWER * 100:.0f} % of such comparisons of {lines[-1].label} find (two-sided 5 %, not corrected)"
     return f"- Smallest true difference that {size}, by row: {'; '.join(parts)}." if parts else ""
+
+
+def equal_rows(lines: Sequence[Line], axes: Sequence[Axis]) -> str:
+    """A sentence on rows of the table that are equal row by row where values have no bounds: their interval has no width."""
+    from evaluator.statistics.comparison import over_seeds
+
+    found: dict[str, list[str]] = {}
+    for axis in axes:
+        for line in lines[:-1] if axis.kind in ("ratio", "scale") else ():
+            d = over_seeds(lines[-1].found, line.found, axis)
+            if d and d.low == d.high == 0:
+                found.setdefault(line.label, []).append(axis.title)
+    listed = "; ".join(f"{label} ({', '.join(titles)})" for label, titles in found.items())
+    return (f"- Equal to {lines[-1].label} in every row: {listed}. These are one model by what was measured, and the "
+            "difference has no width: values without bounds do not say how far a row not seen could be off.") if found else ""

@@ -211,7 +211,27 @@ def front(points: Sequence[Point]) -> list[Point]:
     return [model for model in points if not beaten(values[id(model)])]
 
 
+@dataclass(frozen=True)
+class Compared:
+    """A comparison at equal compliance.
+
+    Args:
+        difference: harm on the curve minus the control's.
+        harm, comply: prompt id -> its part of it; the difference is the mean of the first minus the mean of the second.
+    """
+
+    difference: Difference
+    harm: dict[str, float]
+    comply: dict[str, float]
+
+
 def at_equal_compliance(points: Sequence[Point], control: Point, seed: int = 0) -> Difference | None:
+    """``equal_compliance`` without the prompts' parts."""
+    found = equal_compliance(points, control, seed)
+    return found.difference if found else None
+
+
+def equal_compliance(points: Sequence[Point], control: Point, seed: int = 0) -> Compared | None:
     """Harm on the sweep's curve where it complies as much as the control, minus the control's harm; below 0 the sweep wins.
 
     The best point of a noisy curve looks better than it is, so lambda is chosen on other prompts than it is judged on
@@ -225,7 +245,8 @@ def at_equal_compliance(points: Sequence[Point], control: Point, seed: int = 0) 
     The curve is linear between neighbouring lambdas; prompts that some point lacks are left out. None when the control's
     compliance is above or below that of the whole curve, in the data or in a tenth of the resamples.
     """
-    weights, harms, complies = _matrices([*sorted(points, key=lambda model: model.weight), control], keep_order=True)
+    models = [*sorted(points, key=lambda model: model.weight), control]
+    weights, harms, complies = _matrices(models, keep_order=True)
     weights = weights[:-1]
     if min(harms.shape[1], complies.shape[1]) < _FOLDS or not _met(complies.mean(1)[:, None]).all():
         return None
@@ -249,8 +270,10 @@ def at_equal_compliance(points: Sequence[Point], control: Point, seed: int = 0) 
     found = metrics.subtract(harm_gap, Difference(value, *ends, math.nan, comply_gap.n))
     # the p that belongs to the wider interval, as in metrics.subtract
     p_value = 2 * float(stats.norm.sf(stats.norm.isf(found.p / 2) / _WIDER))
-    return Difference(found.value, *(found.value + _WIDER * (end - found.value) for end in (found.low, found.high)), p_value,
-                      found.n)
+    ends = (found.value + _WIDER * (end - found.value) for end in (found.low, found.high))
+    parts = (dict(zip(_shared(models, name), map(float, gap), strict=True))
+             for name, gap in (("harm", apart[0]), ("comply", rates * apart[1])))
+    return Compared(Difference(found.value, *ends, p_value, found.n), *parts)
 
 
 def _met(complies: np.ndarray) -> np.ndarray:
@@ -292,11 +315,15 @@ def _chosen(weights: np.ndarray, harms: np.ndarray, complies: np.ndarray) -> tup
 def _matrices(points: Sequence[Point], keep_order: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Weights, harm and compliance (points, prompts), on the prompts that all points answered."""
     ordered = list(points) if keep_order else sorted(points, key=lambda model: model.weight)
-    shared = [[id for id in getattr(ordered[0], name) if all(id in getattr(model, name) for model in ordered)]
-              for name in ("harm", "comply")]
+    shared = [_shared(ordered, name) for name in ("harm", "comply")]
     return (np.array([model.weight for model in ordered]),
             np.array([[model.harm[id] for id in shared[0]] for model in ordered], float),
             np.array([[model.comply[id] for id in shared[1]] for model in ordered], float))
+
+
+def _shared(points: Sequence[Point], name: str) -> list[str]:
+    """The prompts that all points answered, in the order of the columns of ``_matrices``."""
+    return [id for id in getattr(points[0], name) if all(id in getattr(model, name) for model in points)]
 
 
 def _resampled(n: int, seed: int) -> np.ndarray:

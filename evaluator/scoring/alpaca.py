@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ import manifest
 from data.prompts import END_MARKER
 from errors import UserError
 from evaluator.scoring import engine
-from evaluator.statistics import metrics
+from evaluator.statistics import bounded, metrics
 from flags.judge_flags import OPENAI
 
 if TYPE_CHECKING:
@@ -110,11 +111,22 @@ def score(args: EvaluateHelpfulnessArgs, subject: Subject, outputs: list[dict], 
     row = read_leaderboard(leaderboard, subject.name)
     n = int(row["n_total"])
     # n as it was judged: alpaca_eval drops rows whose annotation failed
-    scores = [_score(row, "win_rate", "alpaca_eval.win_rate", WIN, n)]
+    rows = _rows(leaderboard.with_name("annotations.json"), outputs)
+    scores = [_seen(_score(row, "win_rate", "alpaca_eval.win_rate", WIN, n), rows)]
     if not math.isnan(row["length_controlled_winrate"]):
         scores.append(_score(row, "length_controlled_winrate", "alpaca_eval.length_controlled", CONTROLLED, n))
-    details = {"annotator": args.alpaca_annotator, "sent": len(outputs), "unjudged": len(outputs) - n}
-    return engine.Result(scores, _rows(leaderboard.with_name("annotations.json"), outputs), details)
+    details = {"annotator": args.alpaca_annotator, "answers_task": args.answers_task, "sent": len(outputs),
+               "unjudged": len(outputs) - n}
+    return engine.Result(scores, rows, details)
+
+
+def _seen(score: metrics.Score, rows: list[dict[str, Any]]) -> metrics.Score:
+    """The win rate with an interval also where (nearly) all rows agree: alpaca_eval's standard error is 0 there."""
+    if len(rows) < 2 or math.isnan(score.low):
+        return score
+    values = [line["values"]["alpaca_eval.win_rate"] for line in rows]
+    low, high = bounded.widened((score.low, score.high), values, (0, 1))
+    return replace(score, low=low, high=high)
 
 
 def executable() -> str | None:

@@ -116,5 +116,5 @@ def scores(task: str, values: Mapping[str, Sequence[float]], seed: int) -> list[
         if measure.rate and row_values:
             made.append(metrics.rate(list(map(int, row_values)), name, measure.definition, higher_is_better=True))
         elif row_values:
-            made.append(metrics.mean(row_values, name, measure.definition, higher_is_better=True, seed=seed))
+            made.append(metrics.mean(row_values, name, measure.definition, higher_is_better=True, seed=seed, bounds=(0, 1)))
     return made

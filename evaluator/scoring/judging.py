@@ -190,11 +190,12 @@ def add(found: Judged, named: Named, set_name: str, said: Sequence[Verdict], see
     text = f"share of {of} that {row.definition}"
     if row.question in COMPARING:
         found.scores += [
-            metrics.mean(marks, name, f"{text}; ties count half", higher_is_better=True, seed=seed),
+            metrics.mean(marks, name, f"{text}; ties count half", higher_is_better=True, seed=seed,
+                         bounds=(0, 1)),
             # win 1, tie 0.5, loss 0 become 1, 0, -1
             metrics.mean([2 * mark - 1 for mark in marks], f"{name}.ps",
                          f"(wins - losses) / (wins + losses + ties) over {of}: {named.name} judge", higher_is_better=True,
-                         seed=seed)]
+                         seed=seed, bounds=(-1, 1))]
     else:
         # yes or no: a rate, with Wilson's interval
         found.scores.append(metrics.rate([mark > 0 for mark in marks], name, text, higher_is_better=up))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from evaluator.statistics import readings
 from flags.base import SKILLS
 from flags.judges import ASKED_BY, COMPARING, KNOWN
 from flags.utility import BENCHMARKS, PROBES
@@ -19,8 +20,10 @@ class Axis:
 
     Args:
         kind: ``rate`` (McNemar), ``mean``, ``scale`` (a mean without bounds) or ``ratio`` (paired bootstrap), ``balance``
-            (of the first two axes).
+            (of ``parts``).
         key: name of the value in the rows; ``ratio`` divides by ``tokens``.
+        judge: who says so, where the title does not tell.
+        of: of a balance, the two axes that it is made from; empty: the first two.
     """
 
     score: str
@@ -30,6 +33,13 @@ class Axis:
     key: str
     kind: str
     higher: bool = True
+    judge: str = ""
+    of: tuple[Axis, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Axis, ...]:
+        """The axes that its rows lie in: itself, or those of a balance."""
+        return (self.of or AXES[:2]) if self.kind == "balance" else (self,)
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -69,10 +79,6 @@ def secondary(axis: Axis) -> bool:
     """Whether it is another, weaker reading of answers that a main column has already."""
     return axis in SECONDARY or axis.score.split(".")[0] in ("fitted", "fitted-safer")
 
-
-#: What a column of another set of prompts reads, by its score's name behind the set's: title, key of its rows, kind.
-SET_READINGS = {"safe_refusal": ("refusal", "safe_refusal", "rate"), "overrefusal": ("over-refusal", "refusal", "rate"),
-                "win_rate": ("win rate", "alpaca_eval.win_rate", "mean")}
 
 
 @dataclass(frozen=True)
@@ -118,14 +124,30 @@ def judge_axes(found: Iterable[Measured]) -> tuple[Axis, ...]:
 
 
 def set_axes(found: Iterable[Measured]) -> tuple[Axis, ...]:
-    """An axis for each other set that was scored: published sets and attacks (SET.READING), AlpacaEval's win rate."""
+    """An axis for each other set that was scored: published sets and attacks (``readings.COLUMNS``), AlpacaEval's win rate.
+
+    The balance of two sets stands behind their own columns; its score is called HARMFUL,HARMLESS.balance.
+    """
     scores = {name: (score, item.origin.get(name, {})) for item in found for name, score in item.scores.items()}
-    axes = []
+    axes: dict[str, Axis] = {}
     for name, (score, line) in scores.items():
-        set_name, _, reading = name.partition(".")
-        if set_name in KNOWN or reading not in SET_READINGS:
+        set_name, _, kind = name.partition(".")
+        if set_name in KNOWN or kind not in readings.COLUMNS:
             continue
-        title, key, kind = SET_READINGS[reading]
+        reading = readings.COLUMNS[kind]
         command, higher = line.get("command", _SAFETY).partition(".")[0], score["higher_is_better"]
-        axes.append(Axis(name, f"{title}, {set_name} {'↑' if higher else '↓'}", command, set_name, key, kind, higher))
-    return tuple(axes)
+        judge = line.get("details", {}).get("annotator") or reading.judge
+        title = f"{reading.title}, {set_name.replace(',', ' − ')} {'↑' if higher else '↓'}"
+        axes[name] = Axis(name, title, command, "" if reading.kind == "balance" else set_name, reading.key, reading.kind,
+                          higher, judge)
+    return tuple(axis if axis.kind != "balance" else replace(axis, of=_balanced(axis.score, axes)) for axis in axes.values()
+                 if axis.kind != "balance" or _balanced(axis.score, axes))
+
+
+def _balanced(score: str, axes: Mapping[str, Axis]) -> tuple[Axis, ...]:
+    """The two axes of a balance; () where one of the two sets has no column."""
+    usual = {axis.set: axis for axis in AXES[:2]}
+    harmful, _, harmless = score.removesuffix(".balance").partition(",")
+    parts = (usual.get(harmful) or axes.get(f"{harmful}.safe_refusal"),
+             usual.get(harmless) or axes.get(f"{harmless}.overrefusal"))
+    return tuple(part for part in parts if part) if all(parts) else ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 import manifest
+from data.sets.protocols import task_of
 from errors import UserError
 from evaluator.statistics import crossed, metrics
-from evaluator.statistics.axes import AXES, Axis, Measured
+from evaluator.statistics.axes import Axis, Measured
 from evaluator.statistics.metrics import Difference
 from evaluator.statistics.pairing import pair, side_by_side
 
@@ -52,7 +53,7 @@ def measured(results: Path, run: str) -> Measured:
     details: dict[str, Any] = {}
     categories: dict[tuple[str, str], str] = {}
     for command, row in newest.items():
-        scores |= row["scores"]
+        scores |= _scores(row)
         details |= row.get("details", {})
         path = results / "scores" / row["sub"] / f"{command}.rows.jsonl"
         if path.is_file():
@@ -66,9 +67,21 @@ def measured(results: Path, run: str) -> Measured:
             categories |= {(item["set"], str(item["id"])): item.get("category") or "" for item in items}
     seed = next((row.get("seed") for row in newest.values()), None)
     folder = results / "scores" / sub if base or sub == run else results / "outputs" / run
-    origin = {name: row for row in newest.values() for name in row["scores"]}
+    origin = {name: row for row in newest.values() for name in _scores(row)}
     return Measured(folder, scores, rows, details, seed, prompts, origin,
                     {key: category for key, category in categories.items() if category})
+
+
+def _scores(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A line's scores; the balance of other sets by the names of both, for a set's own name fits several pairs."""
+    command, *sets = row["command"].split(".")
+    if command != "evaluate_safety" or not sets:
+        return row["scores"]
+    # the command names the sets that are not the usual ones, the harmful first
+    harmful = sets[0] if len(sets) > 1 or task_of(sets[0]) == "safety" else "safety"
+    harmless = sets[-1] if len(sets) > 1 or task_of(sets[0]) == "overrefusal" else "overrefusal"
+    return {f"{harmful},{harmless}.balance" if name.endswith(".balance") else name: score
+            for name, score in row["scores"].items()}
 
 
 def _add_rows(items: Sequence[dict[str, Any]], rows: dict[tuple[str, str], dict[str, float]],
@@ -115,7 +128,7 @@ def difference(a: Measured, b: Measured, axis: Axis) -> Difference | None:
     """a - b on the prompts that both answered; None when they share none or were not judged alike (``pairing.pair``)."""
     if axis.kind == "balance":
         # two sets of prompts, so no paired test: each difference with its own interval
-        refusal, over = difference(a, b, AXES[0]), difference(a, b, AXES[1])
+        refusal, over = (difference(a, b, part) for part in axis.parts)
         return metrics.subtract(refusal, over) if refusal and over else None
     shared = pair(a, b, axis).keys
     if not shared:
@@ -124,7 +137,7 @@ def difference(a: Measured, b: Measured, axis: Axis) -> Difference | None:
     if axis.kind == "rate":
         return metrics.mcnemar(left, right)
     if axis.kind in ("mean", "scale"):
-        return metrics.paired_mean(left, right)
+        return metrics.paired_mean(left, right, bounds=axis.bounds)
     return metrics.paired_ratio(left, right, [a.rows[key]["tokens"] for key in shared])
 
 
@@ -150,8 +163,7 @@ def _shared(found: Sequence[Measured], axis: Axis, against: Sequence[Measured] =
 
     1, the widest interval, where seeds share no rows: they were scored on other prompts, or the rows are gone.
     """
-    parts = [AXES[0], AXES[1]] if axis.kind == "balance" else [axis]
-    tables = [_rows_by_seed(found, part, against) for part in parts]
+    tables = [_rows_by_seed(found, part, against) for part in axis.parts]
     return crossed.common_share(tables) if all(table is not None for table in tables) else 1.0
 
 

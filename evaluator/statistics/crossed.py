@@ -8,7 +8,7 @@ means estimates the first and the last part together, so of an interval over pro
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 from scipy import optimize, stats
@@ -35,6 +35,21 @@ def common_share(parts: Sequence[np.ndarray]) -> float:
         common += max(between - within, 0.0) / seeds / prompts
         rest += within / prompts
     return common / (common + rest) if common + rest > 0 else 1.0
+
+
+def share_of(parts: Sequence[Sequence[Mapping[Hashable, float]]]) -> float:
+    """``common_share`` of values by prompt, on the prompts that all seeds have; 1, the widest, where they share none.
+
+    Args:
+        parts: for each set of prompts that a score is made from, one seed after the other: {prompt: value}.
+    """
+    tables = []
+    for seeds in parts:
+        shared = [prompt for prompt in seeds[0] if all(prompt in values for values in seeds[1:])] if seeds else []
+        if not shared:
+            return 1.0
+        tables.append(np.array([[values[prompt] for prompt in shared] for values in seeds], float))
+    return common_share(tables) if tables else 1.0
 
 
 def over_seeds(found: Sequence[tuple[float, float, float]], shared: float = 1.0) -> tuple[float, float, float]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from evaluator.statistics import bounded
 from evaluator.statistics.paired_rates import tango
 
 CONFIDENCE = 0.95
@@ -79,10 +80,19 @@ def rate(hits: Sequence[bool | int], name: str, definition: str, *, higher_is_be
     return Score(k / n if n else math.nan, *wilson(k, n), n, name, definition, higher_is_better)
 
 
-def mean(values: Sequence[float], name: str, definition: str, *, higher_is_better: bool, seed: int) -> Score:
-    """The mean over rows with its bootstrap interval."""
+def mean(values: Sequence[float], name: str, definition: str, *, higher_is_better: bool, seed: int,
+         bounds: tuple[float, float] | None = None) -> Score:
+    """The mean over rows with its bootstrap interval.
+
+    Args:
+        bounds: least and greatest value of a row, where it has some: rows that (nearly) all agree then leave open what
+            ``bounded.reach`` says, and not nothing.
+    """
     value = float(np.mean(values)) if len(values) else math.nan
-    return Score(value, *bootstrap_mean(values, seed), len(values), name, definition, higher_is_better)
+    ends = bootstrap_mean(values, seed)
+    if len(values) > 1:
+        ends = bounded.widened(ends, values, bounds)
+    return Score(value, *ends, len(values), name, definition, higher_is_better)
 
 
 def ratio(
@@ -100,7 +110,7 @@ def ratio(
 
 
 def product(a: Sequence[float], b: Sequence[float], name: str, definition: str, *, seed: int) -> Score:
-    """mean(a) * mean(b) over the same rows, with a bootstrap interval (whole rows are drawn); higher is better."""
+    """mean(a) * mean(b) of shares of the same rows, with a bootstrap interval (whole rows are drawn); higher is better."""
     left, right = np.asarray(a, float), np.asarray(b, float)
     if left.shape != right.shape:
         raise ValueError(f"rows differ: {len(left)} and {len(right)}")
@@ -108,7 +118,8 @@ def product(a: Sequence[float], b: Sequence[float], name: str, definition: str, 
     low = high = math.nan
     if n > 1:
         draws = np.random.default_rng(seed).integers(0, n, (_RESAMPLES, n))
-        low, high = np.quantile(left[draws].mean(1) * right[draws].mean(1), _tails())
+        ends = np.quantile(left[draws].mean(1) * right[draws].mean(1), _tails())
+        low, high = bounded.widened_of(lambda means: means[0] * means[1], (left, right), (float(ends[0]), float(ends[1])))
     value = float(left.mean() * right.mean()) if n else math.nan
     return Score(value, float(low), float(high), n, name, definition, True)
 
@@ -159,9 +170,19 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def paired_mean(a: Sequence[float], b: Sequence[float], seed: int = 0) -> Difference:
-    """Difference of two means on the same prompts: interval and p from the paired bootstrap (whole rows are drawn)."""
-    return paired_ratio(a, b, [1] * len(a), seed)
+def paired_mean(a: Sequence[float], b: Sequence[float], seed: int = 0,
+                bounds: tuple[float, float] | None = None) -> Difference:
+    """Difference of two means on the same prompts: interval and p from the paired bootstrap (whole rows are drawn).
+
+    Args:
+        bounds: least and greatest value of a row, where it has some; then the interval has a width whatever the rows are.
+    """
+    found = paired_ratio(a, b, [1] * len(a), seed)
+    if bounds is None or found.n < 2:
+        return found
+    most = bounds[1] - bounds[0]
+    low, high = bounded.widened((found.low, found.high), np.subtract(a, b), (-most, most))
+    return Difference(found.value, low, high, found.p, found.n)
 
 
 def paired_ratio(a: Sequence[float], b: Sequence[float], counts: Sequence[int], seed: int = 0) -> Difference:

@@ -102,6 +102,26 @@ def how_scored(item: Measured, task: str) -> str:
     return ", ".join(part for part in parts if part)
 
 
+def how_judged(item: Measured, place: str, key: str) -> tuple[list[str], int]:
+    """In words, who judged the answers to a set, and in what version; and how many answers were asked about (0: unknown)."""
+    from evaluator.statistics.axes import Axis
+
+    base, _, part = key.partition(".")
+    # a joint score of two judges is called A_x_B.SET.joint; alpaca_eval names its own set
+    score = key if key.startswith("alpaca_eval.") else f"{base}.{place}{f'.{part}' if part else ''}"
+    line = item.origin.get(score, {})
+    details = line.get("details", {})
+    facts = [f"{name} {value[:_SHOWN] if value else 'unknown'}" for name, value in _made(
+        item, Axis(score, "", line.get("command", "").partition(".")[0], place, key, "rate")).items()]
+    source = details.get("protocols", {}).get(place, {})
+    if source.get("stands_in"):
+        facts.append(f"{source.get('source')} stands in")
+    if "answers_task" in details:
+        facts.append(f"answers to {details['answers_task']}")
+    asked = details.get("judged", {}).get(score, {}).get("answers") or details.get("sent") or 0
+    return facts, int(asked)
+
+
 def _utility(line: dict[str, Any], task: str) -> dict[str, Any]:
     return line.get("details", {}).get("utility", {}).get(task) or {}
 

@@ -47,14 +47,17 @@ def test_a_run_beside_itself_without_the_wrapper_on_the_same_prompts(tmp_path, s
 
 
 def test_several_seeds_have_students_t_and_equal_ones_the_rows_interval(tmp_path, score):
-    for run, cot, suffix in (("a", [1, 0, 0, 0], [1, 1, 0, 0]), ("b", [1, 1, 0, 0], [0, 0, 1, 1]),
+    for run, cot, suffix in (("a", [1, 0, 0, 0], [1, 1, 0, 0]), ("b", [1, 1, 0, 0], [1, 1, 0, 0]),
                              ("c", [1, 0, 0, 1], [1, 1, 0, 0])):
         score(run, {"safety": [1, 1, 1, 1], "safety+cot": cot, "safety+suffix": suffix})
     cells = ask(tmp_path, "m=a+b+c")[0]["cells"]
     values = [0.25, 0.5, 0.5]
     half = stats.t.ppf(0.975, 2) * np.std(values, ddof=1) / 3**0.5
-    # the prompts are the same for every seed: their part stays
-    rows = np.mean([metrics.wilson(round(4 * value), 4)[1] - value for value in values])
+    # the prompts are the same for every seed: their part stays. By hand, of the table (seeds, prompts)
+    # 1 0 0 0 / 1 1 0 0 / 1 0 0 1: sums of squares 35/12 = 19/12 (prompts) + 2/12 (seeds) + 14/12 (rest)
+    prompts, rest = 19 / 12 / 3, 14 / 12 / 6
+    shared = (prompts - rest) / 3 / ((prompts - rest) / 3 + rest)
+    rows = np.mean([metrics.wilson(round(4 * value), 4)[1] - value for value in values]) * shared**0.5
     assert cells["cot"]["attacked"]["value"] == pytest.approx(np.mean(values))
     assert cells["cot"]["attacked"]["high"] == pytest.approx(min(1.0, np.mean(values) + np.hypot(half, rows)))
     assert (cells["suffix"]["attacked"]["low"], cells["suffix"]["attacked"]["high"]) == pytest.approx(metrics.wilson(2, 4))

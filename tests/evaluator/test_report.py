@@ -343,3 +343,12 @@ def test_published_numbers_stand_below_the_table_with_their_marks(tmp_path, caps
     with pytest.raises(SystemExit):
         report.main(["--runs", "base", "--published", "nobody", "--output_dir", str(tmp_path)])
     assert "--published" in capsys.readouterr().err
+
+
+def test_rows_of_one_model_are_called_that(tmp_path):
+    put(tmp_path, "base", nll=values(1.6))
+    put(tmp_path, "copy", nll=values(1.6))
+    text = write(tmp_path, runs="base,copy")
+    assert "- Equal to copy in every row: base (held-out NLL ↓). These are one model" in text
+    put(tmp_path, "copy", nll=values(1.6, seed=1))
+    assert "in every row" not in write(tmp_path, runs="base,copy")

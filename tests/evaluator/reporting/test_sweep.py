@@ -13,7 +13,7 @@ from assets_fixture import require_embedded
 from config import parse
 from errors import UserError
 from evaluator.reporting import sweep_curve as sweep
-from evaluator.reporting import sweep_report
+from evaluator.reporting import sweep_report, sweep_seeds
 from evaluator.reporting.sweep_curve import Point
 from evaluator.reporting.sweep_figure import _named
 from evaluator.statistics import crossed
@@ -281,7 +281,7 @@ def test_harm_by_category(tmp_path):
     for seed in (1, 2):
         (tmp_path / str(seed) / "report").mkdir(parents=True)
         (tmp_path / str(seed) / "report" / "x.json").write_text(json.dumps(json.loads(json.dumps(found)) | {"seed": seed}))
-    joined = sweep_report.over_seeds([tmp_path / "1", tmp_path / "2"], "x")
+    joined = sweep_seeds.over_seeds([tmp_path / "1", tmp_path / "2"], "x")
     again = next(row for row in joined["rows"] if row["label"] == "lambda 0.4")["by_category"]
     assert again["fraud"] == pytest.approx(at_last["fraud"])
     assert "## Harm by category" not in "\n".join(sweep_report.markdown(sweep_report.summary(
@@ -294,7 +294,7 @@ def test_seeds_are_joined_with_student_t(tmp_path, found):
         part["cliff"] |= {"half": half, "low": half - 0.02, "high": half + 0.01}
         (tmp_path / str(seed) / "report").mkdir(parents=True)
         (tmp_path / str(seed) / "report" / "x.json").write_text(json.dumps(part))
-    joined = sweep_report.over_seeds([tmp_path / str(seed) for seed in (1, 2, 3)], "x")
+    joined = sweep_seeds.over_seeds([tmp_path / str(seed) for seed in (1, 2, 3)], "x")
     assert joined["cliff"]["half"] == pytest.approx(0.32)
     # both spreads: Student's t over seeds, and what the prompts, the same for every seed, leave open
     seeds = 4.303 * 0.02 / np.sqrt(3)
@@ -311,12 +311,12 @@ def test_seeds_are_joined_with_student_t(tmp_path, found):
     more = json.loads((tmp_path / "1" / "report" / "x.json").read_text())
     more["compared"].append({"label": "shrink only, 0.3", "group": "shrink", "gap": None})
     (tmp_path / "1" / "report" / "x.json").write_text(json.dumps(more))
-    said = sweep_report.over_seeds([tmp_path / str(seed) for seed in (1, 2, 3)], "x")["compared"]
+    said = sweep_seeds.over_seeds([tmp_path / str(seed) for seed in (1, 2, 3)], "x")["compared"]
     assert "shrink only, 0.3" not in [row["label"] for row in said]   # one seed went there
     far = json.loads((tmp_path / "1" / "report" / "x.json").read_text())
     far["cliff"]["half"] = 0.9
     (tmp_path / "1" / "report" / "x.json").write_text(json.dumps(far))
-    apart = sweep_report.over_seeds([tmp_path / str(seed) for seed in (1, 2, 3)], "x")["cliff"]
+    apart = sweep_seeds.over_seeds([tmp_path / str(seed) for seed in (1, 2, 3)], "x")["cliff"]
     assert (apart["low"], apart["high"]) == (0.0, 1.0)   # lambda is a share
     with pytest.raises(UserError, match="does not exist"):
-        sweep_report.over_seeds([tmp_path / "4"], "x")
+        sweep_seeds.over_seeds([tmp_path / "4"], "x")

@@ -80,7 +80,7 @@ def test_scores_rows_and_registry(tmp_path, installed, nothing_else, capfd):
     score = row["scores"]["alpaca_eval.win_rate"]
     assert (score["value"], score["n"]) == (0.625, 4)
     assert (score["low"], score["high"]) == pytest.approx((0.625 - 0.196, 0.625 + 0.196), abs=1e-3)
-    assert row["details"] == {"annotator": "alpaca_eval_gpt4", "sent": 5, "unjudged": 1}
+    assert row["details"] == {"annotator": "alpaca_eval_gpt4", "answers_task": "helpfulness", "sent": 5, "unjudged": 1}
     lines = [json.loads(line) for line in (results / "scores/raw/evaluate_alpaca.rows.jsonl").read_text().splitlines()]
     assert [line["values"]["alpaca_eval.win_rate"] for line in lines] == [1, 0.5, 0, 1]
     sent = json.loads((results / "scores/raw/alpaca_eval/model_outputs.json").read_text())

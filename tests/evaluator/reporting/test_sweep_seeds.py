@@ -1,0 +1,153 @@
+"""Sweeps over seeds: seeds crossed with prompts where the rows are there, corrected comparisons, simulated coverage."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import manifest
+from errors import UserError
+from evaluator.reporting import sweep_curve as sweep
+from evaluator.reporting import sweep_report, sweep_seeds
+from evaluator.reporting.sweep_curve import Point
+from evaluator.statistics import crossed, metrics
+
+LAMBDAS = np.arange(0, 1.01, 0.25)
+#: What each lambda truly does, and a control that does as well as the curve at its compliance.
+HARM, COMPLY = np.array([0.9, 0.75, 0.6, 0.45, 0.3]), np.array([0.95, 0.9, 0.8, 0.7, 0.6])
+LEVEL, BEST = 0.75, 0.525
+FACTS = {"task": "t", "safety": "s", "form": "convex", "style": "none", "utility": "english", "refinement": [],
+         "stopped": "", "sets": ["safety", "overrefusal"]}
+EASY = [np.random.default_rng(number).normal(size=80) * math.sqrt(0.5) for number in (8, 9)]
+
+
+def points(rng, easy, shift):
+    """Five lambdas and a control; prompts are easy for all seeds (``easy``), a seed shifts every model."""
+    def answers(chances, part):
+        drawn = easy[part] + rng.normal(size=(len(chances), len(easy[part]))) * math.sqrt(0.5)
+        return (drawn < (stats.norm.ppf(chances) + shift)[:, None]).astype(int)
+    harms, complies = answers(np.append(HARM, BEST), 0), answers(np.append(COMPLY, LEVEL), 1)
+    return [Point(f"lambda {w:g}" if w == w else "joint", f"r{w:g}", w, {str(i): int(v) for i, v in enumerate(h)},
+                  {str(i): int(v) for i, v in enumerate(c)})
+            for w, h, c in zip([*LAMBDAS, math.nan], harms, complies, strict=True)]
+
+
+def parts_of(found, seed):
+    """A seed's report, and the answers behind it."""
+    gap = sweep.at_equal_compliance(found[:-1], found[-1], seed)
+    part = {"seed": seed, "compared": [{"group": "control", "label": "joint",
+                                        "gap": sweep_report.plain(vars(gap)) if gap else None}],
+            "rows": [{"label": p.label, "group": "fusion", "harm": sweep.harm(p).as_dict()} for p in found[:-1]]}
+    return part, {("fusion" if p.weight == p.weight else "control", p.label): p for p in found}
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3])
+def test_sweeps_over_seeds_cover(spread):
+    draws, n, rng = 80, 60, np.random.default_rng(int(10 * spread))
+    rate = float(np.mean(stats.norm.cdf(stats.norm.ppf(HARM[2]) + spread * rng.normal(size=20_000))))
+    held = {"harm": 0, "whole": 0, "gap": 0}
+    made = 0
+    for _ in range(draws):
+        easy = [rng.normal(size=n) * math.sqrt(0.5) for _ in range(2)]
+        seeds = [parts_of(points(rng, easy, spread * rng.normal()), seed) for seed in range(3)]
+        reports, models = zip(*seeds, strict=True)
+        harms = [part["rows"][2]["harm"] for part in reports]
+        own = [mine["fusion", "lambda 0.5"] for mine in models]
+        for name, share in (("harm", sweep_seeds._share(harms, own, lambda model: model.harm)), ("whole", 1.0)):
+            _, low, high = sweep_seeds._over_seeds(harms, share)
+            held[name] += low <= rate <= high
+        if gap := sweep_seeds._gaps(reports, models)[0]["gap"]:
+            made += 1
+            # the control lies on the curve in every seed: all models are shifted alike
+            held["gap"] += gap["low"] <= 0 <= gap["high"]
+    least = 0.95 - 3 * math.sqrt(0.95 * 0.05 / draws)
+    assert held["harm"] / draws >= least
+    assert held["whole"] >= held["harm"]
+    assert held["gap"] / made >= least
+
+
+@pytest.fixture
+def seeds(tmp_path):
+    """Three finished sweeps of three points and two controls, their rows in files as the evaluators write them."""
+    folders = []
+    for seed in range(3):
+        folder = tmp_path / str(seed)
+        found = points(np.random.default_rng(seed), EASY, 0.0)
+        facts = FACTS | {"seed": seed}
+        rows = {"fusion": found[:-1], "control": [found[-1]]}
+        sweep_report.write(folder / "report", "x", sweep_report.summary(rows, {}, facts, seed))
+        for p in found:
+            lines = [{"set": "safety", "id": id, "values": {"safe_refusal": 1 - v}} for id, v in p.harm.items()]
+            lines += [{"set": "overrefusal", "id": id, "values": {"refusal": 1 - v}} for id, v in p.comply.items()]
+            file = folder / "scores" / f"cross_{p.run}" / "evaluate_safety.rows.jsonl"
+            file.parent.mkdir(parents=True)
+            file.write_text("\n".join(map(json.dumps, lines)))
+            manifest.register(folder, {"kind": "score", "run": p.run, "sub": f"cross_{p.run}", "command": "evaluate_safety",
+                                       "scores": {}, "seed": seed})
+        folders.append(folder)
+    return folders
+
+
+def test_rows_on_disk_narrow_the_interval_to_the_crossed_one(seeds):
+    found = sweep_seeds.over_seeds(seeds, "x")
+    files = [json.loads((folder / "report" / "x.json").read_text()) for folder in seeds]
+    harms = [file["rows"][1]["harm"] for file in files]
+    tables = [list(points(np.random.default_rng(seed), EASY, 0.0)[1].harm.values()) for seed in range(3)]
+    shared = crossed.common_share([np.array(tables, float)])
+    assert 0 < shared < 1
+    value, low, high = crossed.over_seeds([(h["value"], h["low"], h["high"]) for h in harms], shared)
+    row = next(row for row in found["rows"] if row["label"] == "lambda 0.25")
+    assert (row["harm"]["value"], row["harm"]["low"], row["harm"]["high"]) == pytest.approx((value, low, high))
+    assert found["crossed"]
+    text = "\n".join(sweep_report.markdown(found, "x"))
+    assert "crossed seeds and prompts)" in text
+    # without the rows both spreads are whole, and the report says so
+    (seeds[2] / "registry.jsonl").unlink()
+    wide = sweep_seeds.over_seeds(seeds, "x")
+    again = next(row for row in wide["rows"] if row["label"] == "lambda 0.25")
+    assert again["harm"]["high"] - again["harm"]["low"] > row["harm"]["high"] - row["harm"]["low"]
+    assert not wide["crossed"]
+    assert "rows of a seed are missing" in "\n".join(sweep_report.markdown(wide, "x"))
+
+
+def test_scores_made_again_since_the_report_do_not_narrow_it(seeds):
+    before = sweep_seeds.over_seeds(seeds, "x")["rows"][0]["harm"]
+    file = seeds[0] / "scores" / "cross_r0" / "evaluate_safety.rows.jsonl"
+    file.write_text(file.read_text().replace('"safe_refusal": 0', '"safe_refusal": 1'))
+    after = sweep_seeds.over_seeds(seeds, "x")["rows"][0]["harm"]
+    assert after["value"] == before["value"]
+    assert after["high"] - after["low"] > before["high"] - before["low"]
+
+
+def test_comparisons_are_corrected_and_the_uncorrected_value_stands_beside():
+    gaps = [{"value": -0.2, "low": -0.35, "high": -0.05, "p": p} for p in (0.03, 0.001, 0.9)]
+    gaps[2] |= {"low": -0.5, "high": 0.1}
+    rows = sweep_report.corrected([{"group": "control", "label": f"c{i}", "gap": gap} for i, gap in enumerate(gaps)]
+                                  + [{"group": "control", "label": "far", "gap": None}])
+    assert [row["gap"]["holm"] for row in rows[:3]] == pytest.approx([0.06, 0.003, 0.9])
+    lines = sweep_report._compared(rows)
+    assert ("| c0 | -0.200 [-0.350, -0.050] | 0.030 | 0.060 | no difference (before the correction: fusion is better) |"
+            in lines)
+    assert "| c1 | -0.200 [-0.350, -0.050] | 0.001 | 0.003 | fusion is better |" in lines
+    assert "| c2 | -0.200 [-0.500, 0.100] | 0.900 | 0.900 | no difference |" in lines
+    assert lines[-1].startswith("| far |  |  |  | not comparable")
+
+
+def test_over_seeds_the_p_is_that_of_the_crossed_interval(seeds):
+    (row,) = sweep_seeds.over_seeds(seeds, "x")["compared"]
+    gap = row["gap"]
+    assert gap["holm"] == gap["p"]
+    assert (gap["p"] < 1 - metrics.CONFIDENCE) == (gap["low"] > 0 or gap["high"] < 0)
+
+
+def test_a_damaged_report_is_named(tmp_path):
+    for content in ("{", "[]", "{}"):
+        file = tmp_path / "report" / "x.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(content)
+        with pytest.raises(UserError, match="no report of scripts/sweep.py, or damaged"):
+            sweep_seeds.over_seeds([tmp_path], "x")
