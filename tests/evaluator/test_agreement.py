@@ -25,7 +25,7 @@ def results(tmp_path, monkeypatch):
     monkeypatch.setattr(fitted, "harm_judge", lambda seed: fitted.HarmJudge(
         lambda answers: [0.9 if a.startswith("First") else 0.1 for a in answers], {}))
     monkeypatch.setattr("data.sources.load_refusal_labels",
-                        lambda: [("a", REFUSED, 1), ("b", "Sure.", 0), ("c", "I would rather not.", 1)])
+                        lambda: [("a", REFUSED, 1), ("b", "Sure.", 0), ("c", "The sea is deep and blue.", 1)])
     return tmp_path
 
 
