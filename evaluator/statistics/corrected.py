@@ -44,7 +44,7 @@ class Errors:
     def as_dict(self) -> dict[str, Any]:
         """Sensitivity and specificity with Wilson intervals, for the scores file."""
         return {name: {"value": k / n, **dict(zip(("low", "high"), wilson(k, n), strict=True)), "n": n}
-                for name, k, n in (("sensitivity", self.hits, self.yes), ("specificity", self.passes, self.no))}
+                for name, k, n in (("sensitivity", self.hits, self.yes), ("specificity", self.passes, self.no)) if n}
 
 
 def rogan_gladen(rate: Score, errors: Errors, name: str, definition: str) -> Score:
