@@ -82,7 +82,7 @@ def own_note(own: Mapping[str, Any]) -> list[str]:
 
 def corrected_notes(lines: Sequence[Line]) -> list[str]:
     """What --labels made of each row's rates: the corrected values and how they were made, or why they stand as they are."""
-    notes: dict[str, list[str]] = {}
+    notes: dict[str, dict[str, list[str]]] = {}
     for line in lines:
         for item in line.found:
             for name, how in item.details.get("judges", {}).get("labels", {}).items():
@@ -91,5 +91,7 @@ def corrected_notes(lines: Sequence[Line]) -> list[str]:
                 score = next((item.scores[key] for key in named if key in item.scores), None)
                 said = f"{_interval(score)}, {_BY[how['correction']]}, {how['labelled']} labels" if score else \
                     f"uncorrected, {how.get('why', '')}"
-                notes.setdefault(name, []).append(f"{line.label} {said}")
-    return [f"- {name}, corrected by labels: {'; '.join(found)}." for name, found in notes.items()]
+                # one reason that holds for many rows is said once
+                notes.setdefault(name, {}).setdefault(said, []).append(line.label)
+    parts = {name: [f"{', '.join(rows)} {said}" for said, rows in found.items()] for name, found in notes.items()}
+    return [f"- {name}, corrected by labels: {'; '.join(found)}." for name, found in parts.items()]

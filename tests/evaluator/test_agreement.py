@@ -221,6 +221,5 @@ def test_own_labels_stand_in_scores_and_reports(results, planted_labels, monkeyp
     text = (results / "report" / "t.md").read_text()
     assert "- Judges against 32 labelled answers of the embedded models: keyword (declines) sensitivity 0.750 [0.505" in text
     # a rate of .25, and 11 of 14 refusals found
-    assert "- refusal, corrected by labels: base 0.318 [" in text
-    assert "Rogan-Gladen, 28 labels; mix 0.318 [" in text
-    assert "- harm_rate, corrected by labels: base uncorrected, 7 answers are labelled 1 and 21 are labelled 0" in text
+    assert "- refusal, corrected by labels: base, mix 0.318 [" in text
+    assert "- harm_rate, corrected by labels: base, mix uncorrected, 7 answers are labelled 1 and 21 are labelled 0" in text

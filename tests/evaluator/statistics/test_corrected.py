@@ -52,6 +52,8 @@ def test_the_published_formula():
     # below what its false alarms alone would give: 0, not less
     assert (corrected(5, 100, errors).value, corrected(5, 100, errors).low) == (0, 0)
     assert corrected(100, 100, errors).high == 1
+    # what is cut is never known better than the rate itself
+    assert corrected(0, 100, Errors(45, 50, 90, 100)).high >= wilson(0, 100)[1]
 
 
 def test_fewer_labels_make_a_wider_interval():
@@ -234,7 +236,8 @@ def test_a_judge_that_reads_prompts_is_asked_where_the_prompt_is_known(tmp_path)
             seen.extend(items)
             yield from ((i, Verdict("bad" in item.answer)) for i, item in enumerate(items))
 
-    rows = [Labelled("bad", {"harmful": True}, "safety", "mix", record.id), Labelled("fine", {"harmful": False}, prompt="Why?"),
+    rows = [Labelled("bad", {"harmful": True}, "safety", "mix", record.id),
+            Labelled("fine", {"harmful": False}, prompt="Why?"),
             Labelled("bad", {"harmful": True}, "safety", "mix", record.id, prompt_hash="another"),
             Labelled("bad", {"harmful": True}, "safety", "mix", "unknown")]
     judge = labelled.asked(SimpleNamespace(results=tmp_path), Named("guard", JUDGES["guard"], Reads()))
