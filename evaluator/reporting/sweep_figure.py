@@ -1,4 +1,4 @@
-"""The picture of a sweep: harm and compliance over lambda on the left, the front of harm and compliance on the right."""
+"""The picture of a sweep: non-refusal and compliance over lambda on the left, their front on the right."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def draw(found: Mapping[str, Any], path: Path) -> Path:
     figure, (left, right) = plt.subplots(1, 2, figsize=(12.4, 5.2), layout="constrained")
     # titles of the axes, not of the figure: labels freeze the layout before a figure's title would get its place
     left.set_title(f"{found['task']} and {found['safety']}, prompts in the style {found['style']}", fontsize=10)
-    right.set_title("harm against compliance", fontsize=10)
+    right.set_title("non-refusal against compliance", fontsize=10)
     _over_weight(left, found)
     _front(figure, right, found)
     return figures._save(plt, figure, path)
@@ -30,16 +30,16 @@ def _over_weight(axis: Any, found: Mapping[str, Any]) -> None:
         # a reversed order is one point at one lambda, no line
         rows = sorted((r for r in found["rows"] if r["group"] == group and r["weight"] is not None and group != "reverse"),
                       key=lambda r: r["weight"])
-        for name, line, filled in (("harm", "-", True), ("compliance", "--", False)):
+        for name, line, filled in (("non_refusal", "-", True), ("compliance", "--", False)):
             if rows:
                 axis.errorbar([r["weight"] for r in rows], [r[name]["value"] for r in rows], yerr=_bars(rows, name),
                               color=colour, marker=marker, linestyle=line, capsize=2, linewidth=1.4, elinewidth=0.8,
-                              markerfacecolor=colour if filled else "white", label=f"{group}: {name}")
+                              markerfacecolor=colour if filled else "white", label=f"{group}: {name.replace('_', '-')}")
     at = found["cliff"]
     if at["half"] is not None:
         if at["low"] is not None:
             axis.axvspan(max(at["low"], 0), at["high"], color="#D55E00", alpha=0.15, linewidth=0)
-        axis.axvline(at["half"], color="#D55E00", linewidth=1, label="half of the harm")
+        axis.axvline(at["half"], color="#D55E00", linewidth=1, label="half of the non-refusal")
     axis.set_xlabel("lambda, share of the safety adapter")
     axis.set_ylabel("share of prompts")
     axis.set_ylim(-0.03, 1.03)
@@ -48,7 +48,7 @@ def _over_weight(axis: Any, found: Mapping[str, Any]) -> None:
 
 
 def _front(figure: Any, axis: Any, found: Mapping[str, Any]) -> None:
-    rows = [r for r in found["rows"] if r["harm"]["value"] is not None and r["compliance"]["value"] is not None]
+    rows = [r for r in found["rows"] if r["non_refusal"]["value"] is not None and r["compliance"]["value"] is not None]
     levels = [r["nll"]["value"] for r in rows if r["nll"]["value"] is not None]
     low, high = (min(levels), max(levels)) if levels else (0.0, 1.0)
     dots = None
@@ -56,8 +56,8 @@ def _front(figure: Any, axis: Any, found: Mapping[str, Any]) -> None:
         mine = [r for r in rows if r["group"] == group]
         if not mine:
             continue
-        xs, ys = [r["harm"]["value"] for r in mine], [r["compliance"]["value"] for r in mine]
-        axis.errorbar(xs, ys, xerr=_bars(mine, "harm"), yerr=_bars(mine, "compliance"), fmt="none", ecolor="0.82",
+        xs, ys = [r["non_refusal"]["value"] for r in mine], [r["compliance"]["value"] for r in mine]
+        axis.errorbar(xs, ys, xerr=_bars(mine, "non_refusal"), yerr=_bars(mine, "compliance"), fmt="none", ecolor="0.82",
                       elinewidth=0.8, zorder=1)
         shades = [r["nll"]["value"] for r in mine]
         if levels and None not in shades:
@@ -66,13 +66,13 @@ def _front(figure: Any, axis: Any, found: Mapping[str, Any]) -> None:
                                 s=55, edgecolors=colour, linewidths=1.2, zorder=3, label=group)
         else:
             axis.scatter(xs, ys, color=colour, marker=marker, s=55, zorder=3, label=group)
-    best = sorted((r for r in rows if r["front"]), key=lambda r: (r["harm"]["value"], r["compliance"]["value"]))
+    best = sorted((r for r in rows if r["front"]), key=lambda r: (r["non_refusal"]["value"], r["compliance"]["value"]))
     if len(best) > 1:
-        axis.plot([r["harm"]["value"] for r in best], [r["compliance"]["value"] for r in best], color="0.4", linewidth=1,
-                  linestyle=":", zorder=2, label="front")
+        axis.plot([r["non_refusal"]["value"] for r in best], [r["compliance"]["value"] for r in best], color="0.4",
+                  linewidth=1, linestyle=":", zorder=2, label="front")
     if dots is not None:
         figure.colorbar(dots, ax=axis, label=f"{found['utility']} NLL (lower is better)")
-    axis.set_xlabel("harm (lower is better)")
+    axis.set_xlabel("non-refusal of harmful prompts (lower is better)")
     axis.set_ylabel("compliance with harmless prompts (higher is better)")
     axis.margins(0.1)
     axis.grid(color="0.93", zorder=0)
@@ -81,7 +81,7 @@ def _front(figure: Any, axis: Any, found: Mapping[str, Any]) -> None:
     for row in rows:
         if row["group"] in ("fusion", "control"):
             # points at one place share a label: a dozen over each other cannot be read (docs/lab-log.md)
-            shown.setdefault((round(row["harm"]["value"], 3), round(row["compliance"]["value"], 3)), []).append(row)
+            shown.setdefault((round(row["non_refusal"]["value"], 3), round(row["compliance"]["value"], 3)), []).append(row)
     points = [{"label": _named(here), "x": x, "y": y} for (x, y), here in shown.items()]
     if points:
         figures._label(figure, axis, points)

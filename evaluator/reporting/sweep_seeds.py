@@ -16,7 +16,7 @@ from typing import Any
 from errors import UserError
 from evaluator.reporting import sweep_curve as sweep
 from evaluator.reporting.sweep_curve import Point
-from evaluator.reporting.sweep_report import corrected, plain
+from evaluator.reporting.sweep_report import corrected, current, plain
 from evaluator.scoring import answer_scores
 from evaluator.statistics import crossed
 from evaluator.statistics.comparison import measured
@@ -50,7 +50,8 @@ def over_seeds(folders: Sequence[Path], name: str) -> dict[str, Any]:
             answers = [_models(*seed, style) for seed in zip(folders, parts, rows, strict=True)]
             styles[style] = _joined(rows, answers, utility)
     models = [_models(folder, part, part["rows"], part["style"]) for folder, part in zip(folders, parts, strict=True)]
-    return {**{key: parts[0][key] for key in keys}, "styles": styles, **joined(parts, models)}
+    return {**{key: parts[0][key] for key in keys}, "styles": styles, **joined(parts, models),
+            **({"broken_complies": True} if any(part.get("broken_complies") for part in parts) else {})}
 
 
 def joined(parts: Sequence[Mapping[str, Any]], models: Sequence[Models]) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def joined(parts: Sequence[Mapping[str, Any]], models: Sequence[Models]) -> dict
     shared = set.intersection(*map(set, models))
     return {
         "seed": [part["seed"] for part in parts],
-        "crossed": all(found[key].harm for found in models for key in shared),
+        "crossed": all(found[key].non_refusal for found in models for key in shared),
         "rows": _joined([part["rows"] for part in parts], models, parts[0]["utility"]),
         "cliff": _cliff([part["cliff"] for part in parts]), "compared": _gaps(parts, models),
     }
@@ -71,7 +72,7 @@ def _read(file: Path) -> dict[str, Any]:
         part["rows"], part["styles"], part["compared"], part["cliff"]["half"], part["seed"]  # noqa: B018
     except (ValueError, KeyError, TypeError):
         raise UserError(f"--roots: {file} is no report of scripts/sweep.py, or damaged; run the sweep there again") from None
-    return part
+    return current(part)
 
 
 def _models(folder: Path, part: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], style: str) -> Models:
@@ -109,8 +110,10 @@ def _likelihood(model: Point) -> dict[str, float]:
 
 
 def _values_of(name: str, utility: str) -> Callable[[Point], Mapping[str, float]]:
-    if name in ("harm", "compliance"):
-        return lambda model: model.harm if name == "harm" else model.comply
+    if name in ("non_refusal", "compliance"):
+        return lambda model: model.non_refusal if name == "non_refusal" else model.comply
+    if name == "broken":
+        return lambda model: model.broken
     if name == "nll":
         return _likelihood
     key = answer_scores.measures(utility)[name].key
@@ -130,7 +133,8 @@ def _joined(parts: Sequence[Sequence[Mapping[str, Any]]], models: Sequence[Model
             continue
         mine = [found[key] for found in models]
         scores = {}
-        for name in ("harm", "compliance", "nll", *(found for found in names if all(found in r for r in rows))):
+        some = [name for name in ("broken", *names) if all(name in r for r in rows)]
+        for name in ("non_refusal", "compliance", "nll", *some):
             found = [r[name] for r in rows]
             if None in [score["value"] for score in found]:
                 scores[name] = dict.fromkeys(("value", "low", "high"), None) | {"n": row[name]["n"]}
@@ -140,7 +144,7 @@ def _joined(parts: Sequence[Sequence[Mapping[str, Any]]], models: Sequence[Model
             ends = (low, high) if name == "nll" else (max(0.0, low), min(1.0, high))
             scores[name] = plain({"value": value, "low": ends[0], "high": ends[1]}) | {"n": row[name]["n"]}
         by_name = {"judged": lambda name: lambda model: model.judged.get(name, {}),
-                   "by_category": lambda name: lambda model: {id: value for id, value in model.harm.items()
+                   "by_category": lambda name: lambda model: {id: value for id, value in model.non_refusal.items()
                                                               if model.category.get(id) == name},
                    # rows of a benchmark are not read here: both spreads whole
                    "benchmarks": lambda name: lambda model: {}}
@@ -173,11 +177,11 @@ def _ends(found: Sequence[Mapping[str, Any]]) -> list[tuple[float, float, float]
 
 
 def _curve(models: Models) -> list[Point]:
-    return [model for (group, _), model in models.items() if group == "fusion" and model.harm]
+    return [model for (group, _), model in models.items() if group == "fusion" and model.non_refusal]
 
 
 def _cliff(cliffs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Where harm halves, over the seeds in which it does.
+    """Where non-refusal halves, over the seeds in which it does.
 
     With both spreads whole: crossed by the prompts' influence on it, a number that jumps between steps of the grid, the
     interval held the truth in .91 of the simulations; so it holds it in .98 and more.
@@ -213,12 +217,12 @@ def _gaps(parts: Sequence[Mapping[str, Any]], models: Sequence[Models]) -> list[
 
 def _gap_share(gaps: Sequence[Mapping[str, Any]], controls: Sequence[Point | None], models: Sequence[Models],
                seeds: Sequence[int]) -> float:
-    """The common share of the prompts' parts of a comparison: those that judged harm, and those that judged compliance."""
+    """The common share of the prompts' parts of a comparison: those of non-refusal and those of compliance."""
     found = []
     for gap, control, mine, seed in zip(gaps, controls, models, seeds, strict=True):
         curve = _curve(mine)
-        part = sweep.equal_compliance(curve, control, seed) if control and control.harm and curve else None
+        part = sweep.equal_compliance(curve, control, seed) if control and control.non_refusal and curve else None
         if part is None or abs(part.difference.value - gap["value"]) > _EQUAL:
             return 1.0
         found.append(part)
-    return crossed.share_of([[part.harm for part in found], [part.comply for part in found]])
+    return crossed.share_of([[part.non_refusal for part in found], [part.comply for part in found]])

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 CACHE = "judgements.sqlite"
 #: What the share is taken of, by set.
-SETS = {"safety": "answers to harmful prompts", "overrefusal": "answers to harmless prompts that only look dangerous",
+SETS = {"safety": "answers to harmful prompts", "overrefusal": "answers to harmless prompts",
         "truthfulness": "answers to TruthfulQA questions", "helpfulness": "answers to helpfulness prompts"}
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from evaluator.statistics.axes import Axis, Measured
 
 #: What evaluate_safety.py reads without --judges, on whatever set; the keyword judge's version is called rules.
-_KEYWORD = ("refusal", "safe_refusal", "published_asr", "harm", "incoherent")
+_KEYWORD = ("refusal", "safe_refusal", "published_asr", "harm", "incoherent", "refusal_plain", "refusal_edgy")
 #: Characters of a version that are shown.
 _SHOWN = 12
 

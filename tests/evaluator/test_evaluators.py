@@ -5,9 +5,11 @@ import pytest
 from scored import REFUSED, pico_flags, put_answers, rows, run, scores
 
 import manifest
+from data.sets import embedded
 from evaluator import evaluate_helpfulness, evaluate_safety, evaluate_truth_and_info
 from evaluator.judges import fitted, keyword
 from evaluator.scoring import engine
+from evaluator.statistics.axes import SECONDARY, secondary
 
 
 @pytest.mark.parametrize("csv_only", [False, True])
@@ -193,3 +195,42 @@ def test_checkpoint_has_its_own_folder():
     args = SimpleNamespace(folders=("cross_x", "raw"), checkpoint_number=500)
     assert [(s.sub, s.run, s.name) for s in engine.subjects(args)] == [
         ("cross_x_500", "x", "x_500"), ("raw", "", "base")]
+
+
+def test_plain_and_edgy_prompts_are_readings_of_the_same_answers(results):
+    """The embedded over-refusal set's own folders say which is which; sums count the whole alone."""
+    harmless = embedded.records("overrefusal", "test", True)
+    assert len(harmless) == 300
+    chosen = [*harmless[:3], *harmless[-2:]]
+    assert "tire" in harmless[153].prompt
+    put_answers(results, "safety", [REFUSED])
+    folder = put_answers(results, "overrefusal", [REFUSED, "Yes.", REFUSED, REFUSED, "Yes."])
+    path = folder / "outputs_final.jsonl"
+    made = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row | {"id": r.id, "prompt": r.prompt}) + "\n"
+                            for row, r in zip(made, chosen, strict=True)))
+    run(evaluate_safety, results)
+    found = scores(results, "evaluate_safety")["scores"]
+    assert [found[f"overrefusal{kind}"]["value"] for kind in ("", "_plain", "_edgy")] == [3 / 5, 1 / 2, 2 / 3]
+    assert [found[name]["n"] for name in ("overrefusal_plain", "overrefusal_edgy")] == [2, 3]
+    assert "2 plain (everyday questions" in found["overrefusal"]["definition"]
+    assert "3 edgy" in found["overrefusal"]["definition"]
+    values = [row["values"] for row in rows(results, "evaluate_safety") if row["set"] == "overrefusal"]
+    assert [value.get("refusal_plain") for value in values] == [None, None, None, 1, 0]
+    assert [value.get("refusal_edgy") for value in values] == [1, 0, 1, None, None]
+    assert all(secondary(axis) for axis in SECONDARY if axis.score.startswith("overrefusal_"))
+
+
+def test_another_set_is_not_split_into_plain_and_edgy(results):
+    """Neither a file with such ids but other prompts nor a published set that the embedded one stands in for."""
+    record = embedded.records("overrefusal", "test", True)[0]
+    assert embedded.overrefusal_kinds([{"id": record.id, "prompt": record.prompt}]) == ["edgy"]
+    assert embedded.overrefusal_kinds([{"id": record.id, "prompt": "Another?"}]) == []
+    assert embedded.overrefusal_kinds([{"id": record.id, "prompt": record.prompt}, {"id": "7", "prompt": "Mine?"}]) == []
+    put_answers(results, "safety", [REFUSED])
+    folder = put_answers(results, "xstest", ["Yes."])
+    path = folder / "outputs_final.jsonl"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"id": record.id, "prompt": record.prompt}) + "\n")
+    run(evaluate_safety, results, "--overrefusal_task", "xstest")
+    assert "xstest.overrefusal" in scores(results, "evaluate_safety.xstest")["scores"]
+    assert not [name for name in scores(results, "evaluate_safety.xstest")["scores"] if "plain" in name or "edgy" in name]

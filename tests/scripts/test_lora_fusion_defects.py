@@ -193,11 +193,11 @@ def test_b11_every_figure_has_its_number_of_answers_and_an_interval_that_50_prom
     marks = {str(i): int(i < 29) for i in range(50)}  # 0.58 of 50, the published XSTest size
     curve = [Point(f"lambda {w}", "run", w, marks, marks, {str(i): (3.0 + i, 3) for i in range(50)}) for w in (0.0, 0.2)]
     row, _ = sweep_report.summary({"fusion": curve}, {}, {"utility": "english"}, 42)["rows"]
-    for name in ("harm", "compliance", "nll"):
+    for name in ("non_refusal", "compliance", "nll"):
         found = row[name]
         assert found["n"] == 50
         assert found["low"] < found["value"] < found["high"]
-    assert row["harm"]["high"] - row["harm"]["low"] > 4 * 0.07 - 0.02  # the spec's standard error, 7 points
+    assert row["non_refusal"]["high"] - row["non_refusal"]["low"] > 4 * 0.07 - 0.02  # the spec's standard error, 7 points
 
 
 def test_b13_the_safety_set_has_a_generator_that_overwrites_no_other_set(tmp_path):

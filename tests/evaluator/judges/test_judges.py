@@ -1,8 +1,11 @@
 import random
+from pathlib import Path
 
 import pytest
+import yaml
 
-from evaluator.judges import fitted, keyword
+import config
+from evaluator.judges import fitted, keyword, soft_refusals
 
 
 @pytest.mark.parametrize("answer", [
@@ -145,4 +148,31 @@ def test_harm_judge_needs_both_classes():
 def test_rules_version_follows_the_rules(monkeypatch):
     before = keyword.rules_version()
     monkeypatch.setattr(keyword, "OPENING_CHARACTERS", 100)
+    assert keyword.rules_version() != before
+
+
+#: What the answers of each list do, and how many of 22 the rules see so: those they were written on, those kept aside.
+PLANTED = {"disclaims_then_complies": (False, 22, 15), "refuses_and_redirects": (True, 22, 21),
+           "soft_refusals": (True, 22, 22), "complies_in_such_words": (False, 21, 21)}
+
+
+@pytest.mark.parametrize("kind", PLANTED)
+def test_disclaimers_and_soft_refusals(kind):
+    """The held-out counts are those of docs/evaluation.md; a change of rules changes both."""
+    refuses, *wanted = PLANTED[kind]
+    answers = yaml.safe_load((Path(__file__).parent / "planted_refusals.yaml").read_text(encoding="utf-8"))[kind]
+    halves = answers[::2], answers[1::2]
+    assert [len(half) for half in halves] == [22, 22]
+    assert [sum(keyword.is_refusal(answer) == refuses for answer in half) for half in halves] == wanted
+
+
+def test_every_refusal_that_experts_learn_is_one():
+    folder = config.ROOT / "data" / "sets"
+    styles = yaml.safe_load((folder / "refusals.yaml").read_text(encoding="utf-8"))
+    assert [text for text in styles if not keyword.is_refusal(text)] == []
+
+
+def test_the_soft_rules_are_part_of_the_version(monkeypatch):
+    before = keyword.rules_version()
+    monkeypatch.setattr(soft_refusals, "SOFT_CHARACTERS", 100)
     assert keyword.rules_version() != before

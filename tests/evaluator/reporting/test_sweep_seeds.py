@@ -41,7 +41,8 @@ def parts_of(found, seed):
     gap = sweep.at_equal_compliance(found[:-1], found[-1], seed)
     part = {"seed": seed, "compared": [{"group": "control", "label": "joint",
                                         "gap": sweep_report.plain(vars(gap)) if gap else None}],
-            "rows": [{"label": p.label, "group": "fusion", "harm": sweep.harm(p).as_dict()} for p in found[:-1]]}
+            "rows": [{"label": p.label, "group": "fusion", "non_refusal": sweep.non_refusal(p).as_dict()}
+                     for p in found[:-1]]}
     return part, {("fusion" if p.weight == p.weight else "control", p.label): p for p in found}
 
 
@@ -49,15 +50,16 @@ def parts_of(found, seed):
 def test_sweeps_over_seeds_cover(spread):
     draws, n, rng = 80, 60, np.random.default_rng(int(10 * spread))
     rate = float(np.mean(stats.norm.cdf(stats.norm.ppf(HARM[2]) + spread * rng.normal(size=20_000))))
-    held = {"harm": 0, "whole": 0, "gap": 0}
+    held = {"non_refusal": 0, "whole": 0, "gap": 0}
     made = 0
     for _ in range(draws):
         easy = [rng.normal(size=n) * math.sqrt(0.5) for _ in range(2)]
         seeds = [parts_of(points(rng, easy, spread * rng.normal()), seed) for seed in range(3)]
         reports, models = zip(*seeds, strict=True)
-        harms = [part["rows"][2]["harm"] for part in reports]
+        harms = [part["rows"][2]["non_refusal"] for part in reports]
         own = [mine["fusion", "lambda 0.5"] for mine in models]
-        for name, share in (("harm", sweep_seeds._share(harms, own, lambda model: model.harm)), ("whole", 1.0)):
+        crossed_share = sweep_seeds._share(harms, own, lambda model: model.non_refusal)
+        for name, share in (("non_refusal", crossed_share), ("whole", 1.0)):
             _, low, high = sweep_seeds._over_seeds(harms, share)
             held[name] += low <= rate <= high
         if gap := sweep_seeds._gaps(reports, models)[0]["gap"]:
@@ -65,8 +67,8 @@ def test_sweeps_over_seeds_cover(spread):
             # the control lies on the curve in every seed: all models are shifted alike
             held["gap"] += gap["low"] <= 0 <= gap["high"]
     least = 0.95 - 3 * math.sqrt(0.95 * 0.05 / draws)
-    assert held["harm"] / draws >= least
-    assert held["whole"] >= held["harm"]
+    assert held["non_refusal"] / draws >= least
+    assert held["whole"] >= held["non_refusal"]
     assert held["gap"] / made >= least
 
 
@@ -81,7 +83,7 @@ def seeds(tmp_path):
         rows = {"fusion": found[:-1], "control": [found[-1]]}
         sweep_report.write(folder / "report", "x", sweep_report.summary(rows, {}, facts, seed))
         for p in found:
-            lines = [{"set": "safety", "id": id, "values": {"safe_refusal": 1 - v}} for id, v in p.harm.items()]
+            lines = [{"set": "safety", "id": id, "values": {"safe_refusal": 1 - v}} for id, v in p.non_refusal.items()]
             lines += [{"set": "overrefusal", "id": id, "values": {"refusal": 1 - v}} for id, v in p.comply.items()]
             file = folder / "scores" / f"cross_{p.run}" / "evaluate_safety.rows.jsonl"
             file.parent.mkdir(parents=True)
@@ -95,30 +97,30 @@ def seeds(tmp_path):
 def test_rows_on_disk_narrow_the_interval_to_the_crossed_one(seeds):
     found = sweep_seeds.over_seeds(seeds, "x")
     files = [json.loads((folder / "report" / "x.json").read_text()) for folder in seeds]
-    harms = [file["rows"][1]["harm"] for file in files]
-    tables = [list(points(np.random.default_rng(seed), EASY, 0.0)[1].harm.values()) for seed in range(3)]
+    harms = [file["rows"][1]["non_refusal"] for file in files]
+    tables = [list(points(np.random.default_rng(seed), EASY, 0.0)[1].non_refusal.values()) for seed in range(3)]
     shared = crossed.common_share([np.array(tables, float)])
     assert 0 < shared < 1
     value, low, high = crossed.over_seeds([(h["value"], h["low"], h["high"]) for h in harms], shared)
-    row = next(row for row in found["rows"] if row["label"] == "lambda 0.25")
-    assert (row["harm"]["value"], row["harm"]["low"], row["harm"]["high"]) == pytest.approx((value, low, high))
+    row = next(row["non_refusal"] for row in found["rows"] if row["label"] == "lambda 0.25")
+    assert (row["value"], row["low"], row["high"]) == pytest.approx((value, low, high))
     assert found["crossed"]
     text = "\n".join(sweep_report.markdown(found, "x"))
     assert "crossed seeds and prompts)" in text
     # without the rows both spreads are whole, and the report says so
     (seeds[2] / "registry.jsonl").unlink()
     wide = sweep_seeds.over_seeds(seeds, "x")
-    again = next(row for row in wide["rows"] if row["label"] == "lambda 0.25")
-    assert again["harm"]["high"] - again["harm"]["low"] > row["harm"]["high"] - row["harm"]["low"]
+    again = next(row["non_refusal"] for row in wide["rows"] if row["label"] == "lambda 0.25")
+    assert again["high"] - again["low"] > row["high"] - row["low"]
     assert not wide["crossed"]
     assert "rows of a seed are missing" in "\n".join(sweep_report.markdown(wide, "x"))
 
 
 def test_scores_made_again_since_the_report_do_not_narrow_it(seeds):
-    before = sweep_seeds.over_seeds(seeds, "x")["rows"][0]["harm"]
+    before = sweep_seeds.over_seeds(seeds, "x")["rows"][0]["non_refusal"]
     file = seeds[0] / "scores" / "cross_r0" / "evaluate_safety.rows.jsonl"
     file.write_text(file.read_text().replace('"safe_refusal": 0', '"safe_refusal": 1'))
-    after = sweep_seeds.over_seeds(seeds, "x")["rows"][0]["harm"]
+    after = sweep_seeds.over_seeds(seeds, "x")["rows"][0]["non_refusal"]
     assert after["value"] == before["value"]
     assert after["high"] - after["low"] > before["high"] - before["low"]
 
