@@ -70,9 +70,8 @@ def gather(args: ReportArgs) -> Content:
     """
     from evaluator.reporting.against import reference
     from evaluator.reporting.page import Content, conclude
-    from evaluator.reporting.table import of_lines
-    from evaluator.statistics.axes import AXES, SECONDARY, UTILITY_AXES, judge_axes, set_axes
-    from evaluator.statistics.comparison import cell, measured
+    from evaluator.reporting.table import known_axes, of_lines
+    from evaluator.statistics.comparison import measured
 
     roots = [Path(r.strip()).expanduser().resolve() for r in args.roots.split(",") if r.strip()] or [args.results]
     named = _named(args.runs)
@@ -82,14 +81,8 @@ def gather(args: ReportArgs) -> Content:
     # for several runs or folders: all runs of all folders, each as a seed of its row
     lines = [Line(label, runs, tuple(measured(root, run) for run in runs.split("+") for root in roots))
              for label, runs in named]
-    # a judge's rate is a column, the mean of its number stays in the score files
-    judged = judge_axes(item for line in lines for item in line.found)
-    other_sets = set_axes(item for line in lines for item in line.found)
-    asked = [axis for axis in SECONDARY if axis.score in args.more_columns]
-    known = [*AXES[:3], *other_sets, *asked, *AXES[3:], *UTILITY_AXES, *(axis for axis in judged if axis.kind != "scale")]
-    # a column that no row has would only make the table wider
-    axes = [axis for axis in known if any(cell(line.found, axis) for line in lines)
-            and (not args.score_patterns or any(fnmatch.fnmatchcase(axis.score, text) for text in args.score_patterns))]
+    axes = [axis for axis in known_axes([item for line in lines for item in line.found], args.more_columns)
+            if not args.score_patterns or any(fnmatch.fnmatchcase(axis.score, text) for text in args.score_patterns)]
     if not axes:
         asked = f" among {args.scores}" if args.scores else ""
         raise UserError(f"none of {', '.join(run for _, run in named)} has a score{asked} in "

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from data import escaped
 from errors import UserError
 from evaluator.reporting.findings import Outcome
-from evaluator.reporting.formats import interval
+from evaluator.reporting.formats import interval, p_text
 
 if TYPE_CHECKING:
     from evaluator.reporting.findings import Line
@@ -72,9 +71,5 @@ def _sentence(label: str, outcome: Outcome | None) -> str:
     # a correction guards against claims; of harm it must not hide the first sign
     hidden = outcome.uncorrected == "worse" != outcome.verdict
     word = "is worse, before the correction only" if hidden else _WORDS[outcome.verdict]
-    return (f"{label} {word} ({d.value:+.3f}{interval(d.low, d.high)}, p {_p(d.p)}, Holm "
-            f"{_p(outcome.corrected)})")
-
-
-def _p(value: float) -> str:
-    return "unknown" if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
+    return (f"{label} {word} ({d.value:+.3f}{interval(d.low, d.high)}, p {p_text(d.p)}, Holm "
+            f"{p_text(outcome.corrected)})")

@@ -30,6 +30,11 @@ def interval(low: float, high: float) -> str:
     return "" if math.isnan(low) or math.isnan(high) else f" [{low:.3f}, {high:.3f}]"
 
 
+def p_text(p: float) -> str:
+    """A p-value with three digits."""
+    return "unknown" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def text_of(row: Row, column: Column) -> str:
     """A cell as people read it: value, interval, and how many seeds have it where not all do; empty where there is none."""
     if (cell := row.cells.get(column.name)) is None:
@@ -110,7 +115,12 @@ def json_text(table: Table, more: Mapping[str, Any] | None = None) -> str:
             name: {"value": cell.value, "low": cell.low, "high": cell.high, "n": cell.n, "per_seed": list(cell.per_seed)}
             for name, cell in row.cells.items()}} for row in table.rows],
         **(more or {})}
-    return json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return dumped(content) + "\n"
+
+
+def dumped(content: Any) -> str:
+    """JSON of anything: what is unknown or infinite is null."""
+    return json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False)
 
 
 #: What --format can be beside md, whose pages are their commands' own -> its writer.

@@ -64,6 +64,38 @@ def _definition(lines: Sequence[Line], axis: Axis) -> str:
     return scores[0]["definition"] if scores else ""
 
 
+def known_axes(found: Sequence[Measured], more: Sequence[str] = ()) -> list[Axis]:
+    """The columns that these runs have a score for, in the report's order.
+
+    Args:
+        more: secondary readings that are asked for.
+    """
+    from evaluator.statistics.axes import AXES, SECONDARY, UTILITY_AXES, judge_axes, set_axes
+    from evaluator.statistics.comparison import cell
+
+    # a judge's rate is a column, the mean of its number stays in the score files
+    judged = [axis for axis in judge_axes(found) if axis.kind != "scale"]
+    asked = [axis for axis in SECONDARY if axis.score in more]
+    known = [*AXES[:3], *set_axes(found), *asked, *AXES[3:], *UTILITY_AXES, *judged]
+    # a column that no row has would only make the table wider
+    return [axis for axis in known if any(cell([item], axis) for item in found)]
+
+
+def of_scores(title: str, found: Mapping[str, Measured]) -> Table:
+    """Every score of every run by its own name; the scores of judges and secondary readings among them."""
+    import math
+
+    from evaluator.statistics.comparison import Cell
+
+    titles = {axis.score: axis.title for axis in known_axes(list(found.values()))}
+    scores = {name: score for item in found.values() for name, score in item.scores.items()}
+    columns = tuple(Column(name, titles.get(name, name), bool(score.get("higher_is_better", True)),
+                           score.get("definition", "")) for name, score in scores.items())
+    return Table(title, columns, tuple(Row(run, run, (f"seed {item.seed}",), {
+        name: Cell(*(math.nan if score[key] is None else score[key] for key in ("value", "low", "high")), score["n"],
+                   (score["value"],)) for name, score in item.scores.items()}) for run, item in found.items()))
+
+
 def seed_names(line: Line) -> tuple[str, ...]:
     """What tells the parts of a row over several seeds apart: the run, else the seed, else its place."""
     return tuple(_seed_name(line, number, item) for number, item in enumerate(line.found))
