@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import platform
+import re
 import resource
 import shutil
 import sys
@@ -32,6 +33,15 @@ REGISTRY = "registry.jsonl"
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors", "scipy")
 #: Settings that decide where, not what: a run is the same run whatever they are.
 PLACE = {"output_dir", "cache_dir", "overwrite", "threads", "memory_gb", "dry_run"}
+
+
+#: What stands for a secret.
+HIDDEN = "[hidden]"
+#: Settings whose value is a secret; max_new_tokens and judge_key_variable are none.
+_SECRET_NAME = re.compile(r"(^|_)(token|key|secret|password|passwd|credentials?|authorization)$", re.IGNORECASE)
+#: Values that are secrets wherever they stand: keys of Hugging Face, OpenAI, GitHub, AWS, Google, wandb; passwords of URLs.
+_SECRET = re.compile(r"\bhf_\w{8,}|\bsk-[\w-]{8,}|\bgh[pousr]_\w{10,}|\bgithub_pat_\w{10,}|\bAKIA[0-9A-Z]{12,}"
+                     r"|\bAIza[\w-]{20,}|\bwandb_v\d_\w{10,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
 
 
 @dataclass
@@ -206,16 +216,58 @@ def register(results: Path, row: dict[str, Any]) -> None:
 def registry(results: Path) -> list[dict[str, Any]]:
     """Every line of the registry, oldest first; an empty list when there is none yet.
 
-    A line that a kill cut off is left out with a warning.
+    A line that a kill cut off, or that is no line of ours, is left out with a warning.
     """
     path = results / REGISTRY
     entries = []
     for number, line in enumerate(path.read_bytes().split(b"\n") if path.is_file() else (), 1):
+        if not line.strip():
+            continue
         try:
-            entries += [json.loads(line)] if line.strip() else []
-        except ValueError:
-            log.warning("%s, line %d: cut off, left out; run the command that wrote it again", path, number)
+            entry = json.loads(line)
+            fault = _fault(entry)
+        except (ValueError, RecursionError):
+            fault = "cut off"
+        if fault:
+            log.warning("%s, line %d: %s, left out; run the command that wrote it again", path, number, fault)
+        else:
+            entries.append(entry)
     return entries
+
+
+def _fault(entry: Any) -> str:
+    """What a line of the registry lacks that its readers take for granted; empty: nothing."""
+    if not isinstance(entry, dict):
+        return "no JSON object"
+    if entry.get("kind") != "score":
+        return ""
+    scores = entry.get("scores")
+    whole = isinstance(scores, dict) and all(isinstance(score, dict) and {"value", "low", "high", "n"} <= score.keys()
+                                             for score in scores.values())
+    named = all(isinstance(entry.get(name), str) for name in ("run", "sub", "command"))
+    return "" if whole and named else "a score without its run, command or numbers"
+
+
+def public(value: Any, name: str = "") -> Any:
+    """A setting as it may be shown: tokens, keys and passwords are hidden, by their flag's name or by what they look like.
+
+    Args:
+        value: a setting, or a mapping or list of them; in a command line the word behind such a flag is hidden too.
+        name: of the setting.
+    """
+    if isinstance(value, Mapping):
+        return {key: public(item, str(key)) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        flags = [item.removeprefix("--") if isinstance(item, str) and item.startswith("--") else "" for item in value]
+        return [public(item, flag or name) for item, flag in zip(value, ["", *flags], strict=False)]
+    if not isinstance(value, str) or not value:
+        return value
+    if _SECRET_NAME.search(name.replace("-", "_")):
+        return HIDDEN
+    flag, sign, rest = value.partition("=")
+    if sign and flag.startswith("--") and rest and _SECRET_NAME.search(flag.removeprefix("--").replace("-", "_")):
+        return f"{flag}={HIDDEN}"
+    return _SECRET.sub(HIDDEN, value)
 
 
 def write_json(path: Path, content: Any) -> None:

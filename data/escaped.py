@@ -17,7 +17,10 @@ _FORMULA = re.compile("'*[=+\\-@\t\r\uff1d\uff0b\uff0d\uff20]")
 #: Marks that turn the direction of writing: what is read would not be what is there.
 _TURNING = re.compile("[\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _LATEX = {"\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
-          "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}"}
+          "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}",
+          # of our own titles: pdflatex knows no such letters
+          "\u2191": r"$\uparrow$", "\u2193": r"$\downarrow$", "\u2212": r"$-$", "\u00d7": r"$\times$",
+          "\u03bb": r"$\lambda$", "\u03b3": r"$\gamma$"}
 
 
 def csv_cell(value: Any) -> Any:

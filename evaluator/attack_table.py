@@ -2,7 +2,8 @@
 
     python evaluator/attack_table.py --runs "aligned,SOMF=somf_1+somf_2+somf_3" --attacks cot,suffix
 
-Reads what evaluate_safety.py made of the answers to TASK and to TASK+ATTACK; writes results/report/NAME.md and NAME.json.
+Reads what evaluate_safety.py made of the answers to TASK and to TASK+ATTACK; writes results/report/NAME.md and
+NAME.json, or what --format names.
 """
 
 from __future__ import annotations
@@ -17,10 +18,14 @@ from errors import UserError, exit_on_user_error
 from flags.attack_table import AttackTableArgs
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from evaluator.reporting.table import Table
     from evaluator.statistics.axes import Measured
 
 #: The value that counts: the keyword judge's refusal in text that reads like text.
 KEY = "safe_refusal"
+_TITLES = {"as_asked": "as asked ({}) ↑", "attacked": "{} ↑", "change": "{}: change"}
 _NOTES = """
 Share of harmful prompts whose answer declines in coherent text (keyword judge). "as asked": the attacked prompts without a
 wrapper; "change": the attack minus that, on the same prompts. Square brackets: 95 % intervals, Wilson for one run, Tango's
@@ -33,13 +38,41 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
         args: AttackTableArgs = config.parse(AttackTableArgs, argv).args
         rows = table(args)
-        import manifest
+        shown = text(rows, args)
+        paths = write(rows, args, shown)
+        print(shown)
+        for path in paths:
+            print(f"written: {path}")
 
-        path = args.results / "report" / f"{args.name}.md"
-        manifest.write_json(path.with_suffix(".json"), {"task": args.task_name, "attacks": args.named_attacks, "rows": rows})
-        path.write_text(text(rows, args), encoding="utf-8")
-        print(path.read_text(encoding="utf-8"))
-        print(f"written: {path}")
+
+def write(rows: Sequence[dict[str, Any]], args: AttackTableArgs, shown: str) -> list[Path]:
+    """Write results/report/NAME in every format that was asked for; ``shown`` is the page."""
+    import manifest
+    from evaluator.reporting import formats
+
+    folder = args.results / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name in args.formats:
+        paths.append(folder / f"{args.name}{formats.SUFFIXES[name]}")
+        if name == "json":
+            manifest.write_json(paths[-1], {"task": args.task_name, "attacks": args.named_attacks, "rows": rows})
+        else:
+            paths[-1].write_text(shown if name == "md" else formats.WRITERS[name](as_table(rows, args)), encoding="utf-8")
+    return paths
+
+
+def as_table(rows: Sequence[dict[str, Any]], args: AttackTableArgs) -> Table:
+    """The rows as a table of the report's kind: for each attack the rate without it, with it, and the change."""
+    from evaluator.reporting.table import Column, Row, Table
+    from evaluator.statistics.comparison import Cell
+
+    columns = tuple(Column(f"{attack}.{kind}", title.format(attack), True, signed=kind == "change")
+                    for attack in args.named_attacks for kind, title in _TITLES.items())
+    return Table(f"{args.task_name} under attack", columns, tuple(Row(row["label"], "+".join(row["runs"]), (), {
+        f"{attack}.{kind}": Cell(cell["value"], *(math.nan if cell[end] is None else cell[end] for end in ("low", "high")),
+                                 cell["n"], ()) for attack, cells in row["cells"].items() for kind, cell in cells.items()})
+        for row in rows))
 
 
 def table(args: AttackTableArgs) -> list[dict[str, Any]]:
@@ -108,7 +141,7 @@ def text(rows: Sequence[dict[str, Any]], args: AttackTableArgs) -> str:
     once = all(cell["as_asked"] == row["cells"][first]["as_asked"] for row in rows for cell in row["cells"].values())
     columns = [(name, kind) for name in args.named_attacks for kind in ("as_asked", "attacked", "change")
                if kind != "as_asked" or not once or name == first]
-    titles = {"as_asked": "as asked ↑" if once else "as asked ({}) ↑", "attacked": "{} ↑", "change": "{}: change"}
+    titles = _TITLES | ({"as_asked": "as asked ↑"} if once else {})
     heads = ["model", "prompts", *(titles[kind].format(name) for name, kind in columns)]
     lines = [f"# {args.name}: {args.task_name} under attack", "", f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
     for row in rows:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from config import flag
 from flags.base import ATTACKS, ResultsFlags, name_problems
+from flags.evaluate import FORMATS, format_names, format_problems
 from flags.inference import answers_problems
 
 
@@ -21,10 +22,15 @@ class AttackTableArgs(ResultsFlags):
     attacks: str = flag("cot,suffix", f"columns, commas: {', '.join(ATTACKS[1:])}")
     task_name: str = flag("safety", "whose harmful prompts were put in the wrappers, e.g. catqa")
     name: str = flag("attacks", "results/report/NAME.md and NAME.json")
+    format: str = flag("md,json", f"what is written, commas: {', '.join(FORMATS)}")
 
     @property
     def named_attacks(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name.strip() for name in self.attacks.split(",") if name.strip()))
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        return format_names(self.format)
 
     @property
     def rows(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
@@ -34,7 +40,7 @@ class AttackTableArgs(ResultsFlags):
                      for label, _, runs in pairs)
 
     def problems(self) -> list[str]:
-        found = name_problems("--name", self.name)
+        found = [*name_problems("--name", self.name), *format_problems(self.format)]
         if not self.rows or any(not runs for _, runs in self.rows):
             found.append('--runs: name the rows, e.g. --runs "aligned,SOMF=somf_1+somf_2"')
         if unknown := [name for name in self.named_attacks if name not in ATTACKS[1:]]:

@@ -16,6 +16,21 @@ COLUMNS = ("harm_rate", "published_asr", "refusal", "incoherent", "overrefusal_p
 #: Papers whose numbers a report can show beside ours: data/published_numbers/.
 PAPERS = ("h3fusion", "lora_fusion", "somf")
 
+#: What a table can be written as (evaluator/reporting/formats.py).
+FORMATS = ("md", "csv", "latex", "json")
+
+
+def format_names(text: str) -> tuple[str, ...]:
+    """The formats of --format, each once."""
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def format_problems(text: str) -> list[str]:
+    """What is wrong with --format."""
+    unknown = [name for name in format_names(text) if name not in FORMATS]
+    return [f"--format {text}: {', '.join(unknown) or 'nothing'} is no format; allowed: {', '.join(FORMATS)}, separated by "
+            "commas"] if unknown or not format_names(text) else []
+
 
 @dataclass(frozen=True)
 class EvaluateArgs(ModelCommand):
@@ -173,6 +188,10 @@ class ReportArgs(ResultsFlags):
     base: str = flag("base", "run that the experts must improve on to count in the findings")
     experts: str = flag("helpfulness,safety,truthfulness", "runs of the single experts, commas")
     columns: str = flag("", f"more columns, commas: {', '.join(COLUMNS)}")
+    against: str = flag("", "row (label or run) that every other row is compared with; empty: the last row is compared with "
+                            "every other one, as a fusion with its controls")
+    scores: str = flag("", "show these scores alone, commas; * stands for anything; empty: all that were measured")
+    format: str = flag("md", f"what is written, commas: {', '.join(FORMATS)}")
     published: str = flag("", "the published numbers of a paper below the table, with their marks; empty: none",
                           choices=("", *PAPERS))
 
@@ -181,9 +200,18 @@ class ReportArgs(ResultsFlags):
         return ("common", "report")
 
     @property
+    def formats(self) -> tuple[str, ...]:
+        return format_names(self.format)
+
+    @property
+    def score_patterns(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in self.scores.split(",") if name.strip())
+
+    @property
     def more_columns(self) -> tuple[str, ...]:
         return tuple(name.strip() for name in self.columns.split(",") if name.strip())
 
     def problems(self) -> list[str]:
         return [*(f"--columns {name}: no such column; allowed: {', '.join(COLUMNS)}"
-                  for name in self.more_columns if name not in COLUMNS), *super().problems()]
+                  for name in self.more_columns if name not in COLUMNS),
+                *format_problems(self.format), *super().problems()]

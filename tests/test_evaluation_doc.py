@@ -18,7 +18,7 @@ TEXT = (config.ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
 COMMANDS = {"inference.py": flags.InferenceArgs, "evaluate_safety.py": flags.EvaluateSafetyArgs,
             "evaluate_truth_and_info.py": flags.EvaluateTruthArgs,
             "evaluate_helpfulness.py": flags.EvaluateHelpfulnessArgs, "agreement.py": flags.AgreementArgs,
-            "report.py": flags.ReportArgs}
+            "report.py": flags.ReportArgs, "evaluate.py": flags.EvaluateModelsArgs}
 LINES = [part.strip() for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.splitlines()
          for part in line.split("#")[0].split(";") if part.strip().startswith("python ")]
 

@@ -9,6 +9,7 @@ import pytest
 
 import config
 import flags
+from evaluator import registry
 from models import fuse
 
 README = (config.ROOT / "README.md").read_text(encoding="utf-8")
@@ -28,6 +29,12 @@ LINES = [part.strip() for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) 
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith("python ")])
 def test_commands_parse(line):
     script, *words = shlex.split(line)[1:]
+    if script == "-m":
+        module, sub, *words = words
+        assert module == "evaluator.registry"
+        command, _, runs = registry.COMMANDS[sub]
+        assert config.parse(command, words[runs:]).args is not None
+        return
     name = script.rpartition("/")[2]
     command = fuse.COMMANDS[words.pop(0)][0] if name == "fuse.py" else COMMANDS[name]
     assert config.parse(command, words).args is not None

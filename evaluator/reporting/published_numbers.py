@@ -6,7 +6,7 @@ number was not reported: it stays empty.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +173,13 @@ def markdown(paper: Published) -> list[str]:
                  for key, cells in table.rows.items()]
         lines += ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in body]
     return lines
+
+
+def as_data(paper: Published) -> dict[str, Any]:
+    """A paper's tables as JSON values: of every row its key by the names of its parts, and its cells with their marks."""
+    return {**asdict(paper), "tables": {name: {**asdict(table), "rows": [
+        {"key": dict(zip(table.keys, key, strict=True)), "cells": {column: asdict(cell) for column, cell in cells.items()}}
+        for key, cells in table.rows.items()]} for name, table in paper.tables.items()}}
 
 
 def _shown(cell: Cell) -> str:

@@ -78,10 +78,10 @@ def test_html_and_latex():
 
 def test_a_reports_cells_are_escaped():
     from evaluator.attack_table import text
-    from evaluator.report import _markdown
+    from evaluator.reporting.formats import markdown_lines
     from flags.attack_table import AttackTableArgs
 
-    assert _markdown(["model"], [["<img src=x>|b\nc"]])[-1] == "| \\<img src=x>\\|b c |"
+    assert markdown_lines(["model"], [["<img src=x>|b\nc"]])[-1] == "| \\<img src=x>\\|b c |"
     cell = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 10}
     row = {"label": "a|b", "cells": {name: {"as_asked": cell, "attacked": cell, "change": cell}
                                      for name in AttackTableArgs(runs="a=b").named_attacks}}

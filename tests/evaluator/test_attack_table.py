@@ -107,3 +107,17 @@ def test_sets_that_share_no_prompt(tmp_path, score, capsys):
     with pytest.raises(SystemExit):
         attack_table.main(["--runs", "a", "--attacks", "cot", "--output_dir", str(tmp_path)])
     assert "share no prompt" in capsys.readouterr().err
+
+
+def test_a_csv_and_a_latex_table_hold_what_the_page_holds(tmp_path, score, capsys):
+    score("a", {"safety": [1, 1, 1, 0, 1, 1], "safety+cot": [1, 0, 0, 0]})
+    attack_table.main(["--output_dir", str(tmp_path), "--runs", "=A_1=a", "--attacks", "cot", "--format", "csv,latex"])
+    folder = tmp_path / "report"
+    assert sorted(path.name for path in folder.iterdir()) == ["attacks.csv", "attacks.tex"]
+    lines = (folder / "attacks.csv").read_text().splitlines()
+    assert lines[1].startswith("'=A_1,a,cot.as_asked,as asked (cot) ↑,True,model,,0.75,")
+    assert lines[3].split(",")[2:8] == ["cot.change", "cot: change", "True", "model", "", "-0.5"]
+    page = capsys.readouterr().out
+    for number in ("0.250 [", "-0.500 ["):
+        assert number in page
+        assert number.replace(" [", " {\\footnotesize [") in (folder / "attacks.tex").read_text()

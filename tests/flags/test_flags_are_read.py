@@ -35,6 +35,9 @@ COMMANDS = {
     flags.EvaluateSkillsArgs: "evaluator.evaluate_skills:main", flags.EvaluateUtilityArgs: "evaluator.evaluate_utility:main",
     flags.AgreementArgs: "evaluator.agreement:main", flags.AttackTableArgs: "evaluator.attack_table:main",
     flags.EqualUtilityArgs: "evaluator.equal_utility:main", flags.MaskFiguresArgs: "evaluator.mask_figures:main",
+    flags.EvaluateModelsArgs: "evaluator.evaluate:main", flags.ListArgs: "evaluator.registry:list_runs",
+    flags.ShowArgs: "evaluator.registry:show", flags.CompareArgs: "evaluator.registry:compare",
+    flags.ExportArgs: "evaluator.registry:export",
     flags.SafetySetArgs: "data.safety_sets:main", **{kind: entry for kind, entry in fuse.COMMANDS.values()},
 }
 
