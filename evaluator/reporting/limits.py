@@ -64,4 +64,4 @@ def equal_rows(lines: Sequence[Line], axes: Sequence[Axis]) -> str:
                 found.setdefault(line.label, []).append(axis.title)
     listed = "; ".join(f"{label} ({', '.join(titles)})" for label, titles in found.items())
     return (f"- Equal to {lines[-1].label} in every row: {listed}. These are one model by what was measured, and the "
-            "difference has no width: values without bounds do not say how far a row not seen could be off.") if found else ""
+            "difference has no width: values without bounds do not say how far an unseen row could be off.") if found else ""
