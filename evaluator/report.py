@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import config
 from data import escaped
@@ -46,12 +47,15 @@ def write(args: ReportArgs) -> Path:
         UserError: no runs named, a results folder is missing, or none of the runs was scored.
     """
     from evaluator.reporting.figures import tradeoff
+    from evaluator.reporting.limits import same_labels
     from evaluator.statistics.axes import AXES, SECONDARY, UTILITY_AXES, judge_axes, set_axes
     from evaluator.statistics.comparison import cell, measured
 
     roots = [Path(r.strip()).expanduser().resolve() for r in args.roots.split(",") if r.strip()] or [args.results]
     named = _named(args.runs)
     missing = [f"--roots: {root} does not exist" for root in roots if not root.is_dir()]
+    # findings and summary numbers go by the label, and so does whoever reads them
+    missing += same_labels("--runs", [label for label, _ in named])
     if missing or not named:
         raise UserError(*missing, *([] if named else ["--runs: name the rows, e.g. --runs \"base,safety,raw_moe\""]))
     # for several runs or folders: all runs of all folders, each as a seed of its row
@@ -69,9 +73,9 @@ def write(args: ReportArgs) -> Path:
                         f"{', '.join(map(str, roots))}; run the evaluator/evaluate_*.py commands first")
     path = args.results / "report" / f"{args.name}.md"
     drawn = tradeoff(_points(lines, axes, args.base), path.with_suffix(".png"), args.title or args.name)
-    parts = [f"# {args.title or args.name}", "", *_table(lines, axes)]
+    parts = [f"# {escaped.markdown(args.title or args.name)}", "", *_table(lines, axes)]
     if drawn:
-        parts += ["", f"![safety beside truth or utility]({drawn.name})"]
+        parts += ["", f"![safety beside truth or utility]({quote(drawn.name)})"]
     parts += _aggregates(lines)
     if args.published:
         from evaluator.reporting.published_numbers import markdown, published
@@ -80,9 +84,11 @@ def write(args: ReportArgs) -> Path:
     if any(len(line.found) > 1 for line in lines):
         parts += ["", "## Per seed", "", *_seed_table(lines, axes)]
     if len(lines) > 1:
-        parts += ["", f"## {lines[-1].label} minus each other row, same prompts", "", *_differences(lines, axes)]
-        parts += ["", "## Findings", "", *_findings(lines, axes, args)]
-    parts += ["", "## Notes", "", *_notes(lines, axes, roots), *_pairing_notes(lines, axes, args), ""]
+        parts += ["", f"## {escaped.markdown(lines[-1].label)} minus each other row, same prompts", "",
+                  *_differences(lines, axes)]
+        # labels, definitions and folders stand in these sentences: whoever wrote them, they are text
+        parts += ["", "## Findings", "", *map(escaped.line, _findings(lines, axes, args))]
+    parts += ["", "## Notes", "", *map(escaped.line, [*_notes(lines, axes, roots), *_pairing_notes(lines, axes, args)]), ""]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(parts), encoding="utf-8")
     return path
@@ -98,7 +104,8 @@ def _aggregates(lines: Sequence[Line]) -> list[str]:
     rows = [[label, *(_number(cells[name].value) + _interval(cells[name].low, cells[name].high) if name in cells else ""
                       for name in found.higher)] for label, cells in found.scores.items()]
     heads = [f"{name} {'↑' if higher else '↓'}" for name, higher in found.higher.items()]
-    return ["", "## Summary numbers", "", *_markdown(["model", *heads], rows), "", *found.notes]
+    return ["", "## Summary numbers", "", *_markdown(["model", *heads], rows), "",
+            *map(escaped.line, found.notes)]
 
 
 def _named(text: str) -> list[tuple[str, str]]:

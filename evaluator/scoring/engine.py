@@ -172,7 +172,7 @@ def _settings(args: EvaluateArgs) -> dict[str, Any]:
             and not (k in _NEUTRAL and v == _NEUTRAL[k])}
 
 
-def _same(path: Path, settings: dict[str, Any], inputs: dict[str, str], dtype: str) -> bool:
+def _same(path: Path, settings: dict[str, Any], inputs: dict[str, str], dtype: str = "") -> bool:
     """Whether a score file was made with these settings and inputs, and the rows beside it are its own."""
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
