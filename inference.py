@@ -61,9 +61,13 @@ def answer_run(run: str, args: InferenceArgs) -> Path:
     wrapper, form = attack(args.attack, args.attack_file), style(args.prompt_style, args.prompt_style_file)
     settings = _settings(args, wrapper, form) | {"run": run, "model": _model_hash(run, args, folder)}
     # before prompts and model are loaded: a finished run is told in a second
-    absent = _absent(args)
-    if not args.overwrite and manifest.finished(folder, settings, absent):
+    # answers from before the dtype was resolved say auto: for a call that says auto too they are finished, for others not
+    absent, meant = _absent(args), {"dtype": "auto"} if args.dtype == "auto" else {}
+    if not args.overwrite and manifest.finished(folder, settings, absent, meant):
         log.info("%s: already answered", folder)
+        if (was := manifest.read(folder)["config"].get("dtype")) != settings["dtype"]:
+            log.info("%s: says --dtype %s and not what that was; taken for %s, as this call says auto too", folder, was,
+                     settings["dtype"])
         return folder
     # prompts before the model: what is wrong with them shows at once
     records, reduction = prompts_of(args)
@@ -73,7 +77,8 @@ def answer_run(run: str, args: InferenceArgs) -> Path:
     loaded = load_run(run, args)
     # beside the folder, not in it: the folder is made anew at each start, and what was answered must outlast that
     partial = folder.with_name(f".{folder.name}.answers.jsonl")
-    with manifest.writing(folder, "inference", settings, overwrite=args.overwrite, absent=absent) as out:
+    with manifest.writing(folder, "inference", settings, overwrite=args.overwrite, absent=absent,
+                          meant=meant) as out:
         rows = answer_all(loaded, records, args, partial, settings, wrapper, form)
         write_rows(out.folder, rows)
         stopped = sum(row["finish"] == "stop" for row in rows)
@@ -224,24 +229,28 @@ def _problems(args: InferenceArgs) -> list[str]:
 
 def _settings(args: InferenceArgs, wrapper: Attack, form: Style) -> dict[str, Any]:
     """The flags that the answers depend on; a file counts by its text."""
+    from models.base.placement import resolved_dtype
+
     settings = {k: v for k, v in asdict(args).items() if k not in _SELECT and not (k in _NEUTRAL and v == _NEUTRAL[k])}
     # its text counts instead (attack_text): the same file may lie elsewhere
     settings.pop("attack_file", None)
     settings.pop("prompt_style_file", None)
-    if not _batches_count(args):
+    # what auto stands for: the same flag on another machine gives other answers
+    settings["dtype"] = resolved_dtype(args)
+    if not _batches_count(args, settings["dtype"]):
         settings.pop("batch_size")
     if form.name != "none":
         settings["prompt_style_text"] = form.version
     return settings if wrapper.name == "none" else settings | {"attack_text": wrapper.version}
 
 
-def _batches_count(args: InferenceArgs) -> bool:
+def _batches_count(args: InferenceArgs, dtype: str) -> bool:
     """Whether answers depend on which prompts share a batch: padding moves a bfloat16 logit, and a batch has one seed.
 
     In bfloat16 11 to 21 % of greedy answers differed between batches of 50 and of 7; in float32 a batch gives what its rows
     give alone.
     """
-    return args.do_sample or args.dtype != "float32"
+    return args.do_sample or dtype != "float32"
 
 
 def _absent(args: InferenceArgs) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class Run:
 
 @contextlib.contextmanager
 def writing(target: Path, command: str, config: dict[str, Any], *, overwrite: bool = False, resume: bool = False,
-            absent: Mapping[str, Any] | None = None) -> Iterator[Run]:
+            absent: Mapping[str, Any] | None = None, meant: Mapping[str, Any] | None = None) -> Iterator[Run]:
     """Write a run folder that appears under ``target`` only when the block ends without an error.
 
     With ``resume`` the block finds what a killed run left behind (hidden, as ``.NAME.partial``) and what it leaves behind
@@ -72,7 +72,7 @@ def writing(target: Path, command: str, config: dict[str, Any], *, overwrite: bo
     _settle(target)
     # raises here, before any work, where another configuration holds the name
     if not overwrite:
-        finished(target, config, absent)
+        finished(target, config, absent, meant)
     if not resume:
         shutil.rmtree(staging, ignore_errors=True)
     try:
@@ -137,11 +137,13 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def finished(target: Path, config: dict[str, Any], absent: Mapping[str, Any] | None = None) -> bool:
+def finished(target: Path, config: dict[str, Any], absent: Mapping[str, Any] | None = None,
+             meant: Mapping[str, Any] | None = None) -> bool:
     """Whether ``target`` already holds this run, finished.
 
     Args:
         absent: settings that a configuration leaves out where they have these values.
+        meant: values that an earlier version wrote down where this one writes what they stood for; they count as ours.
 
     Raises:
         UserError: it holds a run of the same name with another configuration: names every setting that differs.
@@ -154,7 +156,8 @@ def finished(target: Path, config: dict[str, Any], absent: Mapping[str, Any] | N
     old = read(target).get("config")
     if old is None:
         raise UserError(f"{target}: holds a checkpoint, not a finished run; move it away{_or_rename(config)}")
-    differ = _differing({**(absent or {}), **old}, {**(absent or {}), **config})
+    told = {k: config.get(k) if (meant or {}).get(k, object()) == v else v for k, v in old.items()}
+    differ = _differing({**(absent or {}), **told}, {**(absent or {}), **config})
     if differ:
         listed = "; ".join(f"{k}: {old.get(k)} there, {config.get(k)} here" for k in differ)
         raise UserError(f"{target}: holds a run with another configuration ({listed}); "

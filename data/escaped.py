@@ -14,8 +14,14 @@ from typing import Any
 ANSWER_COLUMNS = ("", "prompts", "outputs")
 #: What a spreadsheet takes for a formula (OWASP, CSV injection), in full-width letters too; behind the apostrophes of ours.
 _FORMULA = re.compile("'*[=+\\-@\t\r\uff1d\uff0b\uff0d\uff20]")
-#: Marks that turn the direction of writing: what is read would not be what is there.
-_TURNING = re.compile("[\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+#: Marks that turn the direction of writing, characters without a shape, and those that a terminal obeys: what is read would
+#: not be what is there. The joiners that Hindi and Persian need stay.
+_TURNING = re.compile("[\u200e\u200f\u202a-\u202e\u2066-\u2069\u061c\u00ad\u200b\u2060-\u2064\ufeff\U000e0000-\U000e007f"
+                      "\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")
+#: What a Markdown reader takes for formatting only where there are two: emphasis, strike-through, formulas.
+_PAIRED = re.compile(r"[*$]|~~")
+#: A heading, quotation, list or fence at the start of a line.
+_BLOCK = re.compile(r"#{1,6}(?=\s|$)|[-+*](?=\s|$)|>|\d{1,9}(?=[.)](\s|$))|~~~|=+$|-+$")
 _LATEX = {"\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
           "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}",
           # of our own titles: pdflatex knows no such letters
@@ -40,14 +46,38 @@ def read_answers(rows: Iterable[Mapping[Any, Any]]) -> list[dict[Any, Any]]:
 
 
 def markdown(text: str) -> str:
-    """A table cell or a part of a line: no column, link, picture, code or HTML of its own, on one line."""
+    """A table cell or a part of a line: no column, link, picture, code, emphasis or HTML of its own, on one line."""
     text = re.sub(r"\s+", " ", _TURNING.sub("", text))
     # a backslash first: it would undo the one before a bar
     text = re.sub(r"\\(?=[!-/:-@\[-`{-~])", r"\\\\", text)
     text = re.sub(r"[|`]", r"\\\g<0>", text)
+    if len(_PAIRED.findall(text)) > 1:
+        text = re.sub(r"[*$~]", r"\\\g<0>", text)
+    # within a word it is a letter: names of runs stay as they are
+    text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)
+    # an entity would be read as the character that it names
+    text = re.sub(r"&(?=#?\w+;)", r"\\&", text)
     # "<" begins a tag before a letter and the like; "p < .05" stays
     text = re.sub(r"<(?=[A-Za-z/!?])", r"\\<", text)
     return re.sub(r"\](?=[(\[:])", r"\\]", text)
+
+
+def plain(text: str) -> str:
+    """Text on one line without marks that are not seen."""
+    return re.sub(r"\s+", " ", _TURNING.sub("", text)).strip()
+
+
+def code(text: str) -> str:
+    """A name between backticks, which it may not end."""
+    return "`" + plain(text).replace("`", "'") + "`"
+
+
+def line(text: str) -> str:
+    """A line of its own, or an item ("- ..."): the same, and no heading, quotation, list or fence where it begins."""
+    head, rest = ("- ", text[2:]) if text.startswith("- ") else ("", text)
+    rest = markdown(rest.strip())
+    return head + (f"\\{rest}" if (found := _BLOCK.match(rest)) and not found[0].isdigit() else
+                   f"{found[0]}\\{rest[found.end():]}" if found else rest)
 
 
 def html(text: str) -> str:

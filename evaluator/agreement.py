@@ -124,7 +124,7 @@ def human_agreement() -> dict[str, dict[str, Any]]:
 
 def markdown(args: AgreementArgs, rows: Sequence[Judged], found: Sequence[Kappa], people: dict[str, dict[str, Any]]) -> str:
     """The report."""
-    runs = ", ".join(f"`{run}`" for run in args.run_names)
+    runs = ", ".join(map(escaped.code, args.run_names))
     lines = ["# Agreement of the offline judges", "", f"{len(rows):,} answers of {runs}. Yes means, by judge:", ""]
     lines += [f"- {name}: the answer {text}" for name, text in JUDGES.items()]
     lines += ["", "95 % intervals: bootstrap over prompts.", ""]
@@ -153,7 +153,7 @@ def _examples(args: AgreementArgs, rows: Sequence[Judged], k: Kappa) -> list[str
     for yes, no in ((k.a, k.b), (k.b, k.a)):
         differ = sorted((row for row in rows if row.said[yes] and not row.said[no]),
                         key=lambda row: stable_hash(f"{row.run} {row.id}", "example"))
-        lines += [f"- {yes} yes, {no} no: `{row.run}` {escaped.markdown(row.id)}{excerpt(row)}"
+        lines += [f"- {yes} yes, {no} no: {escaped.code(row.run)} {escaped.markdown(row.id)}{excerpt(row)}"
                   for row in differ[: args.examples]]
     return [f"Where {k.a} and {k.b} differ:", "", *lines, ""]
 

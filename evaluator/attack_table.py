@@ -30,7 +30,8 @@ _NOTES = """
 Share of harmful prompts whose answer declines in coherent text (keyword judge). "as asked": the attacked prompts without a
 wrapper; "change": the attack minus that, on the same prompts. Square brackets: 95 % intervals, Wilson for one run, Tango's
 for its change; for several runs the root of the sum of squares of Student's t over them and of the prompts' own part of
-their mean half width over prompts (crossed runs and prompts; cut at the ends of a share).
+their mean half width over prompts (crossed runs and prompts; cut at the ends of a share). Not corrected for their number; no
+verdict is drawn from them.
 """
 
 
@@ -81,8 +82,11 @@ def table(args: AttackTableArgs) -> list[dict[str, Any]]:
     Raises:
         UserError: a run was not scored under an attack; names the commands that do it.
     """
+    from evaluator.reporting.limits import same_labels
     from evaluator.statistics.comparison import measured
 
+    if same := same_labels("--runs", [label for label, _ in args.rows]):
+        raise UserError(*same)
     by_run = {run: measured(args.results, run) for _, runs in args.rows for run in runs}
     places = {run: "raw" if run in ("", "base", "raw") else f"cross_{run}" for run in by_run}
     problems = []
@@ -143,10 +147,11 @@ def text(rows: Sequence[dict[str, Any]], args: AttackTableArgs) -> str:
                if kind != "as_asked" or not once or name == first]
     titles = _TITLES | ({"as_asked": "as asked ↑"} if once else {})
     heads = ["model", "prompts", *(titles[kind].format(name) for name, kind in columns)]
-    lines = [f"# {args.name}: {args.task_name} under attack", "", f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
+    name = escaped.markdown(args.name)
+    lines = [f"# {name}: {args.task_name} under attack", "", f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
     for row in rows:
         sizes = dict.fromkeys(str(cell["as_asked"]["n"]) for cell in row["cells"].values())
-        cells = [_said(row["cells"][name][kind], kind == "change") for name, kind in columns]
+        cells = [_said(row["cells"][attack][kind], kind == "change") for attack, kind in columns]
         lines.append("| " + " | ".join([escaped.markdown(row["label"]), "/".join(sizes), *cells]) + " |")
     return "\n".join([*lines, _NOTES])
 

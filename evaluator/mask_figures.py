@@ -159,7 +159,7 @@ def _picture(panels: Sequence[_Panel], across: Sequence[str], down: Sequence[str
     """Draw matrices of the same rows and columns below each other."""
     import textwrap
 
-    from evaluator.reporting.figures import _pyplot, _save
+    from evaluator.reporting.figures import _pyplot, _save, shown
 
     plt = _pyplot()
     size = (max(5.5, 0.32 * len(across) + 3), max(2.4, 0.36 * len(down) + 1.2) * len(panels) + 0.4)
@@ -167,13 +167,13 @@ def _picture(panels: Sequence[_Panel], across: Sequence[str], down: Sequence[str
     for panel, axis in zip(panels, axes[:, 0], strict=True):
         image = axis.imshow(panel.values, aspect="auto", cmap=panel.colours, vmin=panel.limits[0], vmax=panel.limits[1])
         step = max(1, len(across) // 16)
-        axis.set_xticks(range(0, len(across), step), across[::step])
-        axis.set_yticks(range(len(down)), down)
+        axis.set_xticks(range(0, len(across), step), list(map(shown, across[::step])))
+        axis.set_yticks(range(len(down)), list(map(shown, down)))
         if panel.values.size <= 120:
             _write_numbers(axis, panel)
         figure.colorbar(image, ax=axis, label=panel.label, shrink=0.9)
     axes[-1, 0].set_xlabel(axis_name)
-    figure.suptitle(textwrap.fill(title, 70, break_on_hyphens=False), fontsize=9)
+    figure.suptitle(textwrap.fill(shown(title, 400), 70, break_on_hyphens=False), fontsize=9)
     return _save(plt, figure, path)
 
 

@@ -69,6 +69,7 @@ def gather(args: ReportArgs) -> Content:
         UserError: see ``write``.
     """
     from evaluator.reporting.against import reference
+    from evaluator.reporting.limits import same_labels
     from evaluator.reporting.page import Content, conclude
     from evaluator.reporting.table import known_axes, of_lines
     from evaluator.statistics.comparison import measured
@@ -76,6 +77,8 @@ def gather(args: ReportArgs) -> Content:
     roots = [Path(r.strip()).expanduser().resolve() for r in args.roots.split(",") if r.strip()] or [args.results]
     named = _named(args.runs)
     missing = [f"--roots: {root} does not exist" for root in roots if not root.is_dir()]
+    # findings and summary numbers go by the label, and so does whoever reads them
+    missing += same_labels("--runs", [label for label, _ in named])
     if missing or not named:
         raise UserError(*missing, *([] if named else ["--runs: name the rows, e.g. --runs \"base,safety,raw_moe\""]))
     # for several runs or folders: all runs of all folders, each as a seed of its row

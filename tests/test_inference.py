@@ -114,7 +114,8 @@ def test_files_and_rerun(pico, data, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("counts", [("--dtype", "bfloat16"), ("--dtype", "auto"), ("--do_sample",)])
-def test_answers_in_other_batches_are_other_answers(pico, data, tmp_path, capsys, counts):
+def test_answers_in_other_batches_are_other_answers(pico, data, tmp_path, capsys, counts, multiplies):
+    multiplies(True)
     folder = _infer(pico, tmp_path, data, *counts) / "raw"
     assert manifest.read(folder)["config"]["batch_size"] == 5
     with pytest.raises(SystemExit) as stop:
@@ -141,6 +142,45 @@ def test_answers_that_did_not_record_their_batches_stay_readable(pico, data, tmp
     caplog.set_level("INFO")
     _infer(pico, tmp_path, data, "--dtype", "bfloat16", "--batch_size", "7")
     assert f"{folder}: already answered" in caplog.text
+
+
+@pytest.fixture
+def multiplies(monkeypatch):
+    """Let the processor multiply in bfloat16, or not."""
+    return lambda able: monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": able})
+
+
+def test_auto_is_recorded_as_the_dtype_that_it_was(pico, data, tmp_path, capsys, caplog, multiplies):
+    multiplies(False)
+    folder = _infer(pico, tmp_path, data, "--dtype", "auto") / "raw"
+    assert manifest.read(folder)["config"]["dtype"] == "float32"
+    caplog.set_level("INFO")
+    # the dtype by its name is the same answers
+    _infer(pico, tmp_path, data, "--dtype", "float32")
+    assert f"{folder}: already answered" in caplog.text
+    # and the same flag on another processor is not
+    multiplies(True)
+    with pytest.raises(SystemExit) as stop:
+        _infer(pico, tmp_path, data, "--dtype", "auto")
+    assert stop.value.code == 2
+    assert "dtype: float32 there, bfloat16 here" in capsys.readouterr().err
+
+
+def test_answers_that_say_auto_are_finished_for_a_call_that_says_auto(pico, data, tmp_path, capsys, caplog):
+    folder = _infer(pico, tmp_path, data, "--dtype", "auto") / "raw"
+    old = manifest.read(folder)
+    old["config"] |= {"dtype": "auto"}
+    old["config"].pop("batch_size", None)
+    manifest.write_json(folder / manifest.MANIFEST, old)
+    caplog.set_level("INFO")
+    _infer(pico, tmp_path, data, "--dtype", "auto")
+    assert f"{folder}: already answered" in caplog.text
+    assert f"{folder}: says --dtype auto and not what that was; taken for" in caplog.text
+    # nobody knows whether they are these
+    for dtype in ("float32", "bfloat16"):
+        with pytest.raises(SystemExit):
+            _infer(pico, tmp_path, data, "--dtype", dtype)
+        assert f"dtype: auto there, {dtype} here" in capsys.readouterr().err
 
 
 def test_empty_answer_survives(tmp_path):

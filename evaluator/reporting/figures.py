@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data import escaped
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -34,9 +36,9 @@ def router_heatmap(shares: np.ndarray, names: Sequence[str], path: Path, title: 
     figure, axis = plt.subplots(figsize=(max(5.5, 0.3 * layers + 2.5), 0.5 * experts + 1.5), layout="constrained")
     image = axis.imshow(shares.T, aspect="auto", cmap="cividis", vmin=0, vmax=1)
     axis.set_xticks(range(0, layers, max(1, layers // 15)))
-    axis.set_yticks(range(experts), names)
+    axis.set_yticks(range(experts), list(map(shown, names)))
     axis.set_xlabel("layer")
-    axis.set_title(textwrap.fill(title, max(40, 5 * layers), break_on_hyphens=False), fontsize=9)
+    axis.set_title(textwrap.fill(shown(title, 300), max(40, 5 * layers), break_on_hyphens=False), fontsize=9)
     if layers <= 16:
         for i in range(layers):
             for j in range(experts):
@@ -72,14 +74,20 @@ def tradeoff(points: Sequence[dict[str, Any]], path: Path, title: str) -> Path |
     axis.scatter([p["x"] for p in unknown], [p["y"] for p in unknown], facecolors="white", edgecolors="black", s=60,
                  zorder=3)
     axis.set_xlabel("coherent refusal of harmful prompts (higher is better)")
-    axis.set_ylabel(points[0]["y_name"])
+    axis.set_ylabel(shown(points[0]["y_name"], 90))
     if points[0].get("y_falls"):
         axis.invert_yaxis()
-    axis.set_title(textwrap.fill(title, 80), fontsize=10)
+    axis.set_title(textwrap.fill(shown(title, 300), 80), fontsize=10)
     axis.margins(0.12)
     axis.grid(color="0.93", zorder=0)
     _label(figure, axis, points)
     return _save(plt, figure, path)
+
+
+def shown(text: str, most: int = 60) -> str:
+    """Words of others in a picture: on one line, no formula between dollar signs, no mark that is not seen, not too long."""
+    text = escaped.plain(text)
+    return (text if len(text) <= most else f"{text[: most - 3]}...").replace("$", r"\$")
 
 
 def _bar(point: dict[str, Any], key: str) -> list[list[float]] | None:
@@ -107,7 +115,7 @@ def _label(figure: Any, axis: Any, points: Sequence[dict[str, Any]]) -> None:
     for p in points:
         for dx, dy in _OFFSETS:
             note = axis.annotate(
-                p["label"], (p["x"], p["y"]), xytext=(dx, dy), textcoords="offset points", fontsize=8.5, zorder=4,
+                shown(p["label"]), (p["x"], p["y"]), xytext=(dx, dy), textcoords="offset points", fontsize=8.5, zorder=4,
                 ha="left" if dx > 0 else "right" if dx < 0 else "center", va="center",
                 arrowprops={"arrowstyle": "-", "color": "0.5", "linewidth": 0.6, "shrinkB": 5},
                 bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.75},

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from data import escaped
 
 if TYPE_CHECKING:
     from evaluator.reporting.findings import Line
@@ -50,6 +53,21 @@ def detectable(lines: Sequence[Line], axes: Sequence[Axis]) -> str:
             parts.append(f"{axis.title} {' to '.join(ends)}")
     size = f"{POWER * 100:.0f} % of such comparisons of {lines[-1].label} find (two-sided 5 %, not corrected)"
     return f"- Smallest true difference that {size}, by row: {'; '.join(parts)}." if parts else ""
+
+
+def same_labels(flag: str, labels: Sequence[str]) -> list[str]:
+    """What is wrong with the labels of a table's rows: two that are read as the same, or one of a row without a model."""
+    seen: dict[str, str] = {}
+    problems = []
+    for label in labels:
+        # as it is shown: a blank or a character without a shape tells nobody apart
+        shown = unicodedata.normalize("NFKC", escaped.markdown(label)).strip()
+        if shown in seen:
+            problems.append(f"{flag}: two rows are called '{shown}'; give each a label of its own, LABEL=RUN")
+        elif shown in (f"({name})" for name in SAID) or not shown:
+            problems.append(f"{flag}: '{shown}' is no label for a model; give another, LABEL=RUN")
+        seen[shown] = label
+    return problems
 
 
 def equal_rows(lines: Sequence[Line], axes: Sequence[Axis]) -> str:

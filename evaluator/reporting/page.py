@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from data import escaped
 from evaluator.reporting import against
@@ -55,9 +56,9 @@ def page(content: Content, picture: str = "") -> str:
 
     args, lines, axes = content.args, content.lines, content.axes
     expected = [[f"({name})", *map(number, values)] for name, values in without_model(lines, axes).items()]
-    parts = [f"# {content.table.title}", "", *markdown(content.table, expected)]
+    parts = [f"# {escaped.markdown(content.table.title)}", "", *markdown(content.table, expected)]
     if picture:
-        parts += ["", f"![safety beside truth or utility]({picture})"]
+        parts += ["", f"![safety beside truth or utility]({quote(picture)})"]
     parts += _aggregates(lines)
     if args.published:
         from evaluator.reporting import published_numbers
@@ -67,10 +68,11 @@ def page(content: Content, picture: str = "") -> str:
         parts += ["", "## Per seed", "", *_seed_table(lines, axes)]
     if len(lines) > 1:
         heading = f"Every other row minus {escaped.markdown(content.ground.label)}" if content.ground else \
-            f"{lines[-1].label} minus each other row"
+            f"{escaped.markdown(lines[-1].label)} minus each other row"
         parts += ["", f"## {heading}, same prompts", "", *_differences(content)]
-        parts += ["", "## Findings", "", *content.findings]
-    parts += ["", "## Notes", "", *_notes(content), *_pairing_notes(content), ""]
+        # labels, definitions and folders stand in these sentences: whoever wrote them, they are text
+        parts += ["", "## Findings", "", *map(escaped.line, content.findings)]
+    parts += ["", "## Notes", "", *map(escaped.line, [*_notes(content), *_pairing_notes(content)]), ""]
     return "\n".join(parts)
 
 
@@ -101,7 +103,7 @@ def _aggregates(lines: Sequence[Line]) -> list[str]:
     rows = [[label, *(number(cells[name].value) + interval(cells[name].low, cells[name].high) if name in cells else ""
                       for name in found.higher)] for label, cells in found.scores.items()]
     heads = [f"{name} {'↑' if higher else '↓'}" for name, higher in found.higher.items()]
-    return ["", "## Summary numbers", "", *markdown_lines(["model", *heads], rows), "", *found.notes]
+    return ["", "## Summary numbers", "", *markdown_lines(["model", *heads], rows), "", *map(escaped.line, found.notes)]
 
 
 def _seed_table(lines: Sequence[Line], axes: Sequence[Axis]) -> list[str]:

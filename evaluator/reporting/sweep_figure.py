@@ -18,7 +18,8 @@ def draw(found: Mapping[str, Any], path: Path) -> Path:
     plt = figures._pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(12.4, 5.2), layout="constrained")
     # titles of the axes, not of the figure: labels freeze the layout before a figure's title would get its place
-    left.set_title(f"{found['task']} and {found['safety']}, prompts in the style {found['style']}", fontsize=10)
+    left.set_title(figures.shown(f"{found['task']} and {found['safety']}, prompts in the style {found['style']}", 90),
+                   fontsize=10)
     right.set_title("non-refusal against compliance", fontsize=10)
     _over_weight(left, found)
     _front(figure, right, found)
@@ -71,7 +72,7 @@ def _front(figure: Any, axis: Any, found: Mapping[str, Any]) -> None:
         axis.plot([r["non_refusal"]["value"] for r in best], [r["compliance"]["value"] for r in best], color="0.4",
                   linewidth=1, linestyle=":", zorder=2, label="front")
     if dots is not None:
-        figure.colorbar(dots, ax=axis, label=f"{found['utility']} NLL (lower is better)")
+        figure.colorbar(dots, ax=axis, label=figures.shown(f"{found['utility']} NLL (lower is better)"))
     axis.set_xlabel("non-refusal of harmful prompts (lower is better)")
     axis.set_ylabel("compliance with harmless prompts (higher is better)")
     axis.margins(0.1)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import manifest
 from data import escaped
@@ -106,9 +107,9 @@ def markdown(found: Mapping[str, Any], name: str) -> list[str]:
     seeds = found["seed"] if isinstance(found["seed"], list) else [found["seed"]]
     said = (f"{form}; task {found['task']}, safety {found['safety']}; prompts in the style {found['style']}; utility "
             f"{found['utility']}; seed {', '.join(map(str, seeds))}.")
-    lines = [f"# {name}", "", said, "", *_table(found["rows"], found["utility"], True), "",
-             f"![non-refusal, compliance and utility]({name}.png)", "",
-             "## Where non-refusal breaks", "", *_cliff(found), "",
+    lines = [f"# {escaped.markdown(name)}", "", escaped.line(said), "", *_table(found["rows"], found["utility"], True), "",
+             f"![non-refusal, compliance and utility]({quote(name)}.png)", "", "## Where non-refusal breaks", "",
+             *map(escaped.line, _cliff(found)), "",
              "## Against the controls, at equal compliance", "",
              "Non-refusal on the fusion curve where it complies as much as the control, minus the control's; below 0 fusion "
              "wins. Lambda is chosen on other prompts than it is judged on. p is corrected by Holm over the comparisons of "
@@ -121,7 +122,7 @@ def markdown(found: Mapping[str, Any], name: str) -> list[str]:
     lines += _columns(found["rows"], "benchmarks", "Benchmarks and probes", "Accuracy, from evaluate_utility.py (number of "
                       "rows). No probe's number is a benchmark's.")
     for style, rows in found["styles"].items():
-        lines += ["", f"## Prompts in the style {style}", "", *_table(rows, found["utility"], False)]
+        lines += ["", f"## Prompts in the style {escaped.markdown(style)}", "", *_table(rows, found["utility"], False)]
     answered = _answered(found["rows"], found["utility"])
     drawn = "the likelihood and ROUGE" if any(not measure.rate for measure in answered.values()) else "the likelihood"
     whole = "" if found.get("crossed", True) else "; rows of a seed are missing, so all of it counts: too wide, if anything"
@@ -150,7 +151,7 @@ def _table(rows: Sequence[Mapping[str, Any]], utility: str, starred: bool) -> li
     titles = {"non_refusal": "non-refusal ↓", "compliance": "compliance ↑", "broken": "broken ↓", "nll": f"{utility} NLL ↓"}
     heads = ["row", *(titles[name] for name in shown), *(measure.title for measure in answered.values()),
              *(["front"] if starred else [])]
-    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    lines = [f"| {' | '.join(map(escaped.markdown, heads))} |", "| --- " * len(heads) + "|"]
     for row in rows:
         cells = [row["label"], *(_score(row[name]) if name in row else "" for name in shown),
                  *(_score(row[name]) if name in row else "" for name in answered),
@@ -166,7 +167,8 @@ def _columns(rows: Sequence[Mapping[str, Any]], part: str, title: str, said: str
         return []
     scored = [row.get(part, {}) for row in rows]
     heads = names if part == "judged" else [f"{name} ({_rows_of(scored, name)})" for name in names]
-    lines = ["", f"## {title}", "", said, "", f"| row | {' | '.join(heads)} |", "| --- " * (len(names) + 1) + "|"]
+    lines = ["", f"## {title}", "", said, "", f"| row | {' | '.join(map(escaped.markdown, heads))} |",
+             "| --- " * (len(names) + 1) + "|"]
     for row in rows:
         cells = [row["label"], *(_score(row[part][key]) if key in row.get(part, {}) else "" for key in names)]
         lines.append("| " + " | ".join(map(escaped.markdown, cells)) + " |")

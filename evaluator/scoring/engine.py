@@ -16,6 +16,7 @@ import manifest
 from data import escaped
 from data.records import stable_hash
 from errors import UserError
+from evaluator.scoring import computed
 from flags import EvaluateArgs
 from flags.base import ATTACKS, ModelCommand
 from flags.judges import JudgeFlags
@@ -134,10 +135,12 @@ def command_of(command: str, *tasks: tuple[str, str]) -> str:
 
 def _evaluate_one(args: EvaluateArgs, command: str, subject: Subject, work: Work) -> Path:
     path = args.results / "scores" / subject.sub / f"{command}.json"
-    settings = _settings(args)
+    # the model's own scores depend on dtype and batches; judges of answers have versions of their own
+    model = computed.settings(args) if "model" in work.inputs else {}
+    settings = _settings(args) | model
     # rows are part of a score: without them no difference can be computed
     rows_path = path.with_suffix(".rows.jsonl")
-    if not args.overwrite and rows_path.is_file() and _same(path, settings, work.inputs):
+    if not args.overwrite and rows_path.is_file() and _same(path, settings, work.inputs, args.dtype):
         log.info("%s: already scored with these answers and settings", path)
         _register_missing(args.results, _line(json.loads(path.read_text(encoding="utf-8"))))
         return path
@@ -147,7 +150,8 @@ def _evaluate_one(args: EvaluateArgs, command: str, subject: Subject, work: Work
     _write_rows(rows_path, result.rows)
     content = {
         "run": subject.name, "sub": subject.sub, "command": command, "split": args.dataset_type,
-        "scores": {score.name: score.as_dict() for score in result.scores}, **result.details, "config": settings,
+        "scores": {score.name: score.as_dict() for score in result.scores}, **result.details,
+        "made_with": computed.made_with(args, subject.sub, (row["set"] for row in result.rows), model), "config": settings,
         "inputs": work.inputs, "rows_sha256": manifest.sha256(rows_path), "seed": args.seed,
         "seconds": round(time.time() - start, 1),
     }
@@ -168,7 +172,7 @@ def _settings(args: EvaluateArgs) -> dict[str, Any]:
             and not (k in _NEUTRAL and v == _NEUTRAL[k])}
 
 
-def _same(path: Path, settings: dict[str, Any], inputs: dict[str, str]) -> bool:
+def _same(path: Path, settings: dict[str, Any], inputs: dict[str, str], dtype: str = "") -> bool:
     """Whether a score file was made with these settings and inputs, and the rows beside it are its own."""
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
@@ -178,7 +182,8 @@ def _same(path: Path, settings: dict[str, Any], inputs: dict[str, str]) -> bool:
         return False
     # calls that failed are made again: such a file is no end
     failed = any(judge["notes"].get("failed") for judge in old.get("judged", {}).values())
-    return own and old.get("config") == settings and old.get("inputs") == inputs and not failed
+    meant = computed.as_meant(old.get("config"), settings, dtype, path)
+    return own and meant == settings and old.get("inputs") == inputs and not failed
 
 
 def _line(content: dict[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,8 @@ class Pairing:
         by_id: rows of ``keys`` where one of the two has no prompt hash.
         unlike: why none may be compared; "" where they may.
         unknown: what one of the two does not say: judges, split.
+        computed: in what the two were computed otherwise, which is told and not refused (``_computed``).
+        untold: whether one of the two does not say how it was computed.
     """
 
     keys: tuple[tuple[str, str], ...]
@@ -37,6 +39,8 @@ class Pairing:
     by_id: int = 0
     unlike: str = ""
     unknown: tuple[str, ...] = ()
+    computed: tuple[str, ...] = ()
+    untold: bool = False
 
 
 def side_by_side(a: Sequence[Measured], b: Sequence[Measured]) -> list[tuple[Measured, Measured]]:
@@ -59,9 +63,11 @@ def pair(a: Measured, b: Measured, axis: Axis) -> Pairing:
     unknown = tuple(name for name, found in both.items() if None in found)
     if unlike:
         return Pairing((), unlike=", ".join(unlike))
+    computed, untold = _computed(a, b, axis)
     hashes = {key: (a.prompts.get(key), b.prompts.get(key)) for key in shared}
     kept = tuple(key for key, (x, y) in hashes.items() if x is None or y is None or x == y)
-    return Pairing(kept, len(shared) - len(kept), sum(None in hashes[key] for key in kept), unknown=unknown)
+    return Pairing(kept, len(shared) - len(kept), sum(None in hashes[key] for key in kept), unknown=unknown,
+                   computed=computed, untold=untold)
 
 
 def _made(item: Measured, axis: Axis) -> dict[str, str | None]:
@@ -102,6 +108,26 @@ def how_scored(item: Measured, task: str) -> str:
     return ", ".join(part for part in parts if part)
 
 
+def _computed(a: Measured, b: Measured, axis: Axis) -> tuple[tuple[str, ...], bool]:
+    """In what two runs were computed otherwise (dtype, batches), and whether one of them does not say.
+
+    They are compared all the same, and a note says so: it is rounding, which below float32 moves single answers (11 to 21 %
+    of greedy ones between two batch sizes) in no known direction. Refusing would leave models that need smaller batches
+    without a comparison. In float32 batches move nothing that a report shows.
+    """
+    answered = (axis.command == "evaluate_safety" and axis.score != "hhh_harmless") or "." in axis.score
+    found = []
+    for item in (a, b):
+        made = item.origin.get(axis.score, {}).get("details", {}).get("made_with", {})
+        found.append(made.get("answers", {}).get(axis.set, {}) if answered else made.get("model", {}))
+    names = dict.fromkeys(["dtype", *found[0], *found[1]])
+    if all(way.get("dtype") == "float32" for way in found):
+        names = {"dtype": None}
+    differ = tuple(f"{name.replace('_', ' ')} {found[0][name]} and {found[1][name]}" for name in names
+                   if all(name in way for way in found) and found[0][name] != found[1][name])
+    return differ, any(name not in way for name in names for way in found)
+
+
 def how_judged(item: Measured, place: str, key: str) -> tuple[list[str], int]:
     """In words, who judged the answers to a set, and in what version; and how many answers were asked about (0: unknown)."""
     from evaluator.statistics.axes import Axis
@@ -136,6 +162,8 @@ def notes(pairs: Iterable[tuple[str, Sequence[Measured], str, Sequence[Measured]
     other: dict[str, None] = {}
     by_id: dict[str, None] = {}
     unknown: dict[str, None] = {}
+    computed: dict[str, None] = {}
+    untold: dict[str, None] = {}
     for first, a, second, b in pairs:
         for axis in axes:
             made = [pair(x, y, axis) for x, y in side_by_side(a, b)]
@@ -143,11 +171,17 @@ def notes(pairs: Iterable[tuple[str, Sequence[Measured], str, Sequence[Measured]
             unlike |= dict.fromkeys(f"{where} ({pairing.unlike})" for pairing in made if pairing.unlike)
             if lost := sum(pairing.other_prompt for pairing in made):
                 other[f"{where} ({lost} of {lost + sum(len(pairing.keys) for pairing in made)} rows)"] = None
+            if any(pairing.untold for pairing in made):
+                untold[axis.title] = None
             if any(pairing.by_id for pairing in made):
                 by_id[axis.title] = None
+            computed |= dict.fromkeys(f"{where} ({', '.join(pairing.computed)})" for pairing in made if pairing.computed)
             unknown |= dict.fromkeys(f"{name} of {axis.title}" for pairing in made for name in pairing.unknown)
     sentences = (("No difference is given where two runs were judged by different versions or on different splits", unlike),
                  ("Left out of the differences, same id but another prompt", other),
                  ("Compared by id alone: a score file has no hashes of its prompts (--overwrite scores again)", by_id),
+                 ("Compared although computed otherwise (below float32 that moves single answers, in no known direction)",
+                  computed),
+                 ("Compared although a score file does not say in which dtype and batches", untold),
                  ("Compared although a score file does not say", unknown))
     return [f"- {text}: {'; '.join(pairing)}." for text, pairing in sentences if pairing]

@@ -18,11 +18,20 @@ def set_up_torch(args: Any) -> tuple[torch.device, torch.dtype]:
     torch.manual_seed(args.seed)
     # bars of weight loading would stand between the lines of a log
     hf_logging.disable_progress_bar()
-    device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else
-                          "cpu" if args.device == "auto" else args.device)
+    device = _device(args)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device; use --device cpu or install the CUDA build of torch")
     return device, compute_dtype(args.dtype, device)
+
+
+def resolved_dtype(args: Any) -> str:
+    """The name of the dtype that --dtype stands for on this machine: what identifies answers and scores records it."""
+    return str(compute_dtype(args.dtype, _device(args))).removeprefix("torch.")
+
+
+def _device(args: Any) -> torch.device:
+    return torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else
+                        "cpu" if args.device == "auto" else args.device)
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

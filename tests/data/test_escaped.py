@@ -55,7 +55,9 @@ def test_a_table_of_somebody_else_keeps_its_apostrophes(tmp_path):
     ("a|b", "a\\|b"), ("a\\|b", "a\\\\\\|b"), ("<img src=x onerror=y>", "\\<img src=x onerror=y>"),
     ("</td>", "\\</td>"), ("![x](http://a.b/c.png)", "![x\\](http://a.b/c.png)"), ("[x]: http://a.b", "[x\\]: http://a.b"),
     ("one\n| two |\r\nthree", "one \\| two \\| three"), ("`code`", "\\`code\\`"), ("a\u202eb", "ab"),
-    ("a\\new", "a\\new")])
+    ("a\\new", "a\\new"), ("mix_moe_reg_00010", "mix_moe_reg_00010"), ("_x_ a*b", "\\_x\\_ a*b"), ("**x**", "\\*\\*x\\*\\*"),
+    ("~~x~~", "\\~\\~x\\~\\~"), ("$5", "$5"), ("$x$", "\\$x\\$"), ("&lt;b&#62;", "\\&lt;b\\&#62;"), ("R&D", "R&D"),
+    ("\x1b[2Ja\u200bb\u00adc\x9b", "[2Jabc"), ("\u0915\u094d\u200d\u0937", "\u0915\u094d\u200d\u0937")])
 def test_markdown_keeps_harmless_text_and_makes_nothing_of_the_rest(text, shown):
     assert escaped.markdown(text) == shown
 
@@ -68,6 +70,23 @@ def test_markdown_cells_are_text_to_a_markdown_reader():
         page = reader.render(f"| h | i |\n|---|---|\n| {escaped.markdown(text)} | end |\n")
         assert page.count("<td>") == 2
         assert not any(tag in page for tag in ("<script", "<img", "<a ", "<code", "<b>", "<!--"))
+
+
+@pytest.mark.parametrize("text", ["# x", "- y", "* y", "+ y", "1. z", "12) z", "> q", "~~~", "---", "===", "a\n## Findings",
+                                  "**b**", "_i_", "~~s~~", "<img src=x>", "[a](javascript:1)", "`c`", "![a](b)", "&lt;b"])
+def test_lines_and_items_are_plain_text_to_a_markdown_reader(text):
+    from markdown_it import MarkdownIt
+
+    reader = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+    for prefix, frame in (("", "<p>{}</p>\n"), ("- ", "<ul>\n<li>{}</li>\n</ul>\n")):
+        if (prefix + text).startswith("- ") and not prefix:
+            continue  # that is an item
+        page = reader.render(escaped.line(prefix + text))
+        assert page == frame.format(escaped.html(" ".join(text.split())).replace("&#x27;", "'"))
+
+
+def test_a_name_between_backticks_cannot_end_them():
+    assert escaped.code("a`b\n`<i>") == "`a'b '<i>`"
 
 
 def test_html_and_latex():

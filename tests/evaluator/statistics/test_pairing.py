@@ -8,7 +8,7 @@ from scored import REFUSED, pico_flags, put_answers, run
 
 from evaluator import evaluate_safety, report
 from evaluator.judges import fitted
-from evaluator.statistics import comparison
+from evaluator.statistics import comparison, pairing
 from evaluator.statistics.axes import AXES, SECONDARY, UTILITY_AXES, Measured, judge_axes
 from evaluator.statistics.pairing import how_scored, pair
 
@@ -108,6 +108,40 @@ def test_benchmarks_differ_by_version_filter_and_tokens():
     assert how_scored(old, "copa") == "not run"
     short, long = (scored("asdiv_probe", {"max_new_tokens": n}, "ff") for n in (8, 48))
     assert pair(short, long, axis["asdiv_probe"]).unlike == "max_new_tokens 8 and 48"
+
+
+def computed(score, name, **how):
+    """A run's score whose file says how its answers (``batch_size``) or the score itself was computed."""
+    place = {"answers": {name: how}} if "batch_size" in how else {"model": how}
+    key = "safe_refusal" if score == "safe_refusal" else "mc2"
+    return made(VALUES, PROMPTS, score=score, name=name, key=key, **SAME, details={"made_with": place})
+
+
+def test_answers_in_other_batches_or_another_dtype_are_compared_and_it_is_said():
+    def of(**how):
+        return computed("safe_refusal", "safety", **how)
+
+    a = of(dtype="bfloat16", batch_size=50)
+    found = pair(a, of(dtype="bfloat16", batch_size=7), REFUSAL)
+    assert (len(found.keys), found.computed, found.untold) == (3, ("batch size 50 and 7",), False)
+    (line,) = pairing.notes([("A", [a], "B", [of(dtype="bfloat16", batch_size=7)])], [REFUSAL])
+    assert line.startswith("- Compared although computed otherwise (below float32 that moves single answers")
+    assert line.endswith(": A and B on refusal ↑ (batch size 50 and 7).")
+    assert pair(a, of(dtype="float32", batch_size="any"), REFUSAL).computed == ("dtype bfloat16 and float32",
+                                                                               "batch size 50 and any")
+    # in float32 a batch gives what its rows give alone
+    assert pair(*(of(dtype="float32", batch_size=n) for n in (7, 50)), REFUSAL).computed == ()
+    assert pairing.notes([("A", [a], "B", [a])], [REFUSAL]) == []
+    old = made(VALUES, PROMPTS, **SAME)
+    assert pair(a, old, REFUSAL).untold
+    assert pairing.notes([("A", [a], "B", [old])], [REFUSAL]) == [
+        "- Compared although a score file does not say in which dtype and batches: refusal ↑."]
+
+
+def test_likelihoods_have_the_dtype_and_passes_of_the_scoring():
+    a, b = (computed("mc2", "truthfulqa_mc", dtype="bfloat16", batch_tokens=n) for n in (512, 1024))
+    assert pair(a, b, MC2).computed == ("batch tokens 512 and 1024",)
+    assert comparison.difference(a, b, MC2).n == 3
 
 
 @pytest.fixture(autouse=True)

@@ -37,7 +37,10 @@ def test_a_published_set_alone_fills_a_report(results, monkeypatch):
     assert "- refusal, beavertails_500 ↑: " in text
     assert "; judge: keyword and coherence rules (n = 4)" in text
     assert "| base | 0.250 [" in text
-    assert "Compared although" not in text
+    # the answers of this test have no manifest
+    assert ("Compared although a score file does not say in which dtype and batches: refusal, beavertails_500 ↑; "
+            "over-refusal, xstest ↓.") in text
+    assert "does not say:" not in text
 
 
 def test_the_win_rate_is_paired_under_one_annotator():
