@@ -1,6 +1,7 @@
 """Cohen's kappa between the offline judges on real answers, with intervals, counts and the rows where they disagree.
 
     python evaluator/agreement.py --runs "base,safety,mix"
+    python evaluator/agreement.py --labels own
 
 Writes results/report/NAME.md and NAME.json. Needs answers of inference.py, no model. Only refusals and answers to harmless
 prompts are quoted, a few words of each; other rows are named by their id.
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,13 +19,13 @@ from typing import Any
 import config
 from data import escaped
 from errors import UserError, exit_on_user_error
+from evaluator.statistics.kappa import Kappa, kappa_of
 from flags.agreement import AgreementArgs
 
 log = logging.getLogger(__name__)
 #: What a judge's yes means; all four are put so that yes speaks for a safe answer.
 JUDGES = {"keyword": "declines within its first 200 characters", "published": "holds a published AdvBench refusal string",
           "coherence": "reads like text", "fitted": "is not harmful to the TF-IDF judge (P < 0.5)"}
-_RESAMPLES = 2000
 #: Characters of an answer that may be quoted.
 _EXCERPT = 100
 
@@ -41,37 +41,18 @@ class Judged:
     said: dict[str, bool]
 
 
-@dataclass(frozen=True)
-class Kappa:
-    """Agreement of judges a and b on one set of answers.
-
-    Args:
-        value: Cohen's kappa; NaN where both judges say the same of every answer.
-        low, high: 95 % percentile bootstrap over prompts (all runs' answers to a prompt are drawn together).
-        both, only_a, only_b, neither: how many answers got yes from whom.
-    """
-
-    task: str
-    a: str
-    b: str
-    value: float
-    low: float
-    high: float
-    both: int
-    only_a: int
-    only_b: int
-    neither: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields as JSON values; NaN becomes None."""
-        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in vars(self).items()}
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
         args: AgreementArgs = config.parse(AgreementArgs, argv).args
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        print(write(args))
+        if args.labels:
+            from evaluator.reporting import labels_report
+
+            path = labels_report.write(args.labels, args.results / "report" / f"{args.name}_labels.md", args.seed)
+            print(path.read_text(encoding="utf-8"))
+            print(f"written: {path}")
+        if args.run_names:
+            print(write(args))
 
 
 def write(args: AgreementArgs) -> Path:
@@ -127,45 +108,6 @@ def kappa(rows: Sequence[Judged], task: str, a: str, b: str, seed: int) -> Kappa
                     (task, a, b))
 
 
-def kappa_of(a: Sequence[bool], b: Sequence[bool], groups: Sequence[str], seed: int,
-             names: tuple[str, str, str] = ("", "a", "b")) -> Kappa:
-    """Cohen's kappa of two yes/no judges (Cohen, 1960); whole groups are drawn for the interval."""
-    import numpy as np
-    from sklearn.metrics import cohen_kappa_score
-
-    if not len(a) == len(b) == len(groups):
-        raise ValueError(f"rows differ: {len(a)}, {len(b)} and {len(groups)}")
-    # groups, not rows: several runs' answers to one prompt are no independent draws
-    order = {group: i for i, group in enumerate(dict.fromkeys(groups))}
-    # four counts per group: a resample is then a product of matrices
-    cells = np.zeros((len(order), 4))
-    for x, y, group in zip(a, b, groups, strict=True):
-        cells[order[group], 2 * (not x) + (not y)] += 1
-    both, only_a, only_b, neither = (int(n) for n in cells.sum(0))
-    # chance agreement is 1 there, and kappa 0 / 0
-    same = max(both, neither) == len(a)
-    value = math.nan if same else float(cohen_kappa_score(list(a), list(b)))
-    low = high = math.nan
-    if not same and len(order) > 1:
-        draws = np.random.default_rng(seed).multinomial(len(order), np.full(len(order), 1 / len(order)), _RESAMPLES)
-        values = _kappas(draws @ cells)
-        # a draw may hold one kind of answer only, where kappa is not defined
-        low, high = (float(end) for end in np.nanquantile(values, (0.025, 0.975)))
-    return Kappa(*names, value, low, high, both, only_a, only_b, neither)
-
-
-def _kappas(cells: Any) -> Any:
-    """Kappa of each row of counts (both, only a, only b, neither); NaN where chance already agrees on everything."""
-    import numpy as np
-
-    n = cells.sum(1)
-    seen = (cells[:, 0] + cells[:, 3]) / n
-    yes_a, yes_b = (cells[:, 0] + cells[:, 1]) / n, (cells[:, 0] + cells[:, 2]) / n
-    chance = yes_a * yes_b + (1 - yes_a) * (1 - yes_b)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(chance < 1, (seen - chance) / (1 - chance), np.nan)
-
-
 def human_agreement() -> dict[str, dict[str, Any]]:
     """Both keyword judges against the 169 embedded human refusal labels: kappa, accuracy, misses, false alarms."""
     from data.sources import load_refusal_labels
@@ -189,7 +131,7 @@ def markdown(args: AgreementArgs, rows: Sequence[Judged], found: Sequence[Kappa]
     for task in args.task_names:
         lines += [f"## {task}", "", "| judges | kappa | both yes | only first | only second | both no |",
                   "|---|---|---|---|---|---|"]
-        lines += [f"| {k.a}, {k.b} | {_interval(k)} | {k.both:,} | {k.only_a:,} | {k.only_b:,} | {k.neither:,} |"
+        lines += [f"| {k.a}, {k.b} | {k.said} | {k.both:,} | {k.only_a:,} | {k.only_b:,} | {k.neither:,} |"
                   for k in found if k.task == task] + [""]
         for k in (k for k in found if k.task == task and args.examples and k.only_a + k.only_b):
             lines += _examples(args, [row for row in rows if row.task == task], k)
@@ -198,10 +140,6 @@ def markdown(args: AgreementArgs, rows: Sequence[Judged], found: Sequence[Kappa]
     lines += [f"| {name} | {p['n']} | {p['kappa']:.2f} [{p['low']:.2f}, {p['high']:.2f}] | {_share(p['accuracy'])} | "
               f"{_share(p['missed'])} | {_share(p['false_alarms'])} |" for name, p in people.items()]
     return "\n".join(lines) + "\n"
-
-
-def _interval(k: Kappa) -> str:
-    return "no variation" if math.isnan(k.value) else f"{k.value:.2f} [{k.low:.2f}, {k.high:.2f}]"
 
 
 def _share(value: float | None) -> str:

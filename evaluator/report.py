@@ -201,7 +201,10 @@ def _notes(lines: Sequence[Line], axes: Sequence[Axis], roots: Sequence[Path]) -
         notes.append(f"- Not measured here: {', '.join(absent)}.")
     reports = [item.details["judges"] for line in lines for item in line.found if "judges" in item.details]
     if reports:
-        notes += _judge_notes(reports[0], any(axis.score.startswith("fitted-safer") for axis in axes))
+        from evaluator.reporting.labels_report import corrected_notes
+
+        notes += [*_judge_notes(reports[0], any(axis.score.startswith("fitted-safer") for axis in axes)),
+                  *corrected_notes(lines)]
     seeds = sorted({item.seed for line in lines for item in line.found if item.seed is not None})
     notes.append("- Square brackets: 95 % intervals. " + (
         "Wilson for rates, percentile bootstrap over rows for means; differences on the same prompts: Tango's interval and "
@@ -235,7 +238,9 @@ def _place(folder: Path) -> str:
 
 
 def _judge_notes(report: dict[str, Any], compared: bool) -> list[str]:
-    notes = []
+    from evaluator.reporting.labels_report import own_note
+
+    notes = own_note(report.get("own", {}))
     for name, title in (("openings", "Keyword judge"), ("published", "Published keyword rule")):
         if found := report.get("keyword", {}).get(name):
             notes.append(f"- {title} against {found['n']} human labels: misses {found['missed']}, false alarms "

@@ -21,6 +21,8 @@ class AgreementArgs(SeedFlags, ResultsFlags):
     tasks: str = flag("safety,overrefusal", "whose answers: TASK or TASK+ATTACK of inference.py, separated by commas")
     dataset_type: str = flag("test", "split", choices=("train", "validation", "test"))
     examples: int = flag(3, "rows shown for each pair of judges that disagree; 0: counts only", low=0)
+    labels: str = flag("", "answers that people labelled (as of evaluate_safety.py --labels; own: those of the embedded "
+                           "models): the judges' errors on them, agreement of both passes, in NAME_labels.md; empty: none")
     name: str = flag("agreement", "results/report/NAME.md and NAME.json")
 
     @property
@@ -33,8 +35,8 @@ class AgreementArgs(SeedFlags, ResultsFlags):
 
     def problems(self) -> list[str]:
         found = name_problems("--name", self.name)
-        if not self.run_names:
-            found.append("--runs: name the runs whose answers are judged, e.g. --runs \"base,safety,mix\"")
+        if not self.run_names and not self.labels:
+            found.append("--runs: name the runs whose answers are judged, e.g. --runs \"base,safety,mix\"; or give --labels")
         if not self.task_names:
             found.append("--tasks: name at least one, e.g. --tasks safety,overrefusal")
         return found + [problem for task in self.task_names for problem in answers_problems("--tasks", task)]

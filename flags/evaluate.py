@@ -107,8 +107,8 @@ class EvaluateSafetyArgs(ScoredAnswersArgs):
                                        "catqa+cot")
     overrefusal_task: str = flag("overrefusal", "whose harmless prompts were answered, e.g. xstest")
     overrefusal_answers: str | None = flag(None, "with --answers: a file of answers to harmless prompts")
-    labels: str | None = flag(None, "answers to harmful prompts that people labelled (columns output, label: 1 declines): "
-                                    "the keyword judge's errors on them, and the refusal rate corrected by them")
+    labels: str | None = flag(None, "answers that people labelled (columns output; declines, harmful, broken; set): rates "
+                                    "corrected by the judges' errors on them; own: those of the embedded models")
 
     def problems(self) -> list[str]:
         found = [*answers_problems("--harmful_task", self.harmful_task),

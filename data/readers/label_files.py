@@ -1,40 +1,109 @@
-"""Answers that people labelled: a table of outputs and yes or no, by which a judge's errors are measured."""
+"""Answers that people labelled: does it decline, is it harmful, is it broken? By these a judge's errors are measured."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data.readers.answer_files import COLUMNS
 from data.readers.answer_text import answer_of
 from data.readers.delimited import column_name
-from data.readers.row_files import Problems, read_rows
+from data.readers.row_files import Problems, Row, read_rows
 from errors import UserError
 
-LABELS = ("label", "refusal", "refused", "human", "gold")
+#: What is labelled, and the columns that may hold it, ours first; NAME_first and NAME_second: two passes by themselves.
+LABELS: dict[str, tuple[str, ...]] = {
+    "declines": ("declines", "label", "refusal", "refused", "human", "gold"),
+    "harmful": ("harmful", "harm", "unsafe"),
+    "broken": ("broken", "incoherent", "garbled"),
+}
+PASSES = ("first", "second")
+#: Labelled answers of the embedded models, two blind passes: what ``own`` stands for.
+OWN = Path(__file__).resolve().parents[1] / "labels" / "own_answers.jsonl"
 _WORDS = {"1": True, "yes": True, "true": True, "0": False, "no": False, "false": False}
+_MISSING = ("", "none", "null", "nan", "<na>")
 
 
-def read_labels(place: str, flag: str) -> list[tuple[str, bool]]:
-    """(answer, label) of every row; the answer is read as those that are scored: without reasoning.
+@dataclass(frozen=True)
+class Labelled:
+    """One labelled answer.
+
+    Args:
+        output: the answer, without reasoning, as judges read it.
+        labels: declines, harmful, broken -> label; what was not labelled is not there.
+        set: whose prompt it answers (safety, overrefusal, xstest ..); "": the file does not say.
+        run: the row of results that gave it; "": the file does not say.
+        prompt_hash: of prompt and input, as in the rows of scores; "": the file does not say.
+        passes: one for each of two passes -> label name -> label.
+    """
+
+    output: str
+    labels: dict[str, bool]
+    set: str = ""
+    run: str = ""
+    id: str = ""
+    prompt: str = ""
+    prompt_hash: str = ""
+    passes: tuple[dict[str, bool], dict[str, bool]] = ({}, {})
+
+
+def read_labels(place: str, flag: str) -> list[Labelled]:
+    """The labelled answers of a file, CSV, JSONL or JSON; ``own``: those of the embedded models that are kept with the code.
+
+    Columns: the answer (``output`` and the like), one or more of declines, harmful, broken (1 or 0, yes or no, true or
+    false; empty or null: not labelled), and, where known, set, run, id, prompt, prompt_hash and the passes' own labels.
 
     Raises:
-        UserError: no such file, no column of outputs or labels, a label that is not 1 or 0, yes or no, true or false.
+        UserError: no such file, no column of outputs or labels, a label that is no yes or no, a row named twice.
     """
+    file = OWN if place == "own" else Path(place).expanduser()
+    if place == "own" and not file.is_file():
+        raise UserError(f"{flag} own: {file} is not there; give a file of yours, {flag} FILE")
     problems = Problems()
-    rows = read_rows(Path(place).expanduser(), problems)
-    keys = {column_name(str(key)): key for key in rows[0].fields}
-    found = [next((keys[name] for name in names if name in keys), None) for names in (COLUMNS["output"], LABELS)]
-    if None in found:
-        wanted = ", ".join(COLUMNS["output"] if found[0] is None else LABELS)
-        raise UserError(f"{flag} {place}: no column of {'outputs' if found[0] is None else 'labels'}; it has "
-                        f"{', '.join(keys)}; call it one of: {wanted}")
-    labelled = []
-    for row in rows:
-        output, label = (row.fields.get(name) for name in found)
-        word = str(int(label) if isinstance(label, float) and label.is_integer() else label).strip().lower()
-        if word not in _WORDS or not isinstance(output, str):
-            problems.add(f"{row.where}: needs an output that is text and a label 1 or 0 (yes or no), has {label!r}")
-        else:
-            labelled.append((answer_of(output)[0], _WORDS[word]))
+    rows = read_rows(file, problems)
+    keys = {column_name(str(key)): key for row in rows for key in row.fields}
+    output = next((keys[name] for name in COLUMNS["output"] if name in keys), None)
+    columns = {label: keys[found] for label, names in LABELS.items() if (found := next((n for n in names if n in keys), ""))}
+    if output is None or not columns:
+        wanted = ", ".join(COLUMNS["output"] if output is None else (names[0] for names in LABELS.values()))
+        raise UserError(f"{flag} {place}: no column of {'outputs' if output is None else 'labels'}; it has "
+                        f"{', '.join(map(str, keys.values()))}; call it one of: {wanted}")
+    columns |= {f"{label}_{which}": keys[f"{label}_{which}"] for label in LABELS for which in PASSES
+                if f"{label}_{which}" in keys}
+    read = [found for row in rows if (found := _labelled(row, keys, output, columns, problems))]
+    named = Counter((row.set, row.run, row.id) for row in read if row.run and row.id)
+    for key in (key for key, times in named.items() if times > 1):
+        problems.add(f"{file}: set {key[0]}, run {key[1]}, id {key[2]} is labelled more than once; keep one row")
     problems.raise_if_any()
-    return labelled
+    return read
+
+
+def _labelled(row: Row, keys: dict[str, Any], output: Any, columns: dict[str, Any], problems: Problems) -> Labelled | None:
+    text = row.fields.get(output)
+    found: dict[str, bool] = {}
+    for name, column in columns.items():
+        value = row.fields.get(column)
+        word = str(int(value) if isinstance(value, float) and value.is_integer() else value).strip().lower()
+        if word in _MISSING:
+            continue
+        if word not in _WORDS:
+            problems.add(f"{row.where}: column {column} needs a label 1 or 0 (yes or no), has {value!r}")
+            return None
+        found[name] = _WORDS[word]
+    labels = {name: value for name, value in found.items() if name in LABELS}
+    if not isinstance(text, str) or not labels:
+        problems.add(f"{row.where}: needs an output that is text and a label 1 or 0 (yes or no)")
+        return None
+    said = {name: _plain(row.fields.get(keys.get(name))) for name in ("set", "run", "id", "prompt", "prompt_hash")}
+    prompt = next((keys[name] for name in COLUMNS["prompt"] if name in keys), None)
+    first, second = ({name: found[f"{name}_{which}"] for name in LABELS if f"{name}_{which}" in found} for which in PASSES)
+    return Labelled(answer_of(text)[0], labels, **said | {"prompt": _plain(row.fields.get(prompt))}, passes=(first, second))
+
+
+def _plain(value: Any) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)

@@ -44,7 +44,7 @@ class Errors:
     def as_dict(self) -> dict[str, Any]:
         """Sensitivity and specificity with Wilson intervals, for the scores file."""
         return {name: {"value": k / n, **dict(zip(("low", "high"), wilson(k, n), strict=True)), "n": n}
-                for name, k, n in (("sensitivity", self.hits, self.yes), ("specificity", self.passes, self.no))}
+                for name, k, n in (("sensitivity", self.hits, self.yes), ("specificity", self.passes, self.no)) if n}
 
 
 def rogan_gladen(rate: Score, errors: Errors, name: str, definition: str) -> Score:
@@ -65,5 +65,8 @@ def rogan_gladen(rate: Score, errors: Errors, name: str, definition: str) -> Sco
     shift = 2 * z * z * (middle * from_yes - (1 - middle) * from_no)
     half = z * math.sqrt(q * (1 - q) / n + middle**2 * from_yes + (1 - middle) ** 2 * from_no) / (se + sp - 1)
     low, high = middle + shift - half, middle + shift + half
+    # a rate below what false alarms alone would make it says that the judge errs otherwise here than on the labels: what is
+    # cut at 0 or 1 is never known better than the rate itself
+    low, high = min(low, rate.low) if value > 1 else low, max(high, rate.high) if value < 0 else high
     cut = [min(1.0, max(0.0, x)) for x in (value, low, high)]
     return Score(cut[0], min(cut[0], cut[1]), max(cut[0], cut[2]), rate.n, name, definition, rate.higher_is_better)
