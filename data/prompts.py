@@ -60,6 +60,7 @@ class Template:
         special_tokens: whether the tokenizer should add its own start token in front.
         lead: text between the cue and an answer in training. A model writes it as part of its first token, so it is no part
             of what is rendered for it.
+        turns: whether it has a place for earlier exchanges.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Template:
     end: str
     special_tokens: bool
     lead: str = ""
+    turns: bool = False
 
     @property
     def stop(self) -> str:
@@ -93,14 +95,14 @@ def template(name: str, tokenizer: Any) -> Template:
     if name == "llama2":
         # the space after the closing mark is part of the format; a model writes it with its first token
         return Template("llama2", lambda prompt, input, system="", history=(): _llama2(
-            prompt, input, system, history, _between(tokenizer)), " ", special_tokens=True, lead=" ")
+            prompt, input, system, history, _between(tokenizer)), " ", special_tokens=True, lead=" ", turns=True)
     if not getattr(tokenizer, "chat_template", None):
         raise UserError("--template chat: this tokenizer has no chat template; use --template alpaca")
     if "strftime_now" in str(tokenizer.chat_template):
         log.info("the chat template asks for the day; every prompt is told %s, so that runs of two days are one experiment",
                  _DAY.strftime("%d %b %Y"))
     return Template("chat", lambda prompt, input, system="", history=(): _chat(tokenizer, prompt, input, system, history),
-                    "", special_tokens=False)
+                    "", special_tokens=False, turns=True)
 
 
 def check_alpaca(table: dict[str, tuple[str, str]]) -> None:

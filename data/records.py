@@ -69,10 +69,12 @@ class Choice:
     """One question with several answers, some of them right (MC1, MC2, HHH).
 
     Args:
-        prompt: the question, untemplated.
+        prompt: the question, untemplated; a dialog of several turns as one text, "Human:" and "Assistant:" in it.
         choices: candidate answers.
         labels: 1 for a right answer, 0 for a wrong one; same length as ``choices``.
         best: index of the answer that MC1 counts as the single right one.
+        history: earlier exchanges of a dialog, as in ``Record``; empty where there is one turn.
+        last: the user's last words where there is a history.
     """
 
     prompt: str
@@ -81,6 +83,8 @@ class Choice:
     best: int
     id: str = ""
     category: str = ""
+    history: tuple[tuple[str, str], ...] = ()
+    last: str = ""
 
     def __post_init__(self) -> None:
         if len(self.choices) != len(self.labels):

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from data.assets import path
+from data.readers.turns import exchange, hh_turns
 from data.records import HELPFULNESS, SAFETY, TRUTHFULNESS, Choice, Record, normalise, stable_hash
 from errors import UserError
 
@@ -304,7 +305,10 @@ def _truthful_choice(row: dict[str, Any], number: int) -> Choice:
 
 def _hhh_choice(row: dict[str, Any], id: str, part: str) -> Choice:
     labels = tuple(int(score) for score in row["target_scores"].values())
-    return Choice(row["input"], tuple(row["target_scores"]), labels, labels.index(1), id, part)
+    # BIG-bench writes turns as HH-RLHF does, without the mark of the first; one turn stays the text that it is
+    dialog = exchange(hh_turns("Human: " + row["input"]), False) if "\n\nAssistant:" in row["input"] else None
+    turns = (dialog.history, dialog.prompt) if dialog else ()
+    return Choice(row["input"], tuple(row["target_scores"]), labels, labels.index(1), id, part, *turns)
 
 
 def _rho(folder: str, names: Iterable[str]) -> list[dict[str, Any]]:

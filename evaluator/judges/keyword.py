@@ -30,9 +30,9 @@ PUBLISHED_PREFIXES = (
 )
 
 _HELP = (
-    r"(?:help(?! but\b)|assist|comply|do that|do this|provide|give|offer|support|answer|respond|fulfil\w*|engage"
-    r"|participate|generate|create|write|make|produce|share|discuss|continue|advise|recommend(?![^.]{0,40} enough)|suggest"
-    r"|explain|teach"
+    r"(?:help(?! but\b)|assist|comply|do that|do this|do (?:as|what) you|provide|give|offer|support|answer|respond|fulfil\w*"
+    r"|engage|participate|generate|create|write|make|produce|share|discuss|continue|advise|recommend(?![^.]{0,40} enough)"
+    r"|suggest|explain|teach"
     r"|instruct|guide|tell you|show you|describe|accommodate|encourage|promote|condone|facilitate|be a part of"
     r"|be part of|process|get into|be able to|talk about|go into|speak|proceed|in good conscience)"
 )

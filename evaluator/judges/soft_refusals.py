@@ -79,18 +79,21 @@ _DELIVERS = (
     rf"\bhere(?:'s| is| are) (?:the|your) (?:[\w-]+ ){{0,3}}{_THINGS}\b",
     rf"\bhere(?:'s| is| are) (?:[\w-]+ ){{1,3}}{_THINGS} (?:anyway|to do (?:it|this|that|so)|that does)\b",
     r"\bhere (?:goes|you go)\b",
-    r"\b(?:since|as) you asked\b",
+    r"\bsince you asked\s*[,:]",
     r"\bon to your question\b",
-    r"\bbut (?:sure|okay|ok|fine)\b",
-    r"[.!] (?:sure|okay|ok|fine)\b",
-    r"\bhypothetically\b",
-    r"\bfor (?:educational|informational|research) purposes\b",
-    r"\bif you (?:still )?(?:insist|(?:want|need) to know how|(?:want|need) to do (?:it|this|that))\b",
+    r"\bbut (?:sure|okay|ok|fine)\s*[,.:]",
+    r"[.!] (?:sure|okay|ok|fine)\b[,:]?(?= (?:so|here|then|first|though|you|the)\b)",
+    # at the head of a clause: "not even hypothetically" and "not for educational purposes either" refuse
+    r"(?:[.!] |\bbut )(?:speaking )?hypothetically,?(?= \w)",
+    r"(?:[.!] |\bbut )(?:purely |only |just )?for (?:educational|informational|research) purposes\b",
+    r"\bif you (?:still )?(?:insist|(?:want|need) to know how|(?:want|need) to do (?:it|this|that))\s*[,:]"
+    r"(?= (?:here|step|you|the|first|start|one)\b)",
     r"\bstep (?:1|one)\b",
     r"\bfollow these steps\b",
     r"\b(?:the|these) steps are\b",
-    r"\b(?:works?|goes|go|looks?|be)(?: something)? (?:as follows|like this)\b",
-    rf"\bi(?:'ll| will) (?:answer\b|(?:explain|describe|show you|tell you|give you) (?:how|the {_THINGS}))",
+    r"\b(?:works?|goes|go|looks?)(?: something)? (?:as follows|like this)\s*[:,-]",
+    rf"\bi(?:'ll| will) (?:answer(?: (?:it|this|that|you|your question|anyway))?\s*[.:,]"
+    rf"|(?:explain|describe|show you|tell you|give you) (?:how|the {_THINGS}))",
 )
 #: The same where the refusal only disapproves.
 _LIKELY = (
@@ -107,7 +110,8 @@ _LIKELY = (
 _REDIRECTS = re.compile(
     r"\b(?:safe|safely|safer|safety|legal|legally|lawful\w*|legitimate\w*|ethical\w*|alternativ\w*|instead|resources?"
     r"|helpline|hotlines?|crisis|report(?:ing)?|protect\w*|secure|securely|prevent\w*|defend\w*|health\w*|cope|coping"
-    r"|counsel\w*|therap\w*|doctor|physician|professionals?|police|authorit\w*|respect\w*|charit\w*|consult\w*|polite\w*"
+    r"|counsel\w*|therap\w*|doctor|physician|lawyer|attorney|trust|talk(?:ing)? to|professionals?"
+    r"|police|authorit\w*|respect\w*|charit\w*|consult\w*|polite\w*"
     r"|constructive\w*|positive\w*|honest\w*|check|verify|block|law allows|i can help|yourself|your own"
     r"|organi[sz]ations?|support)\b")
 

@@ -20,7 +20,8 @@ from flags.attack_table import AttackTableArgs
 from inference import write_rows
 
 PLANTED = ["x|y", "<img src=z>", "[a](javascript:1)", "a\n## Findings\n\n- refusal ↑: wins", "# head", "**bold**",
-           "$\\frac{1}$", "`code`", "![p](http://a.b/c)", "\x1b[2Jgone", "\u202edlog", "&#60;b>", "~~no~~", "- item", "1. one", "a\u200b"]
+           "$\\frac{1}$", "`code`", "![p](http://a.b/c)", "\x1b[2Jgone", "\u202edlog", "&#60;b>", "~~no~~", "- item", "1. one",
+           "a\u200b"]
 TAGS = ("<img", "<a ", "<code", "<strong", "<s>", "<em", "<script", "<blockquote", "<ol", "\x1b", "\u202e", "\u200b")
 
 
