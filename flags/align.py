@@ -14,7 +14,7 @@ from flags.data import DataFlags, FramedFlags, PaddingFlags, RecordFlags
 from flags.lora import LoraFlags, QuantisedBaseFlags
 from flags.mask import AnchorFlags, MaskFlags
 from flags.moe import MoeFlags
-from flags.optimiser import BatchFlags, EpochDecayFlags, OptimiserFlags
+from flags.optimiser import BatchFlags, EpochDecayFlags, OptimiserFlags, trackers_of
 from flags.preferences import DpoFlags
 from flags.soup import FUSED, SoupFlags
 from flags.validation import ValidationFlags
@@ -98,6 +98,9 @@ class AlignArgs(ModelCommand):
         """What identifies a run: every resolved flag and every extra training argument."""
         # whether an interrupted run goes on or starts anew does not make it another run; from where (a path) does
         kept = {k: v for k, v in training.items() if k != "resume_from_checkpoint" or not isinstance(v, bool)}
+        # who is told of the losses does not either
+        if trackers_of(kept):
+            del kept["report_to"]
         return {**asdict(self), "training_arguments": kept}
 
     def problems(self) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, ClassVar
@@ -43,7 +44,19 @@ _LEVELS = ("passive", "debug", "info", "warning", "error", "critical")
 #: What --report_to can name -> the packages of which one is needed.
 _TRACKERS = {"azure_ml": ("azureml",), "clearml": ("clearml",), "codecarbon": ("codecarbon",), "comet_ml": ("comet_ml",),
              "dvclive": ("dvclive",), "mlflow": ("mlflow",), "neptune": ("neptune",), "swanlab": ("swanlab",),
-             "tensorboard": ("tensorboard", "tensorboardX"), "trackio": ("trackio",), "wandb": ("wandb",)}
+             "tensorboard": ("tensorboard",), "trackio": ("trackio",), "wandb": ("wandb",)}
+#: Those that training/tracking/trackers.py opens itself, each an extra of pyproject.toml; the others are transformers' own.
+OWN_TRACKERS = ("tensorboard", "wandb")
+
+
+def trackers_of(training: Mapping[str, Any]) -> tuple[str, ...]:
+    """The trackers that --report_to asks for, each once; all: those that are installed."""
+    asked = training.get("report_to") or []
+    named = asked if isinstance(asked, list | tuple) else str(asked).split(",")
+    words = [str(name).strip() for name in named]
+    if "all" in words:
+        words += [name for name, packages in _TRACKERS.items() if any(find_spec(package) for package in packages)]
+    return tuple(name for name in dict.fromkeys(words) if name not in ("", "none", "all"))
 
 
 @dataclass(frozen=True)
@@ -85,14 +98,23 @@ class OptimiserFlags(BatchFlags):
         if training.get("fsdp") and "RANK" not in os.environ:
             found.append(f"--fsdp {training['fsdp']}: shards over processes, and there is one; start them: torchrun "
                          "--nproc_per_node N align_basemodel.py ..")
-        asked = training.get("report_to") or []
-        for tracker in asked if isinstance(asked, list) else str(asked).split(","):
+        for tracker in trackers_of(training):
             packages = _TRACKERS.get(tracker)
-            if packages and not any(find_spec(package) for package in packages):
-                found.append(f"--report_to {tracker}: {' or '.join(packages)} is not installed; install it, or use none")
-            elif not packages and tracker not in ("none", "all"):
+            if not packages:
                 found.append(f"--report_to {tracker}: not known; allowed: none, {', '.join(_TRACKERS)}")
+            elif not any(find_spec(package) for package in packages):
+                how = f"run pip install -e .[{tracker}]" if tracker in OWN_TRACKERS else "install it"
+                found.append(f"--report_to {tracker}: {' or '.join(packages)} is not installed; {how}, or use none")
+            elif tracker == "wandb" and _wandb_asks():
+                found.append("--report_to wandb: its key comes from the environment only, and WANDB_API_KEY is not set; "
+                             "export it, or export WANDB_MODE=offline")
         return found
+
+
+def _wandb_asks() -> bool:
+    """Whether wandb would have to ask a person for its key."""
+    mode = os.environ.get("WANDB_MODE", "online")
+    return mode not in ("offline", "disabled", "dryrun") and not os.environ.get("WANDB_API_KEY", "").strip()
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,11 @@ import manifest
 from data.collate import pad_rows
 from errors import UserError
 from flags import AlignArgs
+from flags.optimiser import OWN_TRACKERS, trackers_of
 from models.base.placement import compute_dtype
 from training.checkpoints import SafeCheckpoints
 from training.resume import checkpoint_folder, resume_point
+from training.tracking.trackers import tracking
 from training.validation import EarlyStopping, WholeMeans
 
 log = logging.getLogger(__name__)
@@ -208,6 +210,9 @@ def training_arguments(args: AlignArgs, extra: dict[str, Any], kind: type[Traini
         # the last one wins: what the user gave stands over what an objective needs
         **extra,
     }
+    # those of ours are opened for the training itself (fit)
+    others = [name for name in trackers_of(extra) if name not in OWN_TRACKERS]
+    values |= {"report_to": others or "none"} | ({"run_name": args.name} if others and "run_name" not in extra else {})
     # the old name yields to the new one, which some trainers set: what the user asked for must not get lost
     for old in [name for name in values if name.startswith("gradient_checkpointing")]:
         values[old.replace("gradient", "activation")] = values.pop(old)
@@ -311,7 +316,8 @@ def fit(trainer: Any, args: AlignArgs, extra: dict[str, Any]) -> dict[str, Any]:
     start = [resume_point(args, args.settings(extra), extra.get("resume_from_checkpoint"), trainer.checkpoint_files)
              if manifest.is_main() else None]
     broadcast_object_list(start)
-    trainer.train(resume_from_checkpoint=start[0])
+    with tracking(trainer, args, extra):
+        trainer.train(resume_from_checkpoint=start[0])
     steps, state = trainer.state.global_step, trainer.state
     if not steps:
         raise UserError(f"run '{args.name}': no training step was taken; raise --num_train_epochs or --max_steps")

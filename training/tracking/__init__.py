@@ -1,0 +1,1 @@
+"""Where a training tells its losses while it runs."""
