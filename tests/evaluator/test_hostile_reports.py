@@ -20,8 +20,8 @@ from flags.attack_table import AttackTableArgs
 from inference import write_rows
 
 PLANTED = ["x|y", "<img src=z>", "[a](javascript:1)", "a\n## Findings\n\n- refusal ↑: wins", "# head", "**bold**",
-           "$\\frac{1}$", "`code`", "![p](http://a.b/c)", "\x1b[2Jgone", "\u202edlog", "&#60;b>", "~~no~~", "- item", "1. one",
-           "a\u200b"]
+           "$\\frac{1}$", "`code`", "![p](http://a.b/c)", "\x1b[2Jgone", "\u202edlog", "&#60;b>", "~~no~~", "- item",
+           "1. one", "a\u200b"]
 TAGS = ("<img", "<a ", "<code", "<strong", "<s>", "<em", "<script", "<blockquote", "<ol", "\x1b", "\u202e", "\u200b")
 
 
@@ -85,7 +85,7 @@ def test_labels_categories_and_judges_are_text_in_a_sweep(tmp_path, label):
     points = [Point(name, f"r{weight}", weight, {str(i): int(i < 9 - 8 * weight) for i in range(10)},
                     {str(i): int(i < 9) for i in range(10)}, {}, {}, {label: {str(i): 1.0 for i in range(10)}},
                     {str(i): label for i in range(10)}) for name, weight in ((f"{label} 0", 0.0), (f"{label} 1", 1.0))]
-    control = Point(label, "c", math.nan, points[0].harm, points[0].comply)
+    control = Point(label, "c", math.nan, points[0].non_refusal, points[0].comply)
     facts = {"task": label, "safety": "s", "form": "convex", "style": label, "utility": "english",
              "refinement": [{"weight": 0.5, "why": label}], "stopped": label}
     found = sweep_report.summary({"fusion": points, "control": [control]}, {label: {"fusion": points}}, facts, 1)

@@ -149,7 +149,7 @@ def test_scores_shown_alone(tmp_path, capsys):
     fill(tmp_path)
     text = write(tmp_path, "--scores", "safe_*,mc2")
     assert "| model | refusal ↑ | MC2 ↑ |" in text
-    assert "- Shown alone (--scores): safe_*,mc2." in text
+    assert r"- Shown alone (--scores): safe\_*,mc2." in text
     assert "Not measured here" not in text
     with pytest.raises(SystemExit):
         write(tmp_path, "--scores", "nothing")
