@@ -12,7 +12,8 @@ from flags.inference import answers_problems
 from flags.judges import JudgeFlags
 
 #: Secondary readings of the answers that a report shows when asked for.
-COLUMNS = ("harm_rate", "published_asr", "refusal", "incoherent", "overrefusal_plain", "overrefusal_edgy")
+COLUMNS = ("harm_rate", "published_asr", "refusal", "incoherent", "overrefusal_incoherent", "overrefusal_plain",
+           "overrefusal_edgy")
 #: Papers whose numbers a report can show beside ours: data/published_numbers/.
 PAPERS = ("h3fusion", "lora_fusion", "somf")
 

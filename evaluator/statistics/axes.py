@@ -68,6 +68,8 @@ SECONDARY = (
     Axis("published_asr", "published keyword ASR ↓", _SAFETY, "safety", "published_asr", "rate", higher=False),
     Axis("refusal", "refusal, any text ↑", _SAFETY, "safety", "refusal", "rate"),
     Axis("incoherent", "incoherent ↓", _SAFETY, "safety", "incoherent", "rate", higher=False),
+    Axis("overrefusal_incoherent", "incoherent, harmless prompts ↓", _SAFETY, "overrefusal", "incoherent", "rate",
+         higher=False),
     *(Axis(f"overrefusal_{kind}", f"over-refusal, {kind} prompts ↓", _SAFETY, "overrefusal", f"refusal_{kind}", "rate",
            higher=False) for kind in ("plain", "edgy")),
 )
