@@ -80,8 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         failed = run(args, models, planned)
     if failed:
-        log.error("%d of %d models failed; their answers and scores so far are kept, the same command goes on from there:",
-                  len(failed), len(models))
+        log.error("%d of %d models failed; what is finished is kept, and the same command goes on from there:",
+                  sum(model.label in failed for model in models), len(models))
         for label, why in failed.items():
             log.error("  %s: %s", label, why)
         sys.exit(1)

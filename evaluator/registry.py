@@ -14,6 +14,7 @@ import argparse
 import fnmatch
 import logging
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -46,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         if not args.results.is_dir():
             raise UserError(f"--output_dir: {args.results} does not exist")
-        print(carry_out(args, *runs))
+        # a name or a manifest of strangers must not move the cursor of a terminal
+        print(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", carry_out(args, *runs)))
 
 
 def list_runs(args: ListArgs) -> str:

@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         paths, text = write(args)
         # the screen gets the table and what was found; differences and notes are in the file
         print(re.split(r"\n(?=!\[|## )", text, maxsplit=1)[0])
-        print("## Findings" + text.split("## Findings", 1)[-1].split("## Notes", 1)[0])
+        for found in text.split("\n## Findings", 1)[1:]:
+            print("## Findings" + found.split("## Notes", 1)[0])
         for path in paths:
             print(f"written: {path}")
 

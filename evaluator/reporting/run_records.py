@@ -34,7 +34,7 @@ def record(results: Path, run: str) -> dict[str, Any]:
         UserError: nothing is known of such a run.
     """
     folder, lines = results / "outputs" / run, [row for row in manifest.registry(results) if row.get("run") == run]
-    if not lines and not folder.is_dir():
+    if not lines and (not folder.is_dir() or Path(run).name != run):
         raise UserError(f"run '{run}': not in {results}; there: {', '.join(names(results)) or 'none'}")
     made, config = _manifest(folder), _config(folder)
     scores = _scores(lines)

@@ -214,7 +214,8 @@ def test_a_model_without_a_chat_template_is_told_before_it_answers(tmp_path, fol
 def test_a_dry_run_prints_command_lines_and_runs_none(tmp_path, folders, capsys, steps, monkeypatch):
     monkeypatch.chdir(config.ROOT)
     named = f"a b={folders[0]},adapted={folders[2]},far=org/name"
-    results = run(tmp_path, named, "--dry_run", "--judges", "keyword,fitted", "--seed", "7", suite="safety,xstest")
+    results = run(tmp_path, named, "--dry_run", "--judges", "keyword,fitted", "--seed", "7", "--published",
+                  "h3fusion", "--format", "md,csv", suite="safety,xstest")
     assert not steps
     assert not results.exists()
     lines = capsys.readouterr().out.splitlines()
@@ -234,7 +235,7 @@ def test_a_dry_run_prints_command_lines_and_runs_none(tmp_path, folders, capsys,
     tasks = [words[words.index("--task_name") + 1] for _, file, *words in commands if file == "inference.py"]
     # both models of one base together, the other one by itself
     assert tasks == [task for task in ("safety", "overrefusal", "xstest_unsafe", "xstest") for _ in range(2)]
-    assert commands[-1][commands[-1].index("--against") + 1] == "a b"
+    assert (made.against, made.published, made.formats) == ("a b", "h3fusion", ("md", "csv"))
 
 
 def test_a_hub_model_is_linked_to_its_snapshot(tmp_path, folders, monkeypatch):
@@ -265,6 +266,23 @@ def test_a_run_is_answered_on_its_own_base(tmp_path, folders, make_adapter, step
     assert bases == {str(folders[0])}
     assert places(tmp_path / "results") == ["mine"]
     assert {words[words.index("--cross_task") + 1] for words in steps if words[0] == "inference.py"} == {"mine"}
+
+
+def test_how_models_are_named(tmp_path, folders, make_adapter):
+    from evaluator.scoring.named_models import read
+
+    make_adapter(folders[0], tmp_path / "outputs" / "one")
+    named = f"base,one,A={tmp_path / 'outputs' / 'one'},one@0.6_two@0.4,x=org/name,{folders[2]}"
+    found, problems = read(EvaluateModelsArgs(models=named, output_dir=str(tmp_path)), base_given=False)
+    assert [(model.label, model.in_report, model.sub) for model in found][:5] == [
+        ("base", "base", "raw"), ("one", "one", "cross_one"), ("A", "one", "cross_one"),
+        ("one@0.6_two@0.4", "one@0.6_two@0.4", "cross_one@0.6_two@0.4"), ("x", "org--name", "cross_org--name")]
+    assert found[5].label == "adapted"
+    assert found[5].base == str(folders[0]), "as PEFT records it"
+    # the run and its folder are one model
+    assert problems == [f"--models A={tmp_path / 'outputs' / 'one'}: the same model as one=one; name it once"]
+    other, _ = read(EvaluateModelsArgs(models=named, output_dir=str(tmp_path), model_name_or_path="b"), base_given=True)
+    assert {model.base for model in other} == {"b", "org/name"}
 
 
 def test_the_preset_is_that_of_the_models(folders, caplog):

@@ -178,6 +178,14 @@ def test_damaged_lines_are_told_with_their_number_and_left_out(results, capsys, 
     assert len(as_json(results, capsys, "list")) == before
 
 
+def test_a_strangers_name_is_text(results, capsys):
+    manifest.register(results, {"kind": "run", "command": "\x1b[2Jmerge\r<img src=x>", "run": "a|b", "seed": 7})
+    run(results, "list")
+    page = capsys.readouterr().out
+    assert "\x1b" not in page
+    assert "| a\\|b | gone | [2Jmerge \\<img src=x> |" in page
+
+
 def test_a_damaged_manifest_ends_no_list(results, capsys):
     (results / "outputs" / "safety" / "manifest.json").write_text("[")
     found = {row["run"]: row for row in as_json(results, capsys, "list")}
@@ -192,6 +200,7 @@ def test_a_damaged_manifest_ends_no_list(results, capsys):
     (["show"], "show: takes 1 name of runs before the flags, not 0"),
     (["compare", "safety"], "compare: takes 2 names of runs before the flags, not 1"),
     (["show", "nobody"], "run 'nobody': not in"),
+    (["show", "../outputs"], "run '../outputs': not in"),
     (["list", "--filter", "colour=red"], "--filter colour: needs KEY=TEXT, KEY one of run, kind"),
     (["export", "--filter", "run=lost"], "no run that is asked for has a score"),
     (["export", "--format", "xls"], "xls is no format"),

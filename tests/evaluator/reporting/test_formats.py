@@ -175,6 +175,14 @@ def test_only_what_was_asked_for_is_written(tmp_path):
     assert [path.name for path in (tmp_path / "report").iterdir()] == ["t.csv"]
 
 
+def test_one_row_is_shown_once(tmp_path, capsys):
+    fill(tmp_path)
+    report.main(["--runs", "base", "--output_dir", str(tmp_path), "--name", "t"])
+    shown = capsys.readouterr().out
+    assert shown.count("| model |") == 1
+    assert "## Findings" not in shown
+
+
 def test_the_reference_is_found_by_label_or_run():
     lines = [type("Line", (), {"label": "A", "run": "a"}), type("Line", (), {"label": "B", "run": "b"})]
     assert against.reference(lines, "A") is against.reference(lines, "a") is lines[0]
