@@ -13,6 +13,7 @@ from evaluator.statistics import metrics
 from evaluator.statistics.corrected import LEAST_LABELS, Errors, rogan_gladen
 from evaluator.statistics.metrics import Score
 from evaluator.statistics.prediction_powered import prediction_powered
+from flags.judges import KNOWN
 
 if TYPE_CHECKING:
     from evaluator.scoring.judging import Named
@@ -100,13 +101,7 @@ def corrected(rate: Rate, labels: Sequence[Labelled], answers: Sequence[dict[str
 
 def _name(score: str) -> str:
     # JUDGE.SET is a judge's score and JUDGE.SET.PART another one of the same verdicts
-    return f"{score}.corrected" if score.split(".")[0] in _judges() else f"{score}_corrected"
-
-
-def _judges() -> frozenset[str]:
-    from flags.judges import KNOWN
-
-    return frozenset(KNOWN)
+    return f"{score}.corrected" if score.split(".")[0] in KNOWN else f"{score}_corrected"
 
 
 def _definition(name: str, how: str, n: int) -> str:
