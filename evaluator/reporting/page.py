@@ -29,7 +29,7 @@ class Content:
 
     Args:
         ground: the row that every other one is compared with (--against); None: the last row is compared with each other.
-        declared: the comparisons that the findings are made of, corrected together.
+        declared: the comparisons that the findings are made of, corrected together; empty where nobody asks for them.
     """
 
     args: ReportArgs
@@ -76,7 +76,7 @@ def page(content: Content, picture: str = "") -> str:
 
 def conclude(lines: Sequence[Line], axes: Sequence[Axis], args: ReportArgs, ground: Line | None) -> tuple[
         list[str], dict[tuple[str, str], Outcome]]:
-    """The findings in words, and the comparisons that they are made of."""
+    """The findings in words, and, where they are asked for as data, the comparisons that they are made of."""
     from evaluator.reporting.findings import findings, outcomes, roles
     from evaluator.statistics.axes import secondary
 
@@ -88,24 +88,33 @@ def conclude(lines: Sequence[Line], axes: Sequence[Axis], args: ReportArgs, grou
     who = roles(lines, args.base, args.experts, args.control)
     if not who:
         return ["The rows do not hold a base, an expert and a control, so nothing is concluded here."], {}
-    return findings(who, counted), outcomes(who, counted)
+    return findings(who, counted), outcomes(who, counted) if "json" in args.formats else {}
 
 
-def _aggregates(lines: Sequence[Line]) -> list[str]:
-    """The papers' summary numbers of every row that has the scores they are made from; nothing where no row has."""
+def summary(lines: Sequence[Line]) -> tuple[list[str], dict[str, dict[str, Score]], list[str]]:
+    """The papers' summary numbers of every row that has the scores they are made from.
+
+    Returns:
+        Their names, label -> name -> number, and why some rows have none of a kind.
+    """
     from evaluator.statistics.aggregates import FAMILIES, alike, over_seeds
 
     scores = {line.label: over_seeds(line.found) for line in lines}
     # over-refusal is a column of the table already
     names = [n for n in dict.fromkeys(n for cells in scores.values() for n in cells) if n != "overrefusal"]
-    if not names:
-        return []
-    unlike = []
+    unlike: list[str] = []
     for name in FAMILIES:
         kept, why = alike({line.label: line.found for line in lines}, name)
         unlike += why
         scores = {label: cells if label in kept else {n: c for n, c in cells.items() if n != name}
                   for label, cells in scores.items()}
+    return names, scores, unlike
+
+
+def _aggregates(lines: Sequence[Line]) -> list[str]:
+    names, scores, unlike = summary(lines)
+    if not names:
+        return []
     rows = [[label, *(number(c.value) + interval(c.low, c.high) if (c := cells.get(name)) else "" for name in names)]
             for label, cells in scores.items()]
     examples = {name: cells[name] for name in names for cells in reversed(scores.values()) if name in cells}
