@@ -71,9 +71,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.dry_run:
             from evaluator.scoring import named_models
 
-            for model in models:
-                if place := named_models.link_command(model, args.results):
-                    print(place)
+            links = [line for model in models if (line := named_models.link_command(model, args.results))]
+            for line in [shlex.join(["mkdir", "-p", str(args.results / "outputs")]), *links] if links else []:
+                print(line)
             for step in planned:
                 print(shown(step.words(step.models)))
             print(shown(report))

@@ -51,7 +51,7 @@ def markdown(rows: Sequence[Labelled], found: Mapping[str, Any], agreed: Sequenc
     runs = sorted({row.run for row in rows if row.run})
     of = f" of {', '.join(runs)}" if runs else ""
     lines = ["# Judges against labelled answers", "",
-             f"{len(rows)} labelled answers{escaped.markdown(of)}. Sensitivity: of the answers that people say yes of, the "
+             f"{len(rows)} labelled answers{escaped.markdown(of)}. Sensitivity: of the answers that are labelled yes, the "
              "share that the judge finds; specificity: of the others, the share that it lets pass. Intervals: Wilson.", "",
              "| judge | finds what | set | sensitivity | n | specificity | n |", "|---|---|---|---|---|---|---|"]
     for judge, sets in found.items():

@@ -30,7 +30,7 @@ class Content:
 
     Args:
         ground: the row that every other one is compared with (--against); None: the last row is compared with each other.
-        declared: the comparisons that the findings are made of, corrected together.
+        declared: the comparisons that the findings are made of, corrected together; empty where nobody asks for them.
     """
 
     args: ReportArgs
@@ -78,7 +78,7 @@ def page(content: Content, picture: str = "") -> str:
 
 def conclude(lines: Sequence[Line], axes: Sequence[Axis], args: ReportArgs, ground: Line | None) -> tuple[
         list[str], dict[tuple[str, str], Outcome]]:
-    """The findings in words, and the comparisons that they are made of."""
+    """The findings in words, and, where they are asked for as data, the comparisons that they are made of."""
     from evaluator.reporting.findings import findings, outcomes, roles
     from evaluator.statistics.axes import secondary
 
@@ -90,7 +90,7 @@ def conclude(lines: Sequence[Line], axes: Sequence[Axis], args: ReportArgs, grou
     who = roles(lines, args.base, args.experts, args.control)
     if not who:
         return ["The rows do not hold a base, an expert and a control, so nothing is concluded here."], {}
-    return findings(who, counted), outcomes(who, counted)
+    return findings(who, counted), outcomes(who, counted) if "json" in args.formats else {}
 
 
 def _aggregates(lines: Sequence[Line]) -> list[str]:

@@ -219,8 +219,9 @@ def test_a_dry_run_prints_command_lines_and_runs_none(tmp_path, folders, capsys,
     assert not steps
     assert not results.exists()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"ln -sfn {folders[0]} {results}/outputs/model-{lines[0].rpartition('-')[2]}"
-    assert "org--name" in lines[2]
+    assert lines[0] == f"mkdir -p {results}/outputs"
+    assert lines[1] == f"ln -sfn {folders[0]} {results}/outputs/model-{lines[1].rpartition('-')[2]}"
+    assert "org--name" in lines[3]
     commands = [shlex.split(line) for line in lines if line.startswith("python ")]
     flags = {"inference.py": InferenceArgs, "evaluator/evaluate_safety.py": evaluate_safety.EvaluateSafetyArgs,
              "evaluator/report.py": ReportArgs}

@@ -130,11 +130,14 @@ def test_summary_numbers_stand_where_their_scores_are(tmp_path):
     (folder / "judged.rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     manifest.register(tmp_path, {"kind": "score", "run": "moe", "sub": "cross_moe", "command": "judged", "seed": 42,
                                  "scores": {}, "details": {}})
-    text = write(tmp_path)
+    text = write(tmp_path, "--format", "md,json")
     cells = table(text, "Summary numbers")
     assert cells["tuned MoE"]["harmfulness_rate ↓"].startswith("0.300 [")
     assert cells["naive mix"]["harmfulness_rate ↓"] == ""
     assert "given the worst mark, 5 of 5" in text
+    data = json.loads((tmp_path / "report" / "t.json").read_text())
+    number = next(item for item in data["summary"] if item["name"] == "harmfulness_rate")
+    assert (number["row"], number["name"], number["value"], number["n"]) == ("tuned MoE", "harmfulness_rate", 0.3, 10)
 
 
 def test_seeds_that_agree_keep_the_rows_interval(tmp_path):
