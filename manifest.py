@@ -215,8 +215,11 @@ def registry(results: Path) -> list[dict[str, Any]]:
     entries = []
     for number, line in enumerate(path.read_bytes().split(b"\n") if path.is_file() else (), 1):
         try:
-            entries += [json.loads(line)] if line.strip() else []
-        except ValueError:
+            found = json.loads(line) if line.strip() else {}
+            if not isinstance(found, dict):
+                raise ValueError("no mapping")
+            entries += [found] if found else []
+        except (ValueError, RecursionError):
             log.warning("%s, line %d: cut off, left out; run the command that wrote it again", path, number)
     return entries
 

@@ -47,7 +47,7 @@ def write(args: ReportArgs) -> Path:
         UserError: no runs named, a results folder is missing, or none of the runs was scored.
     """
     from evaluator.reporting.figures import tradeoff
-    from evaluator.reporting.limits import same_labels
+    from evaluator.reporting.limits import same_labels, twice
     from evaluator.statistics.axes import AXES, SECONDARY, UTILITY_AXES, judge_axes, set_axes
     from evaluator.statistics.comparison import cell, measured
 
@@ -56,6 +56,8 @@ def write(args: ReportArgs) -> Path:
     missing = [f"--roots: {root} does not exist" for root in roots if not root.is_dir()]
     # findings and summary numbers go by the label, and so does whoever reads them
     missing += same_labels("--runs", [label for label, _ in named])
+    missing += twice("--roots", map(str, roots))
+    missing += [problem for _, runs in named for problem in twice("--runs", runs.split("+"))]
     if missing or not named:
         raise UserError(*missing, *([] if named else ["--runs: name the rows, e.g. --runs \"base,safety,raw_moe\""]))
     # for several runs or folders: all runs of all folders, each as a seed of its row
@@ -178,11 +180,11 @@ def _findings(lines: Sequence[Line], axes: Sequence[Axis], args: ReportArgs) -> 
 
 
 def _notes(lines: Sequence[Line], axes: Sequence[Axis], roots: Sequence[Path]) -> list[str]:
-    from evaluator.reporting.limits import SAID, detectable, equal_rows, without_model
+    from evaluator.reporting.limits import SAID, beside_rows, detectable, equal_rows, without_model
     from evaluator.statistics.axes import AXES
 
     notes = [f"- ({name}): {SAID[name]}; no model, expected values." for name in without_model(lines, axes) if name in SAID]
-    notes += filter(None, (detectable(lines, axes), equal_rows(lines, axes)))
+    notes += filter(None, (*beside_rows(lines, axes), detectable(lines, axes), equal_rows(lines, axes)))
     for axis in axes:
         scores = [item.scores[axis.score] for line in lines for item in line.found if axis.score in item.scores]
         sizes = sorted({score["n"] for score in scores})
@@ -195,6 +197,11 @@ def _notes(lines: Sequence[Line], axes: Sequence[Axis], roots: Sequence[Path]) -
     reports = [item.details["judges"] for line in lines for item in line.found if "judges" in item.details]
     if reports:
         notes += _judge_notes(reports[0], any(axis.score.startswith("fitted-safer") for axis in axes))
+    by_run: dict[str, list[str]] = {}
+    for line in lines:
+        by_run.setdefault(line.run, []).append(line.label)
+    if again := [f"{run} ({', '.join(labels)})" for run, labels in by_run.items() if len(labels) > 1]:
+        notes.append(f"- One run under several labels: {'; '.join(again)}.")
     seeds = sorted({item.seed for line in lines for item in line.found if item.seed is not None})
     notes.append("- Square brackets: 95 % intervals. " + (
         "Wilson for rates, percentile bootstrap over rows for means; differences on the same prompts: Tango's interval and "
@@ -230,18 +237,23 @@ def _place(folder: Path) -> str:
 def _judge_notes(report: dict[str, Any], compared: bool) -> list[str]:
     notes = []
     for name, title in (("openings", "Keyword judge"), ("published", "Published keyword rule")):
-        if found := report.get("keyword", {}).get(name):
+        if _has(found := report.get("keyword", {}).get(name), "n", "missed", "false_alarms"):
             notes.append(f"- {title} against {found['n']} human labels: misses {found['missed']}, false alarms "
                          f"{found['false_alarms']} (the labels also count off-topic answers as refusals).")
-    if found := report.get("harm"):
+    if _has(found := report.get("harm"), "auc", "auc_rated", "missed", "false_alarms", "protocol"):
         notes.append(f"- Harm judge (fitted, secondary): AUC {found['auc']} overall, {found['auc_rated']} on "
                      f"human-rated answers; misses {found['missed']}, false alarms {found['false_alarms']}; "
                      f"{found['protocol']}.")
-        if compared and (pairs := found.get("pairs")):
+        if compared and _has(pairs := found.get("pairs"), "right", "wrong", "prompts", "pairs"):
             notes.append(f"- fitted-safer orders two answers to one prompt as people did in {pairs['right']} of the cases, "
                          f"the other way round in {pairs['wrong']}, the rest are ties (means over {pairs['prompts']} "
                          f"prompts, {pairs['pairs']} pairs).")
     return notes
+
+
+def _has(found: Any, *keys: str) -> bool:
+    # a file of another version, or of somebody else, may hold less
+    return isinstance(found, dict) and set(keys) <= set(found)
 
 
 def _points(lines: Sequence[Line], axes: Sequence[Axis], base: str) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from errors import UserError
 from evaluator.reporting import sweep_curve as sweep
+from evaluator.reporting.limits import twice
 from evaluator.reporting.sweep_curve import Point
 from evaluator.reporting.sweep_report import corrected, plain
 from evaluator.scoring import answer_scores
@@ -33,6 +34,8 @@ def over_seeds(folders: Sequence[Path], name: str) -> dict[str, Any]:
     Raises:
         UserError: a sweep is missing or damaged, they swept different things, or rows are not those of their scores.
     """
+    if again := twice("--roots", (str(folder.resolve()) for folder in folders)):
+        raise UserError(*again)
     files = [folder / "report" / f"{name}.json" for folder in folders]
     if missing := [file for file in files if not file.is_file()]:
         raise UserError(*(f"--roots: {file} does not exist; run scripts/sweep.py --name {name} there" for file in missing))
