@@ -46,8 +46,8 @@ def checked_line(line: Mapping[str, Any], where: str) -> tuple[dict[str, Any], l
         raise UserError(*(f"{where}: {problem}" for problem in problems[:20]),
                         f"{where}: score again with --overwrite, or take the line out of the registry")
     told = [f"{name}: its {key} is {score[key]}, no number" for name, score in scores.items()
-            for key in _ENDS if score[key] is not None and not _number(score[key])]
-    return {**line, "scores": {name: {**score, **{key: score[key] if _number(score[key]) else None for key in _ENDS}}
+            for key in _ENDS if score[key] is not None and not is_number(score[key])]
+    return {**line, "scores": {name: {**score, **{key: score[key] if is_number(score[key]) else None for key in _ENDS}}
                                for name, score in scores.items()}}, told
 
 
@@ -59,11 +59,11 @@ def _details_problems(details: Mapping[str, Any]) -> list[str]:
     problems = []
     if not _mappings(made.get("answers", {})):
         problems.append("details made_with.answers must be a mapping of mappings")
-    if not isinstance(utility, dict) or not all(isinstance(v, dict) or _number(v) for v in utility.values()):
+    if not isinstance(utility, dict) or not all(isinstance(v, dict) or is_number(v) for v in utility.values()):
         problems.append("details utility must be a mapping of mappings and numbers")
     counts = [details.get("sent", 0), *(judged.get("answers", 0) for judged in details.get("judged", {}).values())]
     numbers = [value for values in details.get("baselines", {}).values() for value in values.values()]
-    if not all(map(_number, [*counts, *numbers])):
+    if not all(map(is_number, [*counts, *numbers])):
         problems.append("details sent, judged and baselines must hold numbers")
     if not isinstance(details.get("annotator", ""), str):
         problems.append("details annotator must be text")
@@ -86,7 +86,8 @@ def _score_problems(score: Any) -> list[str]:
     return problems
 
 
-def _number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number of a size that something measured can have."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and abs(value) <= _LARGEST
 
 
@@ -117,7 +118,7 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
         seen[key] += 1
         rows.append(row | {"id": key[1] if seen[key] == 1 else f"{key[1]}#{seen[key]}"})
         broken.update((key[0], name) for name, value in row["values"].items()
-                      if not (isinstance(value, bool) or _number(value)))
+                      if not (isinstance(value, bool) or is_number(value)))
     if problems:
         raise UserError(*problems[:20], "run the evaluator that wrote it again")
     for row in rows:
@@ -134,6 +135,6 @@ def _row_problem(row: Any) -> str:
     if not isinstance(row.get("category") or "", str) or not isinstance(row.get("prompt_hash") or "", str):
         return "category and prompt_hash must be text"
     tokens = row["values"].get("tokens", 1)
-    if "nll" in row["values"] and ("tokens" not in row["values"] or not _number(tokens) or tokens <= 0):
+    if "nll" in row["values"] and ("tokens" not in row["values"] or not is_number(tokens) or tokens <= 0):
         return f"a likelihood over {tokens!r} tokens"
     return ""
