@@ -216,10 +216,13 @@ def register(results: Path, row: dict[str, Any]) -> None:
         file.write((b"\n" if file.read(1) not in (b"", b"\n") else b"") + line.encode())
 
 
-def registry(results: Path) -> list[dict[str, Any]]:
+def registry(results: Path, whole: bool = False) -> list[dict[str, Any]]:
     """Every line of the registry, oldest first; an empty list when there is none yet.
 
     A line that a kill cut off, or that is no line of ours, is left out with a warning.
+
+    Args:
+        whole: leave out scores without run, command or numbers too. Reports do not: an older score would take their place.
     """
     path = results / REGISTRY
     entries = []
@@ -228,7 +231,7 @@ def registry(results: Path) -> list[dict[str, Any]]:
             continue
         try:
             entry = json.loads(line)
-            fault = _fault(entry)
+            fault = _fault(entry, whole)
         except (ValueError, RecursionError):
             fault = "cut off"
         if fault:
@@ -238,17 +241,17 @@ def registry(results: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _fault(entry: Any) -> str:
+def _fault(entry: Any, whole: bool) -> str:
     """What a line of the registry lacks that its readers take for granted; empty: nothing."""
     if not isinstance(entry, dict):
         return "no JSON object"
-    if entry.get("kind") != "score":
+    if entry.get("kind") != "score" or not whole:
         return ""
     scores = entry.get("scores")
-    whole = isinstance(scores, dict) and all(isinstance(score, dict) and {"value", "low", "high", "n"} <= score.keys()
-                                             for score in scores.values())
+    full = isinstance(scores, dict) and all(isinstance(score, dict) and {"value", "low", "high", "n"} <= score.keys()
+                                            for score in scores.values())
     named = all(isinstance(entry.get(name), str) for name in ("run", "sub", "command"))
-    return "" if whole and named else "a score without its run, command or numbers"
+    return "" if full and named else "a score without its run, command or numbers"
 
 
 def public(value: Any, name: str = "") -> Any:

@@ -82,10 +82,11 @@ def table(args: AttackTableArgs) -> list[dict[str, Any]]:
     Raises:
         UserError: a run was not scored under an attack; names the commands that do it.
     """
-    from evaluator.reporting.limits import same_labels
+    from evaluator.reporting.limits import same_labels, twice
     from evaluator.statistics.comparison import measured
 
-    if same := same_labels("--runs", [label for label, _ in args.rows]):
+    if same := same_labels("--runs", [label for label, _ in args.rows]) + [
+            problem for _, runs in args.rows for problem in twice("--runs", runs)]:
         raise UserError(*same)
     by_run = {run: measured(args.results, run) for _, runs in args.rows for run in runs}
     places = {run: "raw" if run in ("", "base", "raw") else f"cross_{run}" for run in by_run}
@@ -114,7 +115,8 @@ def _cells(found: Sequence[Measured], task: str, attack: str) -> dict[str, dict[
     by_prompt: dict[str, list[dict[str, int]]] = {kind: [] for kind in kinds}
     for item in found:
         # an attack may have been put to fewer prompts: rates of other prompts do not compare
-        both = sorted(id for place, id in item.rows if place == f"{task}+{attack}" and (task, id) in item.rows)
+        both = sorted(id for (place, id), values in item.rows.items() if place == f"{task}+{attack}" and KEY in values
+                      and KEY in item.rows.get((task, id), {}))
         if not both:
             raise UserError(f"{item.folder.name}: {task} and {task}+{attack} share no prompt; answer both with one "
                             "--num_samples")

@@ -70,7 +70,7 @@ def gather(args: ReportArgs) -> Content:
         UserError: see ``write``.
     """
     from evaluator.reporting.against import reference
-    from evaluator.reporting.limits import same_labels
+    from evaluator.reporting.limits import same_labels, twice
     from evaluator.reporting.page import Content, conclude
     from evaluator.reporting.table import known_axes, of_lines
     from evaluator.statistics.comparison import measured
@@ -80,6 +80,8 @@ def gather(args: ReportArgs) -> Content:
     missing = [f"--roots: {root} does not exist" for root in roots if not root.is_dir()]
     # findings and summary numbers go by the label, and so does whoever reads them
     missing += same_labels("--runs", [label for label, _ in named])
+    missing += twice("--roots", map(str, roots))
+    missing += [problem for _, runs in named for problem in twice("--runs", runs.split("+"))]
     if missing or not named:
         raise UserError(*missing, *([] if named else ["--runs: name the rows, e.g. --runs \"base,safety,raw_moe\""]))
     # for several runs or folders: all runs of all folders, each as a seed of its row

@@ -21,7 +21,7 @@ from flags.sweep import SweepArgs
 from flags.utility import BENCHMARKS, EvaluateUtilityArgs
 
 if TYPE_CHECKING:
-    from evaluator.reporting.sweep_curve import Point
+    from evaluator.reporting.sweeps.curve import Point
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         args: SweepArgs = parsed.args
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         config.short_waits()
-        from evaluator.reporting import sweep_report, sweep_seeds
+        from evaluator.reporting.sweeps import report as sweep_report
+        from evaluator.reporting.sweeps import seeds as sweep_seeds
 
         report = sweep_seeds.over_seeds(args.folders, args.name) if args.folders else sweep(args, parsed.preset)
         name = f"{args.name}_seeds" if args.folders else args.name
@@ -52,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def sweep(args: SweepArgs, preset: str) -> dict:
     """Score the grid, refine, score the controls; returns the report's content."""
-    from evaluator.reporting import sweep_curve as curve
-    from evaluator.reporting import sweep_report
+    from evaluator.reporting.sweeps import curve
+    from evaluator.reporting.sweeps import report as sweep_report
 
     check(args)
     style, *others = args.styles
@@ -190,7 +191,7 @@ def score(rows: Iterable[Row], style: str, args: SweepArgs, preset: str) -> None
 
 def points(rows: Iterable[Row], style: str, args: SweepArgs) -> list[Point]:
     """What the evaluators wrote for these rows."""
-    from evaluator.reporting.sweep_curve import point
+    from evaluator.reporting.sweeps.curve import point
     from evaluator.statistics.comparison import measured
 
     suffix = "" if style == "none" else f"+{style}"

@@ -64,11 +64,11 @@ def roles(lines: Sequence[Line], base: str, experts: str, control: str) -> Roles
 
 
 def outcomes(who: Roles, axes: Sequence[Axis]) -> dict[tuple[str, str], Outcome]:
-    """(axis title, control label) -> outcome of every comparison that can be made; they are one family for Holm."""
+    """(axis score, control label) -> outcome of every comparison that can be made; they are one family for Holm."""
     from evaluator.statistics.comparison import over_seeds
     from evaluator.statistics.metrics import holm
 
-    found = {(axis.title, line.label): (d, axis.higher) for axis in axes for line in who.controls
+    found = {(axis.score, line.label): (d, axis.higher) for axis in axes for line in who.controls
              if (d := over_seeds(who.subject.found, line.found, axis))}
     corrected = holm([d.p for d, _ in found.values()])
     return {key: Outcome(d, p, higher) for (key, (d, higher)), p in zip(found.items(), corrected, strict=True)}
@@ -83,7 +83,7 @@ def findings(who: Roles, axes: Sequence[Axis]) -> list[str]:
     declared = outcomes(who, axes)
     lines = [_axis(who, axis, declared) for axis in axes]
     for line in who.controls:
-        mine = {title: outcome for (title, label), outcome in declared.items() if label == line.label}
+        mine = {axis.title: declared[axis.score, line.label] for axis in axes if (axis.score, line.label) in declared}
         if mine:
             lines.append(f"- In sum, of {len(mine)} axes, {who.subject.label} against {line.label}: "
                          f"{_sum({title: outcome.verdict for title, outcome in mine.items()})}. Before the correction: "
@@ -91,6 +91,9 @@ def findings(who: Roles, axes: Sequence[Axis]) -> list[str]:
     if declared:
         lines.append(f"- Corrected by Holm over these {len(declared)} comparisons (every axis, every control); p is the "
                      "value before it. No difference shown is no proof that there is none.")
+    # who is a control is a flag's choice: a report must show what was left out by it
+    lines.append(f"- Compared with {', '.join(line.label for line in who.controls)}. Not compared with, as base or experts: "
+                 f"{', '.join(line.label for line in (who.base, *who.experts))}.")
     return lines
 
 
@@ -111,7 +114,7 @@ def _axis(who: Roles, axis: Axis, declared: Mapping[tuple[str, str], Outcome]) -
         role = "cost, base and experts cannot be compared here"
     sentences = []
     for line in who.controls:
-        outcome = declared.get((axis.title, line.label))
+        outcome = declared.get((axis.score, line.label))
         if outcome is None:
             sentences.append(f"not comparable with {line.label}")
             continue

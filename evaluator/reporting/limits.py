@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from data import escaped
+from errors import UserError
 
 if TYPE_CHECKING:
     from evaluator.reporting.findings import Line
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 
 #: Share of the cases in which a difference of that size is found.
 POWER = 0.8
+#: Rows hold six digits, and likelihoods four.
+_EQUAL = 1e-3
 #: What each row without a model is.
 SAID = {"chance": "all answers of a question ranked at random",
         "negation rule": "answers with a negation (no, not, never, n't ...) first, the rest at random; it reads no question"}
@@ -70,6 +74,12 @@ def same_labels(flag: str, labels: Sequence[str]) -> list[str]:
     return problems
 
 
+def twice(flag: str, names: Iterable[str]) -> list[str]:
+    """What is wrong with a list of seeds: a run or folder that is named twice is no seed of its own."""
+    again = [name for name, count in Counter(name.strip() for name in names).items() if count > 1]
+    return [f"{flag}: {name} is named twice among its seeds; name each once" for name in again]
+
+
 def equal_rows(lines: Sequence[Line], axes: Sequence[Axis]) -> str:
     """A sentence on rows of the table that are equal row by row where values have no bounds: their interval has no width."""
     from evaluator.statistics.comparison import over_seeds
@@ -85,3 +95,36 @@ def equal_rows(lines: Sequence[Line], axes: Sequence[Axis]) -> str:
         return ""
     return (f"- Equal to {lines[-1].label} in every row: {listed}. These are one model by what was measured, and the "
             "difference has no width: values without bounds do not say how far a row not seen could be off.")
+
+
+def beside_rows(lines: Sequence[Line], axes: Sequence[Axis]) -> list[str]:
+    """Sentences on scores that their own rows do not give, and on values that rows have no number of.
+
+    Raises:
+        UserError: a score is no value of its kind, e.g. a share above 1.
+    """
+    notes, problems = [], []
+    for line in lines:
+        notes += [f"- {line.label}: {text}." for item in line.found for text in item.unread]
+        for axis in axes:
+            low, high = axis.bounds
+            for item in line.found:
+                value = (item.scores.get(axis.score) or {}).get("value")
+                if value is None:
+                    continue
+                if not low - _EQUAL <= value <= high + _EQUAL:
+                    problems.append(f"{line.label}: {axis.score} is {value:g} in the registry, and lies between {low:g} and "
+                                    f"{high:g} by what it is; run {axis.command}.py again with --overwrite")
+                rows = [values for (name, _), values in item.rows.items() if name == axis.set and axis.key in values]
+                if not rows or axis.kind == "balance":
+                    continue
+                over = sum(values["tokens"] for values in rows) if axis.kind == "ratio" else len(rows)
+                mean = sum(values[axis.key] for values in rows) / over
+                n = item.scores[axis.score]["n"]
+                if abs(mean - value) > _EQUAL * max(1.0, abs(value)) or n != len(rows):
+                    notes.append(f"- Not what the rows say: {axis.title} of {line.label} is {value:.3f} over {n} in the "
+                                 f"registry and {mean:.3f} by its {len(rows)} rows; the table shows the first, the "
+                                 "differences go by the second.")
+    if problems:
+        raise UserError(*problems)
+    return notes

@@ -132,14 +132,14 @@ def _says(difference: Difference, axis: Axis) -> str:
 
 
 def _notes(content: Content) -> list[str]:
-    from evaluator.reporting.limits import SAID, detectable, equal_rows, without_model
+    from evaluator.reporting.limits import SAID, beside_rows, detectable, equal_rows, without_model
     from evaluator.statistics.axes import AXES
 
     lines, axes, roots = content.lines, content.axes, content.roots
     notes = [f"- ({name}): {SAID[name]}; no model, expected values." for name in without_model(lines, axes) if name in SAID]
     # the last of these rows is the one that is in every comparison
     compared = [*(line for line in lines if line is not content.ground), content.ground] if content.ground else lines
-    notes += filter(None, (detectable(compared, axes), equal_rows(compared, axes)))
+    notes += filter(None, (*beside_rows(lines, axes), detectable(compared, axes), equal_rows(compared, axes)))
     for axis in axes:
         scores = [item.scores[axis.score] for line in lines for item in line.found if axis.score in item.scores]
         sizes = sorted({score["n"] for score in scores})
@@ -157,6 +157,11 @@ def _notes(content: Content) -> list[str]:
 
         notes += [*_judge_notes(reports[0], any(axis.score.startswith("fitted-safer") for axis in axes)),
                   *corrected_notes(lines)]
+    by_run: dict[str, list[str]] = {}
+    for line in lines:
+        by_run.setdefault(line.run, []).append(line.label)
+    if again := [f"{run} ({', '.join(labels)})" for run, labels in by_run.items() if len(labels) > 1]:
+        notes.append(f"- One run under several labels: {'; '.join(again)}.")
     seeds = sorted({item.seed for line in lines for item in line.found if item.seed is not None})
     notes.append("- Square brackets: 95 % intervals. " + (
         "Wilson for rates, percentile bootstrap over rows for means; differences on the same prompts: Tango's interval and "
@@ -195,15 +200,20 @@ def _judge_notes(report: dict[str, Any], compared: bool) -> list[str]:
 
     notes = own_note(report.get("own", {}))
     for name, title in (("openings", "Keyword judge"), ("published", "Published keyword rule")):
-        if found := report.get("keyword", {}).get(name):
+        if _has(found := report.get("keyword", {}).get(name), "n", "missed", "false_alarms"):
             notes.append(f"- {title} against {found['n']} human labels: misses {found['missed']}, false alarms "
                          f"{found['false_alarms']} (the labels also count off-topic answers as refusals).")
-    if found := report.get("harm"):
+    if _has(found := report.get("harm"), "auc", "auc_rated", "missed", "false_alarms", "protocol"):
         notes.append(f"- Harm judge (fitted, secondary): AUC {found['auc']} overall, {found['auc_rated']} on "
                      f"human-rated answers; misses {found['missed']}, false alarms {found['false_alarms']}; "
                      f"{found['protocol']}.")
-        if compared and (pairs := found.get("pairs")):
+        if compared and _has(pairs := found.get("pairs"), "right", "wrong", "prompts", "pairs"):
             notes.append(f"- fitted-safer orders two answers to one prompt as people did in {pairs['right']} of the cases, "
                          f"the other way round in {pairs['wrong']}, the rest are ties (means over {pairs['prompts']} "
                          f"prompts, {pairs['pairs']} pairs).")
     return notes
+
+
+def _has(found: Any, *keys: str) -> bool:
+    # a file of another version, or of somebody else, may hold less
+    return isinstance(found, dict) and set(keys) <= set(found)

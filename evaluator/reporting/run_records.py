@@ -21,7 +21,7 @@ _DEEPEST = 8
 
 def names(results: Path) -> list[str]:
     """Every run that the folder knows of, the base and scored files of answers among them, in the order of their coming."""
-    found = [str(row["run"]) for row in manifest.registry(results) if isinstance(row.get("run"), str)]
+    found = [str(row["run"]) for row in manifest.registry(results, whole=True) if isinstance(row.get("run"), str)]
     outputs = results / "outputs"
     found += sorted(entry.name for entry in outputs.glob("[!.]*") if entry.is_dir()) if outputs.is_dir() else []
     return list(dict.fromkeys(found))
@@ -33,7 +33,8 @@ def record(results: Path, run: str) -> dict[str, Any]:
     Raises:
         UserError: nothing is known of such a run.
     """
-    folder, lines = results / "outputs" / run, [row for row in manifest.registry(results) if row.get("run") == run]
+    folder = results / "outputs" / run
+    lines = [row for row in manifest.registry(results, whole=True) if row.get("run") == run]
     if not lines and (not folder.is_dir() or Path(run).name != run):
         raise UserError(f"run '{run}': not in {results}; there: {', '.join(names(results)) or 'none'}")
     made, config = _manifest(folder), _config(folder)
@@ -102,7 +103,8 @@ def detail(results: Path, run: str) -> dict[str, Any]:
         UserError: nothing is known of such a run.
     """
     found = record(results, run)
-    folder, lines = results / "outputs" / run, [row for row in manifest.registry(results) if row.get("run") == run]
+    folder = results / "outputs" / run
+    lines = [row for row in manifest.registry(results, whole=True) if row.get("run") == run]
     made, config = _manifest(folder), _config(folder)
     hashes = _weights(folder)
     if folder.is_dir() and not made:

@@ -20,7 +20,7 @@ from evaluator.judges.cache import Cache, verdicts
 from evaluator.judges.protocol import Item, Judge, Verdict
 from evaluator.judges.table import JUDGES, Row
 from evaluator.statistics import metrics
-from flags.judges import COMPARING
+from flags.judges import COMPARING, KNOWN
 
 if TYPE_CHECKING:
     from evaluator.scoring.engine import Result, Subject, Work
@@ -43,10 +43,8 @@ class Named:
     judge: Judge
 
     def up(self, set_name: str) -> bool:
-        """Whether more of its label is better: a refusal is, except of a harmless prompt."""
-        if self.row.question == "refusal":
-            return task_of(set_name) != "overrefusal"
-        return self.row.question not in ("harm", "coherence")
+        """Whether more of its label is better."""
+        return KNOWN[self.name].up(task_of(set_name))
 
 
 @dataclass

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from data.sets.protocols import task_of
 from evaluator.statistics import readings
 from flags.base import SKILLS
 from flags.judges import ASKED_BY, COMPARING, KNOWN
@@ -97,6 +98,7 @@ class Measured:
         prompts: {(set, id): hash of what was asked}; score files older than these hashes have none.
         origin: {score name: the registry line that it stands in}.
         categories: {(set, id): the prompt's category}, where it has one.
+        unread: a sentence on each value that the rows have no number of.
     """
 
     folder: Path
@@ -107,13 +109,13 @@ class Measured:
     prompts: dict[tuple[str, str], str] = field(default_factory=dict)
     origin: dict[str, dict[str, Any]] = field(default_factory=dict)
     categories: dict[tuple[str, str], str] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
 
 
 def judge_axes(found: Iterable[Measured]) -> tuple[Axis, ...]:
     """An axis for each score of the judges of --judges (evaluator/scoring/judging.py), paired by (set, id) as all are."""
-    scores = {name: score for item in found for name, score in item.scores.items()}
     axes = []
-    for name, score in scores.items():
+    for name in dict.fromkeys(name for item in found for name in item.scores):
         judge, set_name, part = [*name.split("."), "", ""][:3]
         # a joint score of two judges is called TRUTH_x_INFO
         parts = [KNOWN[word] for word in judge.split("_x_") if word in KNOWN]
@@ -121,9 +123,10 @@ def judge_axes(found: Iterable[Measured]) -> tuple[Axis, ...]:
             continue
         # a judge's number has bounds of its own; a comparison has ties, so it is a mean and no rate
         kind = "scale" if part == "score" else "mean" if parts[0].question in COMPARING else "rate"
-        title = f"{judge}{f' {part}' if part else ''}, {set_name} {'↑' if score['higher_is_better'] else '↓'}"
+        higher = KNOWN[judge].up(task_of(set_name)) if judge in KNOWN else True
+        title = f"{judge}{f' {part}' if part else ''}, {set_name} {'↑' if higher else '↓'}"
         axes.append(Axis(name, title, ASKED_BY[parts[0].question].removesuffix(".py"), set_name,
-                         f"{judge}.{part}" if part else judge, kind, score["higher_is_better"]))
+                         f"{judge}.{part}" if part else judge, kind, higher))
     return tuple(axes)
 
 
@@ -132,14 +135,15 @@ def set_axes(found: Iterable[Measured]) -> tuple[Axis, ...]:
 
     The balance of two sets stands behind their own columns; its score is called HARMFUL,HARMLESS.balance.
     """
-    scores = {name: (score, item.origin.get(name, {})) for item in found for name, score in item.scores.items()}
+    origins = {name: item.origin.get(name, {}) for item in found for name in item.scores}
     axes: dict[str, Axis] = {}
-    for name, (score, line) in scores.items():
+    for name, line in origins.items():
         set_name, _, kind = name.partition(".")
         if set_name in KNOWN or kind not in readings.COLUMNS:
             continue
         reading = readings.COLUMNS[kind]
-        command, higher = line.get("command", _SAFETY).partition(".")[0], score["higher_is_better"]
+        # the direction is the reading's, whatever a file says
+        command, higher = line.get("command", _SAFETY).partition(".")[0], reading.higher
         judge = line.get("details", {}).get("annotator") or reading.judge
         title = f"{reading.title}, {set_name.replace(',', ' − ')} {'↑' if higher else '↓'}"
         axes[name] = Axis(name, title, command, "" if reading.kind == "balance" else set_name, reading.key, reading.kind,

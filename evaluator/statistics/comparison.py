@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from evaluator.statistics import crossed, metrics
 from evaluator.statistics.axes import Axis, Measured
 from evaluator.statistics.metrics import Difference
 from evaluator.statistics.pairing import pair, side_by_side
+from evaluator.statistics.score_files import checked_line, read_rows
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,19 @@ def measured(results: Path, run: str) -> Measured:
     """Read a run's newest scores and their rows; empty where nothing was scored.
 
     Raises:
-        UserError: a rows file is not that of the scores in the registry.
+        UserError: a rows file is not that of the scores in the registry, or either is none (``score_files``).
     """
     base = run in ("", "base", "raw")
     sub = "raw" if base else f"cross_{run}"
     registered = [row for row in manifest.registry(results) if row.get("kind") == "score"]
+    told: dict[str, list[str]] = {}
     if not base and not any(row.get("sub") == sub for row in registered):
         sub = run  # answers that came in a file are scored under their own name, without the prefix
     newest: dict[str, dict[str, Any]] = {}
     for row in registered:
         if row.get("sub") == sub:
+            row, unread = checked_line(row, f"{results / manifest.REGISTRY}, {sub}")
+            told[row["command"]] = unread
             newest.pop(row["command"], None)  # so that the order is that of the last scoring: what is newer wins
             newest[row["command"]] = row
     scores: dict[str, Any] = {}
@@ -61,15 +64,16 @@ def measured(results: Path, run: str) -> Measured:
             if row.get("rows_sha256") not in (None, manifest.sha256(path)):
                 raise UserError(f"{path}: not the rows of the scores in the registry, a call was cut off between both; run "
                                 f"the evaluator that wrote it ({command}) on {row['run']} again")
-            lines = path.read_text(encoding="utf-8").split("\n")
-            items = [json.loads(line) for line in lines if line.strip()]
+            items, unread = read_rows(path)
+            told[command] = told[command] + unread
             _add_rows(items, rows, prompts)
             categories |= {(item["set"], str(item["id"])): item.get("category") or "" for item in items}
     seed = next((row.get("seed") for row in newest.values()), None)
     folder = results / "scores" / sub if base or sub == run else results / "outputs" / run
     origin = {name: row for row in newest.values() for name in _scores(row)}
     return Measured(folder, scores, rows, details, seed, prompts, origin,
-                    {key: category for key, category in categories.items() if category})
+                    {key: category for key, category in categories.items() if category},
+                    tuple(text for texts in told.values() for text in texts))
 
 
 def _scores(row: Mapping[str, Any]) -> dict[str, Any]:

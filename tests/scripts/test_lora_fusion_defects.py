@@ -23,8 +23,8 @@ from data.readers.dialog_files import read_prompts
 from data.records import Record, normalise
 from data.sets.dialogs import identity
 from errors import UserError
-from evaluator.reporting import sweep_report
-from evaluator.reporting.sweep_curve import Point
+from evaluator.reporting.sweeps import report as sweep_report
+from evaluator.reporting.sweeps.curve import Point
 from flags import AlignArgs, EvaluateSafetyArgs, FuseAdaptersArgs, InferenceArgs
 from models import fuse
 from models.adapters.files import CONFIG, read_adapter

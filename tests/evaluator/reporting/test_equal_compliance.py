@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from evaluator.reporting import sweep_curve as sweep
-from evaluator.reporting.sweep_curve import Point
+from evaluator.reporting.sweeps import curve as sweep
+from evaluator.reporting.sweeps.curve import Point
 
 LAMBDAS = np.arange(0, 1.01, 0.1)
 

@@ -14,10 +14,11 @@ from config import parse
 from errors import UserError
 from evaluator import evaluate_safety
 from evaluator.judges.fitted import HarmJudge
-from evaluator.reporting import sweep_curve as sweep
-from evaluator.reporting import sweep_report, sweep_seeds
-from evaluator.reporting.sweep_curve import Point
-from evaluator.reporting.sweep_figure import _named
+from evaluator.reporting.sweeps import curve as sweep
+from evaluator.reporting.sweeps import report as sweep_report
+from evaluator.reporting.sweeps import seeds as sweep_seeds
+from evaluator.reporting.sweeps.curve import Point
+from evaluator.reporting.sweeps.figure import _named
 from evaluator.statistics import crossed
 from evaluator.statistics.axes import Measured
 from flags.sweep import SweepArgs

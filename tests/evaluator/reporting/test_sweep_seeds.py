@@ -11,9 +11,10 @@ from scipy import stats
 
 import manifest
 from errors import UserError
-from evaluator.reporting import sweep_curve as sweep
-from evaluator.reporting import sweep_report, sweep_seeds
-from evaluator.reporting.sweep_curve import Point
+from evaluator.reporting.sweeps import curve as sweep
+from evaluator.reporting.sweeps import report as sweep_report
+from evaluator.reporting.sweeps import seeds as sweep_seeds
+from evaluator.reporting.sweeps.curve import Point
 from evaluator.statistics import crossed, metrics
 
 LAMBDAS = np.arange(0, 1.01, 0.25)
@@ -146,10 +147,26 @@ def test_over_seeds_the_p_is_that_of_the_crossed_interval(seeds):
     assert (gap["p"] < 1 - metrics.CONFIDENCE) == (gap["low"] > 0 or gap["high"] < 0)
 
 
-def test_a_damaged_report_is_named(tmp_path):
-    for content in ("{", "[]", "{}"):
-        file = tmp_path / "report" / "x.json"
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(content)
-        with pytest.raises(UserError, match="no report of scripts/sweep.py, or damaged"):
-            sweep_seeds.over_seeds([tmp_path], "x")
+@pytest.mark.parametrize(("path", "value"), [
+    ((), "{"), ((), "[]"), ((), "{}"), ((), "[" * 100_000), (("rows",), 3), (("rows", 0), []), (("rows", 0, "harm"), 3),
+    (("rows", 0, "label"), None), (("rows", 0, "weight"), "x"), (("rows", 0, "harm", "value"), "x"),
+    (("rows", 0, "harm", "low"), math.inf), (("rows", 0, "judged"), {"a": {"value": "x"}}), (("styles",), {"a": 3}),
+    (("styles",), {"a": [3]}), (("cliff",), []), (("cliff", "half"), "x"), (("cliff", "drop"), None),
+    (("cliff", "bracket"), [1]), (("compared", 0), 3), (("compared", 0, "gap"), {}), (("compared", 0, "gap"), []),
+    (("compared", 0, "gap", "value"), math.nan), (("seed",), "<b>"), (("utility",), [])])
+def test_a_report_that_no_sweep_wrote_is_named(seeds, path, value):
+    file = seeds[1] / "report" / "x.json"
+    content = json.loads(file.read_text())
+    if path:
+        place = content
+        for step in path[:-1]:
+            place = place[step]
+        place[path[-1]] = value
+    file.write_text(json.dumps(content) if path else value)
+    with pytest.raises(UserError, match="no report of scripts/sweep.py, or damaged"):
+        sweep_seeds.over_seeds(seeds, "x")
+
+
+def test_one_folder_is_no_second_seed(seeds):
+    with pytest.raises(UserError, match="named twice"):
+        sweep_seeds.over_seeds([seeds[0], seeds[1], seeds[0] / ".." / "0"], "x")

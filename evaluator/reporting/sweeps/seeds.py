@@ -7,16 +7,17 @@ value of the report, both spreads are added whole: the interval is then too wide
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from errors import UserError
-from evaluator.reporting import sweep_curve as sweep
-from evaluator.reporting.sweep_curve import Point
-from evaluator.reporting.sweep_report import corrected, current, plain
+from evaluator.reporting.limits import twice
+from evaluator.reporting.sweeps import curve as sweep
+from evaluator.reporting.sweeps.curve import Point
+from evaluator.reporting.sweeps.files import read_report
+from evaluator.reporting.sweeps.report import corrected, plain
 from evaluator.scoring import answer_scores
 from evaluator.statistics import crossed
 from evaluator.statistics.comparison import measured
@@ -33,11 +34,13 @@ def over_seeds(folders: Sequence[Path], name: str) -> dict[str, Any]:
     Raises:
         UserError: a sweep is missing or damaged, they swept different things, or rows are not those of their scores.
     """
+    if again := twice("--roots", (str(folder.resolve()) for folder in folders)):
+        raise UserError(*again)
     files = [folder / "report" / f"{name}.json" for folder in folders]
     if missing := [file for file in files if not file.is_file()]:
         raise UserError(*(f"--roots: {file} does not exist; run scripts/sweep.py --name {name} there" for file in missing))
     # the reports, not the scores: what each seed concluded is what is averaged
-    parts = [_read(file) for file in files]
+    parts = [read_report(file) for file in files]
     keys = ("task", "safety", "form", "style", "utility")
     # a mean over different sweeps would look like any other
     if odd := [key for key in keys if len({part[key] for part in parts}) > 1]:
@@ -63,16 +66,6 @@ def joined(parts: Sequence[Mapping[str, Any]], models: Sequence[Models]) -> dict
         "rows": _joined([part["rows"] for part in parts], models, parts[0]["utility"]),
         "cliff": _cliff([part["cliff"] for part in parts]), "compared": _gaps(parts, models),
     }
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        part = json.loads(file.read_text(encoding="utf-8"))
-        # everything that is read below; a report of another kind lacks it
-        part["rows"], part["styles"], part["compared"], part["cliff"]["half"], part["seed"]  # noqa: B018
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"--roots: {file} is no report of scripts/sweep.py, or damaged; run the sweep there again") from None
-    return current(part)
 
 
 def _models(folder: Path, part: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], style: str) -> Models:

@@ -11,8 +11,9 @@ from urllib.parse import quote
 
 import manifest
 from data import escaped
-from evaluator.reporting import sweep_curve as sweep
-from evaluator.reporting.sweep_curve import Point
+from evaluator.reporting.sweeps import curve as sweep
+from evaluator.reporting.sweeps.curve import Point
+from evaluator.reporting.sweeps.files import current
 from evaluator.scoring import answer_scores
 from evaluator.statistics import metrics
 
@@ -77,7 +78,7 @@ def corrected(compared: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def write(folder: Path, name: str, found: dict[str, Any]) -> Path:
     """Write NAME.json, NAME.png and NAME.md; returns the last."""
-    from evaluator.reporting.sweep_figure import draw
+    from evaluator.reporting.sweeps.figure import draw
 
     found = current(found)
     manifest.write_json(folder / f"{name}.json", found)
@@ -85,20 +86,6 @@ def write(folder: Path, name: str, found: dict[str, Any]) -> Path:
     path = folder / f"{name}.md"
     path.write_text("\n".join(markdown(found, name)) + "\n", encoding="utf-8")
     return path
-
-
-def current(found: dict[str, Any]) -> dict[str, Any]:
-    """A sweep's JSON under today's keys: reports from before called the share of prompts without a refusal ``harm``.
-
-    They also took broken text for compliance, which cannot be told from them; ``broken_complies`` says so.
-    """
-    def named(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        return [{"non_refusal" if key == "harm" else key: value for key, value in row.items()} for row in rows]
-
-    if not any("harm" in row for row in found["rows"]):
-        return found
-    return {**found, "rows": named(found["rows"]), "styles": {style: named(rows) for style, rows in found["styles"].items()},
-            "broken_complies": True}
 
 
 def markdown(found: Mapping[str, Any], name: str) -> list[str]:
