@@ -36,6 +36,8 @@ _SELECT = ("task_name", "aligned_flag", "checkpoint_number", "batch_tokens", "ou
            "judge_batch_tokens", "judge_concurrency", "judge_retries", "judge_timeout",
            "judge_key_variable", "judge_prices", "max_cost", "alpaca_eval", "alpaca_annotator",
            "data_dir", "harness_batch_size")
+#: What an answer may lack.
+_EMPTY = {"input": "", "reference": "", "category": "", "finish": ""}
 #: Flags that came later than the first scores: left out of the settings where they change nothing.
 _NEUTRAL = {"unsafe_code": "no"}
 
@@ -148,10 +150,11 @@ def _evaluate_one(args: EvaluateArgs, command: str, subject: Subject, work: Work
     result = work.compute()
     # rows first, their hash in the scores: a kill between both files is noticed at the next call
     _write_rows(rows_path, result.rows)
+    made = computed.made_with(args, subject.sub, (row["set"] for row in result.rows), model)
     content = {
         "run": subject.name, "sub": subject.sub, "command": command, "split": args.dataset_type,
         "scores": {score.name: score.as_dict() for score in result.scores}, **result.details,
-        "made_with": computed.made_with(args, subject.sub, (row["set"] for row in result.rows), model), "config": settings,
+        **({"made_with": made} if made else {}), "config": settings,
         "inputs": work.inputs, "rows_sha256": manifest.sha256(rows_path), "seed": args.seed,
         "seconds": round(time.time() - start, 1),
     }
@@ -260,10 +263,13 @@ def read_answers(folder: Path) -> list[dict[str, Any]]:
     """Rows {id, prompt, input, reference, category, rendered, output, finish}; an empty answer is "", never NaN.
 
     Reads outputs_final.jsonl, or the published CSV (whose prompt is the rendered text and whose rows have no category).
+
+    Raises:
+        UserError: lines that are no answers, each with its number.
     """
     path = folder / "outputs_final.jsonl"
     if path.is_file():
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        rows = _answer_rows(path)
     else:
         csv.field_size_limit(_LONGEST_FIELD)
         with (folder / "outputs_final.csv").open(encoding="utf-8", newline="") as file:
@@ -273,8 +279,39 @@ def read_answers(folder: Path) -> list[dict[str, Any]]:
                             f"{', '.join(map(str, table[0]))}")
         rows = [{"id": row.get("") or str(i), "prompt": row["prompts"], "output": row["outputs"]}
                 for i, row in enumerate(table)]
-    empty = {"input": "", "reference": "", "category": "", "finish": ""}
-    return [{**empty, "id": str(i), **row, "output": _text(row["output"])} for i, row in enumerate(rows)]
+    return [{**_EMPTY, "id": str(i), **row, "output": _text(row["output"])} for i, row in enumerate(rows)]
+
+
+def _answer_rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8; answer again with inference.py --overwrite") from None
+    rows, problems = [], []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if problem := _answer_problem(row):
+            problems.append(f"{path}, line {number}: {problem}")
+        else:
+            texts = {key: "" for key in _EMPTY if key in row and row[key] is None}
+            # half a surrogate pair can be read and not be written
+            rows.append({key: value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+                         if isinstance(value, str) else value for key, value in (row | texts).items()})
+    if problems:
+        raise UserError(*problems[:20], f"{path}: answer again with inference.py --overwrite")
+    return rows
+
+
+def _answer_problem(row: Any) -> str:
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or "output" not in row:
+        return "no answer with prompt and output"
+    if "id" in row and (isinstance(row["id"], bool) or not isinstance(row["id"], str | int)):
+        return f"id {row['id']!r} is neither text nor a number"
+    odd = [key for key in (*_EMPTY, "rendered") if not isinstance(row.get(key), str | None)]
+    return f"{', '.join(odd)} must be text" if odd else ""
 
 
 def _text(value: Any) -> str:
