@@ -24,6 +24,7 @@ UNREAD: dict[str, tuple[tuple[Any, ...], str]] = {
     "do_train": ((True,), "this command trains; drop it"),
     "fp16": ((False,), "--dtype says in what is computed; use --dtype float16, on a GPU"),
     "fp16_full_eval": ((False,), "validation computes as training does; use --dtype float16, on a GPU"),
+    "hub_token": ((None,), "a secret comes from the environment, where no manifest keeps it; set HF_TOKEN, and drop it"),
     "label_names": ((None, ["labels"]), "labels are made from the answers; drop it"),
     "label_smoothing_factor": ((0, 0.0), "the loss is the plain one; drop it"),
     "length_column_name": (("length",), "rows are grouped by their tokens; drop it"),
@@ -83,7 +84,9 @@ class OptimiserFlags(BatchFlags):
 
     @classmethod
     def training_problems(cls, training: dict[str, Any]) -> list[str]:
-        found = [f"--{name} {training[name]}: {advice}" for name, (neutral, advice) in UNREAD.items()
+        # a token must not stand on the screen, nor in a log
+        shown = {**training, "hub_token": "[hidden]"}
+        found = [f"--{name} {shown[name]}: {advice}" for name, (neutral, advice) in UNREAD.items()
                  if name in training and training[name] not in neutral
                  # what is no truth value at all is said already
                  and not (isinstance(neutral[0], bool) and isinstance(training[name], str))]

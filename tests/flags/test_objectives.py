@@ -299,6 +299,7 @@ def test_published_lines_go_on(caplog, line):
     (["--seed", str(1 << 32)], "--seed 4294967296: must be below 4294967296"),
     (["--max_steps", "0"], "--max_steps 0: must be 1 or more"),
     (["--torch_compile", "true"], "--torch_compile True: the losses run a model's body and its head apart"),
+    (["--hub_token", "hf_abcdefgh"], "--hub_token [hidden]: a secret comes from the environment"),
     (["--push_to_hub"], "--push_to_hub True: a run's result lies in outputs/NAME"),
     (["--optim_args", "foo=1"], "--optim_args foo=1: adamw_torch takes none of these"),
     (["--max_steps", "-5"], "--max_steps -5: must be 1 or more"),

@@ -70,3 +70,11 @@ def test_two_balances_of_one_set_stand_apart():
     # a balance whose parts have no columns cannot be compared, so it is none
     alone = Measured(None, comparison._scores(lines[0]), {}, {}, 1, {}, {"beavertails_500,xstest.balance": lines[0]})
     assert set_axes([alone]) == ()
+
+
+def test_an_attack_on_one_side_alone_has_no_balance():
+    score = {"higher_is_better": True, "value": 0.5, "low": 0.4, "high": 0.6, "n": 4}
+    names = ["safety+cot.safe_refusal", "safety+cot,overrefusal.balance", "overrefusal+cot.overrefusal",
+             "safety+cot,overrefusal+cot.balance"]
+    found = Measured(None, dict.fromkeys(names, score), {}, {}, 1, {}, dict.fromkeys(names, {"command": "evaluate_safety"}))
+    assert [axis.score for axis in set_axes([found])] == [names[0], names[2], names[3]]

@@ -71,7 +71,7 @@ def notes(monkeypatch):
 @pytest.mark.parametrize("kind", METHODS)
 def test_every_objective_tells_its_losses_and_trains_the_same(pico, place, tmp_path, kind, notes):
     plain = train(pico, place, tmp_path / "plain", kind, "--max_steps", "2")
-    told = train(pico, place, tmp_path / "told", kind, "--max_steps", "2", "--report_to", "wandb", "--hub_token", SECRET)
+    told = train(pico, place, tmp_path / "told", kind, "--max_steps", "2", "--report_to", "wandb", "--hub_model_id", SECRET)
     weights = METHODS[kind][1]
     assert (told / weights).read_bytes() == (plain / weights).read_bytes()
     histories = [manifest.read(folder)["metrics"]["history"] for folder in (plain, told)]
@@ -86,7 +86,7 @@ def test_every_objective_tells_its_losses_and_trains_the_same(pico, place, tmp_p
     # settings as they are recorded, without secrets
     assert tracker.settings["seed"] == 7
     assert tracker.settings["training_arguments"]["max_steps"] == 2
-    assert tracker.settings["training_arguments"]["hub_token"] == manifest.HIDDEN
+    assert tracker.settings["training_arguments"]["hub_model_id"] == manifest.HIDDEN
     assert SECRET not in json.dumps(tracker.settings)
 
 
@@ -157,7 +157,7 @@ def test_wandbs_key_comes_from_the_environment(mode, key, fine, monkeypatch):
 
 def test_tensorboard_reads_back_what_was_told(pico, place, tmp_path, capsys):
     """With the package its event file; on a machine without it the error, by the same command line."""
-    words = ("--max_steps", "2", "--report_to", "tensorboard", "--hub_token", SECRET)
+    words = ("--max_steps", "2", "--report_to", "tensorboard", "--hub_model_id", SECRET)
     if not find_spec("tensorboard"):
         with pytest.raises(SystemExit) as caught:
             train(pico, place, tmp_path, "moe", *words)
@@ -181,7 +181,7 @@ def test_tensorboard_reads_back_what_was_told(pico, place, tmp_path, capsys):
 def test_wandb_keeps_an_offline_run(pico, place, tmp_path, capsys, monkeypatch):
     """With the package the folder of an offline run; without it the error, by the same command line."""
     monkeypatch.setenv("WANDB_MODE", "offline")
-    words = ("--max_steps", "2", "--report_to", "wandb", "--hub_token", SECRET)
+    words = ("--max_steps", "2", "--report_to", "wandb", "--hub_model_id", SECRET)
     if not find_spec("wandb"):
         with pytest.raises(SystemExit) as caught:
             train(pico, place, tmp_path, "sft", *words)
