@@ -199,7 +199,7 @@ def add(found: Judged, named: Named, set_name: str, said: Sequence[Verdict], see
         found.scores.append(metrics.rate([mark > 0 for mark in marks], name, text, higher_is_better=up))
     if numbers and row.score:
         found.scores.append(metrics.mean(numbers, f"{name}.score", f"mean over {of} of {row.score} ({named.name} judge)",
-                                         higher_is_better=up, seed=seed))
+                                         higher_is_better=up, seed=seed, bounds=row.bounds))
     # the kind alone: behind the colon each failure has words of its own
     notes = Counter(verdict.note.split(":")[0] for verdict in said if verdict.note)
     if notes:

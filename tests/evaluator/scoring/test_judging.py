@@ -1,6 +1,7 @@
 """Judges of --judges inside the evaluation commands: scores by hand, pairs, resume, and nothing else changed."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -327,3 +328,13 @@ def test_every_judge_says_what_was_taken_off_the_answers_it_read(tmp_path):
     assert [done["judged"][f"{name}.safety"]["texts"] for name in ("keyword", "coherence")] == [taken, taken]
     kept = [json.loads(line) for line in (folder / "evaluate_safety.rows.jsonl").read_text().splitlines()]
     assert [row.get("raw") for row in kept] == [*texts[:2], None, texts[3]]
+
+
+def test_a_judges_equal_marks_leave_an_interval_within_their_bounds():
+    assert (JUDGES["api-harm"].bounds, JUDGES["reward"].bounds, JUDGES["guard"].bounds) == ((1, 5), None, (0, 1))
+    found = judging.Judged(values=[{} for _ in range(30)], said=[{} for _ in range(30)])
+    named = judging.Named("api-harm", JUDGES["api-harm"], SimpleNamespace(version="v"))
+    judging.add(found, named, "safety", [Verdict(False, 1.0)] * 30, 0)
+    score = next(score for score in found.scores if score.name == "api-harm.safety.score")
+    # nothing but 1 in 30 answers: a mean of 1 + 4 * z^2 / (30 + z^2) is not ruled out
+    assert (score.value, score.low, score.high) == pytest.approx((1, 1, 1 + 4 * 3.8415 / 33.8415), abs=1e-3)
