@@ -213,6 +213,7 @@ class ReportArgs(ResultsFlags):
         return tuple(name.strip() for name in self.columns.split(",") if name.strip())
 
     def problems(self) -> list[str]:
-        return [*(f"--columns {name}: no such column; allowed: {', '.join(COLUMNS)}"
+        return [*name_problems("--name", self.name),
+                *(f"--columns {name}: no such column; allowed: {', '.join(COLUMNS)}"
                   for name in self.more_columns if name not in COLUMNS),
                 *format_problems(self.format), *super().problems()]

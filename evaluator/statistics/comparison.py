@@ -79,7 +79,8 @@ def measured(results: Path, run: str) -> Measured:
 def _scores(row: Mapping[str, Any]) -> dict[str, Any]:
     """A line's scores; the balance of other sets by the names of both, for a set's own name fits several pairs."""
     command, *sets = row["command"].split(".")
-    if command != "evaluate_safety" or not sets:
+    if command != "evaluate_safety" or not 1 <= len(sets) <= 2 or (
+            len(sets) == 1 and task_of(sets[0]) not in ("safety", "overrefusal")):
         return row["scores"]
     # the command names the sets that are not the usual ones, the harmful first
     harmful = sets[0] if len(sets) > 1 or task_of(sets[0]) == "safety" else "safety"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -79,7 +78,9 @@ def _score_problems(score: Any) -> list[str]:
         return ["no mapping"]
     problems = [f"{key} is {score.get(key)!r}, must be a number or null" for key in _ENDS if key not in score
                 or isinstance(score[key], bool) or not isinstance(score[key], int | float | None)]
-    if not isinstance(score.get("n"), int) or isinstance(score["n"], bool) or score["n"] < 0:
+    if is_number(score.get("low")) and is_number(score.get("high")) and score["low"] > score["high"]:
+        problems.append(f"its interval [{score['low']:g}, {score['high']:g}] ends before it begins")
+    if not isinstance(score.get("n"), int) or isinstance(score["n"], bool) or not 0 <= score["n"] <= _LARGEST:
         problems.append(f"n is {score.get('n')!r}, must be a count")
     if not isinstance(score.get("definition"), str) or not isinstance(score.get("higher_is_better"), bool):
         problems.append("needs a definition (text) and higher_is_better (true or false)")
@@ -88,7 +89,8 @@ def _score_problems(score: Any) -> list[str]:
 
 def is_number(value: Any) -> bool:
     """Whether it is a finite number of a size that something measured can have."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and abs(value) <= _LARGEST
+    # a NaN is in no order; a whole number may be too large for a float
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:

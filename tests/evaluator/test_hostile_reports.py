@@ -139,7 +139,8 @@ def score(**change):
 
 @pytest.mark.parametrize("change", [
     {"scores": score(value="0.9")}, {"scores": score(value=True)}, {"scores": score(value=[])}, {"scores": score(n="x")},
-    {"scores": score(n=-1)}, {"scores": score(definition=3)}, {"scores": score(higher_is_better="no")}, {"scores": []},
+    {"scores": score(n=-1)}, {"scores": score(n=10**400)}, {"scores": score(low=0.9, high=0.1)},
+    {"scores": score(definition=3)}, {"scores": score(higher_is_better="no")}, {"scores": []},
     {"scores": {"a": 3}}, {"scores": {"mc2": None}}, {"scores": {"mc2": {"value": 1}}}, {"command": ["x"]},
     {"command": "../x"}, {"command": "a/b"}, {"seed": "<b>"}, {"split": []}, {"inputs": {"rules": 3}}, {"details": []},
     {"details": {"judges": 3}}, {"details": {"made_with": {"answers": {"safety": 3}}}},
@@ -173,7 +174,7 @@ def test_a_share_above_1_is_no_share(tmp_path, capsys):
     assert "base: safe_refusal is 1.5 in the registry, and lies between 0 and 1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, 1e300])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e300, 10**400])
 def test_what_is_no_number_leaves_its_cell_empty_and_is_said(tmp_path, value):
     refusals(tmp_path, "base", [1, 0])
     refusals(tmp_path, "mix", [1, 1])
@@ -198,7 +199,7 @@ def test_a_row_that_no_evaluator_wrote_is_named(tmp_path, capsys, row):
     assert "evaluate_safety.rows.jsonl, line 3: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, None, "0.5", 1e300, []])
+@pytest.mark.parametrize("value", [math.nan, math.inf, None, "0.5", 1e300, 10**400, []])
 def test_no_difference_is_made_of_rows_without_a_number(tmp_path, value):
     """A NaN counted as a hit, being true; and the mean of the rows that have a number is that of a selection."""
     for run in ("base", "mix"):
@@ -279,3 +280,20 @@ def test_rows_that_are_not_compared_are_named(tmp_path):
         refusals(tmp_path, run, [int(i < share) for i in range(10)])
     text = write(tmp_path, "base,safety,strong,mix,moe", "--experts", "safety,strong")
     assert "- Compared with mix. Not compared with, as base or experts: base, safety, strong." in text
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "a](b", ".hidden"])
+def test_a_report_stays_in_its_folder(tmp_path, capsys, name):
+    refusals(tmp_path, "base", [1, 0])
+    with pytest.raises(SystemExit) as stop:
+        report.main(["--runs", "base", "--output_dir", str(tmp_path), "--name", name])
+    assert stop.value.code == 2
+    assert f"--name {name}: letters, digits" in capsys.readouterr().err
+
+
+def test_a_balance_of_sets_that_nobody_knows_is_no_column(tmp_path):
+    found = {"q.balance": metrics.rate([1, 0], "q.balance", "d", higher_is_better=True).as_dict()}
+    refusals(tmp_path, "base", [1, 0])
+    put(tmp_path, "base", found, [], "evaluate_safety.q")
+    assert "balance" not in write(tmp_path, "base").split("## Notes")[0]
+    assert "− over-refusal, " not in write(tmp_path, "base")
