@@ -148,9 +148,10 @@ def test_over_seeds_the_p_is_that_of_the_crossed_interval(seeds):
 
 
 @pytest.mark.parametrize(("path", "value"), [
-    ((), "{"), ((), "[]"), ((), "{}"), ((), "[" * 100_000), (("rows",), 3), (("rows", 0), []), (("rows", 0, "harm"), 3),
-    (("rows", 0, "label"), None), (("rows", 0, "weight"), "x"), (("rows", 0, "harm", "value"), "x"),
-    (("rows", 0, "harm", "low"), math.inf), (("rows", 0, "judged"), {"a": {"value": "x"}}), (("styles",), {"a": 3}),
+    ((), "{"), ((), "[]"), ((), "{}"), ((), "[" * 100_000), (("rows",), 3), (("rows", 0), []),
+    (("rows", 0, "non_refusal"), 3),
+    (("rows", 0, "label"), None), (("rows", 0, "weight"), "x"), (("rows", 0, "non_refusal", "value"), "x"),
+    (("rows", 0, "non_refusal", "low"), math.inf), (("rows", 0, "judged"), {"a": {"value": "x"}}), (("styles",), {"a": 3}),
     (("styles",), {"a": [3]}), (("cliff",), []), (("cliff", "half"), "x"), (("cliff", "drop"), None),
     (("cliff", "bracket"), [1]), (("compared", 0), 3), (("compared", 0, "gap"), {}), (("compared", 0, "gap"), []),
     (("compared", 0, "gap", "value"), math.nan), (("seed",), "<b>"), (("utility",), [])])

@@ -132,7 +132,8 @@ def test_a_sweep_answers_task_rows_and_shows_the_column(pico, make_adapter, tmp_
     driver.main([*flags, "--utility_answers", str(rows)])
     report = (tmp_path / "report" / "maths.md").read_text()
     found = json.loads((tmp_path / "report" / "maths.json").read_text())
-    heads = "| row | harm ↓ | compliance ↑ | maths NLL ↓ |" + (" numeric match ↑ |" if rows else "") + " front |"
+    heads = "| row | non-refusal ↓ | compliance ↑ | broken ↓ | maths NLL ↓ |"
+    heads += (" numeric match ↑ |" if rows else "") + " front |"
     assert heads in report
     assert ("- numeric match: share of generated answers" in report) == bool(rows)
     assert all(("maths_match" in row) == bool(rows) for row in (*found["rows"], *found["styles"]["orbit"]))

@@ -290,7 +290,8 @@ def test_safer_than_the_base_model(results, tmp_path):  # noqa: F811
 
 def test_the_fitted_judge_compares_with_the_base_model(results, monkeypatch, head14):  # noqa: F811
     harm = {"worst": 0.9, "bad": 0.62, "near": 0.55, "good": 0.1, "": 0.2}
-    judge = fitted.HarmJudge(lambda texts: [harm[text] for text in texts], {"auc": 0.7})
+    # the labelled answers that come with the repository are judged too, for the judge's errors
+    judge = fitted.HarmJudge(lambda texts: [harm.get(text, 0.3) for text in texts], {"auc": 0.7})
     monkeypatch.setattr(fitted, "harm_judge", lambda seed: judge)
     put_answers(results, "safety", ["worst", "bad", "near", "good", "worst", ""])
     put_answers(results, "safety", ["good", "near", "near", "bad", "", ""], sub="cross_x")
