@@ -23,7 +23,8 @@ _PAIRED = re.compile(r"[*$]|~~")
 #: A heading, quotation, list or fence at the start of a line.
 _BLOCK = re.compile(r"#{1,6}(?=\s|$)|[-+*](?=\s|$)|>|\d{1,9}(?=[.)](\s|$))|~~~|=+$|-+$")
 _LATEX = {"\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
-          "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}",
+          "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "|": r"\textbar{}",
+          "<": r"\textless{}", ">": r"\textgreater{}",
           # of our own titles: pdflatex knows no such letters
           "\u2191": r"$\uparrow$", "\u2193": r"$\downarrow$", "\u2212": r"$-$", "\u00d7": r"$\times$",
           "\u03bb": r"$\lambda$", "\u03b3": r"$\gamma$"}

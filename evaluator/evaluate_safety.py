@@ -143,6 +143,7 @@ def score(args: EvaluateSafetyArgs, subject: Subject, harmful: list[dict], edgy:
             answers = harmful if one.set == args.harmful_task else edgy
             found, details["judges"]["labels"][one.score.name] = labelled.corrected(one, labels, answers, subject.name)
             scores += [found] if found else []
+        labelled.tell_uncorrected(args.labels, labels, details["judges"]["labels"])
     if args.hhh and not args.lite:
         from data.sources import load_choices
         from evaluator.scoring import baselines

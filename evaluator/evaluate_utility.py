@@ -91,12 +91,12 @@ def score_benchmark(args: EvaluateUtilityArgs, model: tuple[Any, float | None], 
 def score_probe(args: EvaluateUtilityArgs, model: tuple[Any, float | None], name: str, rows: list) -> Result:
     """The model's score on one of the embedded probes."""
     from data.sets.probes import PROBES
-    from evaluator.scoring import engine, utility_probes
+    from evaluator.scoring import baselines, engine, utility_probes
 
     loaded, change = model
     if PROBES[name].kind == "choice":
         score, lines = utility_probes.score_choices(loaded, name, rows, args.batch_tokens)
-        return engine.Result([score], lines, _details(name, {}, change))
+        return engine.Result([score], lines, _details(name, {}, change) | {"baselines": baselines.preference(rows, name)})
     score, lines = utility_probes.score_numbers(loaded, name, rows, args.max_new_tokens, args.harness_batch_size, args.seed)
     return engine.Result([score], lines, _details(name, {"max_new_tokens": args.max_new_tokens}, change))
 

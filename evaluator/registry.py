@@ -14,6 +14,7 @@ import argparse
 import fnmatch
 import logging
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -48,7 +49,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not args.results.is_dir():
             raise UserError(f"--output_dir: {args.results} does not exist")
         # a name or a manifest of strangers must not move the cursor of a terminal
-        print(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", carry_out(args, *runs)))
+        said = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", carry_out(args, *runs))
+        try:
+            print(said, flush=True)
+        except BrokenPipeError:
+            # "| head" has read enough; the interpreter must not flush into the closed pipe again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def list_runs(args: ListArgs) -> str:

@@ -57,7 +57,8 @@ def read_labels(place: str, flag: str) -> list[Labelled]:
     false; empty or null: not labelled), and, where known, set, run, id, prompt, prompt_hash and the passes' own labels.
 
     Raises:
-        UserError: no such file, no column of outputs or labels, a label that is no yes or no, a row named twice.
+        UserError: no such file, no column of outputs or labels, a label that is no yes or no, a row named twice, an
+            answer labelled both ways.
     """
     file = OWN if place == "own" else Path(place).expanduser()
     if place == "own" and not file.is_file():
@@ -77,8 +78,24 @@ def read_labels(place: str, flag: str) -> list[Labelled]:
     named = Counter((row.set, row.run, row.id) for row in read if row.run and row.id)
     for key in (key for key, times in named.items() if times > 1):
         problems.add(f"{file}: set {key[0]}, run {key[1]}, id {key[2]} is labelled more than once; keep one row")
+    _contradictions(read, file, problems)
     problems.raise_if_any()
     return read
+
+
+def _contradictions(rows: list[Labelled], file: Path, problems: Problems) -> None:
+    """Note answers that are labelled both ways: the same text to the same prompt, of runs that are not told apart."""
+    # an answer without a prompt may fit two of them, and decline one alone
+    known: dict[tuple[str, ...], dict[str, bool]] = {}
+    for row in rows:
+        if not (row.prompt or row.prompt_hash or row.id):
+            continue
+        before = known.setdefault((row.set, row.run, row.id, row.prompt, row.prompt_hash, row.output), {})
+        for name, label in row.labels.items():
+            if before.setdefault(name, label) != label:
+                said = row.prompt or row.prompt_hash or row.id
+                problems.add(f"{file}: the answer {row.output[:40]!r} to {said[:40]!r} is labelled both 1 and 0 ({name}); "
+                             "keep one of them")
 
 
 def _labelled(row: Row, keys: dict[str, Any], output: Any, columns: dict[str, Any], problems: Problems) -> Labelled | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from flags.judges import KNOWN
 if TYPE_CHECKING:
     from evaluator.scoring.judging import Named
 
+log = logging.getLogger(__name__)
 #: Which label says whether a judge of this question was right.
 LABEL_OF = {"refusal": "declines", "harm": "harmful", "coherence": "broken"}
 #: Judges of --judges that read no prompt.
@@ -97,6 +99,19 @@ def corrected(rate: Rate, labels: Sequence[Labelled], answers: Sequence[dict[str
         return None, {"correction": "none", "why": why, **detail}
     return (rogan_gladen(rate.score, errors, _name(name), _definition(name, "rogan-gladen", len(judged))),
             {"correction": "rogan-gladen", "labelled": len(judged), **detail})
+
+
+def tell_uncorrected(place: str, labels: Sequence[Labelled], how: Mapping[str, Mapping[str, Any]]) -> None:
+    """Log which rates stay as they are although the file holds labels of their kind, and why.
+
+    Args:
+        how: score -> the second of what ``corrected`` returns.
+    """
+    given = {f"({name})" for name in LABELS if any(name in row.labels for row in labels)}
+    for score, said in how.items():
+        # of a kind that nobody labelled nobody expects a correction
+        if said.get("correction") == "none" and (said.get("label") or any(name in said["why"] for name in given)):
+            log.warning("--labels %s: %s stays uncorrected: %s", place, score, said["why"])
 
 
 def _name(score: str) -> str:

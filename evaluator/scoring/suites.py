@@ -49,13 +49,15 @@ def _published(name: str) -> Suite:
     if task == "safety":
         # a rate of refusals alone would praise a model that refuses everything
         part = Part("evaluate_safety", ("--harmful_task", name), (name, "overrefusal"))
-        return Suite((part,), (f"{name}.*", f"*.{name}", "overrefusal*", "*.overrefusal"))
+        # "?": the comma between two sets, which would end the name here
+        return Suite((part,), (f"{name}.*", f"*.{name}", "overrefusal*", "*.overrefusal", f"{name}?overrefusal.balance"))
     if task == "overrefusal":
         unsafe = f"{name}_unsafe"
         harmful = unsafe if unsafe in PROTOCOLS else "safety"
         asked = ("--harmful_task", harmful) if harmful == unsafe else ()
         part = Part("evaluate_safety", (*asked, "--overrefusal_task", name), (harmful, name))
-        return Suite((part,), (f"{name}.*", f"*.{name}", f"{harmful}.*" if asked else "safe_refusal", f"*.{harmful}"))
+        return Suite((part,), (f"{name}.*", f"*.{name}", f"{harmful}.*" if asked else "safe_refusal", f"*.{harmful}",
+                               f"{harmful}?{name}.balance"))
     command = "evaluate_helpfulness" if task == "helpfulness" else "evaluate_truth_and_info"
     return Suite((Part(command, ("--answers_task", name), judged=(name,)),), (f"*.{name}*",))
 

@@ -91,8 +91,9 @@ def test_a_name_between_backticks_cannot_end_them():
 
 def test_html_and_latex():
     assert escaped.html("<b a='1'>\"&\u202e") == "&lt;b a=&#x27;1&#x27;&gt;&quot;&amp;"
-    assert escaped.latex("50% of $x_1 & \\input{y}\n~^#<>") == (
-        r"50\% of \$x\_1 \& \textbackslash{}input\{y\} \textasciitilde{}\textasciicircum{}\#\textless{}\textgreater{}")
+    assert escaped.latex("50% of $x_1 & \\input{y}\n~^#<>|") == (
+        r"50\% of \$x\_1 \& \textbackslash{}input\{y\} \textasciitilde{}\textasciicircum{}\#\textless{}\textgreater{}"
+        r"\textbar{}")
 
 
 def test_a_reports_cells_are_escaped():

@@ -1,5 +1,6 @@
 """Several models in one command: the scores of the single commands, no model's failure another's, all errors at once."""
 
+import fnmatch
 import json
 import shlex
 import shutil
@@ -314,6 +315,14 @@ def test_every_suite_is_made_of_command_lines_that_exist():
         read = {task for step in planned for task in step.needs}
         assert {step.task for step in planned if step.task} == read
         assert name not in PROTOCOLS or name in read
+
+
+@pytest.mark.parametrize(("suite", "score"), [
+    ("xstest", "xstest_unsafe,xstest.balance"), ("catqa", "catqa,overrefusal.balance"),
+    ("or_bench_hard", "safety,or_bench_hard.balance")])
+def test_a_published_sets_suite_shows_its_balance(suite, score):
+    args = ReportArgs(scores=suites.columns(EvaluateModelsArgs(models="base", suite=suite)))
+    assert any(fnmatch.fnmatchcase(score, pattern) for pattern in args.score_patterns)
 
 
 def test_a_suites_columns_are_scores_of_the_report():

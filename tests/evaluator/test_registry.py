@@ -227,3 +227,15 @@ def test_as_a_module_from_the_root_and_its_help(results):
                           cwd=config.ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert "| moe |" in done.stdout
     assert done.returncode == 0
+
+
+def test_a_reader_that_has_enough_is_no_error(tmp_path):
+    for number in range(400):
+        (tmp_path / "outputs" / f"run-{number:03d}-{'x' * 150}").mkdir(parents=True)
+    command = [sys.executable, "-m", "evaluator.registry", "list", "--output_dir", str(tmp_path)]
+    # more than a pipe holds, and nobody reads on
+    process = subprocess.Popen(command, cwd=config.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 0

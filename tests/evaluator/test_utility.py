@@ -206,6 +206,10 @@ def test_probes_have_a_file_and_a_label_of_their_own(run, small_probes):
     for row in rows:
         if "logprobs" in row:
             assert len(row["logprobs"]) == 3
+    # chance beside every likelihood score, and beside no score of written answers
+    chance = {name: json.loads((folder / f"evaluate_utility.{name}.json").read_text()).get("baselines") for name in names}
+    assert chance.pop("asdiv_probe") is None
+    assert all(kept == {"chance": {name: pytest.approx(1 / 3)}} for name, kept in chance.items())
 
 
 def test_an_adapter_changes_the_scores_and_says_how_much(run, data_dir, adapters):

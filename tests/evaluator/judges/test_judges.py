@@ -192,3 +192,11 @@ def test_the_soft_rules_are_part_of_the_version(monkeypatch):
 ])
 def test_refusals_that_hold_the_words_of_a_turn(answer):
     assert keyword.is_refusal(answer)
+
+
+def test_answers_by_another_writer_are_judged_as_the_page_says():
+    groups = yaml.safe_load(Path(__file__).with_name("planted_by_another.yaml").read_text(encoding="utf-8"))
+    declines = {"refuses_and_offers": True, "declines_softly": True}
+    right = {name: sum(keyword.is_refusal(text) == declines.get(name, False) for text in texts)
+             for name, texts in groups.items()}
+    assert right == {"disclaims_then_complies": 7, "refuses_and_offers": 4, "declines_softly": 3, "complies": 6}

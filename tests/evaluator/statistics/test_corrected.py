@@ -112,6 +112,28 @@ def test_label_files(tmp_path, monkeypatch):
         read_labels("own", "--labels")
 
 
+def test_an_answer_that_is_labelled_both_ways_is_refused(tmp_path):
+    both = [{"prompt": "p", "output": NO, "declines": label} for label in (1, 0)]
+    with pytest.raises(UserError, match="to 'p' is labelled both 1 and 0 .declines.; keep one of them"):
+        read_labels(write(tmp_path / "a.jsonl", both), "--labels")
+    # of two runs, to two prompts, or to prompts that are not given, they may both be right
+    apart = [row | more for row, more in zip(both, ({"run": "a"}, {"run": "b"}), strict=True)]
+    other = [row | {"prompt": name} for row, name in zip(both, "pq", strict=True)]
+    bare = [{"output": NO, "declines": label} for label in (1, 0)]
+    for rows in (apart, other, bare, both[:1] * 2):
+        assert len(read_labels(write(tmp_path / "b.jsonl", rows), "--labels")) == 2
+
+
+def test_a_rate_that_labels_do_not_fit_says_why(tmp_path, caplog):
+    rows = read_labels(write(tmp_path / "a.jsonl", [{"output": NO, "declines": 1, "set": "overrefusal"}]), "--labels")
+    labelled.tell_uncorrected("a.jsonl", rows, {
+        "refusal": {"correction": "none", "why": "no answer to these prompts is labelled (declines)"},
+        "harm_rate": {"correction": "none", "why": "no answer to these prompts is labelled (harmful)"},
+        "overrefusal": {"correction": "ppi"}})
+    assert [record.getMessage() for record in caplog.records] == [
+        "--labels a.jsonl: refusal stays uncorrected: no answer to these prompts is labelled (declines)"]
+
+
 def test_a_row_of_every_column(tmp_path):
     table = tmp_path / "l.csv"
     table.write_text("set,run,id,prompt_hash,output,declines,harmful,broken,declines_first,declines_second,harmful_first\n"
