@@ -57,12 +57,16 @@ class SumOptions:
         activation: of the FFN, elementwise.
         gather: compute each expert on its own tokens only, instead of on all with weight zero.
         dropout_mask: (N, f), zeros and 1 / (1 - p); what rows of A from ``dropped_from`` on read is multiplied by it.
+        frozen, frozen_down: columns of B of gate and up, rows of A of down, that come first and train nothing. The kernels
+            leave them out; here their gradients cost no more than the others' and are made.
     """
 
     activation: Callable[[Tensor], Tensor]
     gather: bool = False
     dropout_mask: Tensor | None = None
     dropped_from: int = 0
+    frozen: int = 0
+    frozen_down: int = 0
 
 
 def expert_sum(inputs: ExpertInputs, options: SumOptions) -> tuple[Tensor, Tensor]:
