@@ -16,6 +16,14 @@ from models.base.heads import logit_rule
 from training.linear_loss import answer_loss
 
 
+def predicting_places(labels: Tensor) -> Tensor:
+    """Labels (batch, time) -> (answers,): places, in the flattened batch, of the tokens whose successor has a label."""
+    answers = labels != IGNORE  # a tensor of its own: labels stay as they are
+    # nothing comes before the first token of a row
+    answers[:, 0] = False
+    return answers.flatten().nonzero().squeeze(-1) - 1
+
+
 class AnswerModel(nn.Module):
     """A causal LM whose forward returns the summed cross-entropy of its answer tokens.
 
@@ -53,18 +61,22 @@ class AnswerModel(nn.Module):
         """Where --neftune_noise_alpha adds its noise."""
         return self.causal_lm.get_input_embeddings()
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, objectives: Tensor) -> dict[str, Tensor]:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, objectives: Tensor,
+                predicting: Tensor | None = None) -> dict[str, Tensor]:
         """Ids and labels (batch, time) -> {"lm": summed loss of the model's own logits, "tokens": answer tokens}.
 
-        Hidden states are (batch, time, d); only the (answers, d) that predict a label go on to the head.
+        Hidden states are (batch, time, d); only the (answers, d) that predict a label go on to the head. ``predicting``,
+        (answers,), are their places as ``predicting_places`` finds them; looked for here, they make the host wait for a GPU.
         """
+        if predicting is None:
+            predicting = predicting_places(labels)
         model = self.causal_lm
         with self.precision(input_ids.device):
             # the body alone: its head would make logits of every position, and most are prompts and pads
             hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-            answers = labels[:, 1:] != IGNORE
-            loss = answer_loss(hidden[:, :-1][answers], model.get_output_embeddings(), labels[:, 1:][answers], self.rule)
-        return {"lm": loss, "tokens": answers.sum()}
+            loss = answer_loss(hidden.flatten(0, 1)[predicting], model.get_output_embeddings(),
+                               labels.flatten()[predicting + 1], self.rule)
+        return {"lm": loss, "tokens": labels[:, 1:].ne(IGNORE).sum()}
 
     @contextlib.contextmanager
     def precision(self, device: torch.device):

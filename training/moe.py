@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from models.base.loading import base_path, load_tokenizer
 from models.base.placement import set_up_torch
 from models.moe.files import MoeConfig, add_tuning, assemble, moe_layers, read_config, save_moe
 from models.moe.layer import PROJECTIONS, SharedMoe, TuningConfig
-from models.moe.router import drift, gate_loss, mean_probabilities, published_weight_norm
+from models.moe.router import drift, gate_loss, low_rank_norm, mean_probabilities, published_weight_norm
 from models.run_folders import run_folder
 from training.answers import AnswerModel
 from training.samples import training_rows
@@ -42,35 +44,46 @@ class MoeLoss(AnswerModel):
         # the published term averages over prompts and pads as well (spec section 5.2)
         self.gate_tokens = "all" if self.published else args.gate_tokens
         self.per_layer, self.drift_mode = args.gate_per_layer, args.drift_mode
+        self.gate_weight = args.gate_loss_weight
+        #: The experts whose drift trains something; that of the others is only told.
+        self.held = tuple(name for name, gamma in zip(experts, args.gammas, strict=False) if gamma)
         for layer in self.moe:
             # keep each pass's router probabilities (batch, time, experts), which the gating loss reads
             layer.record = True
-        # (matrices, experts); only modes that compare with the aligned weights need it
-        needs = self.published or self.drift_mode == "relative"
-        self.aligned_norms = torch.stack([n for layer in self.moe for n in aligned_norms(layer)]) if needs else None
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, objectives: Tensor) -> dict[str, Tensor]:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, objectives: Tensor,
+                predicting: Tensor | None = None) -> dict[str, Tensor]:
         """As the answer loss; a layer's probabilities are (batch, time, experts), their means (layers, batch, experts)."""
-        parts = super().forward(input_ids, attention_mask, labels, objectives)
+        parts = super().forward(input_ids, attention_mask, labels, objectives, predicting)
         # by sample, not by batch: a sample with few tokens weighs as much as one with many (H3Fusion's spec, section 5.2)
         means = mean_probabilities([layer.probabilities for layer in self.moe],
                                    token_mask(self.gate_tokens, attention_mask, labels))
+        if not self.gate_weight:
+            # a term of weight 0 is told, and pulls no graph behind it
+            means = means.detach()
         parts["gate"] = gate_loss(means, objectives, per_layer=self.per_layer, published=self.published).sum()
         parts["share_right"] = means.detach().mean(0).gather(1, objectives[:, None]).sum()
-        for i, name in enumerate(self.experts):
-            parts[f"drift_{name}"] = self.expert_drift(i)
+        parts |= self.drifts(self.held if self.training else self.experts)
         return parts
 
-    def expert_drift(self, expert: int) -> Tensor:
-        """The regulariser of one expert in the chosen mode."""
-        factors = [layer.experts[name] for layer in self.moe for name in PROJECTIONS]
+    def drifts(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """{"drift_NAME": regulariser of that expert in the chosen mode}; what all share is computed once."""
+        if not names:
+            return {}
+        of = {name: self.experts.index(name) for name in names}
         if self.published:
-            groups = [[f.tuned_a[expert], f.tuned_b[expert]] for f in factors]
-            return published_weight_norm(groups, self.aligned_norms[:, expert].tolist(), len(self.moe))
-        # (matrices,): gate, up and down of every layer
-        norms = torch.stack([f.change_norms()[expert] for f in factors])
-        base = self.aligned_norms[:, expert] if self.aligned_norms is not None else norms
-        return drift(norms, base, self.drift_mode)
+            factors = [layer.experts[name] for layer in self.moe for name in PROJECTIONS]
+            return {f"drift_{name}": published_weight_norm([[f.tuned_a[i], f.tuned_b[i]] for f in factors],
+                                                           self.aligned_norms[i].tolist(), len(self.moe))
+                    for name, i in of.items()}
+        norms = change_norms(self.moe)
+        bases = self.aligned_norms if self.drift_mode == "relative" else norms
+        return {f"drift_{name}": drift(norms[i], bases[i], self.drift_mode) for name, i in of.items()}
+
+    @functools.cached_property
+    def aligned_norms(self) -> Tensor:
+        """(experts, matrices): norms of the aligned weights, for the modes that compare with them."""
+        return torch.stack([n for layer in self.moe for n in aligned_norms(layer)], 1)
 
 
 def token_mask(which: str, attention_mask: Tensor, labels: Tensor) -> Tensor:
@@ -78,6 +91,19 @@ def token_mask(which: str, attention_mask: Tensor, labels: Tensor) -> Tensor:
     answer = (labels != IGNORE).long()
     return {"answer": answer, "prompt": attention_mask * (1 - answer), "nonpad": attention_mask,
             "all": torch.ones_like(attention_mask)}[which]
+
+
+def change_norms(layers: Sequence[SharedMoe]) -> Tensor:
+    """(experts, matrices): ||(alpha / r) B'_e A'_e||_F of gate, up and down of every layer, layer by layer.
+
+    Matrices of a shape go through one product each: by themselves they are hundreds of small ones a pass.
+    """
+    norms = []
+    for name in PROJECTIONS:
+        factors = [layer.experts[name] for layer in layers]
+        a, b = torch.stack([f.tuned_a for f in factors]), torch.stack([f.tuned_b for f in factors])
+        norms.append(factors[0].scale * low_rank_norm(a, b))  # (layers, experts)
+    return torch.stack(norms, 1).flatten(0, 1).T.contiguous()
 
 
 @torch.no_grad()
@@ -152,6 +178,15 @@ class MoeTrainer(FusionTrainer):
     def __init__(self, *args: Any, router_lr: float | None = None, **kwargs: Any) -> None:
         self.router_lr = router_lr
         super().__init__(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            loss: MoeLoss = self.accelerator.unwrap_model(self.model)
+            with torch.no_grad():
+                # drifts that train nothing, as they stand now: in every step they would cost more than they tell
+                told = loss.drifts([name for name in loss.experts if name not in loss.held])
+            logs |= {f"loss_{name}": round(float(value), 5) for name, value in told.items()}
+        super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         if self.optimizer is None and self.router_lr is not None:

@@ -23,6 +23,7 @@ from errors import UserError
 from flags import AlignArgs
 from flags.optimiser import OWN_TRACKERS, trackers_of
 from models.base.placement import compute_dtype
+from training.answers import predicting_places
 from training.checkpoints import SafeCheckpoints
 from training.resume import checkpoint_folder, resume_point
 from training.tracking.trackers import tracking
@@ -86,13 +87,23 @@ class FusionTrainer(WholeMeans, SafeCheckpoints, Trainer):
         self.epoch_decay = epoch_decay
         self.weights, self.per_sample = weights or {}, frozenset(per_sample)
         tokenizer = kwargs["processing_class"]
-        collate = lambda rows: pad_rows(rows, tokenizer.pad_token_id, pad_to)  # noqa: E731
+
+        def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+            batch = pad_rows(rows, tokenizer.pad_token_id, pad_to)
+            # here labels are on the host yet: what a step asks of them later would make it wait for the device
+            return batch | {"predicting": predicting_places(batch["labels"])}
+
         super().__init__(*args, data_collator=collate, **kwargs)
         # our loss is already divided by the tokens of the whole accumulated batch
         # (transformers looks for **kwargs in forward; finding none it would divide once more, by the accumulation steps)
         self.model_accepts_loss_kwargs = True
-        self.tokens_seen = 0
-        self._parts: dict[str, float] = {}
+        # checked below and by us, without waiting for the device in every step
+        self.args.logging_nan_inf_filter = False
+        # tensors while a step runs, numbers where they are logged or kept: reading one makes the host wait for the device
+        self._tokens: torch.Tensor | int = 0
+        self._parts: dict[str, torch.Tensor | float] = {}
+        #: The first step whose loss was no number, 0 so far, and that loss.
+        self._broken: tuple[torch.Tensor, torch.Tensor] | None = None
         self._steps = 0
         self._group = (1, 1)
 
@@ -101,7 +112,7 @@ class FusionTrainer(WholeMeans, SafeCheckpoints, Trainer):
         # this process's counts will do: gradients are averaged over processes, and so are these means
         self._group = (sum(len(s["labels"]) for s in samples), len(samples))
         self._steps += 1
-        self.tokens_seen += sum(int(s["attention_mask"].sum()) for s in samples)
+        self._tokens = self._tokens + sum(s["attention_mask"].sum() for s in samples)
         return samples, tokens
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool = False,
@@ -110,23 +121,40 @@ class FusionTrainer(WholeMeans, SafeCheckpoints, Trainer):
         samples, passes = self._group
         parts = model(**inputs)
         # gradients are averaged over processes, but num_items_in_batch counts the tokens of all of them
-        tokens = num_items_in_batch / self.accelerator.num_processes
+        tokens = torch.as_tensor(num_items_in_batch) / self.accelerator.num_processes
         # a batch without an answer token would be 0/0, and one NaN turns the whole model to NaN
-        terms = {"lm": parts["lm"] / max(float(tokens), 1.0)}
+        terms = {"lm": parts["lm"] / tokens.clamp_min(1.0)}
         for name, weight in self.weights.items():
-            # a drift depends on the weights alone and is the same in every pass: its mean over passes is the term itself
-            value = parts[name] / (samples if name in self.per_sample else passes)
-            terms[name] = value * weight
-            self._parts[name] = self._parts.get(name, 0.0) + float(value.detach())
+            # a loss module may leave out what it has no weight for
+            if name in parts:
+                # a drift depends on the weights alone and is the same in every pass: its mean over passes is the term itself
+                value = parts[name] / (samples if name in self.per_sample else passes)
+                terms[name] = value * weight
+                self._count(name, value)
         loss = sum(terms.values())
-        self._parts["lm"] = self._parts.get("lm", 0.0) + float(terms["lm"].detach())
+        self._count("lm", terms["lm"])
+        self._watch(loss.detach())
+        return (loss, parts) if return_outputs else loss
+
+    def _count(self, name: str, value: torch.Tensor) -> None:
+        # fp64: a sum of many steps, as Python's own numbers would give it
+        self._parts[name] = self._parts.get(name, 0.0) + value.detach().double()
+
+    def _watch(self, loss: torch.Tensor) -> None:
+        """Remember the first loss that is no number. On a GPU it is read at the next log line, checkpoint or end."""
+        step, value = self._broken or (torch.zeros((), dtype=torch.long, device=loss.device), torch.zeros_like(loss))
+        new = (step == 0) & ~torch.isfinite(loss)
+        self._broken = torch.where(new, self.state.global_step + 1, step), torch.where(new, loss, value)
+        if loss.device.type == "cpu":
+            self._refuse_broken_loss()
+
+    def _refuse_broken_loss(self) -> None:
         # transformers leaves a NaN out of the losses that it logs and trains on, into Adam's moments and checkpoints
-        if not torch.isfinite(loss):
+        if self._broken and (step := int(self._broken[0])):
             raise UserError(
-                f"the loss became {float(loss.detach())} at step {self.state.global_step + 1}; lower "
+                f"the loss became {float(self._broken[1])} at step {step}; lower "
                 f"--learning_rate (now {self.args.learning_rate}) or the loss weights, or use --dtype float32"
             )
-        return (loss, parts) if return_outputs else loss
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         if self.epoch_decay is None or self.lr_scheduler is not None:
@@ -147,17 +175,28 @@ class FusionTrainer(WholeMeans, SafeCheckpoints, Trainer):
         return {"loss": (float(parts["lm"]), int(parts["tokens"])), **{
             name: (float(parts[name]), rows if name in self.per_sample else 1) for name in self.weights}}
 
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens of this process's rows so far, pads left out."""
+        return int(self._tokens)
+
     def progress(self) -> dict[str, Any]:
-        return super().progress() | {"tokens": self.tokens_seen, "parts": self._parts, "steps_since_log": self._steps}
+        return super().progress() | {"tokens": self.tokens_seen, "steps_since_log": self._steps,
+                                     "parts": {name: float(value) for name, value in self._parts.items()}}
 
     def restore(self, progress: dict[str, Any]) -> None:
         super().restore(progress)
-        self.tokens_seen, self._parts, self._steps = progress["tokens"], progress["parts"], progress["steps_since_log"]
+        self._tokens, self._parts, self._steps = progress["tokens"], progress["parts"], progress["steps_since_log"]
+
+    def _refuse_broken_weights(self) -> None:
+        self._refuse_broken_loss()
+        super()._refuse_broken_weights()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        self._refuse_broken_loss()
         if "loss" in logs and self._steps:
             # each part was divided by what the whole batch holds, so its sum over micro-batches is a step's value
-            logs |= {f"loss_{name}": round(value / self._steps, 5) for name, value in sorted(self._parts.items())}
+            logs |= {f"loss_{name}": round(float(value) / self._steps, 5) for name, value in sorted(self._parts.items())}
             self._parts, self._steps = {}, 0
         super().log(logs, *args, **kwargs)
 

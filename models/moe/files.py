@@ -26,6 +26,7 @@ from models.base.families import decoder_layers, family_of
 from models.base.loading import base_path, cast_parameters, load_base
 from models.checkpoints.fingerprints import fingerprint_like, same_base
 from models.moe.layer import PROJECTIONS, SharedMoe, TuningConfig, halves
+from models.moe.packed import PackedMoe, pack
 
 WEIGHTS, CONFIG = "moe.safetensors", "moe_config.json"
 #: Version of the two files together; a reader refuses every other.
@@ -56,9 +57,9 @@ class MoeConfig:
     attention: TuningConfig | None = None
 
 
-def moe_layers(model: torch.nn.Module) -> list[SharedMoe]:
-    """The fused layers of a model, first to last."""
-    return [module for module in model.modules() if isinstance(module, SharedMoe)]
+def moe_layers(model: torch.nn.Module) -> list[SharedMoe | PackedMoe]:
+    """The fused layers of a model, first to last; those of ``load_moe`` on a GPU are packed."""
+    return [module for module in model.modules() if isinstance(module, (SharedMoe, PackedMoe))]
 
 
 def install(model: PreTrainedModel, factors: list[dict[str, tuple[Tensor, Tensor]]], routers: list[Tensor],
@@ -155,8 +156,14 @@ def assemble(folder: Path, args: Any, dtype: torch.dtype, device: torch.device, 
     return model, config
 
 
-def load_moe(folder: Path, args: Any, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """A fused model for inference: attention LoRA merged in fp32, expert factors folded into the compute dtype."""
+def load_moe(folder: Path, args: Any, dtype: torch.dtype, device: torch.device, *,
+             packed: bool | None = None) -> PreTrainedModel:
+    """A fused model for inference: attention LoRA merged in fp32, expert factors folded into the compute dtype.
+
+    Args:
+        packed: layers as ``PackedMoe``; None: on a GPU. They round elsewhere, and on CPUs the answers of a run have to stay
+            what they are.
+    """
     model, _ = assemble(folder, args, torch.float32, device)
     for module in model.modules():
         if isinstance(module, LoraLayer):
@@ -168,6 +175,8 @@ def load_moe(folder: Path, args: Any, dtype: torch.dtype, device: torch.device) 
         moe.router.data = router
         for factors in moe.experts.values():
             factors.fold_(dtype)
+    if packed or (packed is None and device.type == "cuda"):
+        pack(model)
     return model.eval()
 
 

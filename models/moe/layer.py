@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.moe.expert_sum import ExpertInputs, SumOptions, expert_sum
+from models.moe.kernel_sum import kernel_sum, serves
 from models.moe.router import low_rank_norm, route
 
 PROJECTIONS = ("gate", "up", "down")
@@ -156,17 +157,24 @@ class SharedMoe(nn.Module):
         # one product for the A of every expert and both projections: x, the largest operand, is read once
         shrunk_inputs = self._shrink(x, torch.cat([gate_a, up_a]), self.experts["gate"].a.shape[1])
         shrunk_inputs = shrunk_inputs.view(len(x), 2, self.num_experts, -1)  # (N, 2, E, R)
-        expert_weights = torch.zeros_like(probabilities).scatter(1, chosen, weights)  # (N, E)
-        # gathering pays only when most experts are idle for most tokens
-        gather = 2 * self.top_k <= self.num_experts and len(x) > 32
         with torch.autocast(x.device.type, enabled=False):
             dropped = F.dropout(torch.ones_like(gate), self.dropout) if self.training and self.dropout else None
-            mixed, shrunk_hidden = expert_sum(
-                ExpertInputs(gate, up, shrunk_inputs, expert_weights, gate_b, up_b, down_a),
-                SumOptions(self.act_fn, gather, dropped, dropped_from=self.experts["down"].a.shape[1]))
+            mixed, shrunk_hidden = self._sum(ExpertInputs(gate, up, shrunk_inputs, weights, gate_b, up_b, down_a), chosen,
+                                             dropped)
         # sum_e B_e shrunk_e as one product: (N, E R) with B of all experts side by side, (d, E R)
         low_rank = F.linear(shrunk_hidden.flatten(1), down_b.permute(1, 0, 2).flatten(1))
         return (self.down_proj(mixed) + low_rank).view_as(hidden)
+
+    def _sum(self, inputs: ExpertInputs, chosen: Tensor, dropped: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The experts' weighted sum, by the GPU's kernels where they serve; ``inputs.weights`` are those of the chosen."""
+        aligned, aligned_down = self.experts["gate"].a.shape[1], self.experts["down"].a.shape[1]
+        # gathering pays only when most experts are idle for most tokens
+        gather = 2 * self.top_k <= self.num_experts and len(chosen) > 32
+        options = SumOptions(self.act_fn, gather, dropped, aligned_down, aligned, aligned_down)
+        if serves(inputs, self.act_fn):
+            return kernel_sum(inputs, chosen, options)
+        every = inputs.weights.new_zeros(len(chosen), self.num_experts).scatter(1, chosen, inputs.weights)  # (N, E)
+        return expert_sum(inputs._replace(weights=every), options)
 
     def _shrink(self, x: Tensor, stacked_a: Tensor, aligned_rank: int) -> Tensor:
         """A x of m matrices: (N, d), (m, R, d) -> (N, m R). Dropout, PEFT's rule, reaches the tuned rows only."""

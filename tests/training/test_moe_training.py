@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +12,15 @@ from runs import MOE, align, build_moe, common, data_flag, losses, write_data
 from safetensors.torch import load_file
 
 from config import parse
+from errors import UserError
 from flags import AlignArgs
 from models.moe.files import assemble, load_moe, moe_layers
+from models.moe.router import low_rank_norm
+from training.answers import predicting_places
 from training.moe import MoeLoss, aligned_norms, token_mask
+from training.trainer import FusionTrainer
 
+OBJECTIVES = ("helpfulness", "safety", "truthfulness")
 FLAGS = ("--gate_loss_weight", "0.1", "--helpfulness_weight", "0.001")
 
 
@@ -56,7 +62,78 @@ def test_drift_is_the_norm_of_the_materialised_change(pico, tuned):
     for expert in range(3):
         norms = [(new.materialise(expert)[p] - old.materialise(expert)[p]).norm()
                  for new, old in zip(moe_layers(model), moe_layers(raw), strict=True) for p in ("gate", "up", "down")]
-        assert loss.expert_drift(expert).item() == pytest.approx(torch.stack(norms).mean().item(), rel=1e-4)
+        found = loss.drifts([OBJECTIVES[expert]])
+        assert found[f"drift_{OBJECTIVES[expert]}"].item() == pytest.approx(torch.stack(norms).mean().item(), rel=1e-4)
+
+
+def batch_of_two():
+    labels = torch.full((2, 6), -100)
+    labels[:, 3:] = 7
+    return {"input_ids": torch.arange(12).view(2, 6) + 20, "attention_mask": torch.ones(2, 6, dtype=torch.long),
+            "labels": labels, "objectives": torch.tensor([0, 1])}
+
+
+@pytest.mark.parametrize(("flags", "drifts"), [
+    ((), ()), (("--safety_weight", "0.1"), ("safety",)),
+    (("--helpfulness_weight", "0.1", "--truthfulness_weight", "1"), ("helpfulness", "truthfulness"))])
+def test_a_step_computes_the_drifts_that_have_a_weight_once_and_no_others(pico, tuned, flags, drifts, monkeypatch):
+    import training.moe
+
+    args = _args(pico, tuned, *flags)
+    model, config = assemble(tuned / "outputs" / MOE, args, torch.float32, torch.device("cpu"))
+    counted = []
+    monkeypatch.setattr(training.moe, "low_rank_norm", lambda a, b: (counted.append(len(a)), low_rank_norm(a, b))[1])
+    loss = MoeLoss(model, torch.float32, config.experts, args)
+    parts = loss.train()(**batch_of_two())
+    assert {name for name in parts if name.startswith("drift_")} == {f"drift_{name}" for name in drifts}
+    # gate, up and down, both layers at once
+    assert counted == ([2, 2, 2] if drifts else [])
+    # validation tells all of them, with the same values
+    with torch.no_grad():
+        told = loss.eval()(**batch_of_two())
+    assert {name for name in told if name.startswith("drift_")} == {f"drift_{name}" for name in OBJECTIVES}
+    for name in drifts:
+        torch.testing.assert_close(told[f"drift_{name}"], parts[f"drift_{name}"])
+
+
+@pytest.mark.parametrize("weight", ["0", "0.1"])
+def test_a_gate_without_weight_pulls_no_graph(pico, tuned, weight):
+    args = _args(pico, tuned, "--gate_loss_weight", weight)
+    model, config = assemble(tuned / "outputs" / MOE, args, torch.float32, torch.device("cpu"))
+    for moe in moe_layers(model):
+        moe.router.requires_grad_()
+    parts = MoeLoss(model, torch.float32, config.experts, args).train()(**batch_of_two())
+    assert parts["gate"].requires_grad == (weight != "0")
+    assert parts["gate"] > 0
+    assert parts["lm"].requires_grad
+
+
+def test_a_drift_without_weight_is_logged_as_it_stands(pico, tuned, data, tmp_path):
+    """The last value that the log tells is the drift of the weights that were saved."""
+    shutil.copytree(tuned / "outputs" / "raw_moe", tmp_path / "outputs" / "raw_moe")
+    manifest = align(pico, tmp_path, data, "mix", "--run_name", "idle", "--safety_weight", "0.01")
+    args = _args(pico, tmp_path)
+    model, config = assemble(tmp_path / "outputs" / "idle", args, torch.float32, torch.device("cpu"))
+    drifts = MoeLoss(model, torch.float32, config.experts, args).drifts(["helpfulness"])
+    assert losses(manifest, "loss_drift_helpfulness")[-1] == pytest.approx(drifts["drift_helpfulness"].item(), abs=2e-5)
+    assert losses(manifest, "loss_drift_helpfulness")[-1] > 0
+
+
+def test_predicting_places_are_those_of_the_labels():
+    labels = torch.tensor([[3, -100, 5, 6], [-100, 4, -100, 7]])
+    # the first token of a row has nobody to predict it
+    assert predicting_places(labels).tolist() == [1, 2, 4, 6]
+    assert labels.tolist() == [[3, -100, 5, 6], [-100, 4, -100, 7]]
+
+
+def test_places_from_the_host_change_nothing(pico, tuned):
+    args = _args(pico, tuned)
+    model, config = assemble(tuned / "outputs" / MOE, args, torch.float32, torch.device("cpu"))
+    loss, batch = MoeLoss(model, torch.float32, config.experts, args).eval(), batch_of_two()
+    with torch.no_grad():
+        alone, given = loss(**batch), loss(**batch, predicting=predicting_places(batch["labels"]))
+    assert alone["tokens"] == given["tokens"] == 6
+    assert torch.equal(alone["lm"], given["lm"])
 
 
 def test_aligned_norms_equal_the_materialised_ones(pico, tuned):
@@ -132,6 +209,19 @@ def test_a_loss_that_is_no_number_ends_the_run(pico, tuned, data, capsys, monkey
     err = capsys.readouterr().err
     assert "the loss became nan at step 1; lower --learning_rate" in err
     assert not list((tuned / "outputs").glob("*nan*"))
+
+
+def test_where_losses_are_not_read_at_once_the_first_broken_one_is_told(monkeypatch):
+    """As on a GPU: steps go on, and the next log line, checkpoint or end names the step and the loss."""
+    trainer = FusionTrainer.__new__(FusionTrainer)
+    trainer.args, trainer._broken = SimpleNamespace(learning_rate=0.5), None
+    with monkeypatch.context() as patch:
+        patch.setattr(FusionTrainer, "_refuse_broken_loss", lambda self: None)
+        for step, loss in enumerate((1.0, 2.0, float("inf"), float("nan"), 3.0)):
+            trainer.state = SimpleNamespace(global_step=step)
+            trainer._watch(torch.tensor(loss))
+    with pytest.raises(UserError, match=r"the loss became inf at step 3; lower --learning_rate \(now 0.5\)"):
+        trainer._refuse_broken_loss()
 
 
 @pytest.mark.parametrize("sizes", [(16, 8, 12), (8, 8, 16), (4, 8, 40)])

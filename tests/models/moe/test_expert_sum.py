@@ -94,6 +94,23 @@ def test_equals_the_naive_loop_forward_and_backward(tokens, experts, gather, kin
         assert torch.allclose(one, two, atol=1e-11)
 
 
+@pytest.mark.parametrize("experts", [2, 3, 12])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_at_most_four_tensors_of_all_tokens_are_kept(experts, dropout):
+    tokens, f = 11, 7
+    tensors, kept, chosen, mask = make(tokens, f, experts)
+    sizes = {}
+
+    def pack(tensor):
+        sizes[tensor.data_ptr()] = tuple(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        ours(tensors, scattered(kept, chosen, experts), F.silu, False, mask if dropout else None, 1)
+    # gate and up; the dropout mask is an option, not a saved tensor, and makes three
+    assert list(sizes.values()).count((tokens, f)) == 2
+
+
 def test_gradient_of_one_output_alone():
     tensors, kept, chosen, _ = make()
     for i in range(2):
