@@ -1,8 +1,9 @@
-"""Fuse models: full checkpoints, LoRA adapters, a LoRA drawn out of a full fine-tune, tuned models with their aligned one.
+"""Fuse models: full checkpoints, LoRA adapters, a LoRA out of a full fine-tune, tuned models with their aligned one; export.
 
     python models/fuse.py merge --recipe recipe.yml --run_name merged
     python models/fuse.py adapters --adapters helpfulness,safety,truthfulness --run_name average
     python models/fuse.py extract --tuned merged --rank 16 --run_name extracted
+    python models/fuse.py export raw_moe --layout mixtral
     python models/fuse.py realign --model_name_or_path ALIGNED --tasks english --method wise_ft --parameters "alpha=0.5"
 """
 
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 import config
 from errors import UserError, exit_on_user_error
 from flags import ExtractArgs, FuseAdaptersArgs
+from flags.export import ExportArgs
 from flags.merge import MergeArgs
 from flags.realign import RealignArgs
 
@@ -26,6 +28,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "adapters": (FuseAdaptersArgs, "models.adapters.fuse:fuse_adapters"),
     "extract": (ExtractArgs, "models.adapters.extract:extract"),
     "realign": (RealignArgs, "models.realign.realign:realign"),
+    "export": (ExportArgs, "models.export.export:export"),
 }
 
 
