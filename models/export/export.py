@@ -40,7 +40,7 @@ def export(args: ExportArgs) -> str:
         if problems:
             raise UserError(*problems)
         # by content: the same name over a retrained run is another export
-        settings = asdict(args) | {"inputs": dict(source.hashes)}
+        settings = asdict(args) | {"run": source.name, "run_name": args.name, "inputs": dict(source.hashes)}
         if not (args.overwrite or args.dry_run) and manifest.finished(target, settings):
             return f"{target}: already exported"
         rounding = Rounding(args.out_dtype)
@@ -53,9 +53,9 @@ def export(args: ExportArgs) -> str:
             return description
         log.info(description)
         with manifest.writing(target, "export", settings, overwrite=args.overwrite, resume=True) as run:
-            write_weights(args, plan, layout, cost, run, dict(source.hashes))
+            write_weights(plan, layout, cost, run)
             write_companions(source, run.folder, dict(plan.config))
-            run.metrics.update(layout=args.layout, rounding=rounding.share)
+            run.metrics.update(layout=args.layout, rounding=rounding.share, promised_gb=args.memory_gb)
             _card(source, args, run, rounding)
             run.parents.extend(map(str, source.folders))
             run.inputs.update(source.hashes)

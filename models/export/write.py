@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 import manifest
-from flags.export import ExportArgs
 from models.checkpoints.header import KINDS, TensorInfo
 from models.checkpoints.writer import Layout, Writer
 from models.merging.budget import Budget
@@ -48,24 +47,19 @@ class Rounding:
         return (self.lost / self.size) ** 0.5 if self.size else 0.0
 
 
-def settled(args: ExportArgs, inputs: dict[str, str]) -> dict[str, Any]:
-    """What the result depends on: flags and inputs."""
-    return {"config": {k: v for k, v in asdict(args).items() if k not in manifest.PLACE}, "inputs": dict(inputs)}
-
-
-def write_weights(args: ExportArgs, plan: MergePlan, layout: Layout, cost: Budget, run: manifest.Run,
-                  inputs: dict[str, str]) -> None:
+def write_weights(plan: MergePlan, layout: Layout, cost: Budget, run: manifest.Run) -> None:
     """Write the plan's tensors into a run's folder, going on where a killed run of the same plan stopped."""
-    ran = stream(run.folder, settled(args, inputs), plan, cost, lambda resume: Writer(run.folder, layout, resume))
-    run.metrics.update(tensors=len(plan.jobs), tensors_run=ran, bytes_written=layout.total, workers=cost.workers,
-                       promised_gb=args.memory_gb)
+    # flags and inputs: a resumed export may trust finished tensors only if both are what they were
+    identity = {key: value for key, value in run.config.items() if key not in manifest.PLACE}
+    ran = stream(run.folder, identity, plan, cost, lambda resume: Writer(run.folder, layout, resume))
+    run.metrics.update(tensors=len(plan.jobs), tensors_run=ran, bytes_written=layout.total, workers=cost.workers)
 
 
 def stream(folder: Path, identity: dict[str, Any], plan: MergePlan, cost: Budget, opened: Callable[[bool], Any]) -> int:
     """Run the jobs into a writer and return how many were left; what a killed run of this identity finished is kept.
 
     Args:
-        identity: a resumed export may trust finished tensors only if flags and inputs are those that it had.
+        identity: what the bytes depend on; files of another identity are thrown away.
         opened: makes the writer, told whether to go on with the files that are there.
     """
     resume = manifest.same_plan(folder / PLAN, identity)
