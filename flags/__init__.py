@@ -18,7 +18,7 @@ from flags.evaluate import (
     ReportArgs,
     ScoredAnswersArgs,
 )
-from flags.export import ExportArgs
+from flags.export import ExportArgs, ImportArgs
 from flags.fuse import ExtractArgs, FuseAdaptersArgs, FuseMoeArgs
 from flags.inference import InferenceArgs
 from flags.mask_figures import MaskFiguresArgs
@@ -33,13 +33,13 @@ ALL = (AgreementArgs, AlignArgs, FuseMoeArgs, FuseAdaptersArgs, ExtractArgs, Inf
        EvaluateSafetyArgs, EvaluateHelpfulnessArgs, EvaluateTruthArgs, EvaluateSkillsArgs, EvaluateUtilityArgs,
        ReportArgs, SafetySetArgs, SweepArgs)
 #: Every command, those included that do nothing without a flag of their own, and every objective of align_basemodel.py.
-COMMANDS = (*ALL, *TRAINED.values(), AttackTableArgs, EqualUtilityArgs, ExportArgs, MaskFiguresArgs, MergeArgs,
-            RealignArgs)
+COMMANDS = (*ALL, *TRAINED.values(), AttackTableArgs, EqualUtilityArgs, ExportArgs, ImportArgs, MaskFiguresArgs,
+            MergeArgs, RealignArgs)
 declare(COMMANDS)
 
 __all__ = ["ALL", "COMMANDS", "OBJECTIVES", "RAW_MOE", "TASKS", "TRAINED", "AgreementArgs", "AlignArgs", "AttackTableArgs",
            "DpoArgs", "EqualUtilityArgs", "EvaluateArgs", "EvaluateHelpfulnessArgs", "EvaluateSafetyArgs",
            "EvaluateSkillsArgs", "EvaluateTruthArgs", "EvaluateUtilityArgs", "ExpertArgs", "ExportArgs",
-           "ExtractArgs", "FuseAdaptersArgs", "FuseMoeArgs", "FusedMoeArgs", "InferenceArgs", "MaskArgs",
-           "MaskFiguresArgs", "MergeArgs", "RealignArgs", "ReportArgs", "SafetySetArgs", "ScoredAnswersArgs",
-           "SearchArgs", "SoupArgs", "SweepArgs", "run_name"]
+           "ExtractArgs", "FuseAdaptersArgs", "FuseMoeArgs", "FusedMoeArgs", "ImportArgs", "InferenceArgs",
+           "MaskArgs", "MaskFiguresArgs", "MergeArgs", "RealignArgs", "ReportArgs", "SafetySetArgs",
+           "ScoredAnswersArgs", "SearchArgs", "SoupArgs", "SweepArgs", "run_name"]

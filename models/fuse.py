@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import config
 from errors import UserError, exit_on_user_error
 from flags import ExtractArgs, FuseAdaptersArgs
-from flags.export import ExportArgs
+from flags.export import ExportArgs, ImportArgs
 from flags.merge import MergeArgs
 from flags.realign import RealignArgs
 
@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "extract": (ExtractArgs, "models.adapters.extract:extract"),
     "realign": (RealignArgs, "models.realign.realign:realign"),
     "export": (ExportArgs, "models.export.export:export"),
+    "import": (ImportArgs, "models.export.read_back:import_moe"),
 }
 
 

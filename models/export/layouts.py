@@ -37,7 +37,7 @@ class MoeLayout:
         families: model types that compute the same function in it.
         router, expert: name of a layer's router; of an expert's projection, by layer, expert and part.
         parts: what the layout calls gate, up, down.
-        config: the base's configuration object and the settings shared by both -> what config.json has beside these.
+        config: (the base's configuration object, experts, experts per token) -> what config.json has beside the shared part.
         misfits: settings of these families that the layout has no place for.
     """
 
@@ -46,13 +46,13 @@ class MoeLayout:
     router: str
     expert: str
     parts: Mapping[str, str]
-    config: Callable[[Any, dict[str, Any]], dict[str, Any]]
+    config: Callable[[Any, int, int], dict[str, Any]]
     misfits: Callable[[Any], list[str]]
 
 
-def _mixtral(known: Any, experts: dict[str, Any]) -> dict[str, Any]:
-    return {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": experts["number"],
-            "num_experts_per_tok": experts["top_k"], "sliding_window": getattr(known, "sliding_window", None),
+def _mixtral(known: Any, experts: int, top_k: int) -> dict[str, Any]:
+    return {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": experts,
+            "num_experts_per_tok": top_k, "sliding_window": getattr(known, "sliding_window", None),
             "router_jitter_noise": 0.0, "router_aux_loss_coef": 0.0, "output_router_logits": False}
 
 
@@ -61,10 +61,27 @@ def _mixtral_misfits(known: Any) -> list[str]:
             if getattr(known, name, False)]
 
 
+def _qwen3(known: Any, experts: int, top_k: int) -> dict[str, Any]:
+    windows = set(known.layer_types or ()) == {"sliding_attention"}
+    return {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": experts,
+            "num_experts_per_tok": top_k, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
+            "moe_intermediate_size": known.intermediate_size, "attention_bias": known.attention_bias,
+            "use_sliding_window": windows, "sliding_window": known.sliding_window if windows else None,
+            "router_aux_loss_coef": 0.0, "output_router_logits": False}
+
+
+def _qwen3_misfits(known: Any) -> list[str]:
+    return ["only some of its layers have a sliding window, and Qwen3-MoE's have all or none"] \
+        if len(set(known.layer_types or ())) > 1 else []
+
+
 LAYOUTS: dict[str, MoeLayout] = {
     "mixtral": MoeLayout("mixtral", ("llama", "mistral"), "model.layers.{layer}.block_sparse_moe.gate.weight",
                          "model.layers.{layer}.block_sparse_moe.experts.{expert}.{part}.weight",
                          {"gate": "w1", "up": "w3", "down": "w2"}, _mixtral, _mixtral_misfits),
+    "qwen3_moe": MoeLayout("qwen3_moe", ("qwen3",), "model.layers.{layer}.mlp.gate.weight",
+                           "model.layers.{layer}.mlp.experts.{expert}.{part}.weight",
+                           {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}, _qwen3, _qwen3_misfits),
 }
 
 
@@ -90,11 +107,12 @@ def problems(layout: MoeLayout, source: Source) -> list[str]:
 
 
 def moe_config(layout: MoeLayout, source: Source, dtype: str | None) -> dict[str, Any]:
-    """config.json of a source in a layout.
+    """config.json of a fused MoE in a layout; ``dtype`` of the weights, None: of several types."""
+    return moe_settings(layout, source, len(source.experts), source.moe.top_k, dtype)
 
-    Args:
-        dtype: of the weights; None: of several types.
-    """
+
+def moe_settings(layout: MoeLayout, source: Source, experts: int, top_k: int, dtype: str | None) -> dict[str, Any]:
+    """config.json of so many experts on a source's base, so many of them per token."""
     known = filled(source.config)
     made = {key: getattr(known, key) for key in _SHARED if hasattr(known, key)}
     rope = dict(known.rope_parameters)
@@ -108,4 +126,4 @@ def moe_config(layout: MoeLayout, source: Source, dtype: str | None) -> dict[str
         **({} if kind == "default" else {"rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"}}),
         **({"dtype": dtype} if dtype else {}),
     }
-    return made | layout.config(known, {"number": len(source.experts), "top_k": source.moe.top_k})
+    return made | layout.config(known, experts, top_k)

@@ -25,11 +25,11 @@ _HEAD = "lm_head.weight"
 def dense_plan(source: Source, args: ExportArgs, observer: Observer) -> MergePlan:
     """One plain model: the base with everything in its weights that the run, or what the flags pick of it, adds."""
     view = ChangedCheckpoint.of(source.base, picked(source, args), observer)
-    jobs = [_job(name, info, view, args) for name, info in _in_order(source.tensors)]
+    jobs = [_job(name, info, view, args.out_dtype) for name, info in _in_order(source.tensors)]
     if source.head:
         # its weight was the embedding, which stays as it is
         own = ChangedCheckpoint.of(source.base, {source.embedding.name: source.head}, observer)
-        jobs.append(_job(_HEAD, source.embedding, own, args))
+        jobs.append(_job(_HEAD, source.embedding, own, args.out_dtype))
     notes = ("the head was the embedding; it gets a weight of its own, for an adapter changes it",) if source.head else ()
     untied = any(job.name == _HEAD for job in jobs)
     return MergePlan(tuple(jobs), notes, None,
@@ -46,7 +46,7 @@ def picked(source: Source, args: ExportArgs) -> Mapping[str, Sequence[Change]]:
     return changes
 
 
-def moe_plan(source: Source, layout: MoeLayout, args: ExportArgs, observer: Observer) -> MergePlan:
+def moe_plan(source: Source, layout: MoeLayout, out_dtype: str, observer: Observer | None = None) -> MergePlan:
     """A model of experts: every expert's FFN whole, the routers as they are, all else once."""
     common = ChangedCheckpoint.of(source.base, source.common, observer)
     views = [ChangedCheckpoint.of(source.base, expert.changes, observer) for expert in source.experts]
@@ -55,21 +55,21 @@ def moe_plan(source: Source, layout: MoeLayout, args: ExportArgs, observer: Obse
     jobs = []
     for name, info in _in_order(source.tensors):
         if not (place := ffn.fullmatch(name)):
-            jobs.append(_job(name, info, common, args))
+            jobs.append(_job(name, info, common, out_dtype))
             continue
         layer, part = int(place[1]), parts[place[2]]
-        jobs += [_job(layout.expert.format(layer=layer, expert=number, part=part), info, view, args)
+        jobs += [_job(layout.expert.format(layer=layer, expert=number, part=part), info, view, out_dtype)
                  for number, view in enumerate(views)]
         # beside the first of a layer's matrices; fp32 whatever the others are: rounded, tokens would go to other experts
         if part == layout.parts["gate"]:
             router = source.routers[layer]
-            jobs.append(_job(layout.router.format(layer=layer), router, source.moe_file, None))
+            jobs.append(_job(layout.router.format(layer=layer), router, source.moe_file, ""))
     experts = [job for job in jobs if job.pieces[0].checkpoint is not source.moe_file]
     return MergePlan(tuple(jobs), (), None, moe_config(layout, source, _dtype(experts)))
 
 
-def _job(name: str, info: TensorInfo, checkpoint: Checkpoint, args: ExportArgs | None) -> Job:
-    wanted = DTYPES.get(args.out_dtype, "") if args else ""
+def _job(name: str, info: TensorInfo, checkpoint: Checkpoint, out_dtype: str) -> Job:
+    wanted = DTYPES.get(out_dtype, "")
     dtype = wanted if wanted and info.dtype in FLOATS else info.dtype
     return Job(name, dtype, info.shape, None, (Piece(checkpoint, info),), Passthrough(scale=(1.0,)), by_rows=False)
 

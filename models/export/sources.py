@@ -99,14 +99,14 @@ def open_source(args: ExportArgs, stack: ExitStack) -> Source:
     parts = _parts(args)
     if parts:
         folders = _folders([name for name, _ in parts], args)
-        return _of_adapters(mixture_run(parts), parts, folders, _base(args, stack), stack)
+        return _of_adapters(mixture_run(parts), parts, folders, open_base(args, stack), stack)
     (folder,) = _folders([args.run], args)
     if (folder / MOE).is_file():
-        return _of_moe(folder, _base(args, stack), args, stack)
+        return open_moe(folder, open_base(args, stack), args, stack)
     if (folder / ADAPTER).is_file():
-        return _of_adapters(folder.name, ((folder.name, 1.0),), [folder], _base(args, stack), stack)
+        return _of_adapters(folder.name, ((folder.name, 1.0),), [folder], open_base(args, stack), stack)
     # a whole model: itself the base
-    return _plain(folder.name, (folder,), stack.enter_context(Checkpoint.open(folder)).plain())
+    return plain_source(folder.name, (folder,), stack.enter_context(Checkpoint.open(folder)).plain())
 
 
 def _parts(args: ExportArgs) -> Parts:
@@ -127,11 +127,12 @@ def _folders(names: Sequence[str], args: ExportArgs) -> list[Path]:
     return found
 
 
-def _base(args: ExportArgs, stack: ExitStack) -> Checkpoint:
+def open_base(args: Any, stack: ExitStack) -> Checkpoint:
+    """The files of --model_name_or_path, open as long as ``stack``."""
     return stack.enter_context(Checkpoint.open(base_path(args.model_name_or_path, args.cache_dir))).plain()
 
 
-def _plain(name: str, folders: tuple[Path, ...], base: Checkpoint) -> Source:
+def plain_source(name: str, folders: tuple[Path, ...], base: Checkpoint) -> Source:
     """The base alone, under the names that a model with a head has."""
     try:
         family = family_of(SimpleNamespace(**base.config))
@@ -155,7 +156,7 @@ def _of_adapters(name: str, parts: Parts, folders: Sequence[Path], base: Checkpo
     from models.adapters.apply import check_fit
     from models.adapters.fuse import common_base
 
-    source = _plain(name, tuple(folders), base)
+    source = plain_source(name, tuple(folders), base)
     embedding = source.embedding.name if source.embedding else ""
     common, head, problems, known = {}, [], [], []
     model = skeleton(base.folder)
@@ -183,13 +184,14 @@ def _of_adapters(name: str, parts: Parts, folders: Sequence[Path], base: Checkpo
                    weights=dict(parts) if len(parts) > 1 or parts[0][1] != 1 else {})
 
 
-def _of_moe(folder: Path, base: Checkpoint, args: ExportArgs, stack: ExitStack) -> Source:
+def open_moe(folder: Path, base: Checkpoint, args: Any, stack: ExitStack) -> Source:
+    """A fused MoE on an open base, every tensor of it held to the base's shapes; a UserError where one differs."""
     config = read_config(folder)
     if not same_base(config.base_fingerprint, base.folder):
         have = fingerprint_like(config.base_fingerprint, base.folder)
         raise UserError(f"{folder}: was fused on base {config.base} (fingerprint {config.base_fingerprint[:12]}), "
                         f"but --model_name_or_path {args.model_name_or_path} has {have[:12]}; give that base")
-    source = _plain(folder.name, (folder,), base)
+    source = plain_source(folder.name, (folder,), base)
     file = stack.enter_context(Checkpoint.open(folder / MOE_WEIGHTS))
     problems: list[str] = []
     experts = [Changes() for _ in config.experts]

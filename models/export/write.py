@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,12 +35,23 @@ class Rounding:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __call__(self, info: TensorInfo, delta: Tensor, total: Tensor) -> None:
-        kind = DTYPES.get(self.out_dtype) or info.dtype
         # fp64: squares of small changes vanish beside a large sum in fp32
-        lost = float((total.to(getattr(torch, KINDS[kind][1])).float() - total).double().square().sum())
+        lost = float((self._kept(info, total) - total).double().square().sum())
         size = float(delta.double().square().sum())
         with self._lock:
             self.lost, self.size = self.lost + lost, self.size + size
+
+    def _kept(self, info: TensorInfo, total: Tensor) -> Tensor:
+        """The values as a reader of the file gets them, fp32."""
+        kind = DTYPES.get(self.out_dtype) or ("F16" if self.out_dtype == "q8_0" else info.dtype)
+        # a row that 32 does not divide is written in 16 bits
+        if self.out_dtype == "q8_0" and not info.shape[-1] % 32:
+            from gguf import GGMLQuantizationType
+            from gguf.quants import dequantize, quantize
+
+            packed = quantize(total.reshape(-1, 32).numpy(), GGMLQuantizationType.Q8_0)
+            return torch.from_numpy(dequantize(packed, GGMLQuantizationType.Q8_0)).view_as(total)
+        return total.to(getattr(torch, KINDS[kind][1])).float()
 
     @property
     def share(self) -> float:
@@ -47,11 +59,11 @@ class Rounding:
         return (self.lost / self.size) ** 0.5 if self.size else 0.0
 
 
-def write_weights(plan: MergePlan, layout: Layout, cost: Budget, run: manifest.Run) -> None:
+def write_weights(plan: MergePlan, layout: Layout, cost: Budget, run: manifest.Run, writer: type[Writer] = Writer) -> None:
     """Write the plan's tensors into a run's folder, going on where a killed run of the same plan stopped."""
     # flags and inputs: a resumed export may trust finished tensors only if both are what they were
     identity = {key: value for key, value in run.config.items() if key not in manifest.PLACE}
-    ran = stream(run.folder, identity, plan, cost, lambda resume: Writer(run.folder, layout, resume))
+    ran = stream(run.folder, identity, plan, cost, lambda resume: writer(run.folder, layout, resume))
     run.metrics.update(tensors=len(plan.jobs), tensors_run=ran, bytes_written=layout.total, workers=cost.workers)
 
 
@@ -64,8 +76,8 @@ def stream(folder: Path, identity: dict[str, Any], plan: MergePlan, cost: Budget
     """
     resume = manifest.same_plan(folder / PLAN, identity)
     if not resume:
-        for file in folder.iterdir():
-            file.unlink()
+        for entry in folder.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         manifest.write_json(folder / PLAN, identity)
     writer = opened(resume)
     try:

@@ -128,6 +128,33 @@ def test_what_tells_one_base_from_another_comes_along(tmp_path, kind, settings):
     assert (logits_of(model) - logits_of(ours(tmp_path / "results", base, "tuned").model)).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("settings", [
+    {"use_sliding_window": False, "head_dim": 16, "attention_bias": True},
+    {"use_sliding_window": False, "rms_norm_eps": 3e-3},
+    {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0, "tie_word_embeddings": True}])
+def test_a_qwen3_moe(tmp_path, settings):
+    base = make_family(tmp_path / "base", "qwen3", **settings)
+    tuned_moe(base, tmp_path / "results")
+    folder = export(tmp_path / "results", base, "tuned", "--layout", "qwen3_moe", "--shard_gb", "0.0001")
+    names = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    assert {"model.layers.1.mlp.gate.weight", "model.layers.0.mlp.experts.2.down_proj.weight",
+            "model.layers.1.self_attn.q_norm.weight"} <= set(names)
+    there = read_elsewhere(folder, IDS.tolist(), tmp_path)
+    assert there["class"] == "Qwen3MoeForCausalLM"
+    loaded = ours(tmp_path / "results", base, "tuned").model
+    assert (torch.tensor(there["logits"]) - logits_of(loaded)).abs().max() < 1e-4
+    answer = loaded.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=20, do_sample=False)
+    assert there["answer"] == answer.tolist()
+
+
+def test_each_family_is_sent_to_its_own_layout(home, pico, tmp_path, refused):
+    assert "give --layout mixtral" in refused(home, pico, "tuned", "--layout", "qwen3_moe")
+    base = make_family(tmp_path / "base", "qwen3")
+    tuned_moe(base, tmp_path / "results")
+    assert "give --layout qwen3_moe" in refused(tmp_path / "results", base, "tuned", "--layout", "mixtral")
+    assert "all or none" in refused(tmp_path / "results", base, "tuned", "--layout", "qwen3_moe")
+
+
 def test_our_own_inference_takes_an_export_for_a_run(home, pico):
     assert export(home, pico, "tuned", "--layout", "mixtral", "--run_name", "again").name == "again"
     model = ours(home, pico, "again").model
