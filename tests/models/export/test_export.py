@@ -292,8 +292,7 @@ def test_a_stopped_export_goes_on_and_another_does_not(home, pico, tmp_path, mon
 MEASURE = """
 import sys, torch
 from models import fuse
-from models.adapters import apply, fuse as _
-from models.export import export
+from models.export import write
 from models.merging import execute
 def now():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
@@ -306,7 +305,6 @@ def begun(*rest, **more):
     peak[1] = now()
     return begin(*rest, **more)
 execute.Writer.write = watched
-import models.export.write as write
 write.execute = begun
 fuse.main(sys.argv[1:])
 print("RSS", peak[0] - peak[1])
