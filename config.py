@@ -167,8 +167,9 @@ def _parser(command: type, values: dict[str, Any] | None = None, training: dict[
             where: dict[str, str] | None = None, taken: str = "") -> argparse.ArgumentParser:
     """The parser of a command; for ``--help`` with the values in force and where they come from, and why this preset."""
     values, training, where = values or {}, training or {}, where or {}
+    first = f"{command.positional.upper()} " if command.positional else ""
     parser = _Parser(description=inspect.cleandoc(command.__doc__), allow_abbrev=False, add_help=False,
-                     usage="%(prog)s [--FLAG VALUE ...]", formatter_class=argparse.RawDescriptionHelpFormatter)
+                     usage=f"%(prog)s {first}[--FLAG VALUE ...]", formatter_class=argparse.RawDescriptionHelpFormatter)
     general = parser.add_argument_group("Help and presets")
     general.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS,
                          help="show these flags with the values that this command line and its preset give them")
@@ -313,8 +314,10 @@ def _say_without_effect(command: type, name: str) -> None:
 
 
 def _words(command: type, argv: Sequence[str]) -> list[str]:
-    """The command line with --our-flag spelt --our_flag, and a negative value joined to its flag."""
+    """The command line with --our-flag spelt --our_flag, a negative value joined to its flag, a first value to its own."""
     words: list[str] = []
+    if command.positional and argv and not argv[0].startswith("-"):
+        argv = [f"--{command.positional}={argv[0]}", *argv[1:]]
     for word in argv:
         name, equals, value = word.partition("=")
         name = name.replace("-", "_") if name.startswith("--") else name

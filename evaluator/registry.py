@@ -10,7 +10,6 @@ Reads results/registry.jsonl, the manifests and the folders; loads no model. Sec
 
 from __future__ import annotations
 
-import argparse
 import fnmatch
 import logging
 import math
@@ -26,18 +25,14 @@ import manifest
 from data import escaped
 from errors import UserError, exit_on_user_error
 from evaluator.reporting import formats
-from flags.registry import CompareArgs, ExportArgs, ListArgs, ShowArgs
+from flags import sub_commands
+from flags.registry import CompareArgs, ExportScoresArgs, ListArgs, ShowArgs
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
-        name, *rest = (sys.argv[1:] if argv is None else list(argv)) or [""]
-        if name in ("-h", "--help"):
-            _parser().print_help()
-            return
-        if name not in COMMANDS:
-            raise UserError(f"{name or 'no sub-command'}: needs one of {', '.join(COMMANDS)} first, e.g. "
-                            "python -m evaluator.registry list")
+        name, rest = sub_commands.chosen({name: command for name, (command, _, _) in COMMANDS.items()}, argv, __doc__,
+                                         "python -m evaluator.registry list")
         command, carry_out, wanted = COMMANDS[name]
         first = next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest))
         runs = [word for item in rest[:first] for word in item.split(",") if word]
@@ -160,7 +155,7 @@ def compare(args: CompareArgs, first: str, second: str) -> str:
         "judged by another version."])
 
 
-def export(args: ExportArgs) -> str:
+def export(args: ExportScoresArgs) -> str:
     """Every score of every run, written."""
     from evaluator.reporting.table import of_scores
     from evaluator.statistics.comparison import measured
@@ -183,16 +178,7 @@ def export(args: ExportArgs) -> str:
 #: Sub-command -> its flags, the function that carries it out, how many runs it takes.
 COMMANDS: dict[str, tuple[type, Callable[..., str], int]] = {
     "list": (ListArgs, list_runs, 0), "show": (ShowArgs, show, 1), "compare": (CompareArgs, compare, 2),
-    "export": (ExportArgs, export, 0)}
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m evaluator.registry", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(metavar="COMMAND")
-    for name, (command, _, _) in COMMANDS.items():
-        commands.add_parser(name, help=(command.__doc__ or "").partition("\n")[0])
-    return parser
+    "export": (ExportScoresArgs, export, 0)}
 
 
 if __name__ == "__main__":

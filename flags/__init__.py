@@ -19,12 +19,13 @@ from flags.evaluate import (
     ScoredAnswersArgs,
 )
 from flags.evaluate_models import EvaluateModelsArgs
+from flags.export import ExportArgs, ImportArgs
 from flags.fuse import ExtractArgs, FuseAdaptersArgs, FuseMoeArgs
 from flags.inference import InferenceArgs
 from flags.mask_figures import MaskFiguresArgs
 from flags.merge import MergeArgs
 from flags.realign import RealignArgs
-from flags.registry import CompareArgs, ExportArgs, ListArgs, ShowArgs
+from flags.registry import CompareArgs, ExportScoresArgs, ListArgs, ShowArgs
 from flags.safety_set import SafetySetArgs
 from flags.skills import EvaluateSkillsArgs
 from flags.sweep import SweepArgs
@@ -35,12 +36,12 @@ ALL = (AgreementArgs, AlignArgs, FuseMoeArgs, FuseAdaptersArgs, ExtractArgs, Inf
        ReportArgs, SafetySetArgs, SweepArgs)
 #: Every command, those included that do nothing without a flag of their own, and every objective of align_basemodel.py.
 COMMANDS = (*ALL, *TRAINED.values(), AttackTableArgs, CompareArgs, EqualUtilityArgs, EvaluateModelsArgs, ExportArgs,
-            ListArgs, MaskFiguresArgs, MergeArgs, RealignArgs, ShowArgs)
+            ExportScoresArgs, ImportArgs, ListArgs, MaskFiguresArgs, MergeArgs, RealignArgs, ShowArgs)
 declare(COMMANDS)
 
 __all__ = ["ALL", "COMMANDS", "OBJECTIVES", "RAW_MOE", "TASKS", "TRAINED", "AgreementArgs", "AlignArgs", "AttackTableArgs",
            "CompareArgs", "DpoArgs", "EqualUtilityArgs", "EvaluateArgs", "EvaluateHelpfulnessArgs", "EvaluateModelsArgs",
            "EvaluateSafetyArgs", "EvaluateSkillsArgs", "EvaluateTruthArgs", "EvaluateUtilityArgs", "ExpertArgs",
-           "ExportArgs", "ExtractArgs", "FuseAdaptersArgs", "FuseMoeArgs", "FusedMoeArgs", "InferenceArgs", "ListArgs",
-           "MaskArgs", "MaskFiguresArgs", "MergeArgs", "RealignArgs", "ReportArgs", "SafetySetArgs", "ScoredAnswersArgs",
-           "SearchArgs", "ShowArgs", "SoupArgs", "SweepArgs", "run_name"]
+           "ExportArgs", "ExportScoresArgs", "ExtractArgs", "FuseAdaptersArgs", "FuseMoeArgs", "FusedMoeArgs", "ImportArgs",
+           "InferenceArgs", "ListArgs", "MaskArgs", "MaskFiguresArgs", "MergeArgs", "RealignArgs", "ReportArgs",
+           "SafetySetArgs", "ScoredAnswersArgs", "SearchArgs", "ShowArgs", "SoupArgs", "SweepArgs", "run_name"]

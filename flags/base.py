@@ -54,6 +54,7 @@ class Flags:
             names of those that do.
         takes_training_arguments: whether every field of transformers.TrainingArguments is a flag too.
         deciding: flags that choose the command's class before anything else is read, through ``chosen``.
+        positional: the flag that a first word without one is the value of; empty: every value has its flag.
         epilog: the end of --help.
         everywhere: names of the flags of all commands, see ``declare``.
     """
@@ -63,6 +64,7 @@ class Flags:
     whose: ClassVar[str] = ""
     takes_training_arguments: ClassVar[bool] = False
     deciding: ClassVar[tuple[str, ...]] = ()
+    positional: ClassVar[str] = ""
     epilog: ClassVar[str] = ""
     everywhere: ClassVar[frozenset[str]] = frozenset()
 

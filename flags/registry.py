@@ -64,7 +64,7 @@ class CompareArgs(ResultsFlags):
 
 
 @dataclass(frozen=True)
-class ExportArgs(FilterFlags):
+class ExportScoresArgs(FilterFlags):
     """All scores of all runs.
 
     python -m evaluator.registry export --format csv,json

@@ -1,22 +1,22 @@
-"""Fuse models: full checkpoints, LoRA adapters, a LoRA drawn out of a full fine-tune, tuned models with their aligned one.
+"""Fuse models: full checkpoints, LoRA adapters, a LoRA out of a full fine-tune, tuned models with their aligned one; export.
 
     python models/fuse.py merge --recipe recipe.yml --run_name merged
     python models/fuse.py adapters --adapters helpfulness,safety,truthfulness --run_name average
     python models/fuse.py extract --tuned merged --rank 16 --run_name extracted
+    python models/fuse.py export raw_moe --layout mixtral
     python models/fuse.py realign --model_name_or_path ALIGNED --tasks english --method wise_ft --parameters "alpha=0.5"
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import logging
-import sys
 from collections.abc import Sequence
 
 import config
-from errors import UserError, exit_on_user_error
-from flags import ExtractArgs, FuseAdaptersArgs
+from errors import exit_on_user_error
+from flags import ExtractArgs, FuseAdaptersArgs, sub_commands
+from flags.export import ExportArgs, ImportArgs
 from flags.merge import MergeArgs
 from flags.realign import RealignArgs
 
@@ -26,31 +26,20 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "adapters": (FuseAdaptersArgs, "models.adapters.fuse:fuse_adapters"),
     "extract": (ExtractArgs, "models.adapters.extract:extract"),
     "realign": (RealignArgs, "models.realign.realign:realign"),
+    "export": (ExportArgs, "models.export.export:export"),
+    "import": (ImportArgs, "models.export.read_back:import_moe"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
-        name, *rest = (sys.argv[1:] if argv is None else list(argv)) or [""]
-        if name in ("-h", "--help"):
-            _parser().print_help()
-            return
-        if name not in COMMANDS:
-            raise UserError(f"{name or 'no sub-command'}: needs one of {', '.join(COMMANDS)} first, e.g. "
-                            "python models/fuse.py adapters --help")
+        name, words = sub_commands.chosen({name: command for name, (command, _) in COMMANDS.items()}, argv, __doc__,
+                                          "python models/fuse.py adapters --help")
         command, place = COMMANDS[name]
-        args = config.parse(command, rest).args
+        args = config.parse(command, words).args
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         module, _, function = place.partition(":")
         print(getattr(importlib.import_module(module), function)(args))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(metavar="COMMAND")
-    for name, (command, _) in COMMANDS.items():
-        commands.add_parser(name, help=(command.__doc__ or "").partition("\n")[0])
-    return parser
 
 
 if __name__ == "__main__":

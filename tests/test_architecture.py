@@ -32,7 +32,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("models/adapters/",),
     ("models/task_vectors.py",),
     ("models/mask/", "models/moe/", "models/merging/"),
-    ("models/realign/",),
+    ("models/realign/", "models/export/"),
     ("models/runs.py",),
     ("models/generation.py",),
     ("models/llama_moe.py", "models/fuse.py"),

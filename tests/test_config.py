@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 import config
 from errors import UserError, exit_on_user_error
-from flags import ALL, AlignArgs, FuseAdaptersArgs, FuseMoeArgs, InferenceArgs, run_name
+from flags import ALL, AlignArgs, ExportArgs, FuseAdaptersArgs, FuseMoeArgs, ImportArgs, InferenceArgs, run_name
 
 
 @pytest.fixture
@@ -365,3 +365,15 @@ def test_words_of_yaml_1_1_in_a_preset_are_values_of_our_flags(preset):
     args = config.parse(AlignArgs, [*preset("align: {pad_to_max: on, run_name: no, attention_lora: off}\n")]).args
     assert (args.pad_to_max, args.run_name, args.attention_lora) == (True, "no", False)
     assert type(args.run_name) is str
+
+
+def test_a_first_word_without_a_flag_is_the_command_s_own_value(capsys):
+    args = config.parse(ExportArgs, ["raw_moe", "--layout", "mixtral"]).args
+    assert (args.run, args.layout, args.name) == ("raw_moe", "mixtral", "raw_moe_mixtral")
+    # with its equals signs; or given as a flag all the same
+    assert config.parse(ExportArgs, ["a=0.6,b=0.4", "--layout", "dense"]).args.name == "a@0.6_b@0.4_dense"
+    assert config.parse(ImportArgs, ["--folder", "runs/one"]).args.name == "one_moe"
+    assert problems(ExportArgs, ["--layout=mixtral", "raw_moe"])[0].startswith("raw_moe: a value without a flag")
+    with pytest.raises(SystemExit):
+        config.parse(ExportArgs, ["--help"])
+    assert "RUN [--FLAG VALUE ...]" in capsys.readouterr().out

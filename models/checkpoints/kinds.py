@@ -82,9 +82,11 @@ def other_kind(folder: Path) -> str | None:
                 ".save_pretrained('NEW')")
     # such a folder may hold a checkpoint beside the adapter; merging that would leave the adapter out
     if (folder / ADAPTER).is_file() or (folder.name == "adapter_model.safetensors" and folder.is_file()):
-        return f"{folder}: holds a LoRA adapter, not a model; fuse it with models/fuse.py adapters"
+        return (f"{folder}: holds a LoRA adapter, not a model; fuse it with models/fuse.py adapters, or write it into its "
+                "base first: models/fuse.py export RUN --layout dense")
     if (folder / MOE).is_file():
-        return (f"{folder}: holds a fused MoE (routers and experts on a base), not a model's weights; fuse its experts with "
+        return (f"{folder}: holds a fused MoE (routers and experts on a base), not a model's weights; write "
+                "an expert as a model (models/fuse.py export RUN --layout dense --merge_expert NAME), fuse its experts with "
                 "models/fuse.py adapters, tune it with align_basemodel.py --moe_flag 1, or let it answer with inference.py")
     if (folder / MASK).is_file():
         return (f"{folder}: holds a trained mask, not a model; write the masked model with models/fuse.py realign "

@@ -149,7 +149,23 @@ class Writer:
         view = memoryview(data.reshape(-1).contiguous().view(torch.uint8).numpy())
         if data.dtype != getattr(torch, kind) or not 0 <= first * size <= first * size + len(view) <= place.nbytes:
             raise ValueError(f"{name}: {data.numel()} {data.dtype} from {first} on, planned {place.nbytes // size} {kind}")
-        handle, offset = self._streams[place.file].fileno(), place.start + first * size
+        self.put(name, first * size, view)
+
+    def put(self, name: str, start: int, view: memoryview) -> None:
+        """Write bytes at byte ``start`` of a tensor's place, as they are.
+
+        Raises:
+            UserError: the disk is full or fails.
+            ValueError: bytes beyond the place's end.
+        """
+        place = self.layout.places[name]
+        if not 0 <= start <= start + view.nbytes <= place.nbytes:
+            raise ValueError(f"{name}: {view.nbytes} bytes from {start} on, planned {place.nbytes}")
+        self.put_at(place.file, place.start + start, view)
+
+    def put_at(self, file: str, offset: int, view: memoryview) -> None:
+        """Write bytes at a place of a file."""
+        handle = self._streams[file].fileno()
         with _explained(self.folder, self.layout.total):
             while view:
                 # a write may be short; at a given place, so that workers need no lock on a position
@@ -211,6 +227,7 @@ def _kept(folder: Path, layout: Layout, resume: bool) -> dict[str, Path]:
     """
     # .new files are ours and not whole: ``_create`` makes them again
     there = {path.name for path in folder.glob("model*.safetensors*") if path.suffix != _NEW}
+    there |= {name for file in layout.headers for name in (file, file + _PART) if (folder / name).is_file()}
     if there and not resume:
         raise UserError(f"{folder}: holds {min(there)} already; move it away or write to another folder")
     ours = {file: folder / name for file in layout.headers for name in (file, file + _PART) if name in there}

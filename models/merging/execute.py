@@ -157,7 +157,7 @@ def _fill_missing(job: Job, inputs: list[Tensor], first: int, shape: tuple[int, 
 
 
 def execute(jobs: tuple[Job, ...], method: Method, writer: Writer, folder: Path, *, workers: int, seed: int,
-            device: torch.device, progress: bool = True) -> int:
+            device: torch.device, progress: bool = True, said: str = "merging") -> int:
     """Run every job that the journal in ``folder`` does not hold as finished; returns how many were run.
 
     A finished tensor is journaled with a checksum of its bytes and read back on resume: what a crash tore is done again.
@@ -175,7 +175,7 @@ def execute(jobs: tuple[Job, ...], method: Method, writer: Writer, folder: Path,
     stop = threading.Event()
     total = sum(prod(job.shape) for job in left)
     # in a log, a line every ten seconds is enough
-    bar = tqdm(total=total, unit="weight", unit_scale=True, desc="merging", disable=not progress,
+    bar = tqdm(total=total, unit="weight", unit_scale=True, desc=said, disable=not progress,
                mininterval=0.1 if sys.stderr.isatty() else 10)
 
     def blocks(job: Job) -> FileBlocks:

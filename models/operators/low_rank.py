@@ -148,7 +148,7 @@ def _sampled(matrix: Tensor, width: int, rank: int | None, total: float, seed: i
     """The leading ``width`` singular triples as far as subspace iteration finds them."""
     # drawn on the CPU, so that a result does not depend on the device
     generator = torch.Generator().manual_seed(seed)
-    probe = torch.randn(matrix.shape[1], width, generator=generator).to(matrix.device)
+    probe = torch.randn(matrix.shape[1], width, generator=generator).to(matrix)
     left = torch.linalg.qr(matrix @ probe).Q
     captured = 0.0
     for step in range(ITERATIONS):

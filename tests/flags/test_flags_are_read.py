@@ -37,7 +37,7 @@ COMMANDS = {
     flags.EqualUtilityArgs: "evaluator.equal_utility:main", flags.MaskFiguresArgs: "evaluator.mask_figures:main",
     flags.EvaluateModelsArgs: "evaluator.evaluate:main", flags.ListArgs: "evaluator.registry:list_runs",
     flags.ShowArgs: "evaluator.registry:show", flags.CompareArgs: "evaluator.registry:compare",
-    flags.ExportArgs: "evaluator.registry:export",
+    flags.ExportScoresArgs: "evaluator.registry:export",
     flags.SafetySetArgs: "data.safety_sets:main", **{kind: entry for kind, entry in fuse.COMMANDS.values()},
 }
 

@@ -1,0 +1,1 @@
+"""A run written in the layouts that other software reads, and such a folder read back."""
