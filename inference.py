@@ -48,8 +48,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         config.short_waits()
         if problems := _problems(args):
             raise UserError(*problems)
-        for run in args.runs:
-            answer_run(run, args)
+        from models.runs import keeping_base
+
+        # base and adapters in one command: the base is loaded once
+        with keeping_base():
+            for run in args.runs:
+                answer_run(run, args)
 
 
 def answer_run(run: str, args: InferenceArgs) -> Path:

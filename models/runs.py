@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,12 @@ import torch
 from transformers import PreTrainedModel
 
 from data.prompts import Template, template
-from models.adapters.apply import add_to, check_fit
+from models.adapters.apply import check_fit
 from models.adapters.files import read_adapter
 from models.adapters.mixture import load_mix
+from models.adapters.resident import ResidentBase
 from models.base.folders import check_folder
-from models.base.loading import base_path, check_base, load_base, load_tokenizer, settled, skeleton
+from models.base.loading import base_path, check_base, load_tokenizer, skeleton
 from models.base.placement import set_up_torch
 from models.moe.files import load_moe
 from models.run_folders import ADAPTER, MOE, parts_of, run_folder
@@ -31,37 +34,96 @@ class Loaded:
     device: torch.device
 
 
-def load_run(run: str, args: Any) -> Loaded:
-    """Base model (run ""), adapter, fused MoE, full model, or weighted sum of adapters, for inference in the compute dtype.
+class RunLoader:
+    """Loads one run after the other; base, adapters and their sums share one base in memory.
 
-    Adapters are merged in fp32 before the cast, so that bfloat16 rounds the sum once and not the small change.
-
-    Raises:
-        UserError: no such run, or it was trained on another base than the one given.
+    So each load ends the last: what came before has no model any more, for it would no longer be what its name says.
     """
-    device, dtype = set_up_torch(args)
-    # commands without --checkpoint_number ask for the finished run
-    parts = parts_of(run) if run else ()
-    folder = run_folder(args.results, run, getattr(args, "checkpoint_number", -1)) if run and not parts else None
-    # a folder is what the file in it says: of a full model neither is there
-    if folder and not any((folder / name).is_file() for name in (MOE, ADAPTER)):
-        check_folder(folder, f"run '{run}'")
-        base = folder
-    else:
-        base = base_path(args.model_name_or_path, args.cache_dir)
-    # before the weights: what is wrong with it shows at once
-    tokenizer = _tokenizer(folder, base)
-    shape = template(args.template, tokenizer)
-    if folder and (folder / MOE).is_file():
-        model = load_moe(folder, args, dtype, device)
-    elif folder and base != folder:
-        model = _load_adapter(folder, args, dtype, device)
-    else:
-        model = load_mix(args.results, parts, base, dtype, device) if parts else load_base(base, dtype, device)
-    return Loaded(model, tokenizer, shape, run or "base", device)
+
+    def __init__(self) -> None:
+        self._resident: ResidentBase | None = None
+        self._last: Loaded | None = None
+
+    def load(self, run: str, args: Any) -> Loaded:
+        """Base model (run ""), adapter, fused MoE, full model, or weighted sum of adapters, in the compute dtype.
+
+        Adapters are summed with the base in fp32 before the cast, so that bfloat16 rounds the sum once and not the small
+        change.
+
+        Raises:
+            UserError: no such run, or it was trained on another base than the one given.
+        """
+        device, dtype = set_up_torch(args)
+        # commands without --checkpoint_number ask for the finished run
+        parts = parts_of(run) if run else ()
+        folder = run_folder(args.results, run, getattr(args, "checkpoint_number", -1)) if run and not parts else None
+        # a folder is what the file in it says: of a full model neither is there
+        whole = folder and not any((folder / name).is_file() for name in (MOE, ADAPTER))
+        if whole:
+            check_folder(folder, f"run '{run}'")
+        base = folder if whole else base_path(args.model_name_or_path, args.cache_dir)
+        # before the weights: what is wrong with it shows at once
+        tokenizer = _tokenizer(folder, base)
+        shape = template(args.template, tokenizer)
+        if self._last:
+            self._last.model = None
+        if folder and (folder / MOE).is_file():
+            # its own base, without a second one beside it
+            self.release()
+            model = load_moe(folder, args, dtype, device)
+        elif parts:
+            model = load_mix(args.results, parts, self._base(base, dtype, device))
+        elif folder and not whole:
+            model = load_adapter(folder, self._base(base, dtype, device))
+        else:
+            model = self._base(base, dtype, device).plain()
+        self._last = Loaded(model, tokenizer, shape, run or "base", device)
+        return self._last
+
+    def release(self) -> None:
+        """Let go of what is in memory; the last ``Loaded`` has no model any more."""
+        if self._last:
+            self._last.model = None
+        if self._resident:
+            self._resident.release()
+        self._resident = self._last = None
+
+    def _base(self, base: Path, dtype: torch.dtype, device: torch.device) -> ResidentBase:
+        if self._resident is None or not self._resident.serves(base, dtype, device):
+            # before the next is loaded: two need not fit
+            self.release()
+            self._resident = ResidentBase(base, dtype, device)
+        return self._resident
 
 
-def load_adapter(folder: Path, base: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+#: Loaders of the ``keeping_base`` that the process is in; all of them are the first one.
+_KEPT: list[RunLoader] = []
+
+
+@contextmanager
+def keeping_base() -> Iterator[None]:
+    """Within it ``load_run`` keeps the base from one run to the next; one within another shares its base."""
+    _KEPT.append(_KEPT[0] if _KEPT else RunLoader())
+    try:
+        yield
+    finally:
+        last = _KEPT.pop()
+        if not _KEPT:
+            last.release()
+
+
+def release_base() -> None:
+    """Let go of a kept base, before something else needs the memory."""
+    if _KEPT:
+        _KEPT[0].release()
+
+
+def load_run(run: str, args: Any) -> Loaded:
+    """One run; see ``RunLoader.load``. Within ``keeping_base`` the one before it has no model any more."""
+    return (_KEPT[0] if _KEPT else RunLoader()).load(run, args)
+
+
+def load_adapter(folder: Path, resident: ResidentBase) -> PreTrainedModel:
     """The base with an adapter in its weights.
 
     Raises:
@@ -69,16 +131,9 @@ def load_adapter(folder: Path, base: Path, dtype: torch.dtype, device: torch.dev
     """
     # unscaled: the scale is applied where PEFT applies it
     adapter = read_adapter(folder, scaled=False)
-    check_base(folder, base)
-    check_fit([adapter], skeleton(base))
-    # merged in fp32 where there is room for it: a device that holds the 16-bit model may not hold twice that
-    model = load_base(base, torch.float32, torch.device("cpu"))
-    add_to(model, adapter.modules, adapter.scales)
-    return settled(model, dtype, device)
-
-
-def _load_adapter(folder: Path, args: Any, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    return load_adapter(folder, base_path(args.model_name_or_path, args.cache_dir), dtype, device)
+    check_base(folder, resident.base)
+    check_fit([adapter], skeleton(resident.base))
+    return resident.changed(adapter.modules, adapter.scales)
 
 
 def _tokenizer(folder: Path | None, base: Path) -> Any:

@@ -43,8 +43,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         config.short_waits()
         from evaluator.reporting.sweeps import report as sweep_report
         from evaluator.reporting.sweeps import seeds as sweep_seeds
+        from models.runs import keeping_base
 
-        report = sweep_seeds.over_seeds(args.folders, args.name) if args.folders else sweep(args, parsed.preset)
+        with keeping_base():
+            report = sweep_seeds.over_seeds(args.folders, args.name) if args.folders else sweep(args, parsed.preset)
         name = f"{args.name}_seeds" if args.folders else args.name
         path = sweep_report.write(args.results / "report", name, report)
         print(path.read_text(encoding="utf-8"))

@@ -26,6 +26,7 @@ from models.base.loading import base_path, load_tokenizer
 from models.base.placement import compute_dtype, set_up_torch
 from models.checkpoints.fingerprints import fingerprint
 from models.checkpoints.reader import Checkpoint
+from models.runs import release_base
 
 log = logging.getLogger(__name__)
 #: Longest prompt of a generative judge, even where its model takes more.
@@ -149,6 +150,8 @@ def batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
 
 def _load(kind: Any, source: Source, dtype: torch.dtype, device: torch.device) -> Any:
     """The model in memory; a UserError when weights are missing, for transformers would make them up."""
+    # the models that are judged are loaded after their answers: two need not fit beside each other
+    release_base()
     # the fused kernel keeps no table of scores, and without a backward pass it is the faster one on a CPU too; it knows no
     # soft-capped scores (Gemma 2), which would be left out in silence
     capped = source.config.get("attn_logit_softcapping")

@@ -126,7 +126,10 @@ def evaluate_all(asked: Sequence[tuple[Args, str]], plan: Callable[[Args, Subjec
     if problems:
         # each once: several commands ask for the same answers
         raise UserError(*dict.fromkeys(problems))
-    return [_evaluate_one(*one) for one in planned]
+    from models.runs import keeping_base
+
+    with keeping_base():
+        return [_evaluate_one(*one) for one in planned]
 
 
 def command_of(command: str, *tasks: tuple[str, str]) -> str:

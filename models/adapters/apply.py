@@ -94,13 +94,19 @@ def add_to(model: PreTrainedModel, pairs: Mapping[str, Pair], scales: Mapping[st
     """
     there = dict(model.named_modules())
     untie_head(model, pairs)
-    for name, (a, b) in pairs.items():
+    for name, pair in pairs.items():
         # in place: the model is loaded already, and a second copy may not fit
         weight = there[name].weight
-        change = product((a.to(weight), b.to(weight)))
-        # in this order, transposed, scaled, added, as PEFT merges: the same bits
-        change = change.T if _in_out(there[name]) else change
-        weight += change if scales is None else change * scales[name]
+        weight += change_of(there[name], pair, None if scales is None else scales[name], weight)
+
+
+def change_of(module: nn.Module, pair: Pair, scale: float | None, like: torch.Tensor) -> torch.Tensor:
+    """What is added to a module's weight, as the layer keeps it, in the dtype and on the device of ``like``."""
+    a, b = pair
+    change = product((a.to(like), b.to(like)))
+    # in this order, transposed, scaled, added, as PEFT merges: the same bits
+    change = change.T if _in_out(module) else change
+    return change if scale is None else change * scale
 
 
 def untie_head(model: PreTrainedModel, changed: Iterable[str]) -> None:

@@ -2,24 +2,24 @@
 
     W = W_0 + sum_i w_i B_i A_i = W_0 + [w_1 B_1, w_2 B_2, ..] [A_1; A_2; ..]
 
-The sum is exact (concatenated factors, fp32) and rounded once, when the whole weight is cast to the compute dtype.
+The sum is exact (concatenated factors, fp32) and rounded once, to the compute dtype.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel
 
 from errors import UserError
 from flags import FuseAdaptersArgs
 from flags.mixture import Parts
-from models.adapters.apply import add_to, check_fit
+from models.adapters.apply import check_fit
 from models.adapters.files import Adapter, read_adapter
 from models.adapters.fuse import check, common_base, fuse
 from models.adapters.methods import ADAPTER_METHODS, Cat
-from models.base.loading import check_base, load_base, settled, skeleton
+from models.adapters.resident import ResidentBase
+from models.base.loading import check_base, skeleton
 from models.run_folders import run_folder
 
 
@@ -44,7 +44,7 @@ def read_parts(results: Path, parts: Parts) -> list[Adapter]:
     return adapters
 
 
-def load_mix(results: Path, parts: Parts, base: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load_mix(results: Path, parts: Parts, resident: ResidentBase) -> PreTrainedModel:
     """The base model with the weighted sum in its weights.
 
     Raises:
@@ -52,10 +52,7 @@ def load_mix(results: Path, parts: Parts, base: Path, dtype: torch.dtype, device
     """
     adapters = read_parts(results, parts)
     for adapter in adapters:
-        check_base(adapter.folder, base)
-    check_fit(adapters, skeleton(base))
+        check_base(adapter.folder, resident.base)
+    check_fit(adapters, skeleton(resident.base))
     fused = fuse(adapters, ADAPTER_METHODS["cat"], Cat(), [weight for _, weight in parts], {}, 0)
-    # summed in fp32 where there is room for it: a device that holds the 16-bit model may not hold twice that
-    model = load_base(base, torch.float32, torch.device("cpu"))
-    add_to(model, {module: change.pair for module, change in fused.items()})
-    return settled(model, dtype, device)
+    return resident.changed({module: change.pair for module, change in fused.items()})

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,11 +21,13 @@ from transformers import PreTrainedModel
 
 from errors import UserError
 from manifest import write_json
+from models.adapters.resident import ResidentBase
 from models.base.families import decoder_layers, family_of
-from models.base.loading import base_path, cast_parameters, load_base
+from models.base.loading import base_path, load_base
 from models.checkpoints.fingerprints import fingerprint_like, same_base
 from models.moe.layer import PROJECTIONS, SharedMoe, TuningConfig, halves
 from models.moe.packed import PackedMoe, pack
+from models.operators.low_rank import Pair
 
 WEIGHTS, CONFIG = "moe.safetensors", "moe_config.json"
 #: Version of the two files together; a reader refuses every other.
@@ -130,6 +131,41 @@ def assemble(folder: Path, args: Any, dtype: torch.dtype, device: torch.device, 
     Raises:
         UserError: the base differs from the recorded one, top-k exceeds the experts, or tensors do not match.
     """
+    config, base, tensors = _opened(folder, args, top_k)
+    model = load_base(base, dtype, device)
+    _fill(folder, model, config, tensors, top_k or config.top_k)
+    return model, config
+
+
+def load_moe(folder: Path, args: Any, dtype: torch.dtype, device: torch.device, *,
+             packed: bool | None = None) -> PreTrainedModel:
+    """A fused model for inference: attention LoRA merged in fp32, expert factors folded into the compute dtype.
+
+    The base is loaded in the compute dtype, where it answers; no copy of it stands anywhere in fp32.
+
+    Args:
+        packed: layers as ``PackedMoe``; None: on a GPU. They round elsewhere, and on CPUs the answers of a run have to stay
+            what they are.
+    """
+    config, base, tensors = _opened(folder, args, None)
+    resident = ResidentBase(base, dtype, device)
+    if config.attention:
+        pairs = _attention_pairs(folder, tensors)
+        model = resident.changed(pairs, dict.fromkeys(pairs, config.attention.scale))
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_ATTENTION)}
+    else:
+        model = resident.plain()
+    _fill(folder, model, replace(config, attention=None), tensors, config.top_k)
+    for moe in moe_layers(model):
+        for factors in moe.experts.values():
+            factors.fold_(dtype)
+    if packed or (packed is None and device.type == "cuda"):
+        pack(model)
+    return model.eval()
+
+
+def _opened(folder: Path, args: Any, top_k: int | None) -> tuple[MoeConfig, Path, dict[str, Tensor]]:
+    """Configuration, base and tensors of a saved MoE, held against what the command says."""
     config = read_config(folder)
     if top_k is not None and not 1 <= top_k <= len(config.experts):
         raise UserError(f"--expert_topk {top_k}: {folder.name} has {len(config.experts)} experts; "
@@ -139,8 +175,11 @@ def assemble(folder: Path, args: Any, dtype: torch.dtype, device: torch.device, 
         have = fingerprint_like(config.base_fingerprint, base)
         raise UserError(f"{folder}: was fused on base {config.base} (fingerprint {config.base_fingerprint[:12]}), "
                         f"but --model_name_or_path {args.model_name_or_path} has {have[:12]}; give that base")
-    model = load_base(base, dtype, device)
-    tensors = _read_tensors(folder / WEIGHTS)
+    return config, base, _read_tensors(folder / WEIGHTS)
+
+
+def _fill(folder: Path, model: PreTrainedModel, config: MoeConfig, tensors: dict[str, Tensor], top_k: int) -> None:
+    """Put the saved layers into their base."""
     layers = range(model.config.num_hidden_layers)
     try:
         factors = [{name: (tensors[f"layers.{i}.{name}.a"], tensors[f"layers.{i}.{name}.b"]) for name in PROJECTIONS}
@@ -149,35 +188,19 @@ def assemble(folder: Path, args: Any, dtype: torch.dtype, device: torch.device, 
     except KeyError as error:
         raise UserError(f"{folder / WEIGHTS}: tensor {error} is missing; build the fused model again") from None
     _check_shapes(folder / WEIGHTS, model, factors, routers, len(config.experts))
-    install(model, factors, routers, top_k or config.top_k)
+    install(model, factors, routers, top_k)
     # the seed is of no consequence: every tensor that it draws is read from the file next
     add_tuning(model, config.tuning, config.attention, seed=0)
     _load_trained(folder, model, tensors)
-    return model, config
 
 
-def load_moe(folder: Path, args: Any, dtype: torch.dtype, device: torch.device, *,
-             packed: bool | None = None) -> PreTrainedModel:
-    """A fused model for inference: attention LoRA merged in fp32, expert factors folded into the compute dtype.
-
-    Args:
-        packed: layers as ``PackedMoe``; None: on a GPU. They round elsewhere, and on CPUs the answers of a run have to stay
-            what they are.
-    """
-    model, _ = assemble(folder, args, torch.float32, device)
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.merge()
-    # routers stay in fp32: rounding logits to bfloat16 would change which experts a token goes to
-    routers = [moe.router.data.clone() for moe in moe_layers(model)]
-    cast_parameters(model, dtype)
-    for moe, router in zip(moe_layers(model), routers, strict=True):
-        moe.router.data = router
-        for factors in moe.experts.values():
-            factors.fold_(dtype)
-    if packed or (packed is None and device.type == "cuda"):
-        pack(model)
-    return model.eval()
+def _attention_pairs(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Pair]:
+    """Module -> (A, B) of the second stage's LoRA on attention."""
+    a, b = ({name.removeprefix(_ATTENTION).removesuffix(end): tensor for name, tensor in tensors.items()
+             if name.startswith(_ATTENTION) and name.endswith(end)} for end in (".lora_A.weight", ".lora_B.weight"))
+    if not a or a.keys() != b.keys() or len(a) + len(b) != sum(name.startswith(_ATTENTION) for name in tensors):
+        raise UserError(f"{folder / WEIGHTS}: does not match {CONFIG}: its LoRA on attention is not whole; build it again")
+    return {module: (a[module], b[module]) for module in a}
 
 
 def _saved_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

@@ -8,12 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from runs import MOE, align, build_moe, common, data_flag, losses, write_data
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from config import parse
 from errors import UserError
 from flags import AlignArgs
+from models.adapters import resident
+from models.base.loading import cast_parameters, load_base
 from models.moe.files import assemble, load_moe, moe_layers
 from models.moe.router import low_rank_norm
 from training.answers import predicting_places
@@ -169,6 +172,41 @@ def test_saved_and_folded_model_equals_the_trained_one(pico, tuned):
     folded = load_moe(tuned / "outputs" / MOE, args, torch.float32, torch.device("cpu"))
     with torch.no_grad():
         torch.testing.assert_close(folded(ids).logits, trained.eval()(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fused_model_is_loaded_without_its_base_in_fp32(pico, tuned, monkeypatch, dtype):
+    args, folder, cpu = _args(pico, tuned), tuned / "outputs" / MOE, torch.device("cpu")
+    # the same by a whole model in fp32: attention merged by PEFT, then all rounded once
+    want, config = assemble(folder, args, torch.float32, cpu)
+    assert config.attention
+    for module in want.modules():
+        if isinstance(module, LoraLayer):
+            module.merge()
+    routers = [moe.router.data.clone() for moe in moe_layers(want)]
+    cast_parameters(want, dtype)
+    for moe, router in zip(moe_layers(want), routers, strict=True):
+        moe.router.data = router
+        for factors in moe.experts.values():
+            factors.fold_(dtype)
+    asked = []
+    monkeypatch.setattr(resident, "load_base", lambda *words: asked.append(words[1]) or load_base(*words))
+    model = load_moe(folder, args, dtype, cpu)
+    assert asked == [dtype]
+    ours = model.state_dict()
+    theirs = {name.replace(".base_layer", ""): value for name, value in want.state_dict().items() if "lora_" not in name}
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_attention_that_is_not_whole_is_refused(pico, tuned, tmp_path):
+    shutil.copytree(tuned / "outputs" / MOE, tmp_path / "outputs" / MOE)
+    file = tmp_path / "outputs" / MOE / "moe.safetensors"
+    tensors = load_file(file)
+    del tensors[next(name for name in tensors if name.startswith("attention.") and name.endswith("lora_B.weight"))]
+    save_file(tensors, file)
+    with pytest.raises(UserError, match="its LoRA on attention is not whole"):
+        load_moe(file.parent, _args(pico, tmp_path), torch.float32, torch.device("cpu"))
 
 
 def test_token_masks():

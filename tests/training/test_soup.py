@@ -15,6 +15,7 @@ from errors import UserError
 from flags import AlignArgs
 from models.adapters.files import read_adapter
 from models.adapters.mixture import load_mix
+from models.adapters.resident import ResidentBase
 from models.base.loading import load_base
 from training.soup import MixedModel
 
@@ -53,7 +54,8 @@ def run(home, pico, few, method, *flags):
 
 @torch.no_grad()
 def test_the_mixed_model_is_the_weighted_sum(pico, home):
-    want = load_mix(home, (("helpfulness", 0.6), ("safety", -0.3)), pico, torch.float32, torch.device("cpu"))(IDS).logits
+    base = ResidentBase(pico, torch.float32, torch.device("cpu"))
+    want = load_mix(home, (("helpfulness", 0.6), ("safety", -0.3)), base)(IDS).logits
     model = mixed(home, pico, per_layer=False)
     model.weights = torch.tensor([0.6, -0.3])
     torch.testing.assert_close(model.causal_lm(IDS).logits, want, atol=1e-4, rtol=1e-4)

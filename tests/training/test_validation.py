@@ -116,6 +116,7 @@ def test_the_validation_loss_of_pairs_is_a_mean_over_pairs(pico, place, tmp_path
     from peft import PeftModel
 
     from models.adapters.mixture import load_mix
+    from models.adapters.resident import ResidentBase
     from models.mask.export import masked_deltas, open_mask
     from training.dpo import SafeDPOTrainer
 
@@ -135,8 +136,8 @@ def test_the_validation_loss_of_pairs_is_a_mean_over_pairs(pico, place, tmp_path
     if kind == "dpo":
         policy = PeftModel.from_pretrained(load_base(pico, torch.float32, cpu), folder).eval()
     else:
-        reference = load_mix(tmp_path, (("aligned", 1.0),), pico, torch.float32, cpu)
-        policy = load_mix(tmp_path, (("aligned", 1.0),), pico, torch.float32, cpu)
+        reference = load_mix(tmp_path, (("aligned", 1.0),), ResidentBase(pico, torch.float32, cpu))
+        policy = load_mix(tmp_path, (("aligned", 1.0),), ResidentBase(pico, torch.float32, cpu))
         # realign's own read-out, unless told otherwise, with this run's seed
         args = SimpleNamespace(results=tmp_path, cache_dir=None, model_name_or_path=str(pico))
         with ExitStack() as stack:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from errors import UserError
 from models.adapters.mixture import load_mix
+from models.adapters.resident import ResidentBase
 from models.base.loading import load_base
 from models.run_folders import run_files
 from models.runs import load_adapter
@@ -25,6 +26,10 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 def home(pico, tmp_path):
     make_adapter(pico, tmp_path / "outputs" / "plain", seed=1, targets=(*ATTENTION, *FFN))
     return tmp_path
+
+
+def resident(pico):
+    return ResidentBase(pico, torch.float32, CPU)
 
 
 def base_of(pico):
@@ -41,7 +46,7 @@ def theirs(pico, folder):
 
 
 def ours(pico, folder):
-    return logits(load_adapter(folder, pico, torch.float32, CPU))
+    return logits(load_adapter(folder, resident(pico)))
 
 
 def variant(home, name, rename=None, weights=None, **config):
@@ -71,7 +76,7 @@ def test_an_adapter_gives_pefts_unmerged_logits(pico, tmp_path, options):
 def test_merged_weights_are_pefts_to_the_bit(pico, tmp_path, alpha):
     folder = make_adapter(pico, tmp_path / "a", seed=3, r=5, alpha=alpha)
     merged = PeftModel.from_pretrained(base_of(pico), folder).merge_and_unload().state_dict()
-    got = load_adapter(folder, pico, torch.float32, CPU).state_dict()
+    got = load_adapter(folder, resident(pico)).state_dict()
     assert merged.keys() == got.keys()
     assert all(torch.equal(merged[name], got[name]) for name in merged)
 
@@ -79,11 +84,11 @@ def test_merged_weights_are_pefts_to_the_bit(pico, tmp_path, alpha):
 def test_a_tied_head_is_changed_alone(pico, tmp_path):
     for i, name in enumerate(("head", "other")):
         make_adapter(pico, tmp_path / "outputs" / name, seed=i, targets=("q_proj", "lm_head"), alpha=4)
-    one = load_adapter(tmp_path / "outputs" / "head", pico, torch.float32, CPU)
+    one = load_adapter(tmp_path / "outputs" / "head", resident(pico))
     plain = base_of(pico)
     assert torch.equal(one.get_input_embeddings().weight, plain.get_input_embeddings().weight)
     assert not torch.equal(one.get_output_embeddings().weight, plain.get_output_embeddings().weight)
-    both = load_mix(tmp_path, (("head", 1.0), ("other", 0.5)), pico, torch.float32, CPU)
+    both = load_mix(tmp_path, (("head", 1.0), ("other", 0.5)), resident(pico))
     reference = PeftModel.from_pretrained(base_of(pico), tmp_path / "outputs" / "head")
     reference.load_adapter(tmp_path / "outputs" / "other", "other")
     reference.add_weighted_adapter(["default", "other"], [1, 0.5], "sum", combination_type="cat")
@@ -139,7 +144,7 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 ])
 def test_keys_that_do_not_fit_are_errors(pico, home, rename, says):
     folder = variant(home, "odd", rename)
-    for load in (lambda: ours(pico, folder), lambda: load_mix(home, (("odd", 1.0),), pico, torch.float32, CPU)):
+    for load in (lambda: ours(pico, folder), lambda: load_mix(home, (("odd", 1.0),), resident(pico))):
         with pytest.raises(UserError) as error:
             load()
         assert all(word in str(error.value) for word in [str(folder / "adapter_model.safetensors"), *says]), error.value

@@ -16,6 +16,7 @@ from flags.mixture import mixture_parts, mixture_run, read_mixture
 from models import fuse
 from models.adapters.files import read_adapter
 from models.adapters.mixture import load_mix, read_parts
+from models.adapters.resident import ResidentBase
 from models.adapters.weights import matched, norm
 from models.run_folders import run_files
 
@@ -30,7 +31,7 @@ def home(adapters, tmp_path):
 
 @torch.no_grad()
 def logits(home, run, base):
-    return load_mix(home, mixture_parts(run), base, torch.float32, torch.device("cpu"))(IDS).logits
+    return load_mix(home, mixture_parts(run), ResidentBase(base, torch.float32, torch.device("cpu")))(IDS).logits
 
 
 @pytest.mark.parametrize("parts", [(("task", 0.6), ("safety", 0.4)), (("a_b", -0.5), ("c_1", 1e-4), ("d", 2.0)),
