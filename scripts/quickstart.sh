@@ -30,6 +30,10 @@ done
 logs=$root/logs
 . scripts/lanes.sh
 
+# a GPU waits for launches and not for memory: a step's rows in one micro-batch, the same step within rounding
+micro=()
+if nvidia-smi -L >/dev/null 2>&1; then micro=(--per_device_train_batch_size 8 --gradient_accumulation_steps 1); fi
+
 tuned=mix_moe_reg_00010_00010_00010_gate_01000
 others=base,helpfulness,safety,truthfulness,mix,average,raw_moe
 
@@ -52,9 +56,9 @@ for seed in "${seeds[@]}"; do
   roots+=("$out")
   common=(--seed "$seed" --output_dir "$out" --threads "$half")
   step "three experts, and the naive mix as a control (seed $seed)"
-  beside "mix_$seed" python align_basemodel.py --moe_flag 0 --task_name mix "${common[@]}"
+  beside "mix_$seed" python align_basemodel.py --moe_flag 0 --task_name mix "${micro[@]}" "${common[@]}"
   for task in helpfulness safety truthfulness; do
-    say python align_basemodel.py --moe_flag 0 --task_name $task "${common[@]}"
+    say python align_basemodel.py --moe_flag 0 --task_name $task "${micro[@]}" "${common[@]}"
   done
   step "fuse: plain average of the deltas as a control, raw MoE (seed $seed)"
   say python models/fuse.py adapters --run_name average "${common[@]}"
@@ -63,7 +67,7 @@ for seed in "${seeds[@]}"; do
   step "tune the fused MoE; answers of all others (seed $seed)"
   beside "answers_$seed" answers $others
   say python align_basemodel.py --moe_flag 1 --expert_topk 2 --gate_loss_weight 0.1 --helpfulness_weight 0.001 \
-    --safety_weight 0.001 --truthfulness_weight 0.001 "${common[@]}"
+    --safety_weight 0.001 --truthfulness_weight 0.001 "${micro[@]}" "${common[@]}"
   answers $tuned
   for task in helpfulness truthfulness; do
     say python inference.py --task_name $task --cross_task $tuned --num_samples 24 "${common[@]}"

@@ -256,23 +256,32 @@ COMMANDS = {"inference.py": InferenceArgs, "align_basemodel.py": AlignArgs, "mod
 
 @pytest.mark.parametrize("line", [
     "scripts/quickstart.sh --lite", "scripts/quickstart.sh --full", "scripts/h3fusion.sh --max_steps 50"])
-def test_every_command_of_the_published_path_parses(tmp_path, line):
+@pytest.mark.parametrize("gpu", [False, True])
+def test_every_command_of_the_published_path_parses(tmp_path, line, gpu):
     """The scripts run with a python that only writes down what it is asked."""
     places = tmp_path / "bin"
     places.mkdir()
     # one write a line: two lanes of a script run side by side
     (places / "python").write_text(f'#!/bin/bash\nline=$(printf "%q " "$@"); echo "$line" >>{tmp_path}/asked\n')
-    (places / "python").chmod(0o755)
+    # answers as where a driver and a card are, or are not
+    (places / "nvidia-smi").write_text(f"#!/bin/bash\nexit {int(not gpu)}\n")
+    for name in ("python", "nvidia-smi"):
+        (places / name).chmod(0o755)
     want = subprocess.run("cat requirements.txt pyproject.toml | cksum", shell=True, cwd=config.ROOT, capture_output=True,
                           text=True, check=True).stdout
     (tmp_path / ".installed").write_text(want)
     subprocess.run(["bash", *line.split()], cwd=config.ROOT, check=True, capture_output=True, timeout=60,
                    env={"PATH": "/usr/bin:/bin", "ABF_VENV": str(tmp_path), "OUT": str(tmp_path / "out")})
     asked = [shlex.split(words) for words in (tmp_path / "asked").read_text().splitlines()]
-    kinds = set()
+    kinds, steps = set(), set()
     for script, *words in asked:
         if script != "-m":
-            kinds.add(type(config.parse(COMMANDS[script], words[script == "models/fuse.py":]).args))
+            args = config.parse(COMMANDS[script], words[script == "models/fuse.py":]).args
+            kinds.add(type(args))
+            if isinstance(args, AlignArgs):
+                steps.add((args.per_device_train_batch_size, args.gradient_accumulation_steps))
+    # where launches are waited for, one micro-batch a step: the same rows
+    assert steps == ({(8, 1)} if gpu and "quickstart" in line else {(4, 2)})
     assert {ExpertArgs, FusedMoeArgs, InferenceArgs, ReportArgs, flags.FuseMoeArgs} <= kinds
 
 
