@@ -12,8 +12,9 @@ from typing import Any
 
 #: Columns of the CSV that inference.py writes, as pandas writes a frame with its index.
 ANSWER_COLUMNS = ("", "prompts", "outputs")
-#: What a spreadsheet takes for a formula (OWASP, CSV injection), in full-width letters too; behind the apostrophes of ours.
-_FORMULA = re.compile("'*[=+\\-@\t\r\uff1d\uff0b\uff0d\uff20]")
+#: What a spreadsheet takes for a formula (OWASP, CSV injection), in full-width and small forms too; behind the apostrophes
+#: of ours.
+_FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20\ufe66\ufe62\ufe63\ufe6b]")
 #: Marks that turn the direction of writing, characters without a shape, and those that a terminal obeys: what is read would
 #: not be what is there. The joiners that Hindi and Persian need stay.
 _TURNING = re.compile("[\u200e\u200f\u202a-\u202e\u2066-\u2069\u061c\u00ad\u200b\u2060-\u2064\ufeff\U000e0000-\U000e007f"
