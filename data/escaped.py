@@ -42,9 +42,17 @@ def read_cell(text: str) -> str:
 
 
 def read_answers(rows: Iterable[Mapping[Any, Any]]) -> list[dict[Any, Any]]:
-    """Rows of a table as they were before ``csv_cell``, where its columns are those of inference.py; others as they are."""
-    return [{key: read_cell(value) if isinstance(value, str) else value for key, value in row.items()}
-            if set(row) == set(ANSWER_COLUMNS) else dict(row) for row in rows]
+    """Rows of a table as they were before ``csv_cell``, where its columns are those of inference.py; others as they are.
+
+    Columns that somebody added are left as they are: labels beside answers, say.
+    """
+    return [{key: read_cell(value) if isinstance(value, str) and key in ANSWER_COLUMNS else value
+             for key, value in row.items()} if _ours(row) else dict(row) for row in rows]
+
+
+def _ours(row: Mapping[Any, Any]) -> bool:
+    # what pandas calls a column without a name, as it is and as our readers spell it
+    return set(ANSWER_COLUMNS) <= {"" if key in ("Unnamed: 0", "unnamed:_0") else key for key in row}
 
 
 def markdown(text: str) -> str:

@@ -78,7 +78,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(shown(step.words(step.models)))
             print(shown(report))
             return
-        failed = run(args, models, planned)
+        try:
+            failed = run(args, models, planned)
+        except KeyboardInterrupt:
+            log.error("interrupted; what is finished is kept, and the same command goes on from there")
+            sys.exit(130)
     if failed:
         log.error("%d of %d models failed; what is finished is kept, and the same command goes on from there:",
                   sum(model.label in failed for model in models), len(models))

@@ -229,6 +229,22 @@ def test_errors(tmp_path, capsys, flags, said):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("runs", "said"), [
+    ("base,tuned=", "--runs tuned=: names no run"), ("base,tuned=mix+", "--runs tuned=mix+: names no run"),
+    ("base,mixx", "--runs mixx: not in "), ("base,both=mix+mixx", "--runs mixx: not in ")])
+def test_a_row_of_no_run_is_refused(tmp_path, capsys, runs, said):
+    for run in ("base", "mix"):
+        put(tmp_path, run, refusal=hits(0.5))
+    (tmp_path / "outputs" / "later").mkdir(parents=True)
+    with pytest.raises(SystemExit) as stop:
+        report.main(["--runs", runs, "--output_dir", str(tmp_path)])
+    assert stop.value.code == 2
+    assert said in (err := capsys.readouterr().err)
+    assert "mixx" not in said or "there: base, later, mix, raw" in err
+    # a run that is there and that nobody has scored yet is an empty row
+    assert table(write(tmp_path, runs="base,later,mix"))["later"]["refusal ↑"] == ""
+
+
 def test_router_heatmap(tmp_path):
     shares = np.random.default_rng(0).dirichlet([1, 1, 1], 4)
     path = router_heatmap(shares, ("a", "b", "c"), tmp_path / "new" / "h.png", "title")
