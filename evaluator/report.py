@@ -95,8 +95,10 @@ def gather(args: ReportArgs) -> Content:
             if not args.score_patterns or any(fnmatch.fnmatchcase(axis.score, text) for text in args.score_patterns)]
     if not axes:
         asked = f" among {args.scores}" if args.scores else ""
-        raise UserError(f"none of {', '.join(run for _, run in named)} has a score{asked} in "
-                        f"{', '.join(map(str, roots))}; run the evaluator/evaluate_*.py commands first")
+        there = sorted({name for line in lines for item in line.found for name in item.scores})
+        raise UserError(f"none of {', '.join(run for _, run in named)} has a score{asked} in {', '.join(map(str, roots))}"
+                        + (f" that is a column; scored: {', '.join(there)}" if there else
+                           "; run the evaluator/evaluate_*.py commands first"))
     ground = reference(lines, args.against) if args.against else None
     return Content(args, roots, lines, axes, of_lines(args.title or args.name, lines, axes),
                    *conclude(lines, axes, args, ground), ground)
