@@ -216,6 +216,20 @@ def test_labels_of_the_scored_answers_themselves_are_used_as_such(tmp_path):
     assert how["correction"] == "rogan-gladen"
 
 
+def test_labels_of_a_set_that_is_not_scored_are_refused(tmp_path, capsys):
+    labels = [{"output": text, "label": int(text == NO), "set": "overrefusal"} for text in (NO, YES) for _ in range(12)]
+    words = ["--answers", write(tmp_path / "a.jsonl", [{"prompt": "q", "output": NO}]), "--name", "mine", "--output_dir",
+             str(tmp_path), "--labels", write(tmp_path / "l.jsonl", labels)]
+    with pytest.raises(SystemExit) as stop:
+        evaluate_safety.main(words)
+    assert stop.value.code == 2
+    assert "0 answers to safety prompts are labelled 1" in capsys.readouterr().err
+    evaluate_safety.main([*words, "--overrefusal_answers", words[1]])
+    done = json.loads((tmp_path / "scores" / "mine" / "evaluate_safety.json").read_text())
+    assert "overrefusal_corrected" in done["scores"]
+    assert "refusal_corrected" not in done["scores"]
+
+
 @pytest.mark.parametrize(("index", "marks"), [("", ("1", "0")), ("Unnamed: 0", ("1.0", "0.0"))])
 def test_labels_beside_the_answers_of_inference(tmp_path, index, marks):
     """A column added to outputs_final.csv, by hand or by a data frame: the very answers, without their apostrophes."""
