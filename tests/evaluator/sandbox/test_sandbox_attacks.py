@@ -302,6 +302,16 @@ def test_hostile_replies_are_failures(reply):
     assert not faked(body, test).passed
 
 
+@pytest.mark.parametrize("first", ['{"loaded": true}', '{"to": "", "loaded": true}'])
+def test_an_answer_before_its_question_is_none(first):
+    """Right ones too: the function itself never returns."""
+    write = ("import os, stat\nfor fd in range(3, 64):\n    try:\n        if stat.S_ISFIFO(os.fstat(fd).st_mode): "
+             f"os.write(fd, {first!r}.encode() + b'\\n' + b'{{\"value\": [\"int\", \"0x5\"]}}\\n' * 50)\n"
+             "    except OSError: pass\n")
+    assert faked("    while True: pass\n" + write).status == "unreadable reply"
+    assert faked("    return 5\n").passed
+
+
 def test_an_error_of_the_program_does_not_end_the_tests_loop():
     test = "def check(candidate):\n    for _ in map(candidate, [1, 2], [3, 4]): assert False\n"
     assert faked("    raise StopIteration\n", test).status == "RuntimeError"
