@@ -166,7 +166,7 @@ def test_it_is_nobody_without_rights_in_namespaces_of_its_own():
     job = {"program": "def f(): __import__('time').sleep(60)\n", "prompt": "", "entry_point": "f",
            "test": "def check(f):\n    f()\n"}
     flags = {"confined": True, "seconds": 5, "memory": 256 << 20, "file_bytes": 1 << 20}
-    process = subprocess.Popen([sys.executable, "-I", "-S", str(code_sandbox._LAUNCHER), json.dumps(flags)],
+    process = subprocess.Popen([sys.executable, "-s", "-S", str(code_sandbox._LAUNCHER), json.dumps(flags)],
                                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
         process.stdin.write(json.dumps(job).encode())
