@@ -106,6 +106,10 @@ def find(name: str, path: str, args: Any, labels: int = 0) -> Source:
     tokenizer = load_tokenizer(folder, ends=bool(labels))
     # texts are cut and counted here; the tokenizer need not warn
     tokenizer.model_max_length = 1 << 40
+    # its own template's control tokens are meant; those of judged texts are spelt out by judged_text.py
+    tokenizer.split_special_tokens = False
+    if getattr(tokenizer, "backend_tokenizer", None) is not None:
+        tokenizer.backend_tokenizer.encode_special_tokens = False
     return Source(flag, folder, config, tokenizer, digest, args)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -43,6 +44,15 @@ def test_control_tokens_of_judged_texts_are_spelt_out(tmp_path, module, name, la
         # no character of it is lost
         shown = {item.prompt, item.answer, *([item.other] if module is pairwise else [])}
         assert all(text in tokenizer.decode(ids) for text in shown)
+
+
+def test_a_judge_saved_to_split_control_tokens_still_gets_its_own(tmp_path):
+    folder = make_judge(tmp_path, 0, {})
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    plain = guard.make("guard", str(folder), flags()).encode(Item("Why?", PLANTED))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"split_special_tokens": True}))
+    assert guard.make("guard", str(folder), flags()).encode(Item("Why?", PLANTED)) == plain
+    assert len(controls(plain)) == 5
 
 
 def test_an_answer_cannot_turn_a_guard_round(tmp_path):
