@@ -43,11 +43,11 @@ def token_ids(pieces: Sequence[Piece], tokenizer: Any, *, start: bool, end: bool
     before, behind = _added(tokenizer) if start else ([], [])
     if not cuts:
         ids = list(tokenizer(text, add_special_tokens=start)["input_ids"])
-        if _controls_in(ids, tokenizer) <= own + _controls_in(before + behind, tokenizer):
+        if _meant(ids, own, pieces, tokenizer, before, behind):
             # some tokenizers close every text
             return ids if end or not behind or ids[-len(behind):] != behind else ids[: -len(behind)]
     ids = _apart(text, cuts, tokenizer)
-    if _controls_in(ids, tokenizer) > own:
+    if not _meant(ids, own, pieces, tokenizer):
         # a tokenizer that rewrites the text before it looks for tokens: no word of the judged text is left whole
         ids = _apart(text, sorted({*cuts, *_every_character(pieces)}), tokenizer)
     return [*before, *ids, *(behind if end else [])]
@@ -59,9 +59,9 @@ def pair_ids(first: str, second: str, tokenizer: Any) -> list[int]:
     Such a row cannot be cut inside a control token: a blank parts it, or, where the tokenizer rewrites the text before it
     looks for tokens, all letters.
     """
-    own = _controls_in(tokenizer("x", "x")["input_ids"], tokenizer)
+    own = _controls_of(tokenizer("x", "x")["input_ids"], tokenizer)
     ids = list(tokenizer(_spelt_out(first, tokenizer), _spelt_out(second, tokenizer))["input_ids"])
-    return ids if _controls_in(ids, tokenizer) <= own else list(tokenizer(" ".join(first), " ".join(second))["input_ids"])
+    return ids if _controls_of(ids, tokenizer) == own else list(tokenizer(" ".join(first), " ".join(second))["input_ids"])
 
 
 def _spelt_out(text: str, tokenizer: Any) -> str:
@@ -97,16 +97,17 @@ def without_cues(text: str, pattern: re.Pattern[str] | None) -> str:
     return pattern.sub(spaced, text) if pattern else text
 
 
-def _cuts(pieces: Sequence[Piece], text: str, tokenizer: Any) -> tuple[list[int], int]:
-    """Where the text is cut, and how many control tokens the judge's own words hold."""
-    pattern, spans, cuts, own, at = _pattern(tokenizer), list(_spans(pieces)), [], 0, 0
+def _cuts(pieces: Sequence[Piece], text: str, tokenizer: Any) -> tuple[list[int], list[str]]:
+    """Where the text is cut, and the control tokens that the judge's own words hold."""
+    pattern, spans, cuts, own, at = _pattern(tokenizer), list(_spans(pieces)), [], [], 0
     while pattern and (found := pattern.search(text, at)):
         # a word that the answer begins and the frame ends is the answer's too
         if any(found.start() < high and found.end() > low for low, high in spans):
             cuts.append(found.start() + 1)
             at = found.start() + 1
         else:
-            own, at = own + 1, found.end()
+            own.append(found[0])
+            at = found.end()
     return cuts, own
 
 
@@ -159,5 +160,17 @@ def _added(tokenizer: Any) -> tuple[list[int], list[int]]:
     return list(before), list(behind)
 
 
-def _controls_in(ids: Sequence[int], tokenizer: Any) -> int:
-    return sum(i in _known(tokenizer)[1] for i in ids)
+def _controls_of(ids: Sequence[int], tokenizer: Any) -> list[int]:
+    return [i for i in ids if i in _known(tokenizer)[1]]
+
+
+def _meant(ids: Sequence[int], own: Sequence[str], pieces: Sequence[Piece], tokenizer: Any, before: Sequence[int] = (),
+           behind: Sequence[int] = ()) -> bool:
+    """Whether the control tokens of a row are those of the judge's own words: by a count, one could be exchanged."""
+    found = _controls_of(ids, tokenizer)
+    front, back = _controls_of(before, tokenizer), _controls_of(behind, tokenizer)
+    if found == [*front, *_controls_of(tokenizer.convert_tokens_to_ids(list(own)), tokenizer), *back]:
+        return True
+    # words of the judge that its tokenizer takes for none where they stand
+    bare = "".join(" " if piece.judged else piece.text for piece in pieces)
+    return found == [*front, *_controls_of(tokenizer(bare, add_special_tokens=False)["input_ids"], tokenizer), *back]

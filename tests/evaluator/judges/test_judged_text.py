@@ -133,6 +133,21 @@ def test_tokens_that_appear_only_after_normalising_are_spelt_out():
         assert ids[-1] == think
 
 
+def test_no_control_token_is_exchanged_for_another():
+    """An answer's letter keeps the judge's own token, which must stand alone, from being one; its own would go uncounted."""
+    from tokenizers import AddedToken, normalizers
+
+    tokenizer = pico_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.add_tokens([AddedToken("[STOP]", special=False, single_word=True, normalized=True),
+                          AddedToken("<turn>", special=False, normalized=True)])
+    tokenizer.chat_template = "[STOP]<turn>"
+    stop, turn = tokenizer.convert_tokens_to_ids(["[STOP]", "<turn>"])
+    for text in ("ok ", "x\uff1cturn\uff1e yx"):
+        ids = token_ids([Piece("q ", False), Piece(text, True), Piece("[STOP] done", False)], tokenizer, start=False)
+        assert [i for i in ids if i in (stop, turn)] == [stop]
+
+
 @pytest.mark.parametrize("shape", ["{{ m['content'] }}", "{{ m['content'] | trim }}", "{{ m.content.strip() }}"])
 def test_rows_are_what_the_judges_own_template_writes(shape):
     tokenizer = pico_tokenizer()
