@@ -235,7 +235,8 @@ def _convert(command: type, values: dict[str, Any], prefix: str, problems: list[
         choices = _fields(command)[name].metadata["choices"]
         if choices and done[name] is not None and done[name] not in choices:
             near = _nearest(str(done[name]), [str(c) for c in choices])
-            problems.append(f"{prefix}{name} {value}: not known{near}; allowed: {', '.join(map(str, choices))}")
+            allowed = ", ".join(str(choice) or "empty" for choice in choices)
+            problems.append(f"{prefix}{name} {value}: not known{near}; allowed: {allowed}")
             del done[name]
     return done
 

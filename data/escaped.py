@@ -12,8 +12,9 @@ from typing import Any
 
 #: Columns of the CSV that inference.py writes, as pandas writes a frame with its index.
 ANSWER_COLUMNS = ("", "prompts", "outputs")
-#: What a spreadsheet takes for a formula (OWASP, CSV injection), in full-width letters too; behind the apostrophes of ours.
-_FORMULA = re.compile("'*[=+\\-@\t\r\uff1d\uff0b\uff0d\uff20]")
+#: What a spreadsheet takes for a formula (OWASP, CSV injection), in full-width and small forms too; behind the apostrophes
+#: of ours.
+_FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20\ufe66\ufe62\ufe63\ufe6b]")
 #: Marks that turn the direction of writing, characters without a shape, and those that a terminal obeys: what is read would
 #: not be what is there. The joiners that Hindi and Persian need stay.
 _TURNING = re.compile("[\u200e\u200f\u202a-\u202e\u2066-\u2069\u061c\u00ad\u200b\u2060-\u2064\ufeff\U000e0000-\U000e007f"
@@ -41,9 +42,17 @@ def read_cell(text: str) -> str:
 
 
 def read_answers(rows: Iterable[Mapping[Any, Any]]) -> list[dict[Any, Any]]:
-    """Rows of a table as they were before ``csv_cell``, where its columns are those of inference.py; others as they are."""
-    return [{key: read_cell(value) if isinstance(value, str) else value for key, value in row.items()}
-            if set(row) == set(ANSWER_COLUMNS) else dict(row) for row in rows]
+    """Rows of a table as they were before ``csv_cell``, where its columns are those of inference.py; others as they are.
+
+    Columns that somebody added are left as they are: labels beside answers, say.
+    """
+    return [{key: read_cell(value) if isinstance(value, str) and key in ANSWER_COLUMNS else value
+             for key, value in row.items()} if _ours(row) else dict(row) for row in rows]
+
+
+def _ours(row: Mapping[Any, Any]) -> bool:
+    # what pandas calls a column without a name, as it is and as our readers spell it
+    return set(ANSWER_COLUMNS) <= {"" if key in ("Unnamed: 0", "unnamed:_0") else key for key in row}
 
 
 def markdown(text: str) -> str:

@@ -78,10 +78,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(shown(step.words(step.models)))
             print(shown(report))
             return
-        failed = run(args, models, planned)
+        try:
+            failed = run(args, models, planned)
+        except KeyboardInterrupt:
+            log.error("interrupted; what is finished is kept, and the same command goes on from there")
+            sys.exit(130)
     if failed:
-        log.error("%d of %d models failed; what is finished is kept, and the same command goes on from there:",
-                  sum(model.label in failed for model in models), len(models))
+        lost = sum(model.label in failed for model in models)
+        log.error("%s failed; what is finished is kept, and the same command goes on from there:",
+                  f"{lost} of {len(models)} models" if lost else "no model, but the table")
         for label, why in failed.items():
             log.error("  %s: %s", label, why)
         sys.exit(1)

@@ -70,7 +70,9 @@ def plan(args: EvaluateSafetyArgs, subject: Subject) -> Work:
         inputs["overrefusal_answers"] = engine.content_hash(edgy)
     if args.hhh and not args.lite:
         inputs["model"] = engine.model_hash(args, subject)
-    labels = labelled.labels_of(args.labels, (args.harmful_task, args.overrefusal_task)) if args.labels else []
+    # labels of a set without answers here correct nothing
+    sets = (args.harmful_task, args.overrefusal_task) if edgy else (args.harmful_task,)
+    labels = labelled.labels_of(args.labels, sets) if args.labels else []
     if labels:
         inputs["labels"] = engine.content_hash(labels)
     if own := labelled.own_version():

@@ -70,7 +70,7 @@ def gather(args: ReportArgs) -> Content:
         UserError: see ``write``.
     """
     from evaluator.reporting.against import reference
-    from evaluator.reporting.limits import same_labels, twice
+    from evaluator.reporting.limits import same_labels, twice, unknown
     from evaluator.reporting.page import Content, conclude
     from evaluator.reporting.table import known_axes, of_lines
     from evaluator.statistics.comparison import measured
@@ -82,17 +82,23 @@ def gather(args: ReportArgs) -> Content:
     missing += same_labels("--runs", [label for label, _ in named])
     missing += twice("--roots", map(str, roots))
     missing += [problem for _, runs in named for problem in twice("--runs", runs.split("+"))]
+    # a variable that is not set would show the base under another's label
+    missing += [f"--runs {label}={runs}: names no run; write LABEL=RUN" for label, runs in named if not all(runs.split("+"))]
     if missing or not named:
         raise UserError(*missing, *([] if named else ["--runs: name the rows, e.g. --runs \"base,safety,raw_moe\""]))
     # for several runs or folders: all runs of all folders, each as a seed of its row
     lines = [Line(label, runs, tuple(measured(root, run) for run in runs.split("+") for root in roots))
              for label, runs in named]
+    if any(item.scores for line in lines for item in line.found) and (wrong := unknown(lines, roots)):
+        raise UserError(*wrong)
     axes = [axis for axis in known_axes([item for line in lines for item in line.found], args.more_columns)
             if not args.score_patterns or any(fnmatch.fnmatchcase(axis.score, text) for text in args.score_patterns)]
     if not axes:
         asked = f" among {args.scores}" if args.scores else ""
-        raise UserError(f"none of {', '.join(run for _, run in named)} has a score{asked} in "
-                        f"{', '.join(map(str, roots))}; run the evaluator/evaluate_*.py commands first")
+        there = sorted({name for line in lines for item in line.found for name in item.scores})
+        raise UserError(f"none of {', '.join(run for _, run in named)} has a score{asked} in {', '.join(map(str, roots))}"
+                        + (f" that is a column; scored: {', '.join(there)}" if there else
+                           "; run the evaluator/evaluate_*.py commands first"))
     ground = reference(lines, args.against) if args.against else None
     return Content(args, roots, lines, axes, of_lines(args.title or args.name, lines, axes),
                    *conclude(lines, axes, args, ground), ground)

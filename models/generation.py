@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data.encode import prompt_ids
-from data.readers.answer_text import MARKS
+from data.readers.answer_text import is_mark
 from errors import UserError
 from models.base.asked import reads_padding
 from models.base.families import FAMILIES
@@ -127,9 +127,10 @@ def _special(tokenizer: Any) -> dict[int, str]:
 def _text(ids: list[int], tokenizer: Any) -> str:
     """New tokens as text, without special tokens, except those that mark reasoning: what they fence is no answer."""
     special = _special(tokenizer)
-    if not any(special.get(i) in MARKS for i in ids):
+    marks = {i for i in {*ids} & {*special} if is_mark(special[i])}
+    if not marks:
         return tokenizer.decode(ids, skip_special_tokens=True)
-    return tokenizer.decode([i for i in ids if i not in special or special[i] in MARKS], skip_special_tokens=False)
+    return tokenizer.decode([i for i in ids if i not in special or i in marks], skip_special_tokens=False)
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -8,30 +8,39 @@ from collections.abc import Sequence
 from typing import Any
 
 log = logging.getLogger(__name__)
-#: Names of tags around reasoning, in any case, with a prefix ("seed:think") or attributes: Qwen, DeepSeek, OpenThinker,
-#: Seed, Granite, EXAONE, and what prompts for a scratchpad ask for.
-_NAMES = ("think|thinking|thoughts?|reasoning|reflection|scratchpad|scratchpad_reasoning|inner_monologue|internal_monologue"
-          "|analysis")
-#: How models mark reasoning, (opens, closes): Magistral, OpenThinker, Kimi, Command A, Apertus, Gemma.
+#: Words that a name around reasoning is made of, in any case: Qwen, DeepSeek, OpenThinker, Seed, Granite, EXAONE, and what
+#: prompts for a scratchpad ask for. "reason" and "plan" alone name data as well.
+_WORDS = ("think|(?:ant)?thinking|thoughts?|chainofthought|cot|reasoning|rationale|deliberation|reflection|scratchpad"
+          "|monologue|innermonologue|analysis")
+#: A name with one of them as a part: seed:think, begin_of_thought, longcat_think, think_fast, reasoning_content.
+_NAME = rf"(?:[a-z]{{1,12}}[_:|\u2581-]){{0,4}}(?:{_WORDS})(?:[_:|\u2581-][a-z]{{1,12}}){{0,4}}(?!\w)"
+#: How models mark reasoning without such a word, (opens, closes): Apertus, Gemma, MedGemma.
 _PAIRS: tuple[tuple[str, str], ...] = (
-    ("[THINK]", "[/THINK]"), ("<|begin_of_thought|>", "<|end_of_thought|>"), ("◁think▷", "◁/think▷"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"), ("<|inner_prefix|>", "<|inner_suffix|>"), ("<|channel>", "<channel|>"),
+    ("<|inner_prefix|>", "<|inner_suffix|>"), ("<|channel>", "<channel|>"), ("<unused94>", "<unused95>"),
 )
-#: What templates and tokenizers hold of these.
-REASONING: tuple[tuple[str, str], ...] = (
-    *((f"<{name}>", f"</{name}>") for name in ("think", "thinking", "thought", "reasoning", "seed:think")), *_PAIRS)
-#: Granite 3.2: words, which an answer may hold as well; only at its start do they open anything.
-_SPOKEN = re.compile(r"\s*Here is my thought process:(?:.*?Here is my response:)?", re.S)
+#: At the start of a text only, for an answer may hold these as well: Granite 3.2's words, a code block, a folded part of a
+#: page. The group is there where it ends.
+_OPENINGS = (
+    re.compile(r"\s*Here(?: is|['\u2019]s) my (?:thought process|reasoning process|chain of thought):"
+               r"(?:.*?(Here(?: is|['\u2019]s) my (?:final )?(?:response|answer):))?", re.S),
+    re.compile(r"\s*(?P<fence>```|~~~)[ \t]*(?:think|thinking|thoughts?|reasoning|scratchpad)[ \t]*\n"
+               r"(?:.*?(^(?P=fence)[ \t]*(?:\n|\Z)))?", re.S | re.I | re.M),
+    re.compile(r"\s*<details\b(?:[^<>]*\breasoning\b[^<>]*>|[^<>]*>\s*<summary>[^<]*\b(?:think\w*|thought\w*|reasoning)\b)"
+               r"(?:.*?(</details>))?", re.S | re.I),
+)
+#: <think>, </think>, <|think|>, ◁think▷, the same as HTML entities or with the wrong slash; [THINK] of Magistral.
 _MARK = re.compile("|".join(
-    [rf"(?P<tag><\s*(?P<end>/)?\s*(?:\w+:)?(?P<name>{_NAMES})\b[^<>]{{0,80}}>)"]
+    [rf"(?:<|&lt;|\u25c1)\s*(?P<end>[|\uff5c]?[/\\]+)?\s*[|\uff5c]?\s*(?P<name>{_NAME})[^<>&|\uff5c\u25b7]{{0,80}}?(?P<empty>/)?\s*"
+     r"[|\uff5c]?\s*(?:>|&gt;|\u25b7)",
+     rf"(?P<square>[\[\u3010])(?P<square_end>/)?(?P<square_name>{_NAME})[\]\u3011]"]
     + [f"(?P<o{i}>{re.escape(opens)})|(?P<c{i}>{re.escape(closes)})" for i, (opens, closes) in enumerate(_PAIRS)]), re.I)
 #: A mark that is talked about: in quotes or code.
 _QUOTES = "`\"'“”‘’"
 #: Where reasoning may begin behind other text: on a line of its own or behind a sentence.
 _BREAK = re.compile(r"(?:\n|[.!?…。！？]\s)\s*\Z")
-#: Marks that reasoning is told by; tokenizers that hold them as special tokens must not drop them from an answer.
-MARKS = frozenset((*(mark for pair in REASONING for mark in pair), "<|channel|>", "<|message|>", "<|start|>", "<|end|>",
-                   "<|begin_of_solution|>", "<|end_of_solution|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>"))
+#: Further special tokens of a tokenizer by which an answer is told from what stands around it.
+_AROUND = frozenset(("<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|begin_of_solution|>", "<|end_of_solution|>",
+                     "<|START_RESPONSE|>", "<|END_RESPONSE|>"))
 _FINAL = re.compile(r"<\|channel\|>final[^<]*<\|message\|>")  # gpt-oss: the channel that the user sees
 #: The same where the special tokens were dropped: "analysisThe user asks ...assistantfinalSure".
 _BARE_CHANNELS = re.compile(r"\s*analysis(?=[A-Z\"'])")
@@ -45,7 +54,7 @@ _ENDS = re.compile(
     r"<\|eot_id\|>|<\|eom_id\|>|<\|im_end\|>|<\|endoftext\|>|<\|end_of_text\|>|<\|END_OF_TURN_TOKEN\|>|<\|end\|>|<\|return\|>"
     r"|<end_of_turn>|<eos>|</s>|<｜end▁of▁sentence｜>|<\|end_of_solution\|>"
     r"|<\|END_RESPONSE\|>|<\|end_of_box\|>")
-_WRAPPED = re.compile(r"\s*<(answer|response|output)>(.*?)(?:</\1>\s*)?", re.S | re.I)
+_WRAPPED = re.compile(r"\s*<(answer|response|output|final|final_answer|final_response)>(.*?)(?:</\1>\s*)?", re.S | re.I)
 
 
 def answer_of(text: str) -> tuple[str, str]:
@@ -64,10 +73,11 @@ def answer_of(text: str) -> tuple[str, str]:
         if len(parts) == 1:
             return "", "unclosed"
         body, found = parts[-1], "reasoning"
-    if match := _SPOKEN.match(body):
-        if not match[0].endswith("response:"):
-            return "", "unclosed"
-        body, found = body[match.end():], "reasoning"
+    for opening in _OPENINGS:
+        if match := opening.match(body):
+            if match[match.re.groups] is None:
+                return "", "unclosed"
+            body, found = body[match.end():], "reasoning"
     outside, open_still = _outside(body)
     if outside != body:
         if open_still and not outside.strip():
@@ -91,9 +101,16 @@ def _outside(text: str) -> tuple[str, bool]:
     """
     kept: list[str] = []
     place, depth, mentioned, last = 0, 0, 0, -1
-    for mark in _MARK.finditer(text):
-        closes = bool(mark["end"]) if mark["tag"] else bool(mark.lastgroup and mark.lastgroup[0] == "c")
-        if _talked_about(text, mark):
+    marks = list(_MARK.finditer(text))
+    last_square = max((mark.start() for mark in marks if mark["square"] and _closes(mark)), default=-1)
+    for mark in marks:
+        closes = _closes(mark)
+        if mark["empty"] and not closes and not depth:
+            kept.append(text[place : mark.start()])
+            place = mark.end()
+        # "[Analysis]" that nothing ends is a heading
+        heading = mark["square"] and mark[0] != "[THINK]" and not closes and mark.start() > last_square
+        if mark["empty"] or heading or _talked_about(text, mark):
             continue
         if not closes:
             before = text[place : mark.start()]
@@ -116,6 +133,18 @@ def _outside(text: str) -> tuple[str, bool]:
         return "".join(kept), True
     # a block that only spoke of another one ends where the last end is
     return "".join([*kept, text[last if depth else place :]]), False
+
+
+def _closes(mark: re.Match[str]) -> bool:
+    """Whether a mark ends reasoning: by its slash, or by a word ("end_of_thought")."""
+    name = mark["name"] or mark["square_name"]
+    return bool(mark["end"] or mark["square_end"] or re.search(r"(?<![a-z])end(?![a-z])", name, re.I)) if name else \
+        str(mark.lastgroup)[0] == "c"
+
+
+def is_mark(token: str) -> bool:
+    """Whether reasoning is told by this special token of a tokenizer: it must not be dropped from an answer."""
+    return token in _AROUND or bool(_MARK.fullmatch(token))
 
 
 def _talked_about(text: str, mark: re.Match[str]) -> bool:
@@ -154,7 +183,9 @@ def counted(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
 
 def _begun(prompt: str) -> bool:
     """Whether a rendered prompt ends with the mark that opens reasoning."""
-    return prompt.rstrip().endswith(tuple(opens for opens, _ in REASONING if opens[0] in "<[◁"))
+    prompt = prompt.rstrip()
+    last = next((mark for mark in _MARK.finditer(prompt, max(0, len(prompt) - 120)) if mark.end() == len(prompt)), None)
+    return last is not None and not _closes(last) and not last["empty"]
 
 
 def _without_headers(text: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.escaped import read_answers
 from data.readers.answer_files import COLUMNS
 from data.readers.answer_text import answer_of
 from data.readers.delimited import column_name
@@ -23,7 +24,8 @@ LABELS: dict[str, tuple[str, ...]] = {
 PASSES = ("first", "second")
 #: Labelled answers of the embedded models, two blind passes: what ``own`` stands for.
 OWN = Path(__file__).resolve().parents[1] / "labels" / "own_answers.jsonl"
-_WORDS = {"1": True, "yes": True, "true": True, "0": False, "no": False, "false": False}
+#: A data frame writes a column with gaps as 1.0 and 0.0.
+_WORDS = {"1": True, "1.0": True, "yes": True, "true": True, "0": False, "0.0": False, "no": False, "false": False}
 _MISSING = ("", "none", "null", "nan", "<na>")
 
 
@@ -65,6 +67,9 @@ def read_labels(place: str, flag: str) -> list[Labelled]:
         raise UserError(f"{flag} own: {file} is not there; give a file of yours, {flag} FILE")
     problems = Problems()
     rows = read_rows(file, problems)
+    if file.suffix.lower() == ".csv":
+        # labels that were written beside the answers in the table of inference.py
+        rows = [Row(fields, row.where) for row, fields in zip(rows, read_answers(row.fields for row in rows), strict=True)]
     keys = {column_name(str(key)): key for row in rows for key in row.fields}
     output = next((keys[name] for name in COLUMNS["output"] if name in keys), None)
     columns = {label: keys[found] for label, names in LABELS.items() if (found := next((n for n in names if n in keys), ""))}

@@ -42,7 +42,7 @@ class Question:
 
     def read(self, text: str, cut: bool) -> tuple[str, str] | None:
         """The verdict that a reply names (several: with blanks between) and its reason; None unless all can be read."""
-        found = [api_parser.parse(text, fields, verdicts, cut)
+        found = [api_parser.parse(text, fields, verdicts, cut, bare=not self.more)
                  for fields, verdicts in ((self.fields, self.verdicts), *self.more)]
         read = [part for part in found if part]
         return (" ".join(name for name, _ in read), read[0][1]) if len(read) == len(found) else None
@@ -99,6 +99,8 @@ class ApiJudge:
         # a question with one verdict keeps its old version, and its paid replies
         question = {key: value for key, value in vars(self.question).items() if value or key != "more"}
         parts = [question, shared.reasks, shared.longest, shared.again, api_parser.RULES]
+        if self.question.more:
+            parts.append("no bare words")
         return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()
 
     def judge(self, items: Sequence[Item]) -> Iterator[tuple[int, Verdict]]:

@@ -22,13 +22,14 @@ _END = r"(?=\s*(?:$|\n|[.:;,!](?!\s*\d)|[)\]}\"'|(]|[-–—](?!\d)\s|because\b|
 
 
 def parse(text: str, fields: tuple[str, ...], options: Mapping[str, tuple[str, ...]],
-          cut: bool = False) -> tuple[str, str] | None:
+          cut: bool = False, bare: bool = True) -> tuple[str, str] | None:
     """The option that a reply names, and the reason that it gives; None unless it names exactly one.
 
     Args:
         fields: names of the field that holds the verdict, e.g. ("score", "rating").
         options: verdict -> the phrases that stand for it.
         cut: the reply ended at the token limit; only a whole JSON object in it was meant as it stands.
+        bare: a reply that is nothing but the phrase counts; of several questions asked at once it would answer each.
     """
     if "<think>" in text and "</think>" not in text:
         return None  # cut off while it was thinking: what it said so far is no verdict
@@ -51,9 +52,9 @@ def parse(text: str, fields: tuple[str, ...], options: Mapping[str, tuple[str, .
         if any(again.match(folded, hit.end()) for hit in hits):
             return None
         names = {meaning[hit["phrase"]] for hit in hits}
-        if not names:
+        if not names and bare:
             names = {meaning.get(_fold(text).strip("\"'.()[]{}:! \n"), "")}
-    name = names.pop()
+    name = names.pop() if names else ""
     if names or not name:
         return None
     reasons = [value for parsed in objects for key, value in parsed.items() if _fold(str(key)) in ("reason", "the reason")]

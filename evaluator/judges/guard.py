@@ -110,13 +110,17 @@ def make(name: str, path: str, args: Any) -> GuardJudge:
         UserError: model, family or prompt do not fit; HarmBench's name without its published prompt.
     """
     source = find(name, path, args)
-    prompt = load_prompts(args.judge_prompts).get(name)
-    if prompt is None:
+    prompt, shipped = load_prompts(args.judge_prompts).get(name), load_prompts()
+    # a text of ours, or none, is not the published one, whatever name it stands under
+    if prompt is None or (name not in shipped and prompt.text in ("", *(own.text for own in shipped.values()))):
         raise UserError(f"{source.flag}: rates of this name are made with HarmBench's published prompt; give it with "
                         "--judge_prompts evaluator/judges/harmbench_prompts.yaml, or ask any chat model in our words with "
                         f"--judges behaviour={path}")
     family = None
-    if name == "guard" and prompt == load_prompts()[name]:
+    if name == "guard" and prompt != shipped[name] and args.judge_guard != "auto":
+        raise UserError(f"--judge_guard {args.judge_guard}: {args.judge_prompts} (--judge_prompts) has a guard prompt "
+                        "of its own, which says how it is asked and read; leave one of the two out")
+    if name == "guard" and prompt == shipped[name]:
         family = family_of(source.flag, source.folder, path, source.tokenizer, args.judge_guard)
     if family is None:
         if not (prompt.word and prompt.against):

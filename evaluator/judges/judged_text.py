@@ -9,13 +9,19 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple
 
 #: Version of the rules below and of the fences in prompts.yaml; part of every local judge's version.
-RULES = 1
-#: Cues of a frame without turns: "True:" at a line's start, "USER:" within one, "[/INST]".
-_AT_START, _WITHIN = re.compile(r"^([A-Z][A-Za-z ]*):", re.M), re.compile(r"(?<= )([A-Z]+):")
-_BRACKETS = re.compile(r"<<?/?\|?\w+\|?>?>|\[/?[A-Z]+\]")
+RULES = 2
+#: Cues of a frame made of words: "True:" at a line's start, "user:" before a judged text, "USER:" within a line, "[/INST]".
+_AT_START = re.compile(r"^([A-Z][A-Za-z ]*|[A-Za-z][A-Za-z ]*(?=:[ \t]*(?:\{(?:prompt|answer)\}|\ue000))):", re.M)
+_WITHIN = re.compile(r"(?<= )([A-Z]+):")
+_BRACKETS = re.compile(r"<<?/?\|?\w+(?: \w+)*\|?>?>|\[/?[A-Z]+\]")
+#: Where a line may begin for a reader: behind any break, and behind blanks and characters without a shape.
+_LINE = r"(?:^|(?<=[\r\v\f\x1c-\x1e\x85\u2028\u2029]))[ \t\xa0\u2000-\u200f\u2060\u3000\ufeff]*"
+#: How SentencePiece vocabularies name a byte.
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class Piece(NamedTuple):
@@ -37,30 +43,50 @@ def token_ids(pieces: Sequence[Piece], tokenizer: Any, *, start: bool, end: bool
     before, behind = _added(tokenizer) if start else ([], [])
     if not cuts:
         ids = list(tokenizer(text, add_special_tokens=start)["input_ids"])
-        if _controls_in(ids, tokenizer) <= own + _controls_in(before + behind, tokenizer):
+        if _meant(ids, own, pieces, tokenizer, before, behind):
             # some tokenizers close every text
             return ids if end or not behind or ids[-len(behind):] != behind else ids[: -len(behind)]
     ids = _apart(text, cuts, tokenizer)
-    if _controls_in(ids, tokenizer) > own:
+    if not _meant(ids, own, pieces, tokenizer):
         # a tokenizer that rewrites the text before it looks for tokens: no word of the judged text is left whole
         ids = _apart(text, sorted({*cuts, *_every_character(pieces)}), tokenizer)
     return [*before, *ids, *(behind if end else [])]
 
 
-def spelt_out(text: str, tokenizer: Any) -> str:
-    """The text with a blank inside each control token: for rows of two texts, which cannot be cut."""
+def pair_ids(first: str, second: str, tokenizer: Any) -> list[int]:
+    """Ids of two judged texts as the tokenizer joins them: of control tokens only those that it puts there itself.
+
+    Such a row cannot be cut inside a control token: a blank parts it, or, where the tokenizer rewrites the text before it
+    looks for tokens, all letters.
+    """
+    own = _controls_of(tokenizer("x", "x")["input_ids"], tokenizer)
+    ids = list(tokenizer(_spelt_out(first, tokenizer), _spelt_out(second, tokenizer))["input_ids"])
+    return ids if _controls_of(ids, tokenizer) == own else list(tokenizer(" ".join(first), " ".join(second))["input_ids"])
+
+
+def _spelt_out(text: str, tokenizer: Any) -> str:
+    """The text with a blank inside each control token."""
     pattern = _pattern(tokenizer)
     while pattern and (found := pattern.search(text)):
         text = f"{text[: found.start() + 1]} {text[found.start() + 1:]}"
     return text
 
 
-def cues(frame: str) -> re.Pattern[str] | None:
-    """What of a frame without turns an answer must not imitate: words with a colon, words in brackets; None without any."""
-    starts, within, brackets = ("|".join(map(re.escape, sorted({*kind.findall(frame)}, key=len, reverse=True)))
+def cues(frame: str, controls: AbstractSet[str] = frozenset()) -> re.Pattern[str] | None:
+    """What of a frame made of words an answer must not imitate: words with a colon, words in brackets; None without any.
+
+    Args:
+        controls: control tokens among them, which ``token_ids`` takes care of.
+    """
+    starts, within, brackets = ("|".join(map(re.escape, sorted({*kind.findall(frame)} - controls, key=len, reverse=True)))
                                 for kind in (_AT_START, _WITHIN, _BRACKETS))
-    parts = [rf"^[ \t]*(?:{starts})(?=:)" if starts else "", rf"\b(?:{within})(?=:)" if within else "", brackets]
+    parts = [rf"{_LINE}(?i:{starts})(?=:)" if starts else "", rf"\b(?:{within})(?=:)" if within else "", brackets]
     return re.compile("|".join(filter(None, parts)), re.M) if any(parts) else None
+
+
+def control_words(tokenizer: Any) -> frozenset[str]:
+    """The control tokens of a tokenizer as text."""
+    return frozenset(_controls(tokenizer).values())
 
 
 def without_cues(text: str, pattern: re.Pattern[str] | None) -> str:
@@ -71,16 +97,17 @@ def without_cues(text: str, pattern: re.Pattern[str] | None) -> str:
     return pattern.sub(spaced, text) if pattern else text
 
 
-def _cuts(pieces: Sequence[Piece], text: str, tokenizer: Any) -> tuple[list[int], int]:
-    """Where the text is cut, and how many control tokens the judge's own words hold."""
-    pattern, spans, cuts, own, at = _pattern(tokenizer), list(_spans(pieces)), [], 0, 0
+def _cuts(pieces: Sequence[Piece], text: str, tokenizer: Any) -> tuple[list[int], list[str]]:
+    """Where the text is cut, and the control tokens that the judge's own words hold."""
+    pattern, spans, cuts, own, at = _pattern(tokenizer), list(_spans(pieces)), [], [], 0
     while pattern and (found := pattern.search(text, at)):
         # a word that the answer begins and the frame ends is the answer's too
         if any(found.start() < high and found.end() > low for low, high in spans):
             cuts.append(found.start() + 1)
             at = found.start() + 1
         else:
-            own, at = own + 1, found.end()
+            own.append(found[0])
+            at = found.end()
     return cuts, own
 
 
@@ -116,7 +143,10 @@ def _known(tokenizer: Any) -> tuple[re.Pattern[str] | None, frozenset[int], tupl
     words = sorted(_controls(tokenizer).values(), key=len, reverse=True)
     bare, full = (list(tokenizer("x", add_special_tokens=added)["input_ids"]) for added in (False, True))
     place = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), 0)
-    return (re.compile("|".join(map(re.escape, words))) if words else None, frozenset(_controls(tokenizer)),
+    # characters that a vocabulary lacks become the unknown token or bytes: ordinary text, which steers nothing
+    counted = frozenset(i for i, word in _controls(tokenizer).items()
+                        if i != tokenizer.unk_token_id and not _BYTE.fullmatch(word))
+    return (re.compile("|".join(map(re.escape, words))) if words else None, counted,
             (full[:place], full[place + len(bare):]))
 
 
@@ -130,5 +160,17 @@ def _added(tokenizer: Any) -> tuple[list[int], list[int]]:
     return list(before), list(behind)
 
 
-def _controls_in(ids: Sequence[int], tokenizer: Any) -> int:
-    return sum(i in _known(tokenizer)[1] for i in ids)
+def _controls_of(ids: Sequence[int], tokenizer: Any) -> list[int]:
+    return [i for i in ids if i in _known(tokenizer)[1]]
+
+
+def _meant(ids: Sequence[int], own: Sequence[str], pieces: Sequence[Piece], tokenizer: Any, before: Sequence[int] = (),
+           behind: Sequence[int] = ()) -> bool:
+    """Whether the control tokens of a row are those of the judge's own words: by a count, one could be exchanged."""
+    found = _controls_of(ids, tokenizer)
+    front, back = _controls_of(before, tokenizer), _controls_of(behind, tokenizer)
+    if found == [*front, *_controls_of(tokenizer.convert_tokens_to_ids(list(own)), tokenizer), *back]:
+        return True
+    # words of the judge that its tokenizer takes for none where they stand
+    bare = "".join(" " if piece.judged else piece.text for piece in pieces)
+    return found == [*front, *_controls_of(tokenizer(bare, add_special_tokens=False)["input_ids"], tokenizer), *back]

@@ -24,6 +24,7 @@ from models.base.folders import CAUSAL, CLASSIFIER
 from models.base.heads import LogitRule, answer_logits, logit_rule
 from models.base.loading import base_path, load_tokenizer
 from models.base.placement import compute_dtype, set_up_torch
+from models.base.positions import steady
 from models.checkpoints.fingerprints import fingerprint
 from models.checkpoints.reader import Checkpoint
 from models.runs import release_base
@@ -106,6 +107,10 @@ def find(name: str, path: str, args: Any, labels: int = 0) -> Source:
     tokenizer = load_tokenizer(folder, ends=bool(labels))
     # texts are cut and counted here; the tokenizer need not warn
     tokenizer.model_max_length = 1 << 40
+    # its own template's control tokens are meant; those of judged texts are spelt out by judged_text.py
+    tokenizer.split_special_tokens = False
+    if getattr(tokenizer, "backend_tokenizer", None) is not None:
+        tokenizer.backend_tokenizer.encode_special_tokens = False
     return Source(flag, folder, config, tokenizer, digest, args)
 
 
@@ -226,6 +231,12 @@ class Reader:
 
 def _at(body: Any, rows: Sequence[Sequence[int]], ends: Sequence[int], device: torch.device) -> Tensor:
     """Hidden state (rows, width) of a causal model at one position of each row; the body gives (rows, time, width)."""
+    if not steady(body.config, max(map(len, rows))):
+        if len(rows) > 1:
+            # each row's frequencies would be those of the longest one
+            return torch.cat([_at(body, [row], [end], device) for row, end in zip(rows, ends, strict=True)])
+        # or of the longest so far, which a short row ends
+        body(input_ids=torch.tensor([rows[0][:1]], device=device), use_cache=False)
     # no mask: nothing to the right of a token reaches it, so neither does a pad
     ids, _ = _right_pad(rows, 0, device)
     hidden = body(input_ids=ids, use_cache=False).last_hidden_state

@@ -7,18 +7,20 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from errors import UserError
-from evaluator.judges.judged_text import Piece, cues, without_cues
+from evaluator.judges.judged_text import Piece, control_words, cues, without_cues
 from evaluator.judges.judged_text import token_ids as ids_of
 from evaluator.judges.protocol import Item
 
 OWN = Path(__file__).with_name("prompts.yaml")
-_PLACE = re.compile(r"\{(prompt|answer|other|mark)\}")
+_PLACES = ("prompt", "answer", "other", "mark")
+_PLACE = re.compile(rf"\{{({'|'.join(_PLACES)})\}}")
 #: The places while a chat template is filled, in characters that no template looks at or holds.
 _HELD, _HELD_WHOLE = re.compile("\ue000(prompt|answer|other|mark)\ue001"), re.compile("\ue000[a-z]+\ue001")
 #: Judges whose prompt comes from the user alone: a published classifier's name is not for another text's rates.
@@ -86,11 +88,28 @@ def _read(path: Path, known: dict[str, Prompt] | None = None) -> dict[str, Promp
             problems.append(f"{at}: every value is text; put numbers, yes and no into quotes")
         elif (body["chat"] == "turns") == bool(body.get("text")):
             problems.append(f"{at}: a text is needed with chat none and user, and has no place with turns")
+        elif known is not None and (fault := _wrong_places(body.get("text", ""), known.get(name))):
+            problems.append(f"{at}.text: {fault}")
         else:
             prompts[name] = Prompt(**body)
     if problems:
         raise UserError(*problems)
     return prompts
+
+
+def _wrong_places(text: str, shipped: Prompt | None) -> str:
+    """What is wrong with a text's places: without {answer} a judge would give verdicts on nothing; "" where all is well."""
+    if not text:
+        return ""
+    pair = bool(shipped and "{other}" in shipped.text)
+    for word in re.findall(r"\{(\w+)\}", text):
+        near = get_close_matches(word, _PLACES, 1)
+        if near and word not in _PLACES:
+            return f"no place is called {{{word}}}; did you mean {{{near[0]}}}?"
+    lacking = [f"{{{name}}}" for name in ("answer", *(["other"] if pair else [])) if f"{{{name}}}" not in text]
+    if lacking:
+        return f"lacks {' and '.join(lacking)}, so that what is judged would not be shown"
+    return "" if pair or "{other}" not in text else "has {other}, but this judge reads one answer at a time; leave it out"
 
 
 def fill(text: str, item: Item) -> str:
@@ -150,7 +169,9 @@ def renderer(prompt: Prompt, tokenizer: Any, flag: str, cue: bool = True, **opti
     # what a template does to the blanks around a turn it does to the judged texts
     strip = prompt.chat == "turns" and "  \ue000answer\ue001  " not in held
     held = re.sub("  (\ue000(?:prompt|answer)\ue001)  ", r"\1", held) if prompt.chat == "turns" else held
-    return lambda item: pieces_of(held, item, _HELD, strip=strip)
+    # many guards' turns are words ("Agent:", "<END CONVERSATION>"); a text of ours has fences instead
+    frame = cues(held, control_words(tokenizer)) if prompt.chat == "turns" else None
+    return lambda item: pieces_of(held, item, _HELD, strip=strip, frame=frame)
 
 
 def _templated(tokenizer: Any, said: dict[str, str], **options: Any) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from evaluator.judges.judged_text import spelt_out, token_ids
+from evaluator.judges.judged_text import pair_ids, token_ids
 from evaluator.judges.local import Classifier, Source, batches, find
 from evaluator.judges.prompts import fit_length, load_prompts, renderer
 from evaluator.judges.protocol import Item, Verdict
@@ -72,8 +72,7 @@ def make(name: str, path: str, args: Any) -> RewardJudge:
     paired = prompt.chat == "turns" and not getattr(tokenizer, "chat_template", None)
     if paired:
         def encode(item: Item) -> list[int]:
-            # a pair has a separator of its own, so its texts cannot be cut inside a control token
-            return tokenizer(spelt_out(item.prompt, tokenizer), spelt_out(item.answer, tokenizer))["input_ids"]
+            return pair_ids(item.prompt, item.answer, tokenizer)
     else:
         render = renderer(prompt, tokenizer, source.flag, cue=False)
 

@@ -67,9 +67,7 @@ def csv_text(table: Table, *_: Any) -> str:
     Numbers stand at full precision; what is unknown is empty. A text that a spreadsheet would run stands behind an
     apostrophe.
     """
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
+    written: list[Sequence[Any]] = [CSV_COLUMNS]
     for row in table.rows:
         for column in table.columns:
             if (cell := row.cells.get(column.name)) is None:
@@ -79,8 +77,15 @@ def csv_text(table: Table, *_: Any) -> str:
             if len(row.seeds) > 1:
                 lines += [["seed", seed, value, None, None, None]
                           for seed, value in zip(row.seeds, cell.per_seed, strict=True)]
-            writer.writerows([escaped.csv_cell(_blank(value)) for value in (*head, *line)] for line in lines)
-    return file.getvalue()
+            written += [[escaped.csv_cell(_blank(value)) for value in (*head, *line)] for line in lines]
+    return "".join(map(_csv_line, written))
+
+
+def _csv_line(cells: Sequence[Any]) -> str:
+    # only a writer whose lines end in both quotes a carriage return within a cell, which would end the line
+    file = io.StringIO(newline="")
+    csv.writer(file, lineterminator="\r\n").writerow(cells)
+    return file.getvalue().removesuffix("\r\n") + "\n"
 
 
 def latex(table: Table, *_: Any) -> str:

@@ -6,6 +6,7 @@ import math
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data import escaped
@@ -78,6 +79,17 @@ def twice(flag: str, names: Iterable[str]) -> list[str]:
     """What is wrong with a list of seeds: a run or folder that is named twice is no seed of its own."""
     again = [name for name, count in Counter(name.strip() for name in names).items() if count > 1]
     return [f"{flag}: {name} is named twice among its seeds; name each once" for name in again]
+
+
+def unknown(lines: Sequence[Line], roots: Sequence[Path]) -> list[str]:
+    """Runs that no folder knows: a misspelt name would stand there as a row that nobody has scored yet."""
+    from evaluator.reporting import run_records
+
+    known = {"base", "raw", *(name for root in roots for name in run_records.names(root))}
+    wanted = [(run, line.found[at * len(roots) : (at + 1) * len(roots)]) for line in lines
+              for at, run in enumerate(line.run.split("+"))]
+    return [f"--runs {run}: not in {', '.join(map(str, roots))}; there: {', '.join(sorted(known))}" for run, found in wanted
+            if run not in known and not any(item.scores for item in found)]
 
 
 def equal_rows(lines: Sequence[Line], axes: Sequence[Axis]) -> str:

@@ -15,6 +15,9 @@ from models.run_folders import ADAPTER, MOE
 MAIN = ("safe_refusal", "overrefusal", "balance", "mc2", "factual", "nll")
 #: Settings that say where a run's rows came from.
 _DATA = ("task_name", "data_path", "data_source", "extra_data", "max_train_samples", "validation_path", "prompt_style_file")
+#: What fields of a manifest are, as our commands write them.
+_SHAPES: dict[str, Any] = {"config": dict, "inputs": dict, "metrics": dict, "packages": dict, "parents": list,
+                           "command_line": list, "command": str, "finished": str, "seed": int, "seconds": int | float}
 #: How deep a run's parents are followed.
 _DEEPEST = 8
 
@@ -48,7 +51,9 @@ def record(results: Path, run: str) -> dict[str, Any]:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    return _json(folder / manifest.MANIFEST)
+    """A manifest without the fields that no command of ours would have written so."""
+    return {key: value for key, value in _json(folder / manifest.MANIFEST).items()
+            if isinstance(value, _SHAPES.get(key, object))}
 
 
 def _json(path: Path) -> dict[str, Any]:

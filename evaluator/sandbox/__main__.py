@@ -1,4 +1,4 @@
-"""Start a program and its checker, each confined by itself, and wait: ``python -I -S evaluator/sandbox JOB_FLAGS``.
+"""Start a program and its checker, each confined by itself, and wait: ``python -s -S evaluator/sandbox JOB_FLAGS``.
 
 JOB_FLAGS is JSON: confined, seconds, memory, file_bytes. The checker reads the job from standard input and writes its
 verdict to standard output; the program has neither. A line on standard error says which step the kernel refused, nothing
@@ -42,7 +42,7 @@ def launch(flags: dict[str, Any]) -> int:
             os.kill(program, signal.SIGKILL)
             return 0
         time.sleep(0.002)
-    return AT_LIMIT if os.waitstatus_to_exitcode(ended[1]) not in (0, 1) else 0
+    return AT_LIMIT if os.waitstatus_to_exitcode(ended[1]) in (AT_LIMIT, -signal.SIGKILL, -signal.SIGXCPU) else 0
 
 
 def start(flags: dict[str, Any], keep: tuple[int, ...], role: Callable[[], None]) -> int:
@@ -63,8 +63,8 @@ def start(flags: dict[str, Any], keep: tuple[int, ...], role: Callable[[], None]
         os.close(mapped)
         # only children enter the new pid namespace: this one is its first process, and when it ends nothing is left there
         ended = os.waitstatus_to_exitcode(os.waitpid(_fork(lambda: side(flags, keep, role)), 0)[1])
-        # a status that the program chose says nothing
-        return AT_LIMIT if ended < 0 else 0
+        # a status that the program chose says nothing; other signals are a crash, which no time would have helped
+        return AT_LIMIT if ended in (-signal.SIGKILL, -signal.SIGXCPU) else 0
 
     pid = _fork(guardian)
     for fd in (tell_unshared, mapped):

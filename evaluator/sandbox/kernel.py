@@ -1,6 +1,6 @@
 """Confine this process through the kernel: namespaces, a root of its own, no rights, limits, Landlock, seccomp.
 
-Standard library only: it runs under ``python -I -S``. Every step raises ``Refused`` with the step's name where the kernel
+Standard library only: it runs under ``python -s -S``. Every step raises ``Refused`` with the step's name where the kernel
 says no, so that nothing goes on half confined. Linux 5.12 or newer on x86-64 or arm64.
 """
 

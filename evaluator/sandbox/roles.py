@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import os
 import sys
 import types
 from collections.abc import Callable
@@ -24,10 +25,10 @@ _ENDS_ITERATION = (StopIteration, StopAsyncIteration)
 def program(requests: IO[bytes], replies: IO[bytes]) -> None:
     """Run the model's program, then call its function for each request until there are no more."""
     def reply(**content: Any) -> None:
-        replies.write(json.dumps(content).encode() + b"\n")
+        replies.write(json.dumps({"to": asked["id"], **content}).encode() + b"\n")
         replies.flush()
 
-    job = json.loads(requests.readline())
+    job = asked = json.loads(requests.readline())
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main
     try:
@@ -39,8 +40,8 @@ def program(requests: IO[bytes], replies: IO[bytes]) -> None:
     reply(loaded=True)
     for line in requests:
         try:
-            call = json.loads(line)
-            args, named = values.decode(call["args"]), values.decode(call["named"])
+            asked = json.loads(line)
+            args, named = values.decode(asked["args"]), values.decode(asked["named"])
             given = values.encode(function(*args, **named))
         except BaseException as error:
             reply(raised=type(error).__name__, text=str(error))
@@ -55,8 +56,10 @@ def checker(job: dict[str, str], requests: IO[bytes], replies: IO[bytes], verdic
         job: program (prompt and answer), prompt, test (defines ``check``), entry_point.
     """
     def ask(content: dict[str, Any]) -> Any:
+        # drawn anew: a reply that was written before its question is none
+        number = os.urandom(8).hex()
         try:
-            requests.write(json.dumps(content).encode() + b"\n")
+            requests.write(json.dumps({"id": number, **content}).encode() + b"\n")
             requests.flush()
         except BrokenPipeError:
             verdict(False, "ended")
@@ -66,6 +69,8 @@ def checker(job: dict[str, str], requests: IO[bytes], replies: IO[bytes], verdic
         try:
             # a reply that goes on is no JSON here, and ends the run
             found = json.loads(line)
+            if found["to"] != number:
+                raise ValueError("an answer to another question")
             if "raised" in found:
                 return _error(found["raised"], str(found["text"])[:1000])
             return values.decode(found["value"]) if "value" in found else found["loaded"]

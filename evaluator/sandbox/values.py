@@ -7,7 +7,7 @@ on the checker's side.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import ItemsView, Iterator, KeysView
 from itertools import islice
 from typing import Any
 
@@ -46,6 +46,9 @@ def encode(value: Any) -> Any:
     for name, kind in _SEQUENCES.items():
         if isinstance(value, kind):
             return [name, [encode(item) for item in value]]
+    if isinstance(value, (KeysView, ItemsView)):
+        # a view equals the set of what it shows
+        return ["set", [encode(item) for item in value]]
     if isinstance(value, dict):
         return ["dict", [[encode(key), encode(item)] for key, item in value.items()]]
     if isinstance(value, range):

@@ -102,8 +102,9 @@ def run(prompt: str, answer: str, test: str, entry_point: str, seconds: int, mem
 def _run(job: dict[str, str], seconds: int, memory_mb: int, *, confined: bool) -> Outcome:
     flags = {"confined": confined, "seconds": seconds, "memory": memory_mb << 20, "file_bytes": _FILE_BYTES}
     process = subprocess.Popen(
-        # -I and -S: only the standard library can be imported; no environment of ours, which may hold keys
-        [sys.executable, "-I", "-S", str(_LAUNCHER), json.dumps(flags)], cwd="/", stdin=subprocess.PIPE,
+        # -s and -S: only the standard library can be imported; no environment of ours, which may hold keys. Not -I, which
+        # passes over the seed of hashes too: a program that lists a set would pass by chance
+        [sys.executable, "-s", "-S", str(_LAUNCHER), json.dumps(flags)], cwd="/", stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={"PYTHONHASHSEED": "0"},
         # no terminal, and a group of its own, so that all of it can be ended at once
         start_new_session=True)

@@ -141,7 +141,9 @@ def _position(row: Labelled, answers: Sequence[dict[str, Any]], run: str) -> int
         if row.prompt_hash:
             same = prompt_hash(answer["prompt"], answer["input"]) == row.prompt_hash
         else:
-            same = answer["prompt"] == row.prompt if row.prompt else bool(row.id) and str(answer["id"]) == row.id
+            # the table of inference.py has the prompt as the model read it
+            asked = (answer["prompt"], answer.get("rendered"))
+            same = row.prompt in asked if row.prompt else bool(row.id) and str(answer["id"]) == row.id
         if same:
             return at
     return None

@@ -20,7 +20,7 @@ from errors import UserError
 from models.base.attention import additive, within
 from models.base.families import FAMILIES
 from models.base.heads import LogitRule, answer_logits, logit_rule
-from models.base.positions import positions, ropes
+from models.base.positions import positions, ropes, steady
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -132,9 +132,7 @@ def shareable(model: PreTrainedModel, longest: int) -> bool:
     config = model.config
     if config.model_type not in FAMILIES or getattr(config, "use_bidirectional_attention", None):
         return False
-    reaches = [settings.get("original_max_position_embeddings") or config.max_position_embeddings
-               for settings in ropes(config) if settings.get("rope_type") in ("longrope", "dynamic")]
-    return all(longest <= reach for reach in reaches)
+    return steady(config, longest)
 
 
 def _alone(loaded: Loaded, prompt: list[int], answer: list[int]) -> float:

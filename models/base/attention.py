@@ -19,8 +19,8 @@ NAME, PACKED = "cpu_grouped", "packed"
 
 
 def grouped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-                      scaling: float, dropout: float = 0.0, softcap: float | None = None, **kwargs: Any
-                      ) -> tuple[Tensor, None]:
+                      scaling: float, dropout: float = 0.0, softcap: float | None = None, s_aux: Tensor | None = None,
+                      **kwargs: Any) -> tuple[Tensor, None]:
     """Softmax attention in transformers' interface.
 
     Args:
@@ -28,16 +28,17 @@ def grouped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tens
         key, value: (batch, key heads, keys, dim).
         attention_mask: additive, (batch or 1, 1, time, keys); None for no mask.
         softcap: scores s become softcap * tanh(s / softcap) before the mask (Gemma 2).
+        s_aux: (heads,) a score of each head that takes its share of the weights and gives nothing (gpt-oss's sinks).
 
     Returns:
         (batch, time, heads, dim).
 
     Raises:
-        ValueError: the model wants attention sinks or a position bias, which would change its scores.
+        ValueError: the model wants a position bias, which would change its scores.
     """
     # refused, not ignored: a soft cap once was, and Gemma 2 computed other scores without a word
-    if wanted := [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]:
-        raise ValueError(f"{NAME} attention knows no {wanted[0]}, which {type(module).__name__} asks for")
+    if kwargs.get("position_bias") is not None:
+        raise ValueError(f"{NAME} attention knows no position_bias, which {type(module).__name__} asks for")
     batch, heads, time, dim = query.shape
     groups, keys = heads // key.shape[1], key.shape[2]
     # (batch, key heads, groups * time, dim): heads that share a key lie along time, so keys are read as they are
@@ -49,7 +50,10 @@ def grouped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tens
     if attention_mask is not None:
         # (batch, key heads, groups, time, keys); a mask may be made for more keys than there are
         scores = scores.view(batch, key.shape[1], groups, time, keys) + attention_mask[:, :, None, :, :keys]
-    weights = scores.softmax(-1).view(batch, key.shape[1], groups * time, keys)
+    if s_aux is not None:
+        sinks = s_aux.to(scores.dtype).view(1, key.shape[1], groups, 1, 1).expand(batch, -1, -1, time, 1)
+        scores = torch.cat([scores.view(batch, key.shape[1], groups, time, keys), sinks], -1).softmax(-1)[..., :keys]
+    weights = (scores if s_aux is not None else scores.softmax(-1)).reshape(batch, key.shape[1], groups * time, keys)
     weights = nn.functional.dropout(weights, dropout, module.training)
     mixed = (weights @ value).view(batch, heads, time, dim)
     # transformers' interface wants time before heads

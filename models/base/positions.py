@@ -32,6 +32,16 @@ def ropes(config: Any) -> list[dict[str, Any]]:
     return [part for part in (rope, *rope.values()) if isinstance(part, dict)]
 
 
+def steady(config: Any, longest: int) -> bool:
+    """Whether rows of up to ``longest`` tokens may stand in one pass.
+
+    LongRoPE and dynamic scaling take their frequencies from the longest row of a pass beyond the original length.
+    """
+    reaches = [rope.get("original_max_position_embeddings") or config.max_position_embeddings
+               for rope in ropes(config) if rope.get("rope_type") in ("longrope", "dynamic")]
+    return all(longest <= reach for reach in reaches)
+
+
 def check_rows(base: Path, lengths: Sequence[int], window: int) -> None:
     """Refuse to train on rows beyond the positions of a base: RoPE goes on there, and what is learned is noise.
 

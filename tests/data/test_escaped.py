@@ -12,14 +12,15 @@ from data import escaped
 from data.readers.answer_files import read_answer_file
 from evaluator.scoring import engine
 
-HOSTILE = ["=HYPERLINK(\"http://a.b\")", "+1", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "\uff1d1+1", "'=1", "''=1",
+HOSTILE = ["=HYPERLINK(\"http://a.b\")", "+1", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "\uff1d1+1", "\ufe621",
+           "\ufe6bA", "\n=1", "'=1", "''=1",
            "'fine'", "'", "", "I can't, sorry.", "a\n=b, \"c\"", "- one\n- two"]
 
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_no_cell_begins_a_formula_and_all_come_back(text):
     cell = escaped.csv_cell(text)
-    assert cell[:1] not in ("=", "+", "-", "@", "\t", "\r", "\uff1d")
+    assert cell[:1] not in ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\ufe62", "\ufe6b")
     assert escaped.read_cell(cell) == text
     assert cell == text or cell == f"'{text}"
 

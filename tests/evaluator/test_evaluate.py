@@ -14,6 +14,7 @@ import models.runs
 from evaluator import evaluate, evaluate_helpfulness, evaluate_safety, evaluate_truth_and_info, evaluate_utility, report
 from evaluator.judges import fitted, keyword
 from evaluator.scoring import suites
+from evaluator.scoring.named_models import Model
 from evaluator.statistics.axes import AXES
 from flags import InferenceArgs, ReportArgs
 from flags.base import PROTOCOLS
@@ -349,3 +350,21 @@ def test_a_step_is_a_process_whose_last_words_are_kept(monkeypatch, capfd):
     assert evaluate.execute(("inference.py", "--task_name", "nope")) == (
         2, next(line for line in capfd.readouterr().err.splitlines() if line.startswith("error: --task_name nope")))
     assert evaluate.execute(("inference.py", "--help")) == (0, "")
+
+
+@pytest.mark.parametrize(("outcome", "code", "said"), [
+    (KeyboardInterrupt(), 130, "interrupted; what is finished is kept, and the same command goes on from there"),
+    ({"the table": "why"}, 1, "no model, but the table failed")])
+def test_how_a_command_ends_that_did_not_finish(tmp_path, monkeypatch, caplog, outcome, code, said):
+    def run(*_):
+        if isinstance(outcome, KeyboardInterrupt):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(evaluate, "prepare", lambda words: (
+        EvaluateModelsArgs(models="base", output_dir=str(tmp_path)), [Model("base", "base", "", "embedded")], ""))
+    monkeypatch.setattr(evaluate, "run", run)
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([])
+    assert stop.value.code == code
+    assert said in caplog.text

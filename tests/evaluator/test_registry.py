@@ -186,6 +186,18 @@ def test_a_strangers_name_is_text(results, capsys):
     assert "| a\\|b | gone | [2Jmerge \\<img src=x> |" in page
 
 
+@pytest.mark.parametrize("wrong", ["x", 3, [1], {"a": 1}, None, True, 1.5])
+def test_a_manifest_of_another_tool_ends_no_command(tmp_path, capsys, wrong):
+    (folder := tmp_path / "outputs" / "odd").mkdir(parents=True)
+    names = ("config", "inputs", "metrics", "packages", "parents", "command_line", "command", "finished", "seed", "seconds",
+             "status", "machine")
+    (folder / "manifest.json").write_text(json.dumps(dict.fromkeys(names, wrong)))
+    for words in (["list"], ["show", "odd"], ["show", "odd", "--format", "json"], ["list", "--format", "json"],
+                  ["compare", "odd", "odd"]):
+        registry.main([*words, "--output_dir", str(tmp_path)])
+        assert "odd" in capsys.readouterr().out
+
+
 def test_a_damaged_manifest_ends_no_list(results, capsys):
     (results / "outputs" / "safety" / "manifest.json").write_text("[")
     found = {row["run"]: row for row in as_json(results, capsys, "list")}

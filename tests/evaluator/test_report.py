@@ -229,6 +229,33 @@ def test_errors(tmp_path, capsys, flags, said):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("runs", "said"), [
+    ("base,tuned=", "--runs tuned=: names no run"), ("base,tuned=mix+", "--runs tuned=mix+: names no run"),
+    ("base,mixx", "--runs mixx: not in "), ("base,both=mix+mixx", "--runs mixx: not in ")])
+def test_a_row_of_no_run_is_refused(tmp_path, capsys, runs, said):
+    for run in ("base", "mix"):
+        put(tmp_path, run, refusal=hits(0.5))
+    (tmp_path / "outputs" / "later").mkdir(parents=True)
+    with pytest.raises(SystemExit) as stop:
+        report.main(["--runs", runs, "--output_dir", str(tmp_path)])
+    assert stop.value.code == 2
+    assert said in (err := capsys.readouterr().err)
+    assert "mixx" not in said or "there: base, later, mix, raw" in err
+    # a run that is there and that nobody has scored yet is an empty row
+    assert table(write(tmp_path, runs="base,later,mix"))["later"]["refusal ↑"] == ""
+
+
+def test_scores_that_are_no_column_are_named(tmp_path, capsys):
+    score = metrics.rate([1, 0], "weird.thing", "d", higher_is_better=True).as_dict()
+    manifest.register(tmp_path, {"kind": "score", "run": "mix", "sub": "cross_mix", "command": "evaluate_x", "seed": 1,
+                                 "scores": {"weird.thing": score}, "details": {}})
+    (tmp_path / "scores" / "cross_mix").mkdir(parents=True)
+    (tmp_path / "scores" / "cross_mix" / "evaluate_x.rows.jsonl").write_text("")
+    with pytest.raises(SystemExit):
+        report.main(["--runs", "mix", "--output_dir", str(tmp_path)])
+    assert "that is a column; scored: weird.thing" in capsys.readouterr().err
+
+
 def test_router_heatmap(tmp_path):
     shares = np.random.default_rng(0).dirichlet([1, 1, 1], 4)
     path = router_heatmap(shares, ("a", "b", "c"), tmp_path / "new" / "h.png", "title")

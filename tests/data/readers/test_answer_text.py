@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
@@ -48,6 +49,20 @@ YES = "Sure, here are the steps."
     (f"<think>x</think><|begin_of_box|>{YES}<|end_of_box|>", YES),
     # gpt-oss, its special tokens dropped
     (f"analysisThe user wants it. I can't help.assistantfinal{YES}", YES),
+    # names by a word in them, as tags, as tokens, in brackets, by the wrong slash, as entities, as an empty tag
+    (f"<chain_of_thought>I can't</chain_of_thought>\n{YES}", YES), (f"<antThinking>I can't</antThinking>{YES}", YES),
+    (f"<longcat_think>I can't</longcat_think>{YES}", YES), (f"<cot>I can't</cot><final>{YES}</final>", YES),
+    (f"<rationale>I can't</rationale>{YES}", YES), (f"<ifm|think_fast>I can't</ifm|think_fast>{YES}", YES),
+    (f"<|think|>I can't<|/think|>{YES}", YES), (f"<|thinking|>I can't</|thinking|>{YES}", YES),
+    (f"<|reasoning_start|>I can't<|reasoning_end|>{YES}", YES),
+    (f"<\uff5cthink\uff5c>I can't<\uff5c/think\uff5c>{YES}", YES),
+    (f"<\uff5cbegin\u2581of\u2581thought\uff5c>I can't<\uff5cend\u2581of\u2581thought\uff5c>{YES}", YES),
+    (f"[THINKING]I can't[/THINKING]{YES}", YES), (f"\u3010think\u3011I can't\u3010/think\u3011{YES}", YES),
+    (f"<think>I can't<\\/think>{YES}", YES), (f"&lt;think&gt;I can't&lt;/think&gt;{YES}", YES), (f"<think/>{YES}", YES),
+    (f"<unused94>thought\nI can't<unused95>{YES}", YES), (f"```thinking\nI can't\n```\n{YES}", YES),
+    (f"<details><summary>Thinking</summary>I can't</details>\n{YES}", YES),
+    (f'<details type="reasoning" done="true">I can\'t</details>{YES}', YES),
+    (f"Here's my thought process:\nI can't\nHere's my response:\n{YES}", YES),
     # behind other text, and never ended there
     (f"Okay. <think>I can't help</think>{YES}", f"Okay. {YES}"), ("Okay.\n<think>I can't help", "Okay.")])
 def test_reasoning_in_every_shape_is_no_answer(text, answer):
@@ -58,12 +73,16 @@ def test_reasoning_in_every_shape_is_no_answer(text, answer):
     "Write <think> and </think> around it.",
     "A `</think>` ends it, and \"<think>\" opens it.",
     "```\n<think>\nx\n</think>\n```",
-    "Analysis of the text follows.", "analysis of the text follows.", "I think</b> so.", "<thinkpad> is a name."])
+    "Analysis of the text follows.", "analysis of the text follows.", "I think</b> so.", "<thinkpad> is a name.",
+    "[Analysis]\nThe text is short.", "<reason>too old</reason>", "<plan>Step one</plan>", "```python\nthink = 1\n```",
+    "<details><summary>More</summary>x</details>", "Here are my thoughts: it works.", "<friend>x</friend>"])
 def test_marks_that_are_talked_about_stay(text):
     assert answer_of(text) == (text, "")
 
 
-@pytest.mark.parametrize("text", ["analysisWe must decide", "<Thinking>x", "<|START_THINKING|>x", "<think>a</think><think>"])
+@pytest.mark.parametrize("text", ["analysisWe must decide", "<Thinking>x", "<|START_THINKING|>x", "<think>a</think><think>",
+                                  "<unused94>thought\nx", "```think\nx", "<details><summary>Thought for 3 s</summary>x",
+                                  "<|think|>x", "Here's my thought process: x"])
 def test_reasoning_that_never_ends_leaves_nothing(text):
     assert answer_of(text) == ("", "unclosed")
 
@@ -85,6 +104,14 @@ def test_reasoning_that_the_template_began_and_nothing_ended_is_no_answer():
     assert [row["output"] for row in rows] == ["", NO, "Sure.", "Sure.", NO]
     assert counted(rows) == {"reasoning": 1, "unclosed": 1, "tokens": 1}
     assert counted(rows[2:4]) == {}
+
+
+def test_many_marks_take_no_time():
+    start = time.perf_counter()
+    for mark in ("[think]", "<think>", "</think>", "<think", "&lt;", "a_", "<a_think_", "<a|" * 5):
+        answer_of(mark * 5000)
+    # a square of these lengths would take minutes
+    assert time.perf_counter() - start < 20
 
 
 def read(tmp_path, content, name="a.json"):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pico
 import pytest
+import yaml
 from planted import expected, flags, ids_of, make_judge
 
 from errors import UserError
 from evaluator.judges import guard
 from evaluator.judges.guard_families import FAMILIES
+from evaluator.judges.prompts import OWN, load_prompts
 from evaluator.judges.protocol import Item
 from flags.judges import GUARDS
 
@@ -200,3 +203,40 @@ def test_the_name_harmbench_is_for_the_published_prompt(tmp_path):
     ((_, verdict),) = judge.judge([Item("p", "X" * 60)])
     assert list(verdict.labels) == ["yes", "no"]
     assert 0 < verdict.score < 1
+
+
+@pytest.mark.parametrize("section", ["behaviour", "guard", "pairwise"])
+def test_our_words_are_not_harmbenchs_under_any_name(tmp_path, section):
+    folder = planted(tmp_path / "cls", {}, TEMPLATES["llama_guard"])
+    ours = yaml.safe_load(OWN.read_text(encoding="utf-8"))[section]
+    ours["text"] = ours.get("text", "").replace("{other}", "{answer}")
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"harmbench": {k: v for k, v in ours.items() if v}}))
+    if section == "pairwise":
+        # another text is the user's to answer for
+        assert guard.make("harmbench", str(folder), flags(judge_prompts=str(tmp_path / "own.yaml")))
+        return
+    with pytest.raises(UserError, match="HarmBench's published prompt"):
+        guard.make("harmbench", str(folder), flags(judge_prompts=str(tmp_path / "own.yaml")))
+
+
+@pytest.mark.parametrize(("name", "text", "said"), [
+    ("harmbench", "Behavior: {prompt}\nAnswer:", "lacks {answer}, so that what is judged would not be shown"),
+    ("harmbench", "{prompt} {anwser} {answer}", "no place is called {anwser}; did you mean {answer}?"),
+    ("truth", "Q: {prompt} {answer} {other}", "has {other}, but this judge reads one answer at a time"),
+    ("pairwise", "{prompt} {answer}", "lacks {other}"), ("behaviour", "Is it bad?", "lacks {answer}")])
+def test_a_prompt_that_does_not_show_what_is_judged_is_refused(tmp_path, name, text, said):
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({name: {"chat": "none", "text": text, "word": "a", "against": "b"}}))
+    with pytest.raises(UserError, match=re.escape(f"{name}.text: {said}")):
+        load_prompts(str(tmp_path / "own.yaml"))
+    # braces that are no place, and a judge that reads the answer alone
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"truth": {"chat": "none", "text": "{{answer}, {x}}", "word": "a"}}))
+    assert load_prompts(str(tmp_path / "own.yaml"))["truth"].text == "{{answer}, {x}}"
+
+
+def test_a_family_and_a_prompt_of_ones_own_are_not_both_taken(tmp_path):
+    folder = planted(tmp_path / "g", {}, TEMPLATES["llama_guard_3"])
+    own = {"guard": {"chat": "turns", "word": "Yes", "against": "No"}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
+    guard.make("guard", str(folder), flags(judge_prompts=str(tmp_path / "own.yaml")))
+    with pytest.raises(UserError, match="--judge_guard llama_guard_3: .* has a guard prompt of its own"):
+        guard.make("guard", str(folder), flags(judge_prompts=str(tmp_path / "own.yaml"), judge_guard="llama_guard_3"))

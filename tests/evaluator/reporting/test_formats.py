@@ -1,5 +1,6 @@
 """One table, four formats: the same numbers in each, hostile labels as text, LaTeX that closes what it opens."""
 
+import csv
 import io
 import json
 import math
@@ -69,6 +70,17 @@ def test_csv_reads_into_a_frame_and_a_spreadsheet_runs_nothing():
     assert {read_cell(label) for label in frame.model} == {NASTY}
     # one seed is its own row: it is not written a second time
     assert set(frame.level) == {"model"}
+
+
+@pytest.mark.parametrize("label", ["a\rb", "a\nb", "a\r\nb", "\r=1", "\n=1", 'a,"b"', "\ufe66SUM(1)", "'-", "\u2028"])
+def test_a_csv_line_ends_where_a_row_ends(label):
+    cells = {"a": Cell(0.5, 0.25, 0.75, 4, (0.5,))}
+    text = formats.csv_text(Table("t", (Column("a", label, True),), (Row(label, label, ("seed 1",), cells),)))
+    (head, row) = csv.reader(io.StringIO(text, newline=""))
+    assert head == list(formats.CSV_COLUMNS)
+    assert [read_cell(row[at]) for at in (0, 1, 3)] == [label] * 3
+    assert row[0][0] not in "=+-@\t\r\n\ufe66"
+    assert row[4:] == ["True", "model", "", "0.5", "0.25", "0.75", "4"]
 
 
 def test_json_has_every_digit_and_null_for_what_is_unknown():

@@ -7,6 +7,7 @@ it failed. Effects outside are looked at from outside.
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import re
@@ -165,7 +166,7 @@ def test_it_is_nobody_without_rights_in_namespaces_of_its_own():
     job = {"program": "def f(): __import__('time').sleep(60)\n", "prompt": "", "entry_point": "f",
            "test": "def check(f):\n    f()\n"}
     flags = {"confined": True, "seconds": 5, "memory": 256 << 20, "file_bytes": 1 << 20}
-    process = subprocess.Popen([sys.executable, "-I", "-S", str(code_sandbox._LAUNCHER), json.dumps(flags)],
+    process = subprocess.Popen([sys.executable, "-s", "-S", str(code_sandbox._LAUNCHER), json.dumps(flags)],
                                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
         process.stdin.write(json.dumps(job).encode())
@@ -302,6 +303,16 @@ def test_hostile_replies_are_failures(reply):
     assert not faked(body, test).passed
 
 
+@pytest.mark.parametrize("first", ['{"loaded": true}', '{"to": "", "loaded": true}'])
+def test_an_answer_before_its_question_is_none(first):
+    """Right ones too: the function itself never returns."""
+    write = ("import os, stat\nfor fd in range(3, 64):\n    try:\n        if stat.S_ISFIFO(os.fstat(fd).st_mode): "
+             f"os.write(fd, {first!r}.encode() + b'\\n' + b'{{\"value\": [\"int\", \"0x5\"]}}\\n' * 50)\n"
+             "    except OSError: pass\n")
+    assert faked("    while True: pass\n" + write).status == "unreadable reply"
+    assert faked("    return 5\n").passed
+
+
 def test_an_error_of_the_program_does_not_end_the_tests_loop():
     test = "def check(candidate):\n    for _ in map(candidate, [1, 2], [3, 4]): assert False\n"
     assert faked("    raise StopIteration\n", test).status == "RuntimeError"
@@ -315,12 +326,36 @@ def test_bombs_burst_inside():
     assert not faked("    return 'x' * (1 << 26)\n").passed
     assert not faked("    x = []\n    x.append(x)\n    return x\n").passed
     assert not faked("    return iter(int, 1)\n").passed
+    # a reply without an end, one that drips, exceptions whose text does either
+    assert faked("    return 4\nimport os\nwhile True: os.write(6, b'x' * 65536)\n").status == "unreadable reply"
+    assert faked("    raise type('E', (Exception,), {'__str__': lambda self: 'x' * 10 ** 8})\n").status == "ended"
+    assert faked("    raise type('E', (Exception,), {'__str__': lambda self: exit()})\n").status == "ended"
+    assert not faked("    import decimal\n    return decimal.Decimal('1e999999999')\n",
+                     "def check(f):\n    assert int(f(2, 3)) == 5\n").passed
 
 
-def test_32_bit_and_x32_calls_kill(tmp_path):
-    """The second table of x86-64: the same calls under other numbers."""
-    if os.uname().machine == "x86_64":
-        assert not told("call(0x40000000 + 39) or True", [True, "ENOSYS", "EACCES", "EFAULT"]).passed
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="numbers and machine code of x86-64")
+def test_no_way_around_by_another_table_or_by_machine_code():
+    """The x32 table; int 0x80 and fork as code that the program writes itself."""
+    assert not told("call(0x40000000 + 39) or True", [True, "ENOSYS", "EACCES", "EFAULT"]).passed
+    run = ("def machine(code):\n    import mmap\n    memory = mmap.mmap(-1, 4096, prot=7)\n"
+           "    memory.write(bytes.fromhex(code))\n    at = ctypes.addressof(ctypes.c_char.from_buffer(memory))\n"
+           "    return ctypes.CFUNCTYPE(ctypes.c_long)(at)()\n")
+    assert told("machine('b82a000000c3')", [42], run).passed
+    assert told("machine('b814000000cd80c3')", [1], run).status == "ended"
+    assert told("machine('b8390000000f05c3')", [-errno.EACCES], run).passed
+
+
+def test_nothing_to_be_seen_can_be_written_or_spoken_to():
+    """Every folder that it can list; sockets, pipes and devices, which a read-only mount would not hold."""
+    walk = ("def walk():\n    import stat\n    wrote, odd = [], []\n    for folder, _, names in os.walk('/'):\n"
+            "        for name in names:\n            mode = os.lstat(folder + '/' + name).st_mode\n"
+            "            if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)): odd.append(folder + '/' + name)\n"
+            "        if folder != '/sandbox':\n            try: os.open(folder + '/new', os.O_CREAT | os.O_WRONLY)\n"
+            "            except OSError: continue\n            wrote.append(folder)\n    return wrote, sorted(odd)\n")
+    outcome = code_sandbox.run("def attack():\n", f"    return walk()\n{TELL}{walk}",
+                               "def check(f):\n    assert f() == ([], ['/dev/null', '/dev/urandom'])\n", "attack", 30, 512)
+    assert outcome.passed, outcome
 
 
 @pytest.mark.parametrize(("machine", "column", "header"), [

@@ -49,6 +49,7 @@ def test_helpers_of_the_prompt_serve_the_tests():
     ("10 ** 5000", "{} == 10 ** 5000"), ("float('inf')", "{} == float('inf')"), ("1j", "{} == 1j"), ("True", "{} is True"),
     ("iter('ab')", "tuple({}) == ('a', 'b')"), ("range(3)", "list({}) == [0, 1, 2]"), ("b'\\0'", "{} == bytes(1)"),
     ("__import__('fractions').Fraction(1, 2)", "{} == .5"), ("__import__('decimal').Decimal('2.0')", "{} == 2"),
+    ("{1: 2}.keys()", "{} == {{1}}"), ("{1: 2}.items()", "sorted({}) == [(1, 2)]"),
     ("__import__('collections').Counter('aa')", "{} == {{'a': 2}}"), ("__import__('re').match('a', 'a')", "{}")])
 def test_results_cross_as_what_they_are(value, test):
     assert gives(value, test).passed
@@ -60,6 +61,19 @@ def test_an_object_that_equals_everything_equals_nothing_here():
     assert run(f"    return Same()\nclass Same:\n{always}").status == "AssertionError"
     assert run(f"    return Number(5)\nclass Number(int):\n{always}").passed
     assert run(f"    return Number(4)\nclass Number(int):\n{always}").status == "AssertionError"
+
+
+def test_a_crash_is_no_timeout():
+    assert run("    __import__('ctypes').string_at(0)\n").status == "ended"
+    assert run("    __import__('os')._exit(3)\n").status == "ended"
+
+
+def test_the_order_of_sets_is_no_chance():
+    """A program that lists a set passes or fails, but not the one today and the other tomorrow."""
+    value = "[hash('a'), *{'alpha', 'beta', 'gamma', 'delta', 'epsilon'}]"
+    code = "import json; print(json.dumps([hash('a'), *{'alpha', 'beta', 'gamma', 'delta', 'epsilon'}]))"
+    seeded = subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": "0"}, capture_output=True, text=True).stdout
+    assert run(f"    return {value}\n", f"def check(candidate):\n    assert candidate(0, 0) == {seeded}\n").passed
 
 
 def test_errors_cross_by_name():

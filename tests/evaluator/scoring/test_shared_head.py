@@ -8,6 +8,7 @@ import pytest
 import torch
 from pico_families import make_family
 from planted import flags, ids_of
+from transformers import AutoModelForCausalLM
 
 import config
 from evaluator.judges import local
@@ -28,6 +29,25 @@ def test_a_local_judge_reads_what_the_models_own_forward_gives(kind, tmp_path):
         with torch.no_grad():
             theirs = reader.model(torch.tensor([row]), use_cache=False).logits[0, -1].float().log_softmax(-1)
         assert torch.allclose(mine, theirs[[5, 77, 90]], atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "settings"), [
+    ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
+               "max_position_embeddings": 32}),
+    ("phi3", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [6.0] * 4,
+                                  "original_max_position_embeddings": 32, "rope_theta": 1e4},
+              "original_max_position_embeddings": 32, "sliding_window": None})])
+def test_no_row_gets_the_frequencies_of_a_longer_one(kind, settings, tmp_path):
+    """LongRoPE and dynamic scaling look at the longest row of a pass; a row's verdict must not depend on its batch."""
+    folder = make_family(tmp_path / kind, kind, seed=1, **settings)
+    reader = local.Reader.load(local.find("guard", str(folder), flags()))
+    rows = [list(range(5, 5 + length)) for length in (40, 30, 36)]
+    found = reader.next_logprobs(rows, (1, 7, 99))
+    for row, mine in zip(rows, found, strict=True):
+        alone = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        with torch.no_grad():
+            theirs = alone(torch.tensor([row]), use_cache=False).logits[0, -1].log_softmax(-1)
+        assert torch.allclose(mine, theirs[[1, 7, 99]], atol=1e-5)
 
 
 def calls(tree):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from data.escaped import csv_cell
 from data.readers import label_files
 from data.readers.label_files import Labelled, read_labels
 from data.sets import embedded
@@ -212,6 +214,37 @@ def test_labels_of_the_scored_answers_themselves_are_used_as_such(tmp_path):
     assert (how["correction"], whole["value"], whole["n"]) == ("labels", pytest.approx(2 / 3), 60)
     _, how = made([row | {"run": "another"} for row in marked], "another")
     assert how["correction"] == "rogan-gladen"
+
+
+def test_labels_of_a_set_that_is_not_scored_are_refused(tmp_path, capsys):
+    labels = [{"output": text, "label": int(text == NO), "set": "overrefusal"} for text in (NO, YES) for _ in range(12)]
+    words = ["--answers", write(tmp_path / "a.jsonl", [{"prompt": "q", "output": NO}]), "--name", "mine", "--output_dir",
+             str(tmp_path), "--labels", write(tmp_path / "l.jsonl", labels)]
+    with pytest.raises(SystemExit) as stop:
+        evaluate_safety.main(words)
+    assert stop.value.code == 2
+    assert "0 answers to safety prompts are labelled 1" in capsys.readouterr().err
+    evaluate_safety.main([*words, "--overrefusal_answers", words[1]])
+    done = json.loads((tmp_path / "scores" / "mine" / "evaluate_safety.json").read_text())
+    assert "overrefusal_corrected" in done["scores"]
+    assert "refusal_corrected" not in done["scores"]
+
+
+@pytest.mark.parametrize(("index", "marks"), [("", ("1", "0")), ("Unnamed: 0", ("1.0", "0.0"))])
+def test_labels_beside_the_answers_of_inference(tmp_path, index, marks):
+    """A column added to outputs_final.csv, by hand or by a data frame: the very answers, without their apostrophes."""
+    said = [f"- {NO if i % 3 == 0 else MISSED if i % 3 == 1 else YES}" for i in range(60)]
+    with (tmp_path / "l.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([[index, "prompts", "outputs", "declines"], *(
+            [i, f"<user> q{i}", csv_cell(text), marks[YES in text]] for i, text in enumerate(said[:30]))])
+    found = read_labels(str(tmp_path / "l.csv"), "--labels")
+    assert [row.output for row in found] == said[:30]
+    answers = [{"prompt": f"q{i}", "rendered": f"<user> q{i}", "input": "", "id": f"h{i}", "output": text}
+               for i, text in enumerate(said)]
+    deaf = labelled.Rate(rate([False] * 60, "refusal", "", higher_is_better=True), "safety", "declines", [False] * 60,
+                         lambda rows: [False] * len(rows))
+    score, how = labelled.corrected(deaf, found, answers, "mine")
+    assert (how["correction"], how["labelled"], score.value) == ("ppi", 30, pytest.approx(2 / 3))
 
 
 def test_prediction_powered_by_hand():

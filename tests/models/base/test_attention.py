@@ -60,7 +60,31 @@ def test_gemma_2_caps_its_scores():
         assert not torch.allclose(model(input_ids=ids).logits, logits[0], atol=1e-2)
 
 
+def test_sinks_are_those_of_the_eager_kernel():
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    config = GptOssConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+                          num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=4,
+                          initializer_range=0.2)
+    torch.manual_seed(0)
+    model = GptOssForCausalLM(config).eval()
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.sinks, 1.0, 2.0)
+    ids = torch.randint(0, 64, (2, 9))
+    logits = []
+    for name in ("eager", NAME):
+        model.set_attn_implementation(name)
+        with torch.no_grad():
+            logits.append(model(input_ids=ids).logits)
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
+    # they count
+    for layer in model.model.layers:
+        torch.nn.init.constant_(layer.self_attn.sinks, -99.0)
+    with torch.no_grad():
+        assert not torch.allclose(model(input_ids=ids).logits, logits[0], atol=1e-2)
+
+
 def test_scores_that_it_does_not_know_are_refused():
     q = torch.zeros(1, 1, 2, 4)
-    with pytest.raises(ValueError, match="s_aux"):
-        grouped_attention(torch.nn.Identity(), q, q, q, None, scaling=1.0, s_aux=torch.zeros(1))
+    with pytest.raises(ValueError, match="position_bias"):
+        grouped_attention(torch.nn.Identity(), q, q, q, None, scaling=1.0, position_bias=torch.zeros(1))
