@@ -252,8 +252,8 @@ def equal_compliance(points: Sequence[Point], control: Point, seed: int = 0) -> 
     those that comply at least as much as the control, the last fifth judges it, each fifth in turn. What compliance the
     judging prompts then see more or less than the control's is taken off at the curve's exchange rate.
     Tango's intervals of both parts (a prompt between two lambdas counts in part), joined in quadrature, and wider by a
-    good third: fifths that share what chose their lambdas are not independent, the exchange rate is an estimate, and a lambda
-    chosen a little too small costs much where the curve bends. Simulations without a difference set that third.
+    good third: fifths that share what chose their lambdas are not independent, the exchange rate is an estimate, and a
+    lambda chosen a little too small costs much where the curve bends. Simulations without a difference set that third.
 
     The curve is linear between neighbouring lambdas; prompts that some point lacks are left out. None when the control's
     compliance is above or below that of the whole curve, in the data or in a tenth of the resamples.
