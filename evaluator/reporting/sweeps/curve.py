@@ -29,7 +29,7 @@ _DENSE = 201
 #: Parts of the prompts that choose lambda in turn for the part that is left.
 _FOLDS = 5
 #: By how much an interval is wider than if the parts were independent (docs/evaluation.md, Intervals and tests).
-_WIDER = 1.25
+_WIDER = 1.35
 #: Non-refusal for compliance: a higher rate than this is read off a curve that hardly moves.
 _MOST_RATE = 4.0
 
@@ -252,8 +252,8 @@ def equal_compliance(points: Sequence[Point], control: Point, seed: int = 0) -> 
     those that comply at least as much as the control, the last fifth judges it, each fifth in turn. What compliance the
     judging prompts then see more or less than the control's is taken off at the curve's exchange rate.
     Tango's intervals of both parts (a prompt between two lambdas counts in part), joined in quadrature, and wider by a
-    quarter: fifths that share what chose their lambdas are not independent, and the exchange rate is an estimate.
-    Simulations without a difference set that quarter.
+    good third: fifths that share what chose their lambdas are not independent, the exchange rate is an estimate, and a
+    lambda chosen a little too small costs much where the curve bends. Simulations without a difference set that third.
 
     The curve is linear between neighbouring lambdas; prompts that some point lacks are left out. None when the control's
     compliance is above or below that of the whole curve, in the data or in a tenth of the resamples.

@@ -22,7 +22,9 @@ def falling(start, end, middle, speed):
 CURVES = {"flat": (np.full(11, 0.4), np.linspace(0.9, 0.5, 11), 0.7),
           "slow": (np.linspace(0.8, 0.3, 11), np.linspace(0.95, 0.7, 11), 0.85),
           "cliff": (falling(0.97, 0.02, 0.5, 12), falling(0.95, 0.05, 0.5, 12), 0.5),
-          "better than its trade": (falling(0.93, 0.03, 0.4, 14), falling(0.95, 0.1, 0.75, 10), 0.7)}
+          "better than its trade": (falling(0.93, 0.03, 0.4, 14), falling(0.95, 0.1, 0.75, 10), 0.7),
+          # the hardest of eight that were tried: it bends sharply where lambda is chosen
+          "early": (falling(0.9, 0.05, 0.3, 15), np.linspace(0.98, 0.6, 11), 0.8)}
 
 
 def answers(chances, n, rng):
