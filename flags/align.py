@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from config import flag, group_of, training_fields
 from flags.base import DIALOGS, SKILLS, TASKS, ModelCommand, name_problems
 from flags.data import DataFlags, FramedFlags, PaddingFlags, RecordFlags
-from flags.lora import LoraFlags, QuantisedBaseFlags
+from flags.lora import AdapterFlags, LoraFlags, QuantisedBaseFlags
 from flags.mask import AnchorFlags, MaskFlags
 from flags.moe import MoeFlags
 from flags.optimiser import BatchFlags, EpochDecayFlags, OptimiserFlags, trackers_of
@@ -125,8 +125,8 @@ class _DenseArgs(AlignArgs):
 
 
 @dataclass(frozen=True)
-class ExpertArgs(_DenseArgs, DataFlags, RecordFlags, PaddingFlags, FramedFlags, QuantisedBaseFlags, LoraFlags,
-                 OptimiserFlags, EpochDecayFlags, ValidationFlags):
+class ExpertArgs(_DenseArgs, DataFlags, RecordFlags, PaddingFlags, FramedFlags, QuantisedBaseFlags, AdapterFlags,
+                 LoraFlags, OptimiserFlags, EpochDecayFlags, ValidationFlags):
     """Train one expert, or the naive mix: supervised fine-tuning of an adapter or of every weight.
 
     python align_basemodel.py --moe_flag 0 --task_name safety
@@ -138,7 +138,7 @@ class ExpertArgs(_DenseArgs, DataFlags, RecordFlags, PaddingFlags, FramedFlags, 
 
 
 @dataclass(frozen=True)
-class DpoArgs(_DenseArgs, DataFlags, DpoFlags, QuantisedBaseFlags, LoraFlags, OptimiserFlags, ValidationFlags):
+class DpoArgs(_DenseArgs, DataFlags, DpoFlags, QuantisedBaseFlags, AdapterFlags, LoraFlags, OptimiserFlags, ValidationFlags):
     """Train one expert on preference pairs: direct preference optimisation of an adapter or of every weight.
 
     python align_basemodel.py --moe_flag 0 --task_name safety --method dpo
@@ -224,7 +224,8 @@ class SoupArgs(SearchArgs, OptimiserFlags, EpochDecayFlags, ValidationFlags):
 
 
 @dataclass(frozen=True)
-class FusedMoeArgs(AlignArgs, MoeFlags, DataFlags, RecordFlags, PaddingFlags, LoraFlags, OptimiserFlags, ValidationFlags):
+class FusedMoeArgs(AlignArgs, MoeFlags, DataFlags, RecordFlags, PaddingFlags, QuantisedBaseFlags, LoraFlags, OptimiserFlags,
+                   ValidationFlags):
     """Tune the fused MoE: its experts, its router, and LoRA on attention.
 
     python align_basemodel.py --moe_flag 1 --expert_topk 2 --gate_loss_weight 0.01

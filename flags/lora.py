@@ -51,17 +51,18 @@ class AdapterFlags(Flags):
 
 
 @dataclass(frozen=True)
-class QuantisedBaseFlags(AdapterFlags):
-    """The frozen base below an adapter in few bits."""
+class QuantisedBaseFlags(Flags):
+    """The frozen base below an adapter, or below the fused MoE's experts, in few bits."""
 
     heading = "LoRA"
-    whose = ("the frozen base of one adapter; use it with --moe_flag 0 --method sft or dpo, without --tuning full, or drop "
-             "it")
-    base_quantization: str | None = flag(None, "hold the frozen base in 8 or 4 bits while an adapter trains (bitsandbytes); "
-                                               "empty: as --dtype says", choices=("int8", "nf4"))
+    whose = ("the frozen base of one adapter, or of the fused MoE; use it with --moe_flag 0 --method sft or dpo, without "
+             "--tuning full, or with --moe_flag 1, or drop it")
+    base_quantization: str | None = flag(None, "hold the frozen base in 8 or 4 bits while an adapter or the MoE trains "
+                                               "(bitsandbytes); empty: as --dtype says", choices=("int8", "nf4"))
 
     def problems(self) -> list[str]:
         found = super().problems()
-        if self.base_quantization and self.tuning == "full":
+        # the fused MoE has no such flag: it never trains the base
+        if self.base_quantization and getattr(self, "tuning", None) == "full":
             found.append(f"--base_quantization {self.base_quantization}: {QuantisedBaseFlags.whose}")
         return found

@@ -39,6 +39,9 @@ class AnswerModel(nn.Module):
             raise UserError("--model_name_or_path: use_bidirectional_attention is set: tokens of this model see later ones, "
                             "so it cannot learn to write them; give a causal model")
         self.rule = logit_rule(self.causal_lm)
+        if getattr(self.causal_lm, "is_gradient_checkpointing", False):
+            # a base in few bits comes so; what is computed again needs our casting too
+            self.activation_checkpointing_enable()
 
     @property
     def causal_lm(self) -> PreTrainedModel:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from errors import UserError
 from flags import FusedMoeArgs
 from models.base.loading import base_path, load_tokenizer
 from models.base.placement import set_up_torch
+from models.base.quantised import whole_weight
 from models.moe.files import MoeConfig, add_tuning, assemble, moe_layers, read_config, save_moe
 from models.moe.layer import PROJECTIONS, SharedMoe, TuningConfig
 from models.moe.router import drift, gate_loss, low_rank_norm, mean_probabilities, published_weight_norm
@@ -47,16 +49,14 @@ class MoeLoss(AnswerModel):
         self.gate_weight = args.gate_loss_weight
         #: The experts whose drift trains something; that of the others is only told.
         self.held = tuple(name for name, gamma in zip(experts, args.gammas, strict=False) if gamma)
-        for layer in self.moe:
-            # keep each pass's router probabilities (batch, time, experts), which the gating loss reads
-            layer.record = True
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, objectives: Tensor,
                 predicting: Tensor | None = None) -> dict[str, Tensor]:
         """As the answer loss; a layer's probabilities are (batch, time, experts), their means (layers, batch, experts)."""
-        parts = super().forward(input_ids, attention_mask, labels, objectives, predicting)
+        with self._recorded() as probabilities:
+            parts = super().forward(input_ids, attention_mask, labels, objectives, predicting)
         # by sample, not by batch: a sample with few tokens weighs as much as one with many (H3Fusion's spec, section 5.2)
-        means = mean_probabilities([layer.probabilities for layer in self.moe],
+        means = mean_probabilities(probabilities,
                                    token_mask(self.gate_tokens, attention_mask, labels))
         if not self.gate_weight:
             # a term of weight 0 is told, and pulls no graph behind it
@@ -65,6 +65,23 @@ class MoeLoss(AnswerModel):
         parts["share_right"] = means.detach().mean(0).gather(1, objectives[:, None]).sum()
         parts |= self.drifts(self.held if self.training else self.experts)
         return parts
+
+    @contextlib.contextmanager
+    def _recorded(self) -> Iterator[list[Tensor]]:
+        """Fills the list with each layer's router probabilities (batch, time, experts) of the pass within.
+
+        In that pass alone: when checkpointed layers are computed again, what they kept would hold each layer's whole graph
+        until the next step.
+        """
+        kept: list[Tensor] = []
+        for layer in self.moe:
+            layer.record = True
+        try:
+            yield kept
+            kept += [layer.probabilities for layer in self.moe]
+        finally:
+            for layer in self.moe:
+                layer.record, layer.probabilities = False, None
 
     def drifts(self, names: Sequence[str]) -> dict[str, Tensor]:
         """{"drift_NAME": regulariser of that expert in the chosen mode}; what all share is computed once."""
@@ -114,7 +131,7 @@ def aligned_norms(layer: SharedMoe) -> list[Tensor]:
     """
     norms = []
     for name, linear in zip(PROJECTIONS, (layer.gate_proj, layer.up_proj, layer.down_proj), strict=True):
-        factors, weight = layer.experts[name], linear.weight.float()
+        factors, weight = layer.experts[name], whole_weight(linear).float()
         a, b = factors.a.float(), factors.b.float()
         # ||W + B A||^2 = ||W||^2 + 2 <B' W, A> + <B' B, A A'>; fp32, for these are sums of millions of squares
         cross = ((b.mT @ weight) * a).sum((-1, -2))
@@ -137,7 +154,7 @@ def train(args: FusedMoeArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     gammas = {f"drift_{name}": gamma for name, gamma in zip(config.experts, args.gammas, strict=False)}
     arguments = training_arguments(args, extra, rows=len(train_rows), validates=bool(validation), measured={
         **LOSS, "gate": False, **dict.fromkeys(gammas, False), "share_right": True})
-    model, config = assemble(raw, args, dtype, device, top_k=args.expert_topk)
+    model, config = assemble(raw, args, dtype, device, top_k=args.expert_topk, bits=args.base_quantization)
     experts = TuningConfig(args.lora_r, args.lora_alpha, args.lora_dropout)
     attention = experts if args.attention_lora else None
     config = dataclasses.replace(config, top_k=args.expert_topk, tuning=experts, attention=attention)

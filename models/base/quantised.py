@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from peft import prepare_model_for_kbit_training
+from torch import Tensor
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
 from errors import UserError
@@ -74,6 +75,19 @@ def load_quantised(folder: Path, kind: str, dtype: torch.dtype, device: torch.de
                 module.support_avx512bf16_for_cpu = False
     # the reentrant form wants inputs with a gradient, which frozen embeddings have not
     return prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def whole_weight(linear: torch.nn.Module) -> Tensor:
+    """(out, in): a layer's weight as it multiplies, whatever bits it is held in."""
+    state = getattr(linear.weight, "quant_state", None)
+    if state is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(linear.weight.data, state)
+    # int8: rows by their largest entry over 127; the first pass moves these from the weight to the layer
+    scales = getattr(linear.weight, "SCB", None)
+    scales = getattr(getattr(linear, "state", None), "SCB", None) if scales is None else scales
+    return linear.weight.data if scales is None else linear.weight.data * (scales / 127)[:, None]
 
 
 def _check_widths(folder: Path) -> None:

@@ -22,7 +22,7 @@ down.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -97,15 +97,18 @@ class ExpertSum(torch.autograd.Function):
             mixed.add(rows, hidden)
             _put(shrunk, e, rows, _shrink(hidden, inputs.down_a[e], _mask_of(options, rows), options.dropped_from))
         # gate and up alone, not each expert's: two (N, f) tensors, however many experts there are
-        ctx.save_for_backward(*inputs, *rows_of)
-        ctx.options = options
+        # the mask too, not in ctx: checkpointing lets go of what is saved, and draws it anew
+        ctx.save_for_backward(*inputs, options.dropout_mask, *rows_of)
+        ctx.options = replace(options, dropout_mask=None)
         return mixed.total(inputs.gate.dtype), shrunk
 
     @staticmethod
     def backward(ctx: Any, d_mixed: Tensor, d_shrunk: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of ``forward``'s arguments; d_mixed (N, f), d_shrunk (N, E, q)."""
-        fields = len(ExpertInputs._fields)
-        inputs, rows_of = ExpertInputs(*ctx.saved_tensors[:fields]), ctx.saved_tensors[fields:]
+        # asked for once: checkpointing computes them anew, and hands each out a single time
+        saved, fields = ctx.saved_tensors, len(ExpertInputs._fields)
+        inputs, mask, rows_of = ExpertInputs(*saved[:fields]), saved[fields], saved[fields + 1 :]
+        options = replace(ctx.options, dropout_mask=mask)
         _, _, shrunk_inputs, weights, gate_b, up_b, down_a = inputs
         experts = weights.shape[1]
         rows_of_b = gate_b.mT.contiguous(), up_b.mT.contiguous()
@@ -115,13 +118,13 @@ class ExpertSum(torch.autograd.Function):
         d_inputs, d_weights, d_gate_b, d_up_b, d_down_a = (
             torch.zeros_like(t) for t in (shrunk_inputs, weights, gate_b, up_b, down_a))
         for e in range(experts):
-            rows = rows_of[e] if ctx.options.gather else None
+            rows = rows_of[e] if options.gather else None
             weight = _pick(weights[:, e], rows).to(shrunk_inputs.dtype)[:, None]
             own_gate, own_up = _gate_and_up(inputs, rows_of_b, e, rows)
-            activated, root = _activated(ctx.options.activation, own_gate)
+            activated, root = _activated(options.activation, own_gate)
             hidden = activated.detach() * own_up
             d_weighted, d_down_a[e] = _shrink_backward(_pick(d_shrunk[:, e], rows), hidden * weight, down_a[e],
-                                                       _mask_of(ctx.options, rows), ctx.options.dropped_from)
+                                                       _mask_of(options, rows), options.dropped_from)
             d_weighted = _pick(d_mixed, rows) + d_weighted
             # a dot product over f entries, f in the thousands
             _put(d_weights, e, rows, (d_weighted * hidden).sum(-1, dtype=_wide(hidden)).to(weights.dtype))

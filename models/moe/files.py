@@ -23,7 +23,8 @@ from errors import UserError
 from manifest import write_json
 from models.adapters.resident import ResidentBase
 from models.base.families import decoder_layers, family_of
-from models.base.loading import base_path, load_base
+from models.base.loading import base_path, load_base, skeleton
+from models.base.quantised import load_quantised
 from models.checkpoints.fingerprints import fingerprint_like, same_base
 from models.moe.layer import PROJECTIONS, SharedMoe, TuningConfig, halves
 from models.moe.packed import PackedMoe, pack
@@ -125,14 +126,20 @@ def read_config(folder: Path) -> MoeConfig:
 
 
 def assemble(folder: Path, args: Any, dtype: torch.dtype, device: torch.device, *,
-             top_k: int | None = None) -> tuple[PreTrainedModel, MoeConfig]:
+             top_k: int | None = None, bits: str | None = None) -> tuple[PreTrainedModel, MoeConfig]:
     """Base model with the saved fused layers in it, factors in fp32, nothing folded: for training and tests.
+
+    Args:
+        bits: hold the frozen base in int8 or nf4 (``models/base/quantised.py``).
 
     Raises:
         UserError: the base differs from the recorded one, top-k exceeds the experts, or tensors do not match.
     """
     config, base, tensors = _opened(folder, args, top_k)
-    model = load_base(base, dtype, device)
+    if bits and (family := family_of(skeleton(base).config)).gate == family.up:
+        raise UserError(f"--base_quantization {bits}: gate and up are one matrix in this model ({family.gate}), which "
+                        "cannot be parted in few bits; leave the flag out")
+    model = load_quantised(base, bits, dtype, device) if bits else load_base(base, dtype, device)
     _fill(folder, model, config, tensors, top_k or config.top_k)
     return model, config
 

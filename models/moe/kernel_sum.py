@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -76,15 +77,16 @@ class KernelSum(torch.autograd.Function):
         made = inputs.gate.new_empty(inputs.gate.shape)
         call = Call(inputs, chosen, options)
         small = call.forward(made)
-        ctx.save_for_backward(chosen, *inputs)
-        ctx.options = options
+        # the mask too, not in ctx: checkpointing lets go of what is saved, and draws it anew
+        ctx.save_for_backward(chosen, options.dropout_mask, *inputs)
+        ctx.options = replace(options, dropout_mask=None)
         return made, small.view(len(small), *inputs.down_a.shape[:2])
 
     @staticmethod
     def backward(ctx: Any, d_mixed: Tensor, d_small: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of ``forward``'s arguments; d_mixed (N, f), d_small (N, E, q)."""
-        chosen, *tensors = ctx.saved_tensors
-        call = Call(ExpertInputs(*tensors), chosen, ctx.options)
+        chosen, mask, *tensors = ctx.saved_tensors
+        call = Call(ExpertInputs(*tensors), chosen, replace(ctx.options, dropout_mask=mask))
         d_mixed, d_small = d_mixed.contiguous(), d_small.contiguous()
         d_gate, d_up, d_shrunk, d_weights = call.backward_tokens(d_mixed, d_small)
         # gate_b, up_b, down_a: frozen ones are no reason to read all tokens once more

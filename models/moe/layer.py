@@ -153,6 +153,9 @@ class SharedMoe(nn.Module):
         if self.record:
             self.probabilities = probabilities.view(*hidden.shape[:-1], -1)
         gate, up = self.gate_proj(x), self.up_proj(x)  # (N, f)
+        if torch.is_autocast_enabled(x.device.type):
+            # a layer in 4 or 8 bits answers in the dtype of its input, which autocast does not reach
+            gate, up = (product.to(torch.get_autocast_dtype(x.device.type)) for product in (gate, up))
         (gate_a, gate_b), (up_a, up_b), (down_a, down_b) = (self.experts[n].factors(gate.dtype) for n in PROJECTIONS)
         # one product for the A of every expert and both projections: x, the largest operand, is read once
         shrunk_inputs = self._shrink(x, torch.cat([gate_a, up_a]), self.experts["gate"].a.shape[1])

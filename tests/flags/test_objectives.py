@@ -116,7 +116,8 @@ def test_every_objective_takes_its_own_flags_and_no_more():
     own = {kind: names(kind) for kind in KINDS}
     assert "beta" in own[DpoArgs] & own[MaskArgs]
     assert not own[MaskArgs] & {"tuning", "lora_r", "extra_data", "mixing", "pad_to_max", "adapters", "gate_loss_weight"}
-    assert not own[FusedMoeArgs] & {"beta", "tasks", "tuning", "init_adapter", "prompt_style", "base_quantization"}
+    assert not own[FusedMoeArgs] & {"beta", "tasks", "tuning", "init_adapter", "prompt_style"}
+    assert "base_quantization" in own[FusedMoeArgs] & own[ExpertArgs] & own[DpoArgs]
     assert not own[ExpertArgs] & {"expert_topk", "beta", "adapters", "anchor"}
     # no gradient, no Trainer
     assert not own[SearchArgs] & {"learning_rate", "num_train_epochs", "lr_epoch_decay", "save_steps"}
@@ -176,7 +177,7 @@ def test_help_stands_in_groups(capsys):
     found, text = shown(capsys, AlignArgs)
     assert list(found) == ["Help and presets", "Objective", "Fused MoE", "Data", "LoRA", "Optimiser", "Validation",
                            "Base model", "Machine", "Results"]
-    assert set(found["LoRA"]) == {"lora_r", "lora_alpha", "lora_dropout"}
+    assert set(found["LoRA"]) == {"lora_r", "lora_alpha", "lora_dropout", "base_quantization"}
     assert {name for group in found.values() for name in group} == names(FusedMoeArgs) | {"help", "preset"}
     for kind in KINDS:
         assert f"align_basemodel.py {kind.words} --help" in text

@@ -206,7 +206,9 @@ def test_without_a_sub_command_they_are_listed(words, capsys):
 
 
 def test_help_lists_the_sub_commands(capsys):
-    main(["--help"])
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
     said = capsys.readouterr().out
     assert all(f"\n    {name} " in said for name in COMMANDS)
 

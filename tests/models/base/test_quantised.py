@@ -143,7 +143,7 @@ def test_preference_pairs_train_too(pico, tmp_path):
     assert history[-1] < history[0]
 
 
-@pytest.mark.parametrize("flags", [("--moe_flag", "1"), ("--moe_flag", "0", "--tuning", "full"),
+@pytest.mark.parametrize("flags", [("--moe_flag", "0", "--tuning", "full"),
                                    ("--moe_flag", "0", "--method", "soup", "--adapters", "a,b")])
 def test_refused_with_anything_but_one_adapter(flags):
     with pytest.raises(UserError, match="--base_quantization int8: the frozen base of one adapter"):
