@@ -49,8 +49,8 @@ def test_every_command_that_plans_has_a_plan(race, tmp_path):
 
 
 @pytest.mark.parametrize("name", [*(f"models/fuse.py {name}" for name in ("merge", "export", "import")),
-                                  "align_basemodel.py --method mask", "evaluator/registry.py compare"])
-def test_help_of_a_sub_command_or_objective_loads_no_torch(race, name):
+                                  "align_basemodel.py --method mask", "evaluator/registry.py compare", "scripts/sweep.py"])
+def test_help_as_people_ask_for_it_loads_no_torch(race, name):
     line = next(line for line in race.help_lines() if line.name.startswith(name))
     report = subprocess.run([sys.executable, "-X", "importtime", *line.words[1:]], cwd=race.ROOT, capture_output=True,
                             text=True, check=True).stderr
