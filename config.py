@@ -1,6 +1,6 @@
 """Command lines: one dataclass per command becomes its flags; presets fill in, flags win, every error comes at once.
 
-Order of precedence: dataclass default < preset (``presets.py`` says which) < flag. Never imports torch, so that
+Order of precedence: dataclass default < preset (``preset_choice.py`` says which) < flag. Never imports torch, so that
 ``--help`` is instant. The dataclasses themselves stand in ``flags/``: groups of flags (``flags.base.Flags``), and commands
 that are made of groups. ``--help`` prints by group, with the values that this command line would use.
 """
@@ -26,10 +26,10 @@ from typing import Any
 
 import yaml
 
-import presets
+import preset_choice
 from errors import UserError
-from presets import DEFAULT_PRESET, OWN_PRESET, PRESETS, SECTIONS
-from presets import nearest as _nearest
+from preset_choice import DEFAULT_PRESET, OWN_PRESET, PRESETS, SECTIONS
+from preset_choice import nearest as _nearest
 from scalars import BOOLEANS, Word, Yaml, article, cast, words_in
 
 __all__ = ["DEFAULT_PRESET", "PRESETS", "Parsed", "flag", "group_of", "parse"]
@@ -103,7 +103,7 @@ def parse(command: type, argv: Sequence[str] | None = None) -> Parsed:
             types, values that are not allowed, unknown preset keys, and what ``command.problems`` finds.
     """
     words = sys.argv[1:] if argv is None else argv
-    choice = presets.choose(words)
+    choice = preset_choice.choose(words)
     path, content, preset = choice.path, choice.content, choice.name
     command, problems = _chosen(command, words, content)
     known, rest = _parser(command).parse_known_args(_words(command, words))
@@ -266,13 +266,13 @@ def _preset_values(command: type, path: Path, content: dict[str, Any], sections:
     return merged
 
 
-def _of_other_data(command: type, choice: presets.Choice, sections: Sequence[str], found: dict[str, Any],
+def _of_other_data(command: type, choice: preset_choice.Choice, sections: Sequence[str], found: dict[str, Any],
                    problems: list[str]) -> list[str]:
     """Give the keys that count a preset's own data the values of the preset ``own``, in ``found``; returns their names."""
     asked = [name for name in choice.instead if name in found]
     if asked:
-        path = presets.preset_path(OWN_PRESET)
-        content = {section: body for section, body in presets.read(path).items() if section != "for"}
+        path = preset_choice.preset_path(OWN_PRESET)
+        content = {section: body for section, body in preset_choice.read(path).items() if section != "for"}
         other = _preset_values(command, path, content, sections, problems)
         for name in asked:
             del found[name]  # a key that own lacks has the command's default

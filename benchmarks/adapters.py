@@ -1,6 +1,7 @@
 """Race: fusing LoRA adapters on their files against PEFT's add_weighted_adapter, at Llama-2-7B shapes.
 
     python benchmarks/adapters.py --layers 32 --pairs 5 --json adapters.json
+    python benchmarks/adapters.py --growth growth.json    # ours by hidden size and number of adapters, with a picture
 
 Inputs are synthesised from a seed. Each measurement is a fresh process that reads the two adapters, fuses them (timed) and
 writes the result; sides alternate (A B A B ..), medians count, peaks are of the whole process (PEFT: with transformers,
@@ -29,6 +30,10 @@ SHAPES = {"self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (4096, 4096), "s
           "mlp.down_proj": (4096, 11008)}
 ONE = "one"
 WEIGHTS = (0.6, 0.4)
+#: Hidden sizes along the one axis (two adapters), adapters of rank 8 along the other (at this hidden size).
+GROWTH = {"hidden": (512, 1024, 2048, 4096, 8192), "adapters": (2, 3, 4, 6, 8, 12), "at": 4096}
+#: What grows: name -> (method, its parameters).
+GROWN = {"cat": ("cat", {}), "svd to r 8": ("svd", {"rank": 8}), "TIES at r 8": ("ties", {"density": 0.5, "rank": 8})}
 
 
 @dataclass(frozen=True)
@@ -73,11 +78,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the synthesised adapters")
     parser.add_argument("--quick", action="store_true", help="without the peer's dense SVDs (a minute and more each)")
     parser.add_argument("--json", type=Path, help="write the table as JSON too")
+    parser.add_argument("--growth", type=Path, help="measure growth instead; JSON here, the picture beside it")
     parser.add_argument("--worker", nargs=3, metavar=("SIDE", "RACE", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:
         side, number, folder = args.worker
-        print(json.dumps(work(side, RACES[int(number)], Path(folder), args.threads)))
+        # side "growth": the name of what grows, in the place of a number
+        print(json.dumps(grown(number, Path(folder), args.threads) if side == "growth" else
+                         work(side, RACES[int(number)], Path(folder), args.threads)))
+        return
+    if args.growth:
+        from growth import plot, told
+
+        found = growth(args)
+        args.growth.write_text(json.dumps(found, indent=2) + "\n")
+        plot(found["axes"], {"s": ("ours", "limit"), "MB": ("peak MB", "limit MB")}, args.growth.with_suffix(".png"))
+        print(told(found["axes"]))
         return
     rows = []
     with tempfile.TemporaryDirectory() as place:
@@ -115,6 +131,52 @@ def synthesise(folder: Path, layers: int, seed: int) -> None:
             write_adapter(folder / place, held, targets, {"base_model_name_or_path": "synthetic"})
 
 
+def growth(args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds and peak memory of each of GROWN along both axes, each measurement a fresh process.
+
+    The limit in MB is what the factors of all inputs and of the result hold.
+    """
+    import torch
+    from growth import with_slopes
+
+    from models.adapters.files import read_adapter, write_adapter
+
+    machine, axes = _machine(args.threads), {}
+    for axis in ("hidden", "adapters"):
+        for value in GROWTH[axis]:
+            hidden, count = (value, 2) if axis == "hidden" else (GROWTH["at"], value)
+            shapes = {kind: tuple(round(side * hidden / 4096) for side in shape) for kind, shape in SHAPES.items()}
+            with tempfile.TemporaryDirectory() as place:
+                for i in range(count):
+                    generator = torch.Generator().manual_seed(args.seed * 1000 + i)  # a stream for each adapter
+                    (folder := Path(place, str(i))).mkdir()
+                    modules = {f"model.layers.{layer}.{kind}": (torch.randn(8, into, generator=generator) / into**0.5,
+                                                                torch.randn(out, 8, generator=generator) * 0.02)
+                               for layer in range(args.layers) for kind, (out, into) in shapes.items()}
+                    targets = {kind.rpartition(".")[2] for kind in shapes}
+                    write_adapter(folder, modules, targets, {"base_model_name_or_path": "synthetic"})
+                for name in GROWN:
+                    runs = [_worker("growth", name, Path(place), args.threads) for _ in range(args.pairs)]
+                    made = read_adapter(Path(place, "out"))
+                    sizes = [_bytes(read_adapter(Path(place, str(i)))) for i in range(count)] + [_bytes(made)]
+                    sides = sum(out + into for out, into in shapes.values()) * args.layers
+                    # as in the race: QRs of all factors side by side, then the products with their axes
+                    flops = 0 if name == "cat" else sides * 8 * (8 * count) ** 2
+                    axes.setdefault(f"{axis}, {name}", []).append({
+                        axis: value, "ours": statistics.median(r["seconds"] for r in runs),
+                        "peak MB": max(r["peak_mb"] for r in runs), "all": [r["seconds"] for r in runs],
+                        "limit": max(sum(sizes) / machine["copy"], flops / machine["product"]),
+                        "limit MB": sum(sizes) / 2**20})
+                    print(f"{axis} {value}, {name}: {axes[f'{axis}, {name}'][-1]['ours']:.3f} s", file=sys.stderr)
+    names = ("ours", "limit", "peak MB", "limit MB")
+    return {"layers": args.layers, "pairs": args.pairs, "machine": machine,
+            "axes": {title: with_slopes(title.partition(",")[0], points, names) for title, points in axes.items()}}
+
+
+def _bytes(adapter: Any) -> int:
+    return sum(a.nbytes + b.nbytes for a, b in adapter.modules.values())
+
+
 def run(race: Race, number: int, folder: Path, args: argparse.Namespace, peer: bool,
         machine: dict[str, float]) -> dict[str, Any]:
     """All measurements of a race, its medians and the distances of the results."""
@@ -149,7 +211,7 @@ def _row(name: str, ours: list[dict[str, float]], peer: list[dict[str, float]]) 
             "peer_peak_mb": max(m["peak_mb"] for m in peer) if peer else None, "all_s": times}
 
 
-def _worker(side: str, number: int, folder: Path, threads: int) -> dict[str, float]:
+def _worker(side: str, number: int | str, folder: Path, threads: int) -> dict[str, float]:
     command = [sys.executable, __file__, "--threads", str(threads), "--worker", side, str(number), str(folder)]
     # a fresh process: nothing is warm, and peak memory is this measurement's alone
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -162,12 +224,22 @@ def work(side: str, race: Race, folder: Path, threads: int) -> dict[str, float]:
     """One measurement, in a process of its own: read, fuse (timed), write. Side "command": the whole command, timed."""
     if side == "command":
         return _command(folder, threads)
+    prepare = _ours if side == "ours" else _peer
+    return _measured(folder / side, threads, lambda out: prepare(race, [folder / name for name in _names(race)], out))
+
+
+def grown(name: str, folder: Path, threads: int) -> dict[str, float]:
+    """One measurement of growth, in a process of its own: the adapters of a folder, equal weights."""
+    places = sorted((place for place in folder.iterdir() if place.name.isdigit()), key=lambda place: int(place.name))
+    return _measured(folder / "out", threads, lambda out: _fused(GROWN[name], places, [1 / len(places)] * len(places), out))
+
+
+def _measured(out: Path, threads: int, prepare) -> dict[str, float]:
     import torch
 
     torch.set_num_threads(threads or torch.get_num_threads())
-    out = folder / side
     out.mkdir(exist_ok=True)
-    call, save = (_ours if side == "ours" else _peer)(race, [folder / name for name in _names(race)], out)
+    call, save = prepare(out)
     # the first call of LAPACK loads it
     torch.linalg.svd(torch.linalg.qr(torch.eye(9, 4, dtype=torch.float64)).R)
     start = time.perf_counter()
@@ -184,16 +256,20 @@ def _peak_mb() -> float:
 
 
 def _ours(race: Race, folders: Sequence[Path], out: Path):
+    return _fused(race.ours, folders, WEIGHTS, out)
+
+
+def _fused(method: tuple[str, dict[str, Any]], folders: Sequence[Path], weights: Sequence[float], out: Path):
     from models.adapters.files import read_adapter, targets_of, write_adapter
     from models.adapters.fuse import fuse
     from models.adapters.methods import ADAPTER_METHODS, PEFT_METHODS
 
-    adapters, (name, given) = [read_adapter(folder) for folder in folders], race.ours
+    adapters, (name, given) = [read_adapter(folder) for folder in folders], method
     row = (PEFT_METHODS if name.endswith("_svd") else ADAPTER_METHODS)[name]
     # imports are not what is raced
     row.load()
     parameters = row.configured(name, given, [])
-    return (lambda: fuse(adapters, row, parameters, WEIGHTS, {}, 0),
+    return (lambda: fuse(adapters, row, parameters, weights, {}, 0),
             lambda done: write_adapter(out, {m: f.pair for m, f in done.items()}, targets_of(adapters), {}))
 
 

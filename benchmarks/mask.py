@@ -4,6 +4,7 @@
     python benchmarks/mask.py --layers 4 --pairs 1 --steps 2   # a short look
     python benchmarks/mask.py --cut 128                        # rows as short as the somf preset makes them
     python benchmarks/mask.py --tokens 64                      # every row 64 tokens: nothing is padded on either side
+    python benchmarks/mask.py --device cuda                    # on a GPU; memory is then the device's
 
 Published: RelaxedBernoulli draws and the merge inside autograd (functional_call), and a live second mask model as reference,
 also drawn at every step; rows padded to the longest, logits of all positions. Ours is what align_basemodel.py runs:
@@ -44,7 +45,7 @@ BARS = {"speed": 3.0, "memory": 0.5}
 TOLERANCE = 1e-3
 
 
-def build(mode: str, layers: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+def build(mode: str, layers: int, device: str = "cpu") -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """(model, its masked parameters, their task vectors), random from a seed."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -60,10 +61,10 @@ def build(mode: str, layers: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         wrapped = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["q_proj", "v_proj"],
                                                    bias="none", task_type="CAUSAL_LM", init_lora_weights=False))
         model = wrapped.get_base_model().eval()
-    model.requires_grad_(False)
+    model = model.to(device).requires_grad_(False)
     parameters = {n: p for n, p in model.named_parameters() if mode == "full" or "lora_" in n}
     generator = torch.Generator().manual_seed(1)
-    deltas = {n: torch.empty_like(p).normal_(0, 2e-3, generator=generator) for n, p in parameters.items()}
+    deltas = {n: torch.empty(p.shape).normal_(0, 2e-3, generator=generator).to(device) for n, p in parameters.items()}
     return model, parameters, deltas
 
 
@@ -83,7 +84,9 @@ def dpo(logps: Any, reference: Any) -> Any:
 
 
 def clock() -> tuple[float, float]:
-    """Wall time, and this process's own processor time, which a busy machine does not stretch."""
+    """Wall time, and this process's own processor time, which a busy machine does not stretch; a GPU has done its work."""
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return time.perf_counter(), time.process_time()
 
 
@@ -92,7 +95,7 @@ def draw_and_merge(scores: dict[str, Any], bases: dict[str, Any], deltas: dict[s
     import torch
     from torch.distributions import RelaxedBernoulli
 
-    merged, heat = {}, torch.tensor(TEMPERATURE)
+    merged, heat = {}, torch.tensor(TEMPERATURE, device=next(iter(scores.values())).device)
     for name, score in scores.items():
         mask = RelaxedBernoulli(heat, logits=score).rsample()
         merged[name] = bases[name] + mask / mask.mean() * deltas[name]
@@ -119,12 +122,12 @@ def pack(model: Any) -> Any:
     return lambda rows: model(**rows, fused_lm_head=True).log_probs.sum(1)
 
 
-def published(mode: str, layers: int, data: list[dict[str, Any]]) -> list[list[float]]:
+def published(mode: str, layers: int, data: list[dict[str, Any]], device: str = "cpu") -> list[list[float]]:
     import copy
 
     import torch
 
-    model, parameters, deltas = build(mode, layers)
+    model, parameters, deltas = build(mode, layers, device)
     # as the original holds them (spec 4.7): the policy's weights, a base that the merge starts from, a second model
     second, bases = copy.deepcopy(model), {n: p.detach().clone() for n, p in parameters.items()}
     logits = {n: torch.zeros_like(p).requires_grad_(True) for n, p in parameters.items()}
@@ -157,14 +160,15 @@ def make_bank(mode: str, parameters: dict[str, Any], deltas: dict[str, Any]) -> 
     return MaskBank(slots, settings)
 
 
-def ours(mode: str, layers: int, data: list[dict[str, Any]]) -> tuple[list[list[float]], dict[str, Any]]:
+def ours(mode: str, layers: int, data: list[dict[str, Any]],
+         device: str = "cpu") -> tuple[list[list[float]], dict[str, Any]]:
     import torch
 
     from models.mask.bank import Draw
     from models.mask.memory import memory_plan
     from models.mask.settings import Rule
 
-    model, parameters, deltas = build(mode, layers)
+    model, parameters, deltas = build(mode, layers, device)
     bank = make_bank(mode, parameters, deltas)
     optimizer = torch.optim.AdamW(list(bank.parameters()), lr=5e-3, fused=True)
     call = pack(model)
@@ -205,7 +209,7 @@ def work(model: Any, parameters: dict[str, Any], rows: dict[str, Any]) -> int:
     return body * (prompts // 2 + answers) + ends * answers
 
 
-def compare(mode: str, layers: int, rows: dict[str, Any]) -> dict[str, float]:
+def compare(mode: str, layers: int, rows: dict[str, Any], device: str = "cpu") -> dict[str, float]:
     """One step of both sides on the same noise, logits and reference: relative difference of losses and logit gradients."""
     from unittest.mock import patch
 
@@ -214,14 +218,14 @@ def compare(mode: str, layers: int, rows: dict[str, Any]) -> dict[str, float]:
     from models.mask.bank import Draw
     from models.mask.concrete import noise, uniform
 
-    model, parameters, deltas = build(mode, layers)
+    model, parameters, deltas = build(mode, layers, device)
     with torch.no_grad():
         reference = called(model, {}, rows)
     generator = torch.Generator().manual_seed(3)
-    logits = {n: torch.randn(p.shape, generator=generator).requires_grad_(True) for n, p in parameters.items()}
+    logits = {n: torch.randn(p.shape, generator=generator).to(device).requires_grad_(True) for n, p in parameters.items()}
     bases = {n: p.detach().clone() for n, p in parameters.items()}
     # RelaxedBernoulli asks torch.rand once per tensor, in this order; it gets the numbers that ours counts
-    counted = (uniform(noise(f"race|0|{n}", 0, p.numel())).view(p.shape) for n, p in parameters.items())
+    counted = (uniform(noise(f"race|0|{n}", 0, p.numel(), p.device)).view(p.shape) for n, p in parameters.items())
     with patch.object(torch, "rand", lambda *_, **__: next(counted)):
         merged = draw_and_merge(logits, bases, deltas)
     theirs = dpo(called(model, merged, rows), reference)
@@ -242,21 +246,22 @@ def compare(mode: str, layers: int, rows: dict[str, Any]) -> dict[str, float]:
     return {"loss": abs(mine - theirs) / abs(theirs), "gradient": (gap / size) ** 0.5}
 
 
-def gemm(seconds: float = 1.0, size: int = 1024) -> float:
+def gemm(device: str = "cpu", seconds: float = 1.0) -> float:
     """fp32 operations per second of a square matrix product, the best of as many as fit in ``seconds``."""
     import torch
 
-    a, b = torch.randn(size, size), torch.randn(size, size)
+    size = 8192 if device == "cuda" else 1024
+    a, b = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
-        start = time.perf_counter()
+        start, _ = clock()
         a @ b
-        best = min(best, time.perf_counter() - start)
+        best = min(best, clock()[0] - start)
     return 2 * size**3 / best
 
 
 def child(side: str, mode: str, layers: int, steps: int, pairs: int, tokens: int | None, cut: int,
-          threads: int, keep: str) -> None:
+          threads: int, keep: str, device: str = "cpu") -> None:
     """One run in this process; prints its figures as JSON."""
     from config import keep_freed_memory, short_waits
 
@@ -273,27 +278,31 @@ def child(side: str, mode: str, layers: int, steps: int, pairs: int, tokens: int
 
     # what torch and transformers take before any model: both sides have it
     floor = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    data = batches(steps + 1, pairs, tokens, SHAPE[4], cut)
+    data = [{name: rows.to(device) for name, rows in batch.items()}
+            for batch in batches(steps + 1, pairs, tokens, SHAPE[4], cut)]
     if side == "compare":
-        print(json.dumps(compare(mode, layers, data[0])))
+        print(json.dumps(compare(mode, layers, data[0], device)))
         return
     facts: dict[str, Any] = {}
     if side == "ours":
-        seconds, facts = ours(mode, layers, data)
+        seconds, facts = ours(mode, layers, data, device)
     else:
-        seconds = published(mode, layers, data)
+        seconds = published(mode, layers, data, device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device == "cuda":
+        peak, floor = torch.cuda.max_memory_allocated(), 0
     # the first step allocates; the others hold pairs of different lengths, so their mean counts
     wall, own = (statistics.mean(step[i] for step in seconds[1:]) for i in (0, 1))
     if side == "ours":
         facts["reference"] = statistics.mean(step[0] for step in facts["reference"][1:])
-    print(json.dumps({"seconds": wall, "cpu": own, "all": seconds, "peak": peak, "floor": floor, "gemm": gemm(), **facts}))
+    print(json.dumps({"seconds": wall, "cpu": own, "all": seconds, "peak": peak, "floor": floor, "gemm": gemm(device),
+                      **facts}))
 
 
 def run(side: str, mode: str, args: argparse.Namespace) -> dict[str, Any]:
     words = [sys.executable, str(Path(__file__).resolve()), "--child", side, "--mode", mode, "--layers", str(args.layers),
              "--steps", str(args.steps), "--batch", str(args.batch), "--threads", str(args.threads), "--keep", args.keep,
-             "--cut", str(args.cut), *(["--tokens", str(args.tokens)] if args.tokens else [])]
+             "--cut", str(args.cut), "--device", args.device, *(["--tokens", str(args.tokens)] if args.tokens else [])]
     done = subprocess.run(words, capture_output=True, text=True, check=False,
                           env=os.environ | {"PYTHONPATH": str(ROOT)})
     if done.returncode:
@@ -322,7 +331,8 @@ def race(mode: str, args: argparse.Namespace) -> dict[str, Any]:
     speed, known = statistics.median(row["gemm"] for row in rows["ours"]), rows["ours"][0]
     limit = known["work"] / speed
     return {"mode": mode, "pairs": args.pairs, "layers": args.layers, "batch": args.batch, "tokens": args.tokens,
-            "cut": args.cut, "threads": args.threads, "keep": args.keep, "dtype": "float32", "difference": equal,
+            "cut": args.cut, "threads": args.threads, "keep": args.keep, "dtype": "float32", "device": args.device,
+            "difference": equal,
             "seconds": mine, "published_seconds": theirs, "ratio": theirs / mine, "cpu_seconds": cpu,
             "published_cpu_seconds": more, "cpu_ratio": more / cpu, "reference_seconds": reference,
             "ratio_with_reference": theirs / (mine + reference), "gemm_gflops": speed / 1e9,
@@ -361,13 +371,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--keep", choices=("ours", "both", "none"), default="ours",
                         help="who keeps freed memory: ours, as align_basemodel.py does; both sides; none")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--child", choices=("ours", "published", "compare"), help=argparse.SUPPRESS)
     parser.add_argument("--mode", choices=("full", "lora"), default="full", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         child(args.child, args.mode, args.layers, args.steps, args.batch, args.tokens, args.cut, args.threads,
-              args.keep)
+              args.keep, args.device)
         return
     if min(args.pairs, args.steps, args.layers) < 1 or args.cut < 64 or set(args.modes.split(",")) - {"full", "lora"}:
         parser.error("--pairs, --steps and --layers must be at least 1, --cut at least 64, --modes full, lora or full,lora")

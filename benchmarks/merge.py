@@ -3,9 +3,16 @@
     python benchmarks/merge.py                        # 1.1B base + 3 experts, five pairs, every method
     python benchmarks/merge.py --layers 4 --pairs 1   # a short look
     python benchmarks/merge.py --beyond_ram           # a 3B shape inside --memory_gb 1
+    python benchmarks/merge.py --growth growth.json   # cost by weights (0.05 to 1 B) and by models (2 to 12); growth.png
 
 Whole commands are timed, start-up included, alternating A B A B; the peer runs from its own environment, made when missing.
 Results are compared tensor by tensor. Disk: five times the model (11 GB for 1.1B, 30 GB for the 3B shape).
+
+Growth: ours alone (--with_peer: mergekit too), seconds and peak memory, slopes over the upper half of each axis on doubly
+logarithmic axes. Its limit is linear in bytes: every input read once and the result written once, at the speeds that files
+had in this run. "work" is without the start-up that a bare import of the same modules takes. The models are merged beside
+a base; linear takes the base as one more. Disk: 13 times the second size for the models, four times the largest for the
+weights (8 GB).
 """
 
 from __future__ import annotations
@@ -24,6 +31,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from growth import plot, told, with_slopes
 from peers import peer_python
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +48,8 @@ RACES = {
     "della": ("{weight: 0.4, density: 0.3, epsilon: 0.1}", "{normalize: true}"),
     "breadcrumbs": ("{weight: 0.4, density: 0.5, gamma: 0.01}", "{normalize: false}"),
 }
+#: Weights along the one axis, models beside the base along the other, and of which size these are.
+GROWTH = {"weights": (5e7, 1e8, 2.5e8, 5e8, 1e9), "models": (2, 3, 4, 6, 8, 12), "at": 1e8}
 BARS = {"linear": 5, "task_arithmetic": 4, "dare_linear": 3, "ties": 10, "della": 10}
 
 
@@ -84,7 +94,8 @@ def recipe(method: str, inputs: dict[str, Path], path: Path) -> Path:
     each, whole = RACES[method]
     lines = ["models:"]
     # slerp takes two models, linear takes the base as one of its inputs
-    for name in ("base", "a") if method == "slerp" else ("base", "a", "b", "c") if method == "linear" else ("a", "b", "c"):
+    experts = [name for name in inputs if name != "base"]
+    for name in ("base", "a") if method == "slerp" else ("base", *experts) if method == "linear" else experts:
         lines += [f"  - model: {inputs[name]}", *([f"    parameters: {each}"] if each else [])]
     lines += [f"merge_method: {method}", f"parameters: {whole}", "dtype: bfloat16"]
     if method != "linear":
@@ -113,8 +124,8 @@ def timed(command: list[str]) -> tuple[float, int]:
     return seconds, usage.ru_maxrss * 1024
 
 
-def io_limit(files: list[Path], out_bytes: int, folder: Path, workers: int) -> float:
-    """Seconds to read every input once and to write and sync the output's bytes once, by as many workers."""
+def io_seconds(files: list[Path], out_bytes: int, folder: Path, workers: int) -> tuple[float, float]:
+    """Seconds to read every input once, and to write and sync the output's bytes once, by as many workers."""
     def read(file: Path) -> None:
         buffer = bytearray(1 << 20)
         with file.open("rb", buffering=0) as stream:
@@ -125,19 +136,20 @@ def io_limit(files: list[Path], out_bytes: int, folder: Path, workers: int) -> f
         # random bytes: a file system that compresses would write zeros for nothing
         block = os.urandom(1 << 20)
         with (folder / f"limit{i}.bin").open("wb", buffering=0) as stream:
-            os.posix_fallocate(stream.fileno(), 0, out_bytes // workers)
+            os.posix_fallocate(stream.fileno(), 0, max(1, out_bytes // workers))
             for _ in range(out_bytes // workers >> 20):
                 stream.write(block)
             os.fsync(stream.fileno())
 
-    start = time.perf_counter()
     with ThreadPoolExecutor(workers) as pool:
+        start = time.perf_counter()
         list(pool.map(read, files))
+        middle = time.perf_counter()
         list(pool.map(write, range(workers)))
-    seconds = time.perf_counter() - start
+        end = time.perf_counter()
     for i in range(workers):
         (folder / f"limit{i}.bin").unlink()
-    return seconds
+    return middle - start, end - middle
 
 
 def compare(ours: Path, theirs: Path, base: Path, names: list[str]) -> dict[str, float]:
@@ -162,19 +174,27 @@ def compare(ours: Path, theirs: Path, base: Path, names: list[str]) -> dict[str,
     return {"distance": (apart / whole) ** 0.5, "elements_differ": differ / total, "norm_ratio": (energy / whole) ** 0.5}
 
 
-def race(method: str, inputs: dict[str, Path], work: Path, pairs: int, peer: Path, workers: int) -> dict:
+def in_turn(method: str, inputs: dict[str, Path], work: Path, pairs: int, peer: Path | None,
+            workers: int) -> tuple[dict[str, list[tuple[float, int]]], Path, Path]:
+    """(side -> (seconds, peak bytes) of every run, folders of the two results); without a peer's Python ours alone."""
     path = recipe(method, inputs, work / f"{method}.yml")
     ours_out, theirs_out = work / "results" / "outputs" / method, work / f"peer_{method}"
     ours = [sys.executable, str(ROOT / "models" / "fuse.py"), "merge", "--recipe", str(path), "--run_name", method,
             "--output_dir", str(work / "results")]
-    theirs = [str(peer.parent / "mergekit-yaml"), str(path), str(theirs_out), "--no-copy-tokenizer", "--quiet",
-              "--no-write-model-card", "-j", str(workers)]
-    rows = {"ours": [], "peer": []}
+    rows: dict[str, list[tuple[float, int]]] = {"ours": [], **({"peer": []} if peer else {})}
     for _ in range(pairs):
         subprocess.run(["rm", "-rf", str(ours_out), str(theirs_out)], check=True)
         rows["ours"].append(timed(ours))
-        rows["peer"].append(timed(theirs))
-        print(f"{method}: ours {rows['ours'][-1][0]:.1f} s, mergekit {rows['peer'][-1][0]:.1f} s", file=sys.stderr)
+        if peer:
+            rows["peer"].append(timed([str(peer.parent / "mergekit-yaml"), str(path), str(theirs_out), "--quiet",
+                                       "--no-copy-tokenizer", "--no-write-model-card", "-j", str(workers)]))
+        said = ", ".join(f"{side} {runs[-1][0]:.1f} s" for side, runs in rows.items())
+        print(f"{method}, {len(inputs)} inputs: {said}", file=sys.stderr)
+    return rows, ours_out, theirs_out
+
+
+def race(method: str, inputs: dict[str, Path], work: Path, pairs: int, peer: Path, workers: int) -> dict:
+    rows, ours_out, theirs_out = in_turn(method, inputs, work, pairs, peer, workers)
     mine, other = (statistics.median(s for s, _ in rows[k]) for k in ("ours", "peer"))
     # one tensor of each kind: wide, square, a vector
     sample = [f"model.layers.0.{n}" for n in ("mlp.up_proj.weight", "self_attn.o_proj.weight", "input_layernorm.weight")]
@@ -201,6 +221,65 @@ def beyond_ram(work: Path, layers: int | None) -> dict:
             "beyond_interpreter_gib": (peak - bare) / GIB, "promise_gib": 1}
 
 
+def shape_of(weights: float) -> tuple[int, ...]:
+    """The shape of about so many weights, as deep for its width as the 1.1B one, with the same vocabulary and ratios."""
+    layers_of_one, width, _, _, vocabulary = SHAPES["1.1B"]
+    found = []
+    for hidden in range(256, 4097, 128):
+        ffn, kv = round(hidden * 2.75 / 32) * 32, hidden // 8
+        layer = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * ffn
+        layers = round((weights - 2 * vocabulary * hidden) / layer)
+        if layers > 1:
+            found.append((abs(layers / hidden * width / layers_of_one - 1), (layers, hidden, ffn, kv, vocabulary)))
+    return min(found)[1]
+
+
+def growth(work: Path, methods: list[str], pairs: int, peer: Path | None) -> dict[str, Any]:
+    """Seconds and peak memory of whole merges along both axes of GROWTH, for each method."""
+    # what a run starts with, whatever its inputs: the imports of a merge
+    start_up, _ = min(timed([sys.executable, "-c", "import torch, models.merging.execute, models.operators.sparse"])
+                      for _ in range(3))
+    workers, axes, rates = len(os.sched_getaffinity(0)), {}, []
+
+    def point(method: str, place: Path, count: int) -> dict[str, Any]:
+        inputs = {name: place / name for name in ("base", *(f"m{i}" for i in range(count)))}
+        for seed, (name, folder) in enumerate(inputs.items()):
+            shape = json.loads((place / "shape.json").read_text())
+            apart(synthesise, folder, seed, tuple(shape), shape[0], None if name == "base" else inputs["base"])
+        rows, ours, theirs = in_turn(method, inputs, work, pairs, peer, workers)
+        subprocess.run(["rm", "-rf", str(ours), str(theirs)], check=True)
+        files = [file for folder in inputs.values() for file in folder.glob("*.safetensors")]
+        read, written = (sum(file.stat().st_size for file in group) for group in (
+            files, inputs["base"].glob("*.safetensors")))
+        seconds = io_seconds(files, written, work, workers)
+        rates.append((read / seconds[0], written / seconds[1]))
+        found = {"weights": written // 2, "models": count, "read_bytes": read, "written_bytes": written}
+        for side, name in (("ours", "ours"), ("peer", "mergekit")):
+            if side in rows:
+                found |= {name: statistics.median(s for s, _ in rows[side]),
+                          f"{name} GiB": max(b for _, b in rows[side]) / GIB, f"{name} all": rows[side]}
+        # a start-up that was slower than a whole run leaves no work to tell
+        return found | {"work": max(found["ours"] - start_up, 0.0)}
+
+    for method in methods:
+        for axis in ("weights", "models"):
+            points = []
+            for value in GROWTH[axis]:
+                place = work / (f"{value:.0f}" if axis == "weights" else f"{GROWTH['at']:.0f}")
+                place.mkdir(parents=True, exist_ok=True)
+                (place / "shape.json").write_text(json.dumps(shape_of(value if axis == "weights" else GROWTH["at"])))
+                points.append(point(method, place, 3 if axis == "weights" else value))
+            axes[f"{axis}, {method}"] = points
+    # one speed for all sizes, the best that was seen: the limit is linear in bytes
+    speeds = {"read": max(r for r, _ in rates), "write": max(w for _, w in rates)}
+    for points in axes.values():
+        for p in points:
+            p["limit"] = p["read_bytes"] / speeds["read"] + p["written_bytes"] / speeds["write"]
+    names = ("ours", "work", "mergekit", "limit", "ours GiB", "mergekit GiB")
+    return {"start_up": start_up, "bytes_per_second": speeds, "pairs": pairs, "workers": workers,
+            "axes": {title: with_slopes(title.partition(",")[0], points, names) for title, points in axes.items()}}
+
+
 def table(results: list[dict]) -> str:
     lines = ["| method | pairs | ours s | mergekit s | ratio | bar | ours GiB | mergekit GiB | x I/O limit | distance |",
              "|---|---|---|---|---|---|---|---|---|---|"]
@@ -218,17 +297,29 @@ def save(results: list[dict], path: Path | None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", default=",".join(RACES))
+    parser.add_argument("--methods", default=None, help=f"default: {','.join(RACES)}; with --growth linear,ties")
     parser.add_argument("--layers", type=int, default=None, help="shorten the model")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--work", type=Path, default=None, help="where inputs and outputs lie; kept when given")
     parser.add_argument("--beyond_ram", action="store_true")
     parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--growth", type=Path, default=None, help="measure growth instead; JSON here, the picture beside it")
+    parser.add_argument("--with_peer", action="store_true", help="with --growth: mergekit too")
     args = parser.parse_args()
+    methods = (args.methods or ("linear,ties" if args.growth else ",".join(RACES))).split(",")
+    if set(methods) - set(RACES) or args.pairs < 1 or (args.growth and "slerp" in methods):
+        parser.error(f"--methods: of {', '.join(RACES)} (slerp, of two models, does not grow); --pairs at least 1")
     with tempfile.TemporaryDirectory() as scratch:
         work = (args.work or Path(scratch)).resolve()
         work.mkdir(parents=True, exist_ok=True)
         results = []
+        if args.growth:
+            found = growth(work, methods, args.pairs, peer_python() if args.with_peer else None)
+            args.growth.write_text(json.dumps(found, indent=2) + "\n")
+            plot(found["axes"], {"s": ("ours", "work", "mergekit", "limit"), "GiB": ("ours GiB", "mergekit GiB")},
+                 args.growth.with_suffix(".png"))
+            print(told(found["axes"]))
+            return
         if args.beyond_ram:
             results.append(beyond_ram(work, args.layers))
             print(json.dumps(results[0], indent=2))
@@ -239,13 +330,13 @@ def main() -> None:
                 base = None if name == "base" else inputs["base"]
                 apart(synthesise, folder, seed, shape, args.layers or shape[0], base)
             peer, workers = peer_python(), len(os.sched_getaffinity(0))
-            for method in args.methods.split(","):
+            for method in methods:
                 read = ("base", "a") if method == "slerp" else inputs
                 files = [f for name in read for f in inputs[name].glob("*.safetensors")]
                 result = race(method, inputs, work, args.pairs, peer, workers)
                 # after the race: the page cache is as warm as it was for the commands
                 out_bytes = sum(f.stat().st_size for f in inputs["base"].glob("*.safetensors"))
-                limits = [io_limit(files, out_bytes, work, workers) for _ in range(3)]
+                limits = [sum(io_seconds(files, out_bytes, work, workers)) for _ in range(3)]
                 results.append(result | {"io_limit": statistics.median(limits), "io_limits": limits})
                 save(results, args.json)  # hours of racing survive an interruption
             print(table(results))

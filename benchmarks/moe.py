@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -41,6 +40,7 @@ BARS = {("cpu", "forward"): {1: (1.2, 1.5), 512: (1.35, 1.5)}, ("cpu", "forward+
 WEIGHT_BAR = 0.4
 GROWTH = {"tokens": (1, 4, 16, 64, 256, 1024, 2048, 8192), "experts": (2, 3, 4, 6, 8, 12), "rank": (4, 8, 16, 32, 64),
           "width": (256, 512, 1024, 2048)}
+SIDES = ("ours", "dense", "limit")
 
 
 def rows(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -146,6 +146,7 @@ def table(found: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
 def growth(args: argparse.Namespace) -> dict[str, Any]:
     """Forward time of ours and of one dense FFN along each axis; slopes on doubly logarithmic axes, over its upper half."""
     import torch
+    from growth import with_slopes
     from moe_sides import dense_ffn, limits, make, race
 
     from models.moe.packed import PackedMoe
@@ -168,30 +169,10 @@ def growth(args: argparse.Namespace) -> dict[str, Any]:
             points.append({axis: place, **seconds, "limit": limit})
             print(f"{axis} {place}: ours {1e3 * seconds['ours']:.2f} ms, dense {1e3 * seconds['dense']:.2f}",
                   file=sys.stderr, flush=True)
-        upper = points[len(points) // 2:]
-        axes[axis] = {"points": points, "slopes": {
-            name: math.log(upper[-1][name] / upper[0][name]) / math.log(upper[-1][axis] / upper[0][axis])
-            for name in ("ours", "dense", "limit")}}
+        axes[axis] = with_slopes(axis, points, SIDES)
     return {"device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {args.threads} threads",
             "dtype": args.dtype, "middle": middle, "top_k": args.top_k, "gemm_flops": gemm, "bytes_per_second": bandwidth,
             "axes": axes}
-
-
-def plot(found: dict[str, Any], path: Path) -> None:
-    """A picture with a panel for each axis."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, len(found["axes"]), figsize=(4 * len(found["axes"]), 3.4), layout="constrained")
-    for panel, (axis, part) in zip(panels, found["axes"].items(), strict=True):
-        for name, style in (("ours", "o-"), ("dense", "s-"), ("limit", ":")):
-            panel.loglog([p[axis] for p in part["points"]], [1e3 * p[name] for p in part["points"]], style,
-                         label=f"{name}, slope {part['slopes'][name]:.2f}")
-        panel.set(xlabel=axis, ylabel="ms" if panel is panels[0] else "")
-        panel.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
@@ -227,9 +208,10 @@ def main() -> None:
     if args.growth:
         found = growth(args)
         args.growth.write_text(json.dumps(found, indent=2) + "\n")
-        plot(found, args.growth.with_suffix(".png"))
-        for axis, part in found["axes"].items():
-            print(axis, *(f"{name} {slope:.2f}" for name, slope in part["slopes"].items()))
+        from growth import plot, told
+
+        plot(found["axes"], {"s": SIDES}, args.growth.with_suffix(".png"))
+        print(told(found["axes"]))
         return
     found, facts = rows(args)
     if args.json:

@@ -10,11 +10,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def _folder() -> Path:
+    return Path(os.environ.get("ABF_PEERS") or ROOT / ".peers").absolute()
+
+
+def installed() -> Path | None:
+    """The peers' Python where their environment is whole, else None; makes nothing."""
+    return _folder() / "bin" / "python" if (_folder() / ".installed").is_file() else None
+
+
 def peer_python() -> Path:
     """The peers' Python: ``$ABF_PEERS`` or ``.peers`` beside the project, with what ``benchmarks/peers.txt`` pins."""
-    folder = Path(os.environ.get("ABF_PEERS") or ROOT / ".peers").absolute()
+    folder = _folder()
     python = folder / "bin" / "python"
-    if not (folder / ".installed").is_file():
+    if not installed():
         print(f"installing the peers into {folder} (once; about 2 GB)", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         wanted = (ROOT / "benchmarks" / "peers.txt").read_text().split()

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import config
-import presets
+import preset_choice
 from config import ROOT
 from errors import UserError, exit_on_user_error
 from flags.evaluate_models import EvaluateModelsArgs
@@ -102,12 +102,12 @@ def prepare(words: Sequence[str]) -> tuple[EvaluateModelsArgs, list[Model], str]
     # imported after the flags: --help and their errors must not wait for torch
     from evaluator.scoring import named_models, suites
 
-    args, asked = parsed.args, presets.choose(words).asked
+    args, asked = parsed.args, preset_choice.choose(words).asked
     models, problems = named_models.read(args, "model_name_or_path" in parsed.given)
-    fitting = {presets.choose(["--model_name_or_path", model.base]).name for model in models}
-    if fitting == {presets.OWN_PRESET} and not asked:
-        args = config.parse(EvaluateModelsArgs, ["--preset", presets.OWN_PRESET, *words]).args
-        log.info("preset %s: no model of --models is on the base of the preset %s", presets.OWN_PRESET, parsed.preset)
+    fitting = {preset_choice.choose(["--model_name_or_path", model.base]).name for model in models}
+    if fitting == {preset_choice.OWN_PRESET} and not asked:
+        args = config.parse(EvaluateModelsArgs, ["--preset", preset_choice.OWN_PRESET, *words]).args
+        log.info("preset %s: no model of --models is on the base of the preset %s", preset_choice.OWN_PRESET, parsed.preset)
     for number, model in enumerate(models):
         models[number], wrong = named_models.check(model, args, fetch=not args.dry_run)
         problems += wrong

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 #: fits; it may import from lower lines and from its own wing, nothing else. docs/architecture.md draws the same picture.
 LADDER: tuple[tuple[str, ...], ...] = (
     ("errors.py", "scalars.py"),
-    ("presets.py",),
+    ("preset_choice.py",),
     ("config.py", "manifest.py"),
     ("flags/",),
     ("data/",),
@@ -49,7 +49,7 @@ MOST_LINES, MOST_FILES = 400, 16
 #: Folders whose files are many by nature: one per command, per judge, per thing tested.
 CROWDED = ("flags", "evaluator/judges", "tests")
 #: The floors that need the standard library and yaml only, so that --help is instant.
-LIGHT = ("errors.py", "scalars.py", "presets.py", "config.py", "manifest.py", "flags/")
+LIGHT = ("errors.py", "scalars.py", "preset_choice.py", "config.py", "manifest.py", "flags/")
 SKIPPED = {".git", ".venv", "results", "build", "dist", "__pycache__", ".ruff_cache", ".pytest_cache"}
 
 
@@ -162,6 +162,15 @@ def test_no_folder_holds_more_than_sixteen_files():
     crowded = {folder: count for folder, count in counts.items()
                if count > MOST_FILES and not any(folder == name or folder.startswith(f"{name}/") for name in CROWDED)}
     assert not crowded
+
+
+def test_nothing_beside_a_command_hides_a_module_of_the_root():
+    """Python looks in a script's own folder first: scripts/presets would be taken for a module presets."""
+    tops = {path.parts[0].removesuffix(".py") for path in CODE}
+    beside = [place for folder in {path.parent for path in COMMANDS} - {Path()} for place in (ROOT / folder).iterdir()]
+    hiding = [place.relative_to(ROOT).as_posix() for place in beside
+              if place.name.removesuffix(".py") in tops and (place.is_dir() or place.suffix == ".py")]
+    assert not hiding
 
 
 def test_imports_are_absolute():

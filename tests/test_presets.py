@@ -8,7 +8,7 @@ import re
 import pytest
 
 import config
-import presets
+import preset_choice
 from errors import UserError
 from flags import AlignArgs, EvaluateSafetyArgs, FuseAdaptersArgs, FuseMoeArgs, InferenceArgs, ReportArgs
 from models.mask.memory import memory_plan
@@ -174,7 +174,7 @@ def test_a_presets_own_base_is_what_it_names(capsys, preset):
 
 def test_every_shipped_preset_names_its_base():
     for path in config.PRESETS.glob("*.yaml"):
-        content = presets.read(path)
+        content = preset_choice.read(path)
         named = content.get("for", {}).get("model_name_or_path", [])
         base = (content.get("common") or {}).get("model_name_or_path")
         assert (path.stem == "own") == (base is None)

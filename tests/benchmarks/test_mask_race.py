@@ -56,7 +56,7 @@ def test_another_temperature_shows_as_another_gradient(monkeypatch):
 
 @pytest.mark.parametrize("side", ["ours", "published"])
 def test_a_run_prints_its_figures(side, capsys, monkeypatch):
-    monkeypatch.setattr(race, "gemm", lambda: 1e9)
+    monkeypatch.setattr(race, "gemm", lambda device: 1e9)
     race.child(side, "lora", 1, 2, 1, 16, 512, 1, "none")
     found = json.loads(capsys.readouterr().out)
     assert len(found["all"]) == 3
@@ -96,7 +96,8 @@ def test_the_figures_of_a_race(monkeypatch):
                 "work": 160_000}
 
     monkeypatch.setattr(race, "run", run)
-    found = race.race("full", argparse.Namespace(pairs=2, layers=1, batch=2, tokens=16, cut=512, threads=1, keep="ours"))
+    found = race.race("full", argparse.Namespace(pairs=2, layers=1, batch=2, tokens=16, cut=512, threads=1, keep="ours",
+                                                    device="cpu"))
     assert order == ["compare", "ours", "published", "ours", "published"]
     assert (found["ratio"], found["memory_ratio"]) == (4.0, 0.4)
     assert found["ratio_with_reference"] == pytest.approx(3.2)

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from benchmarks import growth
 from benchmarks import moe as race
 from benchmarks import moe_sides as sides
 from models.moe.packed import PackedMoe
@@ -19,6 +20,7 @@ SMALL = ("moe.py", "--hidden", "16", "--width", "24", "--pairs", "1", "--threads
 def beside(monkeypatch):
     # as where the race is started by its path; and no process keeps the race's allocator settings
     monkeypatch.setitem(sys.modules, "moe_sides", sides)
+    monkeypatch.setitem(sys.modules, "growth", growth)
     monkeypatch.setattr("config.keep_freed_memory", lambda: None)
     monkeypatch.setattr(sides, "SAMPLE_SECONDS", 0)
 

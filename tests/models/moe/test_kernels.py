@@ -13,7 +13,7 @@ from models.moe.expert_sum import ExpertInputs, SumOptions, expert_sum
 from models.moe.kernel_sum import ACTIVATIONS, activation_name, fits, serves
 
 # conftest.py asks for the interpreter where there is no GPU; a machine without Triton has nothing to test here
-pytestmark = pytest.mark.skipif(not kernel_sum._triton(), reason="Triton is not installed")
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not kernel_sum._triton(), reason="Triton is not installed")]
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 #: experts, k, rank of gate and up, rank of down, tokens, f
 SHAPES = [(2, 1, 3, 3, 5, 20), (3, 2, 8, 8, 17, 70), (3, 3, 4, 7, 1, 33), (12, 2, 16, 4, 9, 130), (5, 5, 2, 1, 40, 16)]
