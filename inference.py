@@ -158,7 +158,9 @@ def answer_all(answerer: Answerer, records: Sequence[Record], args: InferenceArg
     # like lengths together: a batch is as slow as its longest prompt
     order = sorted(range(len(records)), key=lambda i: (len(rendered[i]), i))
     batches = [order[i : i + answerer.unit] for i in range(0, len(order), answerer.unit)]
-    finished = _read_partial(partial, settings | {"batch_size": args.batch_size})
+    # units are found again by their number
+    size = {} if answerer.unit == args.batch_size else {"unit": answerer.unit}
+    finished = _read_partial(partial, settings | {"batch_size": args.batch_size} | size)
     decoding = Decoding(args.max_new_tokens, args.do_sample, args.temperature, args.top_p)
     with partial.open("a", encoding="utf-8") as file:
         for number, batch in enumerate(tqdm(batches, desc=f"{args.answers_name} {loaded.name}", unit="batch")):

@@ -5,6 +5,7 @@ It has no stop strings: a row whose template ends in a text goes on to its EOS o
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from transformers.generation import ContinuousBatchingConfig
 from models.generation.answers import Answer, Decoding, answer_of, check_lengths, encoded, pad_id, stop_ids
 from models.runs import Loaded
 
+# it tells the size of every cache, once a unit
+logging.getLogger("ContinuousBatchingLogger").setLevel(logging.WARNING)
 #: Prompts of a unit for each row that is decoded at a time: the more, the fewer places stand empty at its end, and the more
 #: a kill loses.
 ROUNDS = 8

@@ -94,6 +94,37 @@ def test_greedy_text_is_that_of_each_prompt_alone(runs, kind, backend):
     assert all(len({answer.text for answer in answers}) > 1 for answers in said.values())
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+@pytest.mark.parametrize("run", ["", "raw_moe"])
+def test_static_compiles_its_step_once(runs, kind, run):
+    """As on a GPU, where transformers compiles by itself; here its graphs are run as they are."""
+    from torch._dynamo.utils import counters
+    from transformers import CompileConfig
+
+    base, out = runs(kind)
+    answerer = backend_of(flags(base, out, "--backend", "static")).open(run)
+    texts = rendered(answerer.loaded)
+    answerer.prepare(texts, 6)
+    units = [texts[start : start + 2] for start in range(0, len(texts), 2)]
+    plain = [answerer.answer(unit, GREEDY, 0) for unit in units]
+    compiling = CompileConfig(backend="eager", mode=None)
+    compiling._compile_all_devices = True
+    answerer.loaded.model.generation_config.compile_config = compiling
+    torch._dynamo.reset()
+    counters.clear()
+    try:
+        # prompts of several lengths, and a last batch of one
+        assert [answerer.answer(unit, GREEDY, 0) for unit in units] == plain
+        graphs = counters["stats"]["unique_graphs"]
+        # a window has steps before it is full, one that fills it, and steps after it
+        assert graphs == 1 if kind == "llama" else graphs <= 3
+        assert [answerer.answer(unit, GREEDY, 0) for unit in units] == plain
+        assert counters["stats"]["unique_graphs"] == graphs
+        assert not counters["graph_break"]
+    finally:
+        torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("kind", sorted(set(FAMILIES) - {"llama", "gemma2", "qwen3", "phi3"}))
 def test_every_other_family_by_its_base(tmp_path, kind):
     base = make_family(tmp_path / "base", kind, seed=3)
