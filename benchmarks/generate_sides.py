@@ -38,7 +38,8 @@ SHAPE_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers"
 #: Experts, experts per token and rank of the MoE shape.
 MOE = (3, 2, 8)
 TASKS = ("helpfulness", "safety", "truthfulness", "overrefusal")
-_PAGE = 32
+#: As in ours (models/generation/continuous.py).
+_PAGE = 16
 
 
 def opened(args: Any) -> Loaded:

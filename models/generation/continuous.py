@@ -22,8 +22,9 @@ logging.getLogger("ContinuousBatchingLogger").setLevel(logging.WARNING)
 #: Prompts of a unit for each row that is decoded at a time: the more, the fewer places stand empty at its end, and the more
 #: a kill loses.
 ROUNDS = 8
-#: Tokens of a page. transformers' 256 would leave most of the pages of short prompts empty.
-_PAGE = 32
+#: Tokens of a page. Prompts share whole pages of what they begin with, a template's system text; transformers' 256 would be
+#: longer than most of these, and leave most of the pages of short prompts empty.
+_PAGE = 16
 #: Tokens of a step, prompts included: a whole step's mask is (tokens, cached tokens of all rows).
 _STEP = {"cpu": 512, "cuda": 2048}
 #: Seconds between two looks at whether the thread that decodes is still alive.

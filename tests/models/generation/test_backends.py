@@ -222,6 +222,25 @@ def test_rows_that_end_make_room(tmp_path, monkeypatch):
     assert len(steps) == 5
 
 
+def test_prompts_share_what_they_begin_with(tmp_path, monkeypatch):
+    from transformers.generation.continuous_batching.cache import PagedAttentionCache
+
+    base = make_pico(tmp_path / "base", seed=3)
+    args = flags(base, tmp_path, "--backend", "continuous")
+    answerer = backend_of(args).open("")
+    texts = [answerer.loaded.template.render(f"Say in a word, and do not explain it: {prompt}", "") for prompt in PROMPTS]
+    shared, search = [], PagedAttentionCache.search_prefix_match
+    monkeypatch.setattr(PagedAttentionCache, "search_prefix_match",
+                        lambda self, *a: (shared.append(search(self, *a)), shared[-1])[1])
+    answerer.prepare(texts, 6)
+    answers = answerer.answer(texts, GREEDY, 0)
+    # whole pages, of all but the two prompts that are read first
+    assert sorted(shared)[:2] == [0, 0]
+    assert all(tokens >= 16 for tokens in sorted(shared)[2:])
+    assert len(shared) == len(texts)
+    assert answers == [answer_batch(load_run("", args), [text], GREEDY, 0)[0] for text in texts]
+
+
 def test_the_thread_that_decodes_may_fail(tmp_path, monkeypatch):
     base = make_pico(tmp_path / "base")
     args = flags(base, tmp_path, "--backend", "continuous")
