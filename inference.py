@@ -30,13 +30,14 @@ from flags.base import PROTOCOLS
 if TYPE_CHECKING:
     from data.prompt_styles import Style
     from data.sets.attacks import Attack
+    from models.generation.backends import Answerer, Backend
     from models.runs import Loaded
 
 log = logging.getLogger(__name__)
 #: Flags that choose among runs; the rest identifies one run's answers.
 _SELECT = ("cross_task", "adapters", "aligned_flag")
 #: Flags that came later than the first answers: left out of the settings where they change nothing.
-_NEUTRAL = {"attack": "none", "prompt_style": "none", "unique_prompts": False}
+_NEUTRAL = {"attack": "none", "prompt_style": "none", "unique_prompts": False, "backend": "hf"}
 #: About how many answers' routing is looked at, spread over the set; each costs a further forward pass.
 _OBSERVED = 96
 
@@ -48,15 +49,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         config.short_waits()
         if problems := _problems(args):
             raise UserError(*problems)
+        from models.generation.backends import backend_of
         from models.runs import keeping_base
 
+        backend = backend_of(args)
+        if problems := backend.problems(args.runs):
+            raise UserError(*problems)
         # base and adapters in one command: the base is loaded once
         with keeping_base():
             for run in args.runs:
-                answer_run(run, args)
+                answer_run(run, args, backend)
 
 
-def answer_run(run: str, args: InferenceArgs) -> Path:
+def answer_run(run: str, args: InferenceArgs, backend: Backend) -> Path:
     """Answer the prompts with one run ("" is the base) and return the folder of its answers."""
     from data.prompt_styles import style
     from data.sets.attacks import attack
@@ -76,22 +81,21 @@ def answer_run(run: str, args: InferenceArgs) -> Path:
     # prompts before the model: what is wrong with them shows at once
     records, reduction = prompts_of(args)
     from models.moe.files import moe_layers
-    from models.runs import load_run
 
-    loaded = load_run(run, args)
+    answerer = backend.open(run)
     # beside the folder, not in it: the folder is made anew at each start, and what was answered must outlast that
     partial = folder.with_name(f".{folder.name}.answers.jsonl")
     with manifest.writing(folder, "inference", settings, overwrite=args.overwrite, absent=absent,
                           meant=meant) as out:
-        rows = answer_all(loaded, records, args, partial, settings, wrapper, form)
+        rows = answer_all(answerer, records, args, partial, settings, wrapper, form)
         write_rows(out.folder, rows)
         stopped = sum(row["finish"] == "stop" for row in rows)
         out.metrics.update(prompts=len(rows), stopped=stopped, at_limit=len(rows) - stopped)
         if reduction:
             out.metrics["protocol"] = reduction
         out.parents.append(run or "base")
-        if moe_layers(loaded.model):
-            observe(loaded, rows, args, run)
+        if moe_layers(answerer.loaded.model):
+            observe(answerer.loaded, rows, args, run)
     # only now: the answers are safe under their final name
     partial.unlink(missing_ok=True)
     manifest.register(args.results, {"kind": "answers", "command": "inference", "run": run or "base",
@@ -135,9 +139,9 @@ def _drawn(records: list[Record], n: int) -> list[Record]:
     return [records[i] for i in sorted(drawn)]
 
 
-def answer_all(loaded: Loaded, records: Sequence[Record], args: InferenceArgs, partial: Path, settings: dict,
+def answer_all(answerer: Answerer, records: Sequence[Record], args: InferenceArgs, partial: Path, settings: dict,
                wrapper: Attack, form: Style) -> list[dict]:
-    """Answer every record, batch by batch, keeping finished batches in ``partial`` for a resume.
+    """Answer every record, unit by unit (a batch, or several), keeping finished units in ``partial`` for a resume.
 
     A row keeps the prompt as it was written; ``rendered`` is what the model read. An answer that was begun for the model
     counts from its beginning, which the row repeats as ``prefill``.
@@ -145,15 +149,18 @@ def answer_all(loaded: Loaded, records: Sequence[Record], args: InferenceArgs, p
     from tqdm import tqdm
 
     from data.encode import render
-    from models.generation import Decoding, answer_batch, check_lengths
+    from models.generation import Decoding
 
+    loaded = answerer.loaded
     asked = [form.apply(replace(record, prompt=wrapper.wrap(record.prompt))) for record in records]
     rendered = [render(loaded.template, row) for row in asked]
-    check_lengths(loaded, [text + wrapper.start for text in rendered], args.max_new_tokens)
+    answerer.prepare([text + wrapper.start for text in rendered], args.max_new_tokens)
     # like lengths together: a batch is as slow as its longest prompt
     order = sorted(range(len(records)), key=lambda i: (len(rendered[i]), i))
-    batches = [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
-    finished = _read_partial(partial, settings | {"batch_size": args.batch_size})
+    batches = [order[i : i + answerer.unit] for i in range(0, len(order), answerer.unit)]
+    # units are found again by their number
+    size = {} if answerer.unit == args.batch_size else {"unit": answerer.unit}
+    finished = _read_partial(partial, settings | {"batch_size": args.batch_size} | size)
     decoding = Decoding(args.max_new_tokens, args.do_sample, args.temperature, args.top_p)
     with partial.open("a", encoding="utf-8") as file:
         for number, batch in enumerate(tqdm(batches, desc=f"{args.answers_name} {loaded.name}", unit="batch")):
@@ -161,7 +168,7 @@ def answer_all(loaded: Loaded, records: Sequence[Record], args: InferenceArgs, p
                 continue
             begun = [rendered[i] + wrapper.start for i in batch]
             # a seed for each batch, so that a resumed run samples what an uninterrupted one would have
-            answers = answer_batch(loaded, begun, decoding, args.seed * 100_003 + number)
+            answers = answerer.answer(begun, decoding, args.seed * 100_003 + number)
             finished[str(number)] = [
                 {"index": i, "id": records[i].id, "prompt": records[i].prompt, "input": records[i].input,
                  "reference": records[i].answer, "category": records[i].category, "rendered": rendered[i],
@@ -169,7 +176,7 @@ def answer_all(loaded: Loaded, records: Sequence[Record], args: InferenceArgs, p
                 for i, answer in zip(batch, answers, strict=True)
             ]
             file.write(json.dumps({number: finished[str(number)]}, ensure_ascii=False) + "\n")
-            # a kill loses the batch under way and no other
+            # a kill loses the unit under way and no other
             file.flush()
     # back in the order of the prompts: batches were made by length
     return sorted((row for rows in finished.values() for row in rows), key=lambda row: row["index"])
@@ -234,8 +241,10 @@ def _problems(args: InferenceArgs) -> list[str]:
 def _settings(args: InferenceArgs, wrapper: Attack, form: Style) -> dict[str, Any]:
     """The flags that the answers depend on; a file counts by its text."""
     from models.base.placement import resolved_dtype
+    from models.generation.backends import resolved_backend
 
-    settings = {k: v for k, v in asdict(args).items() if k not in _SELECT and not (k in _NEUTRAL and v == _NEUTRAL[k])}
+    said = asdict(args) | {"backend": resolved_backend(args)}
+    settings = {k: v for k, v in said.items() if k not in _SELECT and not (k in _NEUTRAL and v == _NEUTRAL[k])}
     # its text counts instead (attack_text): the same file may lie elsewhere
     settings.pop("attack_file", None)
     settings.pop("prompt_style_file", None)

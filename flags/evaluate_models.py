@@ -9,6 +9,7 @@ from typing import ClassVar
 from config import flag
 from flags.base import PROTOCOLS, Flags, ModelCommand, name_problems
 from flags.evaluate import COLUMNS, FORMATS, PAPERS, format_problems
+from flags.inference import BACKENDS
 from flags.judges import JudgeFlags
 
 #: What --suite takes: all is the first four, the rest are published sets (evaluator/scoring/suites.py has their parts).
@@ -39,6 +40,7 @@ class EvaluateModelsArgs(ModelCommand, JudgeFlags):
     data_path: str | None = flag(None, "files of published sets: SET=FILE, commas")
     max_new_tokens: int = flag(512, "answer length limit", low=1)
     batch_size: int = flag(32, "prompts per batch", low=1)
+    backend: str = flag("auto", "what decodes the answers (inference.py --backend)", choices=BACKENDS)
     do_sample: bool = flag(False, "sample instead of greedy decoding")
     temperature: float = flag(0.6, "sampling temperature", low=0.01)
     top_p: float = flag(1.0, "nucleus", low=0.01)

@@ -13,6 +13,9 @@ from flags.mixture import mixture_run, read_mixture
 #: Tasks with a test set of prompts of their own; the rest of --task_name are published protocols and SKILLS.
 ANSWERED = ("helpfulness", "safety", "truthfulness", "overrefusal")
 
+#: What --backend takes.
+BACKENDS = ("auto", "hf", "static", "continuous", "vllm")
+
 
 def answers_problems(name: str, value: str) -> list[str]:
     """What is wrong with TASK, TASK+ATTACK, TASK+STYLE or TASK+ATTACK+STYLE, the name of a folder of answers."""
@@ -61,6 +64,9 @@ class InferenceArgs(ModelCommand):
     top_p: float = flag(1.0, "nucleus", low=0.01)
     max_new_tokens: int = flag(512, "answer length limit", low=1)
     batch_size: int = flag(32, "prompts per batch", low=1)
+    backend: str = flag("auto", "what decodes: hf (padded batches), static (a cache of one length, compiled on a GPU), "
+                                "continuous (rows that end make room for others), vllm (where installed); auto: hf",
+                        choices=BACKENDS)
 
     @classmethod
     def sections(cls, given: dict[str, Any]) -> tuple[str, ...]:

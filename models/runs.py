@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from data.prompts import Template, template
+from flags.mixture import Parts
 from models.adapters.apply import check_fit
 from models.adapters.files import read_adapter
 from models.adapters.mixture import load_mix
@@ -34,6 +35,45 @@ class Loaded:
     device: torch.device
 
 
+@dataclass(frozen=True)
+class Located:
+    """Where a run lies and what it is.
+
+    Args:
+        kind: "base", "full" (a whole model), "adapter", "moe" or "sum" (a weighted sum of adapters).
+        folder: its own; None for the base and for a sum.
+        base: the folder of the model below it; a full model's own.
+        parts: (run, weight) pairs of a sum.
+    """
+
+    kind: str
+    folder: Path | None
+    base: Path
+    parts: Parts = ()
+
+    def tokenizer(self) -> Any:
+        """The run's own tokenizer, or its base's: an adapter may have been saved without one."""
+        own = self.folder is not None and (self.folder / "tokenizer_config.json").is_file()
+        return load_tokenizer(self.folder if own else self.base, self.base)
+
+
+def located(run: str, args: Any) -> Located:
+    """Find a run ("" is the base) and its base; headers are read, no weights.
+
+    Raises:
+        UserError: no such run, no such base, or a folder that is no model.
+    """
+    # commands without --checkpoint_number ask for the finished run
+    parts = parts_of(run) if run else ()
+    folder = run_folder(args.results, run, getattr(args, "checkpoint_number", -1)) if run and not parts else None
+    # a folder is what the file in it says: of a full model neither is there
+    kind = ("sum" if parts else "base" if folder is None else "moe" if (folder / MOE).is_file() else
+            "adapter" if (folder / ADAPTER).is_file() else "full")
+    if kind == "full":
+        check_folder(folder, f"run '{run}'")
+    return Located(kind, folder, folder if kind == "full" else base_path(args.model_name_or_path, args.cache_dir), parts)
+
+
 class RunLoader:
     """Loads one run after the other; base, adapters and their sums share one base in memory.
 
@@ -54,29 +94,22 @@ class RunLoader:
             UserError: no such run, or it was trained on another base than the one given.
         """
         device, dtype = set_up_torch(args)
-        # commands without --checkpoint_number ask for the finished run
-        parts = parts_of(run) if run else ()
-        folder = run_folder(args.results, run, getattr(args, "checkpoint_number", -1)) if run and not parts else None
-        # a folder is what the file in it says: of a full model neither is there
-        whole = folder and not any((folder / name).is_file() for name in (MOE, ADAPTER))
-        if whole:
-            check_folder(folder, f"run '{run}'")
-        base = folder if whole else base_path(args.model_name_or_path, args.cache_dir)
+        place = located(run, args)
         # before the weights: what is wrong with it shows at once
-        tokenizer = _tokenizer(folder, base)
+        tokenizer = place.tokenizer()
         shape = template(args.template, tokenizer)
         if self._last:
             self._last.model = None
-        if folder and (folder / MOE).is_file():
+        if place.kind == "moe":
             # its own base, without a second one beside it
             self.release()
-            model = load_moe(folder, args, dtype, device)
-        elif parts:
-            model = load_mix(args.results, parts, self._base(base, dtype, device))
-        elif folder and not whole:
-            model = load_adapter(folder, self._base(base, dtype, device))
+            model = load_moe(place.folder, args, dtype, device)
+        elif place.kind == "sum":
+            model = load_mix(args.results, place.parts, self._base(place.base, dtype, device))
+        elif place.kind == "adapter":
+            model = load_adapter(place.folder, self._base(place.base, dtype, device))
         else:
-            model = self._base(base, dtype, device).plain()
+            model = self._base(place.base, dtype, device).plain()
         self._last = Loaded(model, tokenizer, shape, run or "base", device)
         return self._last
 
@@ -134,9 +167,3 @@ def load_adapter(folder: Path, resident: ResidentBase) -> PreTrainedModel:
     check_base(folder, resident.base)
     check_fit([adapter], skeleton(resident.base))
     return resident.changed(adapter.modules, adapter.scales)
-
-
-def _tokenizer(folder: Path | None, base: Path) -> Any:
-    # an adapter may have been saved without one; then it speaks its base's
-    own = folder is not None and (folder / "tokenizer_config.json").is_file()
-    return load_tokenizer(folder if own else base, base)

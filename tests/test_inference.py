@@ -17,9 +17,8 @@ import manifest
 from config import parse
 from data.prompts import Template
 from flags import InferenceArgs
-from models import generation
 from models.base.loading import load_base, load_tokenizer
-from models.generation import Decoding, answer_batch
+from models.generation import Decoding, answer_batch, hf
 from models.runs import Loaded, load_run
 
 
@@ -194,7 +193,7 @@ def test_empty_answer_survives(tmp_path):
 @pytest.mark.parametrize("sampling", [(), ("--do_sample", "--temperature", "1.5")])
 def test_resume_by_batch(pico, data, tmp_path, monkeypatch, sampling):
     whole = _rows(_infer(pico, tmp_path / "whole", data, *sampling) / "raw")
-    real, count = generation.answer_batch, []
+    real, count = hf.answer_batch, []
 
     def dies(*args, **kwargs):
         count.append(1)
@@ -203,7 +202,7 @@ def test_resume_by_batch(pico, data, tmp_path, monkeypatch, sampling):
         return real(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(generation, "answer_batch", dies)
+        patch.setattr(hf, "answer_batch", dies)
         with pytest.raises(KeyboardInterrupt):
             _infer(pico, tmp_path / "cut", data, *sampling)
     folder = tmp_path / "cut" / "inference" / "safety" / "test"
@@ -211,7 +210,7 @@ def test_resume_by_batch(pico, data, tmp_path, monkeypatch, sampling):
     partial = folder / ".raw.answers.jsonl"
     partial.write_text(partial.read_text() + '{"3": [{"index')  # a torn last line
     calls = []
-    monkeypatch.setattr(generation, "answer_batch", lambda *a, **k: (calls.append(1), real(*a, **k))[1])
+    monkeypatch.setattr(hf, "answer_batch", lambda *a, **k: (calls.append(1), real(*a, **k))[1])
     assert _rows(_infer(pico, tmp_path / "cut", data, *sampling) / "raw") == whole
     assert len(calls) == 7 - 3
     assert not partial.exists()

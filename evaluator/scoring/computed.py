@@ -53,8 +53,8 @@ def made_with(args: EvaluateArgs, sub: str, sets: Iterable[str], model: Mapping[
         model: ``settings`` where a model was scored, else empty.
 
     Returns:
-        {"answers": {set: {"dtype", "batch_size"}}, "model": {"dtype", "batch_tokens", ...}}; what is not known is not in it,
-        and batches that decide nothing are "any".
+        {"answers": {set: {"dtype", "batch_size", "backend"}}, "model": {"dtype", "batch_tokens", ...}}; what is not known is
+        not in it, batches that decide nothing are "any", and a back end that is not named is hf.
     """
     answers = {}
     for name in dict.fromkeys(sets):
@@ -66,7 +66,8 @@ def made_with(args: EvaluateArgs, sub: str, sets: Iterable[str], model: Mapping[
 
 
 def _of(config: Mapping[str, Any]) -> dict[str, Any]:
-    found = {key: config[key] for key in ("dtype", "batch_size") if config.get(key) not in (None, "auto")}
+    # answers of the back end hf do not say so (inference.py)
+    found = {key: config[key] for key in ("dtype", "batch_size", "backend") if config.get(key) not in (None, "auto")}
     # in float32 a greedy answer does not depend on its neighbours (inference.py)
     if found.get("dtype") == "float32" and not config.get("do_sample"):
         found["batch_size"] = "any"

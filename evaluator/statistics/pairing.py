@@ -109,7 +109,7 @@ def how_scored(item: Measured, task: str) -> str:
 
 
 def _computed(a: Measured, b: Measured, axis: Axis) -> tuple[tuple[str, ...], bool]:
-    """In what two runs were computed otherwise (dtype, batches), and whether one of them does not say.
+    """In what two runs were computed otherwise (dtype, batches, back end), and whether one of them does not say.
 
     They are compared all the same, and a note says so: it is rounding, which below float32 moves single answers (11 to 21 %
     of greedy ones between two batch sizes) in no known direction. Refusing would leave models that need smaller batches
@@ -120,6 +120,9 @@ def _computed(a: Measured, b: Measured, axis: Axis) -> tuple[tuple[str, ...], bo
     for item in (a, b):
         made = item.origin.get(axis.score, {}).get("details", {}).get("made_with", {})
         found.append(made.get("answers", {}).get(axis.set, {}) if answered else made.get("model", {}))
+    if any("backend" in way for way in found):
+        # answers of the back end hf do not say so
+        found = [{"backend": "hf"} | way if way else way for way in found]
     names = dict.fromkeys(["dtype", *found[0], *found[1]])
     if all(way.get("dtype") == "float32" for way in found):
         names = {"dtype": None}

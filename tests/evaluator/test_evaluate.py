@@ -217,7 +217,7 @@ def test_a_dry_run_prints_command_lines_and_runs_none(tmp_path, folders, capsys,
     monkeypatch.chdir(config.ROOT)
     named = f"a b={folders[0]},adapted={folders[2]},far=org/name"
     results = run(tmp_path, named, "--dry_run", "--judges", "keyword,fitted", "--seed", "7", "--published",
-                  "h3fusion", "--format", "md,csv", suite="safety,xstest")
+                  "h3fusion", "--format", "md,csv", "--backend", "static", suite="safety,xstest")
     assert not steps
     assert not results.exists()
     lines = capsys.readouterr().out.splitlines()
@@ -232,7 +232,7 @@ def test_a_dry_run_prints_command_lines_and_runs_none(tmp_path, folders, capsys,
         if file != "evaluator/report.py":
             assert (made.seed, made.num_samples, made.dtype) == (7, 5, "float32")
         if file == "inference.py":
-            assert (made.max_new_tokens, made.batch_size) == (6, 8)
+            assert (made.max_new_tokens, made.batch_size, made.backend) == (6, 8, "static")
         if file == "evaluator/evaluate_safety.py":
             assert made.judges == "keyword,fitted"
     tasks = [words[words.index("--task_name") + 1] for _, file, *words in commands if file == "inference.py"]

@@ -80,6 +80,8 @@ def test_judges_of_answers_are_not_scored_again_for_another_dtype(results, monke
 
 
 @pytest.mark.parametrize(("config", "known"), [
+    ({"dtype": "bfloat16", "batch_size": 9, "backend": "static"}, {"dtype": "bfloat16", "batch_size": 9,
+                                                                   "backend": "static"}),
     ({"dtype": "float32", "batch_size": 9}, {"dtype": "float32", "batch_size": "any"}),
     ({"dtype": "float32", "do_sample": True, "batch_size": 9}, {"dtype": "float32", "batch_size": 9}),
     ({"dtype": "auto"}, {}), ({}, {})])

@@ -129,6 +129,11 @@ def test_answers_in_other_batches_or_another_dtype_are_compared_and_it_is_said()
     assert line.endswith(": A and B on refusal ↑ (batch size 50 and 7).")
     assert pair(a, of(dtype="float32", batch_size="any"), REFUSAL).computed == ("dtype bfloat16 and float32",
                                                                                "batch size 50 and any")
+    # hf is not named
+    other = of(dtype="bfloat16", batch_size=50, backend="continuous")
+    found = pair(a, other, REFUSAL)
+    assert (found.computed, found.untold) == (("backend hf and continuous",), False)
+    assert pair(other, other, REFUSAL).computed == ()
     # in float32 a batch gives what its rows give alone
     assert pair(*(of(dtype="float32", batch_size=n) for n in (7, 50)), REFUSAL).computed == ()
     assert pairing.notes([("A", [a], "B", [a])], [REFUSAL]) == []

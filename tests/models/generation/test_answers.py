@@ -72,16 +72,16 @@ def test_marks_of_reasoning_stay_in_the_text_and_no_other_special_token_does():
     from pico import pico_tokenizer
 
     from data.readers.answer_text import answer_of
-    from models.generation import _text
+    from models.generation.answers import text_of
 
     tokenizer = pico_tokenizer()
     plain = [*tokenizer("Paris.")["input_ids"], 2, *tokenizer(" Yes")["input_ids"]]
-    assert _text(plain, tokenizer) == tokenizer.decode(plain, skip_special_tokens=True) == "Paris. Yes"
+    assert text_of(plain, tokenizer) == tokenizer.decode(plain, skip_special_tokens=True) == "Paris. Yes"
     thinking = pico_tokenizer()
     # special tokens, as Magistral's and gpt-oss' are
     thinking.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]", "<|channel|>", "<|message|>"]})
     for text, whole in (("[THINK]I could help[/THINK]I can't.<|pad|>", "[THINK]I could help[/THINK]I can't."),
                         ("<|channel|>final<|message|>I can't.", "<|channel|>final<|message|>I can't.")):
-        found = _text(thinking(text)["input_ids"], thinking)
+        found = text_of(thinking(text)["input_ids"], thinking)
         assert found == whole
         assert answer_of(found) == ("I can't.", "reasoning")
