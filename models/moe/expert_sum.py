@@ -1,27 +1,28 @@
 """The weighted sum of low-rank experts as one differentiable function with a hand-written gradient.
 
-Autograd would keep a dozen (N, f) tensors per expert and fill as many zero buffers on the way back; this keeps the two that
-all experts share, makes each expert's own anew on the way back, and adds in place.
+A token's k experts are computed as k rows, not all E: z of every expert but the row's own is set to 0, so that one product
+with [B_1 .. B_E] adds the right expert's change, whichever it is, and nothing has to be sorted or gathered. Slot by slot,
+with e the expert that a token has in that slot and "shrunk" what a LoRA factor A leaves, r numbers a token:
 
-Forward, for expert e ("shrunk" is what a LoRA factor A leaves, r numbers a token):
-
-    g_e = gate + B^g_e z^g_e        u_e = up + B^u_e z^u_e        h_e = act(g_e) u_e
-    mixed = sum_e w_e h_e           shrunk_e = A_e (w_e h_e)
+    g = gate + B^g_e z^g_e        u = up + B^u_e z^u_e        h = act(g) u
+    mixed = sum_slots w h         shrunk_e = A_e (w h)
 
 Backward, by the chain rule from the bottom line up, d for dL/d:
 
-    d(w_e h_e) = d mixed + A_e^T d shrunk_e        dA_e = d shrunk_e^T (w_e h_e)
-    dw_e = <d(w_e h_e), h_e>                       dh_e = w_e d(w_e h_e)
-    du_e = dh_e act(g_e)                           dg_e = dh_e u_e act'(g_e)
-    dB^g_e = dg_e^T z^g_e     dz^g_e = dg_e B^g_e     d gate = sum_e dg_e     and so for u
+    d(w h) = d mixed + A_e^T d shrunk_e        dA_e = d shrunk_e^T (w h)
+    dw = <d(w h), h>                           dh = w d(w h)
+    du = dh act(g)                             dg = dh u act'(g)
+    dB^g_e = dg^T z^g_e     dz^g_e = dg B^g_e     d gate = sum_slots dg     and so for u
 
-Shapes: N tokens, n those of one expert (N unless gathered), E experts, f intermediate size, r rank of gate and up, q of
-down.
+Autograd would keep a dozen (N, f) tensors a slot and fill as many zero buffers on the way back; this keeps the two that
+all slots share, and makes each slot's own anew on the way back.
+
+Shapes: N tokens, E experts, k of them chosen, f intermediate size, r rank of gate and up, q of down.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ class ExpertInputs(NamedTuple):
     Args:
         gate, up: (N, f), the base's products, which all experts share.
         shrunk_inputs: (N, 2, E, r), z: A x of gate (0) and up (1) for every expert.
-        weights: (N, E), zero where a token did not choose the expert.
+        weights: (N, k), of the chosen experts.
         gate_b, up_b: (E, f, r), B of gate and up.
         down_a: (E, q, f), A of down.
     """
@@ -55,168 +56,182 @@ class SumOptions:
 
     Args:
         activation: of the FFN, elementwise.
-        gather: compute each expert on its own tokens only, instead of on all with weight zero.
         dropout_mask: (N, f), zeros and 1 / (1 - p); what rows of A from ``dropped_from`` on read is multiplied by it.
-        frozen, frozen_down: columns of B of gate and up, rows of A of down, that come first and train nothing. The kernels
-            leave them out; here their gradients cost no more than the others' and are made.
+        frozen, frozen_down: columns of B of gate and up, rows of A of down, that come first and train nothing: their
+            gradients are 0, and cost nothing.
     """
 
     activation: Callable[[Tensor], Tensor]
-    gather: bool = False
     dropout_mask: Tensor | None = None
     dropped_from: int = 0
     frozen: int = 0
     frozen_down: int = 0
 
 
-def expert_sum(inputs: ExpertInputs, options: SumOptions) -> tuple[Tensor, Tensor]:
-    """sum_e w_e h_e, (N, f) in the dtype of gate and accumulated in fp32 or wider, and A_e (w_e h_e), (N, E, q)."""
-    return ExpertSum.apply(options, *inputs)
+def expert_sum(inputs: ExpertInputs, chosen: Tensor, options: SumOptions) -> tuple[Tensor, Tensor]:
+    """sum_e w_e h_e, (N, f) in the dtype of gate and accumulated in fp32 or wider, and A_e (w_e h_e), (N, E, q).
+
+    Args:
+        chosen: (N, k), the experts of each token; none twice.
+    """
+    return ExpertSum.apply(options, chosen, *inputs)
 
 
 class ExpertSum(torch.autograd.Function):
     """The formulas at the head of this file; call ``expert_sum``."""
 
     @staticmethod
-    def forward(ctx: Any, options: SumOptions, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, options: SumOptions, chosen: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         """(N, f) and (N, E, q)."""
         inputs = ExpertInputs(*tensors)
-        experts = inputs.weights.shape[1]
-        # of many experts each adds a little: a running sum in bfloat16 would round the last ones away
-        mixed = _Sum(inputs.gate)
-        shrunk = inputs.gate.new_zeros(len(inputs.gate), experts, inputs.down_a.shape[1])
-        # (E, r, f): a product of r terms with a B that lies row by row takes a third less time on a CPU
-        rows_of_b = inputs.gate_b.mT.contiguous(), inputs.up_b.mT.contiguous()
-        rows_of = [inputs.weights[:, e].nonzero().squeeze(-1) for e in range(experts)] if options.gather else []
-        for e in range(experts):
-            rows = rows_of[e] if options.gather else None
-            gate, up = _gate_and_up(inputs, rows_of_b, e, rows)
-            hidden = options.activation(gate) * up
-            # in place: from here on w_e h_e
-            hidden *= _pick(inputs.weights[:, e], rows)[:, None].to(hidden.dtype)
-            mixed.add(rows, hidden)
-            _put(shrunk, e, rows, _shrink(hidden, inputs.down_a[e], _mask_of(options, rows), options.dropped_from))
-        # gate and up alone, not each expert's: two (N, f) tensors, however many experts there are
-        # the mask too, not in ctx: checkpointing lets go of what is saved, and draws it anew
-        ctx.save_for_backward(*inputs, options.dropout_mask, *rows_of)
+        mixed, shrunk = _Sum(), _Sum()
+        for slot in _slots(inputs, chosen):
+            hidden = (options.activation(slot.gate) * slot.up).mul_(slot.weight)  # w h
+            shrunk.add(_shrink(hidden, inputs.down_a, options) * slot.own[..., None])
+            mixed.add(hidden)
+        # gate and up alone, not each slot's: two (N, f) tensors, however many there are. The mask too, not in ctx:
+        # checkpointing lets go of what is saved, and draws it anew
+        ctx.save_for_backward(chosen, options.dropout_mask, *inputs)
         ctx.options = replace(options, dropout_mask=None)
-        return mixed.total(inputs.gate.dtype), shrunk
+        return mixed.total(), shrunk.total()
 
     @staticmethod
     def backward(ctx: Any, d_mixed: Tensor, d_shrunk: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of ``forward``'s arguments; d_mixed (N, f), d_shrunk (N, E, q)."""
         # asked for once: checkpointing computes them anew, and hands each out a single time
-        saved, fields = ctx.saved_tensors, len(ExpertInputs._fields)
-        inputs, mask, rows_of = ExpertInputs(*saved[:fields]), saved[fields], saved[fields + 1 :]
-        options = replace(ctx.options, dropout_mask=mask)
-        _, _, shrunk_inputs, weights, gate_b, up_b, down_a = inputs
-        experts = weights.shape[1]
-        rows_of_b = gate_b.mT.contiguous(), up_b.mT.contiguous()
-        # every expert adds to these two, as to ``mixed`` in the forward pass
-        d_gate, d_up = _Sum(d_mixed), _Sum(d_mixed)
-        # zeros, not empty: gathered experts leave the rows of other tokens untouched
-        d_inputs, d_weights, d_gate_b, d_up_b, d_down_a = (
-            torch.zeros_like(t) for t in (shrunk_inputs, weights, gate_b, up_b, down_a))
-        for e in range(experts):
-            rows = rows_of[e] if options.gather else None
-            weight = _pick(weights[:, e], rows).to(shrunk_inputs.dtype)[:, None]
-            own_gate, own_up = _gate_and_up(inputs, rows_of_b, e, rows)
-            activated, root = _activated(options.activation, own_gate)
-            hidden = activated.detach() * own_up
-            d_weighted, d_down_a[e] = _shrink_backward(_pick(d_shrunk[:, e], rows), hidden * weight, down_a[e],
-                                                       _mask_of(options, rows), options.dropped_from)
-            d_weighted = _pick(d_mixed, rows) + d_weighted
+        chosen, mask, *tensors = ctx.saved_tensors
+        inputs, options = ExpertInputs(*tensors), replace(ctx.options, dropout_mask=mask)
+        spread = [b.mT.flatten(0, 1) for b in (inputs.gate_b, inputs.up_b)]  # (E r, f)
+        d_gate, d_up, d_inputs = _Sum(), _Sum(), _Sum()
+        d_gate_b, d_up_b, d_down_a = _Sum(), _Sum(), _Sum()
+        d_weights = []
+        for slot in _slots(inputs, chosen):
+            activated, root = _activated(options.activation, slot.gate)
+            hidden = activated.detach() * slot.up
+            # what reaches this slot's expert, as a row with zeros for the others
+            d_own = d_shrunk * slot.own[..., None]  # (N, E, q)
+            d_weighted = _shrink_back(d_own, inputs.down_a, options).add_(d_mixed)
+            d_down_a.add(_down_gradient(d_own * slot.weight[..., None], hidden, options))
             # a dot product over f entries, f in the thousands
-            _put(d_weights, e, rows, (d_weighted * hidden).sum(-1, dtype=_wide(hidden)).to(weights.dtype))
-            d_hidden = d_weighted.mul_(weight)  # in place: d(w_e h_e) is not read again
+            d_weights.append((d_weighted * hidden).sum(-1, dtype=_wide(hidden)))
+            d_hidden = d_weighted.mul_(slot.weight)  # in place: d(w h) is not read again
             d_own_up = d_hidden * activated.detach()
-            (d_own_gate,) = torch.autograd.grad(activated, root, d_hidden.mul_(own_up))
-            shrunk_gate, shrunk_up = _pick(shrunk_inputs[:, :, e], rows).unbind(1)
-            d_gate_b[e], d_up_b[e] = d_own_gate.mT @ shrunk_gate, d_own_up.mT @ shrunk_up
-            _put(d_inputs[:, 0], e, rows, d_own_gate @ gate_b[e])
-            _put(d_inputs[:, 1], e, rows, d_own_up @ up_b[e])
-            d_gate.add(rows, d_own_gate)
-            d_up.add(rows, d_own_up)
-        return None, *ExpertInputs(gate=d_gate.total(d_mixed.dtype), up=d_up.total(d_mixed.dtype), shrunk_inputs=d_inputs,
-                                   weights=d_weights, gate_b=d_gate_b, up_b=d_up_b, down_a=d_down_a)
+            (d_own_gate,) = torch.autograd.grad(activated, root, d_hidden.mul_(slot.up))
+            d_sides = d_own_gate, d_own_up
+            for total, d_side, z in zip((d_gate_b, d_up_b), d_sides, slot.z, strict=True):
+                # (E (r - frozen), f): the long side of the product last
+                total.add(z[..., options.frozen :].flatten(1).mT @ d_side)
+            d_inputs.add(torch.stack([d_side @ b.mT for d_side, b in zip(d_sides, spread, strict=True)], 1).view_as(
+                inputs.shrunk_inputs) * slot.own[:, None, :, None])
+            d_gate.add(d_own_gate)
+            d_up.add(d_own_up)
+        d_factors = (_whole(part.total(), whole.mT, options.frozen).mT for part, whole in (
+            (d_gate_b, inputs.gate_b), (d_up_b, inputs.up_b)))
+        return None, None, *ExpertInputs(
+            d_gate.total(), d_up.total(), d_inputs.total(), torch.stack(d_weights, 1).to(inputs.weights.dtype), *d_factors,
+            _whole(d_down_a.total(), inputs.down_a, options.frozen_down))
+
+
+class _Slot(NamedTuple):
+    """One slot of all tokens.
+
+    Args:
+        own: (N, E), 1 at the token's expert, in the compute dtype.
+        weight: (N, 1), its weight, in the compute dtype.
+        z: of gate and of up, (N, E, r) each, 0 but for the token's expert.
+        gate, up: g and u, (N, f).
+    """
+
+    own: Tensor
+    weight: Tensor
+    z: tuple[Tensor, Tensor]
+    gate: Tensor
+    up: Tensor
+
+
+def _slots(inputs: ExpertInputs, chosen: Tensor) -> Iterator[_Slot]:
+    """What a slot's experts start from, slot by slot."""
+    # (E r, f): a product of r terms with a B that lies row by row takes a third less time on a CPU
+    gate_b, up_b = (b.mT.flatten(0, 1).contiguous() for b in (inputs.gate_b, inputs.up_b))
+    for slot in range(chosen.shape[1]):
+        own = torch.zeros_like(inputs.shrunk_inputs[:, 0, :, 0]).scatter_(1, chosen[:, slot, None], 1.0)
+        z = (inputs.shrunk_inputs * own[:, None, :, None]).unbind(1)
+        yield _Slot(own, inputs.weights[:, slot, None].to(own.dtype), z, torch.addmm(inputs.gate, z[0].flatten(1), gate_b),
+                    torch.addmm(inputs.up, z[1].flatten(1), up_b))
 
 
 class _Sum:
-    """A sum over experts, (N, f), accumulated in fp32 or wider; ``like`` gives shape, dtype and device of the terms."""
+    """A sum over slots, rounded once: two terms of a narrow type are added as they are, more in fp32 or wider."""
 
-    def __init__(self, like: Tensor) -> None:
-        self.like = like
-        self.sum: Tensor | None = None
+    def __init__(self) -> None:
+        self.terms: list[Tensor] = []
 
-    def add(self, rows: Tensor | None, term: Tensor) -> None:
-        """Add an expert's (n, f) to the rows of its tokens, None: to all."""
-        wide = term.to(_wide(term))
-        if rows is not None:
-            if self.sum is None:
-                self.sum = torch.zeros(self.like.shape, dtype=wide.dtype, device=wide.device)
-            self.sum.index_add_(0, rows, wide)
-        elif self.sum is None:
-            # to() gives the term itself where it is wide already, and the term is not ours to add to
-            self.sum = wide.clone() if wide is term else wide
+    def add(self, term: Tensor) -> None:
+        """Take over a term; it may be written to."""
+        if len(self.terms) == 2:
+            # each step of a running sum in bfloat16 would round; the sum of two rounds once
+            self.terms = [self.terms[0].to(_wide(term)).add_(self.terms[1]), term]
         else:
-            self.sum += wide
+            self.terms.append(term)
 
-    def total(self, dtype: torch.dtype) -> Tensor:
-        """The sum, (N, f), rounded once."""
-        assert self.sum is not None, "a mixture of no expert"
-        return self.sum.to(dtype)
-
-
-def _gate_and_up(inputs: ExpertInputs, rows_of_b: tuple[Tensor, Tensor], expert: int, rows: Tensor | None,
-                 ) -> tuple[Tensor, Tensor]:
-    """g_e and u_e, (n, f) each; rows_of_b: B of gate and up, (E, r, f)."""
-    shrunk_gate, shrunk_up = (_pick(inputs.shrunk_inputs[:, side, expert], rows) for side in (0, 1))
-    return (torch.addmm(_pick(inputs.gate, rows), shrunk_gate, rows_of_b[0][expert]),
-            torch.addmm(_pick(inputs.up, rows), shrunk_up, rows_of_b[1][expert]))
+    def total(self) -> Tensor:
+        """The sum, in the dtype of its terms."""
+        assert self.terms, "a mixture of no expert"
+        first, *rest = self.terms
+        # the last term has the dtype of all
+        return first.add_(*rest).to(rest[0].dtype) if rest else first
 
 
 def _activated(activation: Callable[[Tensor], Tensor], gate: Tensor) -> tuple[Tensor, Tensor]:
-    """act(g_e) with a graph of its own, and the g_e at its root, (n, f) each: autograd gives act', whatever act is."""
+    """act(g) with a graph of its own, and the g at its root, (N, f) each: autograd gives act', whatever act is."""
     with torch.enable_grad():
         root = gate.detach().requires_grad_()
         return activation(root), root
 
 
-def _shrink(hidden: Tensor, down_a: Tensor, mask: Tensor | None, dropped_from: int) -> Tensor:
-    """A h, (n, f), (q, f) -> (n, q); with a mask (n, f), rows of A from ``dropped_from`` on read the masked h."""
-    if mask is None:
-        return hidden @ down_a.mT
-    return torch.cat([hidden @ down_a[:dropped_from].mT, (hidden * mask) @ down_a[dropped_from:].mT], 1)
+def _parts(down_a: Tensor, options: SumOptions) -> tuple[Tensor, Tensor]:
+    """A of down as rows that read the hidden state itself, and rows that read it behind the dropout mask."""
+    return down_a[:, : options.dropped_from], down_a[:, options.dropped_from :]
 
 
-def _shrink_backward(d_shrunk: Tensor, hidden: Tensor, down_a: Tensor, mask: Tensor | None, dropped_from: int,
-                     ) -> tuple[Tensor, Tensor]:
-    """Gradients of ``_shrink`` by h, (n, f), and by A, (q, f); d_shrunk (n, q)."""
-    if mask is None:
-        return d_shrunk @ down_a, d_shrunk.mT @ hidden
-    d_plain, d_dropped = d_shrunk[:, :dropped_from], d_shrunk[:, dropped_from:]
-    return (d_plain @ down_a[:dropped_from] + (d_dropped @ down_a[dropped_from:]) * mask,
-            torch.cat([d_plain.mT @ hidden, d_dropped.mT @ (hidden * mask)]))
+def _shrink(hidden: Tensor, down_a: Tensor, options: SumOptions) -> Tensor:
+    """A h of every expert: (N, f), (E, q, f) -> (N, E, q)."""
+    def product(h: Tensor, a: Tensor) -> Tensor:
+        return (h @ a.flatten(0, 1).mT).unflatten(1, a.shape[:2])
+
+    if options.dropout_mask is None:
+        return product(hidden, down_a)
+    plain, dropped = _parts(down_a, options)
+    return torch.cat([product(hidden, plain), product(hidden * options.dropout_mask, dropped)], 2)
 
 
-def _mask_of(options: SumOptions, rows: Tensor | None) -> Tensor | None:
-    """The dropout mask of an expert's tokens, (n, f)."""
-    return None if options.dropout_mask is None else _pick(options.dropout_mask, rows)
+def _shrink_back(d_shrunk: Tensor, down_a: Tensor, options: SumOptions) -> Tensor:
+    """Gradient of ``_shrink`` by h: (N, E, q) -> (N, f)."""
+    if options.dropout_mask is None:
+        return d_shrunk.flatten(1) @ down_a.flatten(0, 1)
+    plain, dropped = _parts(down_a, options)
+    d_plain, d_dropped = d_shrunk.split([plain.shape[1], dropped.shape[1]], 2)
+    return torch.addcmul(d_plain.flatten(1) @ plain.flatten(0, 1), d_dropped.flatten(1) @ dropped.flatten(0, 1),
+                         options.dropout_mask)
+
+
+def _down_gradient(d_shrunk: Tensor, hidden: Tensor, options: SumOptions) -> Tensor:
+    """Gradient of ``_shrink`` by the rows of A that train: (N, E, q), (N, f) -> (E (q - frozen), f)."""
+    trained = d_shrunk[:, :, options.frozen_down :]
+    if options.dropout_mask is None:
+        return trained.flatten(1).mT @ hidden
+    kept = max(options.dropped_from - options.frozen_down, 0)
+    d_plain, d_dropped = trained.split([kept, trained.shape[2] - kept], 2)
+    parts = ((d_plain, hidden), (d_dropped, hidden * options.dropout_mask))
+    return torch.cat([(d.flatten(1).mT @ h).unflatten(0, (d_shrunk.shape[1], -1)) for d, h in parts], 1).flatten(0, 1)
+
+
+def _whole(trained: Tensor, like: Tensor, frozen: int) -> Tensor:
+    """(E (q - frozen), f) with rows of 0 for those that train nothing: (E, q, f), like ``like``."""
+    found = trained.unflatten(0, (len(like), -1)) if trained.numel() else like.new_zeros(len(like), 0, like.shape[2])
+    return torch.cat([found.new_zeros(len(like), frozen, like.shape[2]), found], 1) if frozen else found
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
     """The dtype to accumulate in: fp32 or wider."""
     return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _pick(tensor: Tensor, rows: Tensor | None) -> Tensor:
-    """tensor[rows]; the tensor itself, no copy, for all rows (None)."""
-    return tensor if rows is None else tensor.index_select(0, rows)
-
-
-def _put(target: Tensor, expert: int, rows: Tensor | None, value: Tensor) -> None:
-    """target[rows, expert] = value."""
-    if rows is None:
-        target[:, expert] = value
-    else:
-        target[rows, expert] = value

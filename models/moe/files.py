@@ -60,7 +60,7 @@ class MoeConfig:
 
 
 def moe_layers(model: torch.nn.Module) -> list[SharedMoe | PackedMoe]:
-    """The fused layers of a model, first to last; those of ``load_moe`` on a GPU are packed."""
+    """The fused layers of a model, first to last; those of ``load_moe`` are packed."""
     return [module for module in model.modules() if isinstance(module, (SharedMoe, PackedMoe))]
 
 
@@ -144,15 +144,13 @@ def assemble(folder: Path, args: Any, dtype: torch.dtype, device: torch.device, 
     return model, config
 
 
-def load_moe(folder: Path, args: Any, dtype: torch.dtype, device: torch.device, *,
-             packed: bool | None = None) -> PreTrainedModel:
+def load_moe(folder: Path, args: Any, dtype: torch.dtype, device: torch.device, *, packed: bool = True) -> PreTrainedModel:
     """A fused model for inference: attention LoRA merged in fp32, expert factors folded into the compute dtype.
 
     The base is loaded in the compute dtype, where it answers; no copy of it stands anywhere in fp32.
 
     Args:
-        packed: layers as ``PackedMoe``; None: on a GPU. They round elsewhere, and on CPUs the answers of a run have to stay
-            what they are.
+        packed: layers as ``PackedMoe``, which answer at about the cost of one dense FFN; else as they train.
     """
     config, base, tensors = _opened(folder, args, None)
     resident = ResidentBase(base, dtype, device)
@@ -166,7 +164,7 @@ def load_moe(folder: Path, args: Any, dtype: torch.dtype, device: torch.device, 
     for moe in moe_layers(model):
         for factors in moe.experts.values():
             factors.fold_(dtype)
-    if packed or (packed is None and device.type == "cuda"):
+    if packed:
         pack(model)
     return model.eval()
 

@@ -171,13 +171,8 @@ class SharedMoe(nn.Module):
     def _sum(self, inputs: ExpertInputs, chosen: Tensor, dropped: Tensor | None) -> tuple[Tensor, Tensor]:
         """The experts' weighted sum, by the GPU's kernels where they serve; ``inputs.weights`` are those of the chosen."""
         aligned, aligned_down = self.experts["gate"].a.shape[1], self.experts["down"].a.shape[1]
-        # gathering pays only when most experts are idle for most tokens
-        gather = 2 * self.top_k <= self.num_experts and len(chosen) > 32
-        options = SumOptions(self.act_fn, gather, dropped, aligned_down, aligned, aligned_down)
-        if serves(inputs, self.act_fn):
-            return kernel_sum(inputs, chosen, options)
-        every = inputs.weights.new_zeros(len(chosen), self.num_experts).scatter(1, chosen, inputs.weights)  # (N, E)
-        return expert_sum(inputs._replace(weights=every), options)
+        options = SumOptions(self.act_fn, dropped, aligned_down, aligned, aligned_down)
+        return (kernel_sum if serves(inputs, self.act_fn) else expert_sum)(inputs, chosen, options)
 
     def _shrink(self, x: Tensor, stacked_a: Tensor, aligned_rank: int) -> Tensor:
         """A x of m matrices: (N, d), (m, R, d) -> (N, m R). Dropout, PEFT's rule, reaches the tuned rows only."""

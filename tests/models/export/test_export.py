@@ -25,6 +25,7 @@ from flags import export as flags
 from models import fuse
 from models.export.layouts import LAYOUTS
 from models.merging import execute
+from models.moe.files import load_moe
 from models.runs import load_run
 
 IDS = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -43,6 +44,12 @@ def ours(results, base, run):
     args = parse(InferenceArgs, ["--output_dir", str(results), "--model_name_or_path", str(base), "--dtype", "float32",
                                  "--device", "cpu"]).args
     return load_run(run, args)
+
+
+def layers_of(results, base, run):
+    """The model of a fused run with its layers as they train: their experts can be written out."""
+    args = parse(InferenceArgs, ["--output_dir", str(results), "--model_name_or_path", str(base)]).args
+    return load_moe(results / "outputs" / run, args, torch.float32, torch.device("cpu"), packed=False)
 
 
 @torch.no_grad()
@@ -196,7 +203,7 @@ def test_16_bit_files_say_what_rounding_took(home, pico):
     share = manifest.read(folder)["metrics"]["rounding"]
     # of the down projections alone, by hand
     lost = size = 0.0
-    loaded = ours(home, pico, "tuned").model
+    loaded = layers_of(home, pico, "tuned")
     for i, layer in enumerate(loaded.model.layers):
         for e in range(3):
             exact, base = layer.mlp.materialise(e)["down"], layer.mlp.down_proj.weight

@@ -11,7 +11,7 @@ from exported import EXPERTS, tuned_moe
 from peft import PeftModel
 from pico_families import make_family
 from safetensors.torch import load_file, save_file
-from test_export import export, logits_of, ours
+from test_export import export, layers_of, logits_of, ours
 from transformers import AutoModelForCausalLM
 
 import manifest
@@ -79,7 +79,7 @@ def test_a_weighted_sum_is_what_inference_answers_with(home, pico, run):
 def test_one_expert_of_a_moe(home, pico, expert):
     folder = export(home, pico, "tuned", "--layout", "dense", "--merge_expert", EXPERTS[expert])
     assert folder.name == f"tuned_{EXPERTS[expert]}_dense"
-    moe = ours(home, pico, "tuned").model
+    moe = layers_of(home, pico, "tuned")
     wanted = {name: tensor for name, tensor in moe.state_dict().items() if "mlp" not in name and ".lora_" not in name}
     wanted = {name.replace(".base_layer", ""): tensor for name, tensor in wanted.items()}
     for i, layer in enumerate(moe.model.layers):
@@ -110,7 +110,7 @@ def test_the_average_of_the_experts(tmp_path, kind):
         tuned_moe(base, tmp_path / "results")
     folder = export(tmp_path / "results", base, "tuned", "--layout", "dense", "--average")
     state = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
-    for i, layer in enumerate(ours(tmp_path / "results", base, "tuned").model.model.layers):
+    for i, layer in enumerate(layers_of(tmp_path / "results", base, "tuned").model.layers):
         experts = [layer.mlp.materialise(e) for e in range(3)]
         mean = {name: sum(e[name] for e in experts) / 3 for name in ("gate", "up", "down")}
         found = {name: state.get(f"model.layers.{i}.mlp.{name}_proj.weight") for name in mean}

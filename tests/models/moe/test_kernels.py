@@ -34,24 +34,16 @@ def make(experts, slots, rank, down, tokens, f, dtype=torch.float32, seed=0):
     return ExpertInputs(*shared, weights, *factors), chosen.to(DEVICE)
 
 
-def dense(inputs, chosen):
-    """The same inputs in fp64 with weights (N, E), as ``expert_sum`` takes them."""
-    wide = [t.detach().double() for t in inputs]
-    weights = wide[3].new_zeros(len(chosen), inputs.down_a.shape[0]).scatter(1, chosen, wide[3])
-    return ExpertInputs(*wide[:3], weights, *wide[4:])
-
-
 def both(inputs, chosen, options, direction):
     """Outputs and gradients, by field, of the kernels and of the fp64 reference."""
     mine = ExpertInputs(*(t.detach().clone().requires_grad_() for t in inputs))
     got = kernel_sum.kernel_sum(mine, chosen, options)
-    want_inputs = ExpertInputs(*(t.requires_grad_() for t in dense(inputs, chosen)))
+    want_inputs = ExpertInputs(*(t.detach().double().requires_grad_() for t in inputs))
     mask = options.dropout_mask
-    want = expert_sum(want_inputs, SumOptions(options.activation, False, mask if mask is None else mask.double(),
-                                              options.dropped_from))
+    want = expert_sum(want_inputs, chosen, SumOptions(options.activation, mask if mask is None else mask.double(),
+                                                      options.dropped_from))
     gradients = torch.autograd.grad(got, mine, [d.to(g.dtype) for d, g in zip(direction, got, strict=True)])
-    wanted = list(torch.autograd.grad(want, want_inputs, [d.double() for d in direction]))
-    wanted[3] = wanted[3].gather(1, chosen)
+    wanted = torch.autograd.grad(want, want_inputs, [d.double() for d in direction])
     return got, want, gradients, wanted
 
 
