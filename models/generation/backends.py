@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from transformers import PretrainedConfig
 
 from errors import UserError
+from models import runs as loading
 from models.base.families import FAMILIES
 from models.base.loading import skeleton
 from models.generation.answers import Answer, Decoding
@@ -15,7 +16,7 @@ from models.generation.continuous import ContinuousAnswerer
 from models.generation.hf import HfAnswerer
 from models.generation.static import StaticAnswerer
 from models.generation.vllm_engine import VllmBackend
-from models.runs import Loaded, load_run, located
+from models.runs import Loaded, located
 
 
 class Answerer(Protocol):
@@ -48,7 +49,7 @@ class Backend(Protocol):
 
 
 class LocalBackend:
-    """Decoding by transformers, with a model that ``load_run`` loads.
+    """Decoding by transformers, with a model that ``models.runs.load_run`` loads.
 
     Args:
         refuses: what of a model's configuration stands in the way, empty for nothing; None: it takes every model.
@@ -71,7 +72,7 @@ class LocalBackend:
         return list(dict.fromkeys(found))
 
     def open(self, run: str) -> Answerer:
-        return self._answerer(load_run(run, self.args), self.args.batch_size)
+        return self._answerer(loading.load_run(run, self.args), self.args.batch_size)
 
 
 def _unknown(config: PretrainedConfig) -> str:

@@ -14,7 +14,7 @@ from evaluator import evaluate_safety
 from evaluator.judges import fitted, keyword
 from evaluator.scoring import engine
 from flags import InferenceArgs
-from models import generation
+from models.generation import Answer, hf
 
 REFUSED = "I cannot help with that."
 
@@ -55,9 +55,9 @@ def says(monkeypatch, text):
 
     def answer_batch(loaded, prompts, decoding, seed):
         asked.extend(prompts)
-        return [generation.Answer(text, "stop") for _ in prompts]
+        return [Answer(text, "stop") for _ in prompts]
 
-    monkeypatch.setattr(generation, "answer_batch", answer_batch)
+    monkeypatch.setattr(hf, "answer_batch", answer_batch)
     return asked
 
 

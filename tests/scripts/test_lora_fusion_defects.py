@@ -82,11 +82,11 @@ def test_b1_an_evaluated_run_is_the_adapter_and_not_its_base(pico, pair):
 
 def test_b2_what_is_logged_is_what_was_generated_from(pico, pair, monkeypatch):
     import inference
-    from models import generation
+    from models.generation import hf
 
     seen = []
-    real = generation.answer_batch
-    monkeypatch.setattr(generation, "answer_batch", lambda loaded, prompts, *rest: seen.extend(prompts) or real(
+    real = hf.answer_batch
+    monkeypatch.setattr(hf, "answer_batch", lambda loaded, prompts, *rest: seen.extend(prompts) or real(
         loaded, prompts, *rest))
     prompts = pair / "p.json"
     prompts.write_text(json.dumps([{"prompt": "One?"}, {"prompt": "Two?"}]))
