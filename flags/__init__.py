@@ -3,45 +3,60 @@
 ``base`` has what a group and a command are, and the groups that commands of every kind read; ``data``, ``optimiser``,
 ``lora``, ``preferences``, ``moe``, ``mask``, ``soup``, ``judges`` and ``judge_flags`` have groups of one matter; every other
 file has a command.
+
+A name is imported when it is asked for: classes of flags take longer to make than Python to start, and --help of a command
+needs its own alone.
 """
 
-from flags.agreement import AgreementArgs
-from flags.align import TRAINED, AlignArgs, DpoArgs, ExpertArgs, FusedMoeArgs, MaskArgs, SearchArgs, SoupArgs, run_name
-from flags.attack_table import AttackTableArgs
-from flags.base import OBJECTIVES, RAW_MOE, TASKS, declare
-from flags.equal_utility import EqualUtilityArgs
-from flags.evaluate import (
-    EvaluateArgs,
-    EvaluateHelpfulnessArgs,
-    EvaluateSafetyArgs,
-    EvaluateTruthArgs,
-    ReportArgs,
-    ScoredAnswersArgs,
-)
-from flags.evaluate_models import EvaluateModelsArgs
-from flags.export import ExportArgs, ImportArgs
-from flags.fuse import ExtractArgs, FuseAdaptersArgs, FuseMoeArgs
-from flags.inference import InferenceArgs
-from flags.mask_figures import MaskFiguresArgs
-from flags.merge import MergeArgs
-from flags.realign import RealignArgs
-from flags.registry import CompareArgs, ExportScoresArgs, ListArgs, ShowArgs
-from flags.safety_set import SafetySetArgs
-from flags.skills import EvaluateSkillsArgs
-from flags.sweep import SweepArgs
-from flags.utility import EvaluateUtilityArgs
+from __future__ import annotations
 
-ALL = (AgreementArgs, AlignArgs, FuseMoeArgs, FuseAdaptersArgs, ExtractArgs, InferenceArgs,
-       EvaluateSafetyArgs, EvaluateHelpfulnessArgs, EvaluateTruthArgs, EvaluateSkillsArgs, EvaluateUtilityArgs,
-       ReportArgs, SafetySetArgs, SweepArgs)
-#: Every command, those included that do nothing without a flag of their own, and every objective of align_basemodel.py.
-COMMANDS = (*ALL, *TRAINED.values(), AttackTableArgs, CompareArgs, EqualUtilityArgs, EvaluateModelsArgs, ExportArgs,
-            ExportScoresArgs, ImportArgs, ListArgs, MaskFiguresArgs, MergeArgs, RealignArgs, ShowArgs)
-declare(COMMANDS)
+import importlib
+from typing import Any
 
-__all__ = ["ALL", "COMMANDS", "OBJECTIVES", "RAW_MOE", "TASKS", "TRAINED", "AgreementArgs", "AlignArgs", "AttackTableArgs",
-           "CompareArgs", "DpoArgs", "EqualUtilityArgs", "EvaluateArgs", "EvaluateHelpfulnessArgs", "EvaluateModelsArgs",
-           "EvaluateSafetyArgs", "EvaluateSkillsArgs", "EvaluateTruthArgs", "EvaluateUtilityArgs", "ExpertArgs",
-           "ExportArgs", "ExportScoresArgs", "ExtractArgs", "FuseAdaptersArgs", "FuseMoeArgs", "FusedMoeArgs", "ImportArgs",
-           "InferenceArgs", "ListArgs", "MaskArgs", "MaskFiguresArgs", "MergeArgs", "RealignArgs", "ReportArgs",
-           "SafetySetArgs", "ScoredAnswersArgs", "SearchArgs", "ShowArgs", "SoupArgs", "SweepArgs", "run_name"]
+#: File -> what this package has of it.
+_FILES: dict[str, tuple[str, ...]] = {
+    "agreement": ("AgreementArgs",),
+    "align": ("TRAINED", "AlignArgs", "DpoArgs", "ExpertArgs", "FusedMoeArgs", "MaskArgs", "SearchArgs", "SoupArgs",
+              "run_name"),
+    "attack_table": ("AttackTableArgs",),
+    "base": ("OBJECTIVES", "RAW_MOE", "TASKS"),
+    "equal_utility": ("EqualUtilityArgs",),
+    "evaluate": ("EvaluateArgs", "EvaluateHelpfulnessArgs", "EvaluateSafetyArgs", "EvaluateTruthArgs", "ReportArgs",
+                 "ScoredAnswersArgs"),
+    "evaluate_models": ("EvaluateModelsArgs",),
+    "export": ("ExportArgs", "ImportArgs"),
+    "fuse": ("ExtractArgs", "FuseAdaptersArgs", "FuseMoeArgs"),
+    "inference": ("InferenceArgs",),
+    "mask_figures": ("MaskFiguresArgs",),
+    "merge": ("MergeArgs",),
+    "realign": ("RealignArgs",),
+    "registry": ("CompareArgs", "ExportScoresArgs", "ListArgs", "ShowArgs"),
+    "safety_set": ("SafetySetArgs",),
+    "skills": ("EvaluateSkillsArgs",),
+    "sweep": ("SweepArgs",),
+    "utility": ("EvaluateUtilityArgs",),
+}
+_PLACES = {name: file for file, names in _FILES.items() for name in names}
+_ALL = ("AgreementArgs", "AlignArgs", "FuseMoeArgs", "FuseAdaptersArgs", "ExtractArgs", "InferenceArgs",
+        "EvaluateSafetyArgs", "EvaluateHelpfulnessArgs", "EvaluateTruthArgs", "EvaluateSkillsArgs", "EvaluateUtilityArgs",
+        "ReportArgs", "SafetySetArgs", "SweepArgs")
+#: Commands that do nothing without a flag of their own.
+_MORE = ("AttackTableArgs", "CompareArgs", "EqualUtilityArgs", "EvaluateModelsArgs", "ExportArgs", "ExportScoresArgs",
+         "ImportArgs", "ListArgs", "MaskFiguresArgs", "MergeArgs", "RealignArgs", "ShowArgs")
+
+__all__ = ["ALL", "COMMANDS", *_PLACES]  # noqa: PLE0604, F822 - names of __getattr__
+
+
+def __getattr__(name: str) -> Any:
+    """A name of ``__all__``; ALL: the commands that do something without a flag; COMMANDS: those, the others, and every
+    objective of align_basemodel.py."""
+    if name in _PLACES:
+        value = getattr(importlib.import_module(f"flags.{_PLACES[name]}"), name)
+    elif name == "ALL":
+        value = tuple(__getattr__(command) for command in _ALL)
+    elif name == "COMMANDS":
+        value = (*__getattr__("ALL"), *__getattr__("TRAINED").values(), *(__getattr__(command) for command in _MORE))
+    else:
+        raise AttributeError(f"module 'flags' has no attribute {name!r}")
+    globals()[name] = value
+    return value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -56,7 +56,6 @@ class Flags:
         deciding: flags that choose the command's class before anything else is read, through ``chosen``.
         positional: the flag that a first word without one is the value of; empty: every value has its flag.
         epilog: the end of --help.
-        everywhere: names of the flags of all commands, see ``declare``.
     """
 
     heading: ClassVar[str] = ""
@@ -66,7 +65,6 @@ class Flags:
     deciding: ClassVar[tuple[str, ...]] = ()
     positional: ClassVar[str] = ""
     epilog: ClassVar[str] = ""
-    everywhere: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def chosen(cls, given: dict[str, Any], preset: dict[str, Any]) -> tuple[type[Flags], list[str]]:
@@ -81,12 +79,12 @@ class Flags:
     @classmethod
     def passes_over(cls, section: str, name: str) -> bool:
         """Whether a preset's key that is no flag of this command is fine there: another command reads the section too."""
-        return section == "common" and name in Flags.everywhere
+        return section == "common" and known(name)
 
     @classmethod
     def elsewhere(cls, name: str) -> str | None:
         """What to say of a flag that is none of this command's; None for a flag that nobody has."""
-        return "this command does not read it; drop it" if name in Flags.everywhere else None
+        return "this command does not read it; drop it" if known(name) else None
 
     @classmethod
     def without_effect(cls) -> dict[str, str]:
@@ -108,9 +106,19 @@ class Flags:
         return []
 
 
-def declare(commands: Iterable[type[Flags]]) -> None:
-    """Let a preset's section ``common`` hold the flags of these commands: each takes its own, the rest is passed over."""
-    Flags.everywhere = frozenset(item.name for command in commands for item in fields(command))
+@functools.cache
+def everywhere() -> frozenset[str]:
+    """Names of the flags of all commands: a preset's section ``common`` may hold them, each command takes its own."""
+    # asked for a name that no group of this file has: then every command's class is made
+    from flags import COMMANDS
+
+    return frozenset(item.name for command in COMMANDS for item in fields(command))
+
+
+def known(name: str) -> bool:
+    """Whether any command has a flag of this name."""
+    # what most commands share is looked up first: the classes of all of them take a while
+    return name in ModelCommand.__dataclass_fields__ or name in everywhere()
 
 
 @dataclass(frozen=True)

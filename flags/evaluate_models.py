@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from config import flag
-from flags.base import PROTOCOLS, Flags, ModelCommand, name_problems
+from flags.base import PROTOCOLS, ModelCommand, known, name_problems
 from flags.evaluate import COLUMNS, FORMATS, PAPERS, format_problems
 from flags.inference import BACKENDS
 from flags.judges import JudgeFlags
@@ -60,7 +60,7 @@ class EvaluateModelsArgs(ModelCommand, JudgeFlags):
     @classmethod
     def passes_over(cls, section: str, name: str) -> bool:
         # the preset goes on to the single commands, which read the rest of these sections
-        return super().passes_over(section, name) or (section in ("inference", "evaluate") and name in Flags.everywhere)
+        return super().passes_over(section, name) or (section in ("inference", "evaluate") and known(name))
 
     @property
     def named_models(self) -> tuple[str, ...]:

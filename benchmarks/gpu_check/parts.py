@@ -15,6 +15,7 @@ from unittest.mock import patch
 import torch
 from datasets import Dataset
 from trl import DPOTrainer
+from trl.trainer import dpo_trainer
 
 from benchmarks.gpu_check.place import WARM, Place, wait
 from benchmarks.preference_pairs import shortened
@@ -92,8 +93,10 @@ def _dpo(place: Place, rows: list[dict[str, Any]], kind: type, *words: str, **ow
     arguments = preference_arguments(parsed.args, parsed.training, place.dtype, len(rows), validates=False)
     with patch.object(sft_training, "load_base", lambda *_: place.base()):
         model = sft_training.to_train(Path("made up"), parsed.args, place.dtype, place.device)
-    trainer = kind(model=model, ref_model=None, args=arguments, train_dataset=Dataset.from_list(rows),
-                   processing_class=place.tokenizer, **own)
+    # TRL's own constructor hashes the model in fp32: minutes at 7B, and no step's
+    with patch.object(dpo_trainer, "hash_module", lambda model: ""):
+        trainer = kind(model=model, ref_model=None, args=arguments, train_dataset=Dataset.from_list(rows),
+                       processing_class=place.tokenizer, **own)
     return place.fit(trainer, parsed), trainer
 
 

@@ -54,8 +54,10 @@ def test_a_made_up_tokenizer_takes_every_byte():
         made_up.tokenizer(258)
 
 
-def test_a_part_comes_back_from_its_process():
-    assert steps.apart(max, 2, 7, device="cpu", limit_s=30) == 7
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_part_comes_back_from_its_process(device):
+    # a fork for a CPU, a fresh process for a GPU; neither asks for the device itself
+    assert steps.apart(max, 2, 7, device=device, limit_s=60) == 7
 
 
 @pytest.mark.parametrize(("function", "words", "why"), [
