@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import memory
-from benchmarks.memory_count import Shape, moe_step
+from benchmarks.memory import tuning_step
+from benchmarks.memory.fake_step import Shape, moe_step
 
 #: Wide beside its weights' number, so that activations stand out.
 SMALL = Shape(layers=2, hidden=64, intermediate=4096, heads=4, vocabulary=128, rank=2, rows=8, tokens=64)
@@ -45,9 +45,9 @@ def test_nothing_outlives_a_step_but_the_optimiser(checkpointing):
 
 def test_the_command_prints_and_writes_both(tmp_path, capsys, monkeypatch):
     # as where it is started by its path
-    monkeypatch.syspath_prepend(Path(memory.__file__).parent)
-    memory.main(["--layers", "3", "--hidden", "64", "--intermediate", "128", "--heads", "4", "--vocabulary", "128", "--json",
-                 str(tmp_path / "m.json")])
+    monkeypatch.syspath_prepend(Path(tuning_step.__file__).parent)
+    tuning_step.main(["--layers", "3", "--hidden", "64", "--intermediate", "128", "--heads", "4", "--vocabulary", "128",
+                      "--json", str(tmp_path / "m.json")])
     rows = json.loads((tmp_path / "m.json").read_text())["rows"]
     assert [row["checkpointing"] for row in rows] == [False, True]
     assert rows[1]["peak"] < rows[0]["peak"]

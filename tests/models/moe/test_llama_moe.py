@@ -28,8 +28,7 @@ from models.moe.files import add_tuning, assemble, load_moe, moe_layers, read_co
 from models.moe.layer import PROJECTIONS, TuningConfig
 from models.runs import load_run
 
-OBJECTIVES = ("helpfulness", "safety", "truthfulness")
-CPU = torch.device("cpu")
+OBJECTIVES, CPU = ("helpfulness", "safety", "truthfulness"), torch.device("cpu")
 WEIGHTS, RAW = "adapter_model.safetensors", "raw_moe"
 IDS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -299,8 +298,7 @@ def test_no_dense_copies_on_disk_or_in_memory(fused, pico):
 
 @pytest.mark.parametrize("attention", [None, TuningConfig(2, 4.0)], ids=["experts", "experts and attention"])
 def test_save_load_generate_is_bit_equal_in_fp32(fused, pico, tmp_path, attention):
-    model, tuning = loaded(fused, pico), TuningConfig(2, 3.0)
-    config = read_config(fused)
+    model, tuning, config = loaded(fused, pico), TuningConfig(2, 3.0), read_config(fused)
     add_tuning(model, tuning, attention, seed=1)
     source = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -315,16 +313,15 @@ def test_save_load_generate_is_bit_equal_in_fp32(fused, pico, tmp_path, attentio
     assert (first / "moe.safetensors").read_bytes() == (second / "moe.safetensors").read_bytes()
     assert (first / "moe_config.json").read_bytes() == (second / "moe_config.json").read_bytes()
     args = InferenceArgs(model_name_or_path=str(pico))
-    ready, other = (load_moe(folder, args, torch.float32, CPU) for folder in (first, second))
-    plain = load_moe(first, args, torch.float32, CPU, packed=False)
+    ready, other, plain = (load_moe(folder, args, torch.float32, CPU, packed=packed)
+                           for folder, packed in ((first, True), (second, True), (first, False)))
     with torch.no_grad():
         want = model.eval()(IDS).logits
         assert torch.equal(again(IDS).logits, want)
-        got = plain(IDS).logits
+        got, packed = plain(IDS).logits, ready(IDS).logits
         assert torch.allclose(got, want, atol=1e-4) if attention else torch.equal(got, want)
-        # packed: the same function in other products
-        assert torch.allclose(ready(IDS).logits, got, atol=1e-4)
-        assert torch.equal(ready(IDS).logits, other(IDS).logits)
+        assert torch.allclose(packed, got, atol=1e-4)
+        assert torch.equal(packed, other(IDS).logits)
         answers = [m.generate(IDS, max_new_tokens=8, do_sample=False) for m in (model, again, plain, ready)]
     assert all(torch.equal(answers[0], other) for other in answers[1:])
     assert not torch.equal(want, loaded(fused, pico)(IDS).logits)

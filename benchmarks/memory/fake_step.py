@@ -1,4 +1,4 @@
-"""A tuning step with fake tensors, its living bytes counted: what ``memory.py`` prints."""
+"""A tuning step with fake tensors, its living bytes counted: what ``tuning_step.py`` prints."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What a tuning step of the fused MoE holds, at any shape, counted without the memory: every tensor is a fake one.
 
-    python benchmarks/memory.py                           # Llama-2-7B, 8 x 300 tokens, with and without checkpointing
-    python benchmarks/memory.py --layers 22 --hidden 2048 --intermediate 5632 --heads 32 --rows 4
+    python benchmarks/memory/tuning_step.py        # Llama-2-7B, 8 x 300 tokens, with and without checkpointing
+    python benchmarks/memory/tuning_step.py --layers 22 --hidden 2048 --intermediate 5632 --heads 32 --rows 4
 
 The step is the project's own: its layers, its losses, AdamW. Counted are the bytes of all living tensors, as the reference
 path makes them (models/moe/expert_sum.py); a GPU's kernels make fewer. What an allocator keeps beside them, a CUDA context
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = vars(parser.parse_args(argv))
     place = flags.pop("json")
     # --help must not wait for torch
-    from memory_count import Shape, moe_step
+    from fake_step import Shape, moe_step
 
     shape, rows = Shape(**flags), []
     print(f"{shape}\n\n| checkpointing | weights, GiB | after a forward pass | after a step | peak |\n|---|---|---|---|---|")
