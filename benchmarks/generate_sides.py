@@ -160,15 +160,9 @@ def generate_batch(loaded: Loaded, texts: Sequence[str], batch: int, new: int) -
     return run
 
 
-@contextlib.contextmanager
-def torch_attention(loaded: Loaded) -> Iterator[None]:
+def torch_attention(loaded: Loaded) -> contextlib.AbstractContextManager[None]:
     """The attention that transformers takes by itself, for peers: ours is for our sides."""
-    own = loaded.model.config._attn_implementation
-    loaded.model.set_attn_implementation("sdpa")
-    try:
-        yield
-    finally:
-        loaded.model.set_attn_implementation(own)
+    return attention.attention_of(loaded.model, "sdpa")
 
 
 @contextlib.contextmanager

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
+from models.base.attention import attention_of
 from models.generation.answers import Answer, Decoding, answer_of, check_lengths, encoded, pad_id, stop_ids
 from models.runs import Loaded
 
@@ -50,7 +50,8 @@ class ContinuousAnswerer:
                                     eos_token_id=ends or [-1], pad_token_id=pad_id(self.loaded.tokenizer),
                                     **decoding.sampling)
         torch.manual_seed(seed)
-        with _fused_attention(self.loaded):
+        # torch's fused attention is one of the two that know a paged cache
+        with attention_of(self.loaded.model, "sdpa"):
             return [answer_of(ids, ends, self.loaded) for ids in self._decoded(rows, settings, seed)]
 
     def _decoded(self, rows: list[list[int]], settings: GenerationConfig, seed: int) -> list[list[int]]:
@@ -84,14 +85,3 @@ class ContinuousAnswerer:
             max_requests_per_batch=self.rows, seed=seed % 2**32, drop_unsupported_processors=False,
             # flash attention may be fetched from the hub, which is code; graphs and a second thread's order are not ours
             auto_switch_to_flash=False, use_cuda_graph=False, use_async_batching=False)
-
-
-@contextmanager
-def _fused_attention(loaded: Loaded) -> Iterator[None]:
-    """torch's fused attention, one of the two that know a paged cache, and the model's own afterwards."""
-    own = loaded.model.config._attn_implementation
-    loaded.model.set_attn_implementation("sdpa")
-    try:
-        yield
-    finally:
-        loaded.model.set_attn_implementation(own)

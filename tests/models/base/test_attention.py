@@ -42,6 +42,16 @@ def test_a_left_padded_model_answers_as_with_torch_attention(pico):
     assert torch.equal(answers[0][1], answers[1][1])
 
 
+@torch.no_grad()
+def by_both(model, ids):
+    """Logits by the eager kernel and by ours, which stays set."""
+    logits = []
+    for name in ("eager", NAME):
+        model.set_attn_implementation(name)
+        logits.append(model(input_ids=ids).logits)
+    return logits
+
+
 def test_gemma_2_caps_its_scores():
     torch.manual_seed(0)
     config = Gemma2Config(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
@@ -49,11 +59,7 @@ def test_gemma_2_caps_its_scores():
                           initializer_range=0.5, sliding_window=3)
     model = Gemma2ForCausalLM(config).eval()
     ids = torch.randint(0, 64, (2, 9))
-    logits = []
-    for name in ("eager", NAME):
-        model.set_attn_implementation(name)
-        with torch.no_grad():
-            logits.append(model(input_ids=ids).logits)
+    logits = by_both(model, ids)
     torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
     model.config.attn_logit_softcapping = model.model.layers[0].self_attn.attn_logit_softcapping = None
     with torch.no_grad():
@@ -71,11 +77,7 @@ def test_sinks_are_those_of_the_eager_kernel():
     for layer in model.model.layers:
         torch.nn.init.normal_(layer.self_attn.sinks, 1.0, 2.0)
     ids = torch.randint(0, 64, (2, 9))
-    logits = []
-    for name in ("eager", NAME):
-        model.set_attn_implementation(name)
-        with torch.no_grad():
-            logits.append(model(input_ids=ids).logits)
+    logits = by_both(model, ids)
     torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
     # they count
     for layer in model.model.layers:
