@@ -26,9 +26,9 @@ OBJECTIVES = ("helpfulness", "safety", "truthfulness")
 
 @pytest.fixture(scope="session", autouse=True)
 def _two_threads():
-    """Two torch threads; sessions that import no torch stay without it."""
+    """Two torch threads over all workers of pytest-xdist; sessions that import no torch stay without it."""
     if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(2)
+        sys.modules["torch"].set_num_threads(max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 
 @pytest.fixture(scope="session")
