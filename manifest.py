@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -287,6 +285,8 @@ def write_json(path: Path, content: Any) -> None:
 
 def sha256(path: Path) -> str:
     """The hash of a file, or of every file of a folder with their names."""
+    import hashlib  # OpenSSL, which no --help waits for
+
     digest = hashlib.sha256()
     for file in sorted(entry for entry in path.rglob("*") if entry.is_file()) if path.is_dir() else [path]:
         if path.is_dir():
@@ -332,6 +332,8 @@ def _manifest(run: Run, start: float) -> dict[str, Any]:
 
 
 def _version(package: str) -> str:
+    import importlib.metadata  # and with it the parser of mails, which no --help waits for
+
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
