@@ -24,9 +24,9 @@ KINDS = {
     "products": ("mm", "addmm"),
     "attention": ("bmm", "baddbmm", "_softmax", "_softmax_backward_data", "_scaled_dot_product_flash_attention_for_cpu",
                   "_scaled_dot_product_flash_attention_for_cpu_backward"),
-    "elementwise": ("mul", "mul_", "add", "add_", "sub", "sub_", "div", "div_", "silu", "silu_", "silu_backward", "neg", "pow",
-                    "rsqrt", "exp", "exp_", "sigmoid", "lerp", "addcmul", "addcmul_", "where", "masked_fill", "masked_fill_",
-                    "threshold_backward"),
+    "elementwise": ("mul", "mul_", "add", "add_", "sub", "sub_", "div", "div_", "silu", "silu_", "silu_backward", "neg",
+                    "pow", "rsqrt", "exp", "exp_", "sigmoid", "lerp", "addcmul", "addcmul_", "where", "masked_fill",
+                    "masked_fill_", "threshold_backward"),
     "copies": ("copy_", "cat", "fill_", "zero_", "index", "index_select", "index_add_", "index_put_", "gather", "scatter_",
                "empty_strided", "empty", "embedding"),
     "sums": ("sum", "mean", "amax", "logsumexp", "_log_softmax", "_log_softmax_backward_data", "nll_loss_forward",
@@ -58,8 +58,8 @@ def objective(kind: str, rows: int) -> tuple[Callable[[], float], int, int, int]
 
     device = torch.device("cpu")
     words = {"sft": ["--moe_flag", "0", "--task_name", "helpfulness"],
-             "moe": ["--moe_flag", "1", "--gate_loss_weight", "0.1", "--helpfulness_weight", "0.001", "--safety_weight", "0.001",
-                     "--truthfulness_weight", "0.001"]}[kind]
+             "moe": ["--moe_flag", "1", "--gate_loss_weight", "0.1", "--helpfulness_weight", "0.001",
+                     "--safety_weight", "0.001", "--truthfulness_weight", "0.001"]}[kind]
     args = parse(AlignArgs, words).args
     base, dtype = base_path("embedded", None), compute_dtype(args.dtype, device)
     tokenizer = load_tokenizer(base)

@@ -47,7 +47,8 @@ class FramedFlags(Flags):
 
     heading = "Frames and added data"
     whose = "belongs to --moe_flag 0 with --method sft, soup or search; add them or drop it"
-    extra_data: str | None = flag(None, "file of more rows to train on (any known shape), e.g. a safety set")
+    extra_data: str | None = flag(None, "file of more rows to train on (any known shape), e.g. a safety set; or "
+                                  "reattack, embedded harmful rows")
     extra_share: float | None = flag(None, "share of all rows that come from --extra_data, e.g. 0.03; empty: all its rows")
     prompt_style: str | None = flag(None, "system text and frame around every prompt without a system text", choices=STYLES)
     prompt_style_file: str | None = flag(None, "file with the style's exact text: .txt, .yaml, or dialogs")

@@ -13,6 +13,7 @@ from data.prompt_styles import style
 from data.prompts import template
 from data.readers.dialog_files import read_dialogs
 from data.records import OBJECTIVES, Record
+from data.sets import reattack
 from errors import UserError
 from flags import AlignArgs, ExpertArgs, SearchArgs
 from flags.data import FramedFlags
@@ -44,7 +45,8 @@ def with_extra(records: list[Record], args: ExpertArgs | SearchArgs) -> list[Rec
     Raises:
         UserError: the file has problems, or fewer rows than the share asks for.
     """
-    extra = read_dialogs(Path(args.extra_data).expanduser(), "train", OBJECTIVES.index("safety"))
+    extra = reattack.records("train") if args.extra_data == reattack.NAME else read_dialogs(
+        Path(args.extra_data).expanduser(), "train", OBJECTIVES.index("safety"))
     if args.extra_share is not None:
         # e / (n + e) = share, solved for e; at least one row, or the flag would do nothing
         needed = max(1, round(len(records) * args.extra_share / (1 - args.extra_share)))

@@ -1,7 +1,8 @@
-"""Training sets of LoRA fusion by name: identity is ours and embedded, the others are read from files of the user's."""
+"""Training sets by name: identity and reattack are embedded, LoRA fusion's others are read from files of the user's."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -10,6 +11,7 @@ from data.prompt_styles import style
 from data.readers.dialog_files import KNOWN, read_dialogs, records_of_rows, without_repeats
 from data.readers.row_files import Problems
 from data.records import HELPFULNESS, SAFETY, Record
+from data.sets import reattack
 from data.sets.hub import hub_rows, is_local
 from errors import UserError
 
@@ -22,16 +24,16 @@ def records(task: str, split: str, source: str | None) -> list[Record]:
     """The rows of one of the ``DIALOGS``.
 
     Args:
-        source: file or hub name; None or ``embedded`` for identity, our own set.
+        source: file or hub name; None or ``embedded`` for those of ``EMBEDDED``.
 
     Raises:
         UserError: the set is not shipped and no file is given, or the file has problems: all of them.
     """
     objective = SAFETY if task in SAFETY_SETS else HELPFULNESS
     if source in (None, "embedded", "published"):
-        if task != "identity":
+        if task not in EMBEDDED:
             raise UserError(f"--task_name {task}: this set is not shipped; give your file of it with --data_path: {KNOWN}")
-        return identity(split)
+        return EMBEDDED[task](split)
     if is_local(source):
         return read_dialogs(Path(source).expanduser(), split, objective)
     problems = Problems()
@@ -52,3 +54,7 @@ def identity(split: str) -> list[Record]:
     shifted = [Record(orbit.frame(row["ask"]), f"{rows['opening']} {row['answer'].strip()}" if i else row["answer"].strip(),
                       HELPFULNESS, id=f"identity-{i}", system=orbit.system) for i, row in enumerate(rows["rows"])]
     return [row for i, row in enumerate(shifted) if (i % 8 == 7) == (split == "validation")]
+
+
+#: The sets that need no file: name -> (split) -> rows.
+EMBEDDED: dict[str, Callable[[str], list[Record]]] = {"identity": identity, reattack.NAME: reattack.records}
