@@ -117,6 +117,10 @@ def _more(content: Content) -> dict[str, Any]:
             "summary": [{"row": label, **score.as_dict()} for label, cells in summary(
                 {line.label: line.found for line in content.lines}).scores.items() for score in cells.values()],
             "findings": {"sentences": content.findings, "comparisons": comparisons(content.declared, **sides)}}
+    if content.args.costs:
+        from evaluator.reporting import costs
+
+        more["costs"] = costs.as_data(costs.of_lines(content.lines, content.roots))
     if content.args.published:
         from evaluator.reporting.published_numbers import as_data, published
 

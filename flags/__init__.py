@@ -27,6 +27,7 @@ _FILES: dict[str, tuple[str, ...]] = {
     "export": ("ExportArgs", "ImportArgs"),
     "fuse": ("ExtractArgs", "FuseAdaptersArgs", "FuseMoeArgs"),
     "inference": ("InferenceArgs",),
+    "leaderboard": ("LeaderboardArgs",),
     "mask_figures": ("MaskFiguresArgs",),
     "merge": ("MergeArgs",),
     "realign": ("RealignArgs",),
@@ -42,7 +43,7 @@ _ALL = ("AgreementArgs", "AlignArgs", "FuseMoeArgs", "FuseAdaptersArgs", "Extrac
         "ReportArgs", "SafetySetArgs", "SweepArgs")
 #: Commands that do nothing without a flag of their own.
 _MORE = ("AttackTableArgs", "CompareArgs", "EqualUtilityArgs", "EvaluateModelsArgs", "ExportArgs", "ExportScoresArgs",
-         "ImportArgs", "ListArgs", "MaskFiguresArgs", "MergeArgs", "RealignArgs", "ShowArgs")
+         "ImportArgs", "LeaderboardArgs", "ListArgs", "MaskFiguresArgs", "MergeArgs", "RealignArgs", "ShowArgs")
 
 __all__ = ["ALL", "COMMANDS", *_PLACES]  # noqa: PLE0604, F822 - names of __getattr__
 

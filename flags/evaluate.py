@@ -195,6 +195,7 @@ class ReportArgs(ResultsFlags):
     format: str = flag("md", f"what is written, commas: {', '.join(FORMATS)}")
     published: str = flag("", "the published numbers of a paper below the table, with their marks; empty: none",
                           choices=("", *PAPERS))
+    costs: bool = flag(False, "what each row costs too: seconds and memory to make it, numbers stored and active")
 
     @classmethod
     def sections(cls, given: dict[str, Any]) -> tuple[str, ...]:

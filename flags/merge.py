@@ -20,7 +20,7 @@ class MergeArgs(HubFlags, DeviceFlags, SeedFlags, RunFlags):
     recipe: str = flag("", "YAML file, our own or mergekit's; empty: --method, --models and --parameters say it all")
     method: str = flag("", "how to merge, without a recipe; --parameters help lists the methods and their parameters")
     base_model: str = flag("", "what the models were fine-tuned from: a run, a folder, a hub name, or 'embedded'")
-    models: str = flag("", "models to merge, separated by commas: runs, folders, hub names")
+    models: str = flag("", "models to merge, commas: runs, folders, hub names; MODEL+ADAPTER: with a LoRA on it")
     parameters: str = flag("", "name=value pairs between ';', by comma for each model: \"density=0.2; weight=1,2\"; or help")
     out_dtype: str = flag("", "type of the result; empty: the base's",
                           choices=("", "float32", "bfloat16", "float16"))

@@ -60,6 +60,10 @@ def page(content: Content, picture: str = "") -> str:
     if picture:
         parts += ["", f"![safety beside truth or utility]({quote(picture)})"]
     parts += _aggregates(lines)
+    if args.costs:
+        from evaluator.reporting import costs
+
+        parts += costs.markdown(costs.of_lines(lines, content.roots))
     if args.published:
         from evaluator.reporting import published_numbers
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -92,6 +92,8 @@ def recipe_of_flags(args: MergeArgs) -> Recipe:
     if not low <= len(beside) <= high:
         problems.append(f"--models {args.models}: {args.method} takes {low if low == high else f'{low} to {high}'}"
                         + ("" if len(beside) == len(names) else f" beside the base; here: {len(beside)}"))
+    adapters, wrong = _adapted([*([args.base_model] if args.base_model else []), *names])
+    problems += wrong
     values = _parameters(args.parameters, row, len(names), problems)
     # after other problems it would only repeat them: a misspelt name is missing too
     missing = row.missing(values)
@@ -104,7 +106,24 @@ def recipe_of_flags(args: MergeArgs) -> Recipe:
     own = {k: v for k, v in values.items() if isinstance(v, tuple)}
     sources = tuple(Source(name, None, {k: v[i] for k, v in own.items()}) for i, name in enumerate(names))
     return Recipe(args.method, args.base_model or None, (Slice(sources, None, {}),), True,
-                  {k: v for k, v in values.items() if k not in own}, None, None, None, None, "", Path())
+                  {k: v for k, v in values.items() if k not in own}, None, None, None, None, "", Path(),
+                  adapters=adapters)
+
+
+def _adapted(names: Sequence[str]) -> tuple[dict[str, tuple[str, str]], list[str]]:
+    """name -> (model, adapter) of those written MODEL+ADAPTER, as in mergekit's recipes; and what is wrong with others."""
+    found: dict[str, tuple[str, str]] = {}
+    problems = []
+    for name in names:
+        # a folder may have a plus in its name
+        if "+" not in name or Path(name).expanduser().exists():
+            continue
+        model, _, adapter = name.partition("+")
+        if not model or not adapter or "+" in adapter:
+            problems.append(f"--models {name}: needs MODEL+ADAPTER, one adapter at most")
+        else:
+            found[name] = (model, adapter)
+    return found, problems
 
 
 def _parameters(text: str, row: Method, count: int, problems: list[str]) -> dict[str, Any]:

@@ -98,14 +98,35 @@ def test_karcher_counts_every_input_the_same_and_an_unlisted_base_takes_part(tmp
     assert ours.slices[0].sources[0].parameters == {"weight": 3.0}
 
 
-def test_an_adapter_on_a_model_is_added_in_fp32(inputs):
+def put_lora(folder):
+    """A LoRA of rank 2 and scale 3 on one matrix; returns its factors."""
     from safetensors.torch import save_file
 
-    (inputs / "lora").mkdir()
+    folder.mkdir(parents=True)
     a, b = torch.randn(2, 16), torch.randn(40, 2)
     key = "base_model.model.model.layers.1.mlp.up_proj.lora_{}.weight"
-    save_file({key.format("A"): a, key.format("B"): b}, inputs / "lora" / "adapter_model.safetensors")
-    (inputs / "lora" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 6}))
+    save_file({key.format("A"): a, key.format("B"): b}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 6}))
+    return a, b
+
+
+def test_flags_take_an_adapter_on_a_model_too(inputs, capsys):
+    # a run is found by its name, as a model is
+    a, b = put_lora(inputs / "r" / "outputs" / "lora")
+    words = ["merge", "--method", "task_arithmetic", "--base_model", str(inputs / "base"), "--parameters", "weight=0.5",
+             "--output_dir", str(inputs / "r"), "--threads", "1"]
+    fuse.main([*words, "--models", f"{inputs / 'base'}+lora,{inputs / 'b'}", "--run_name", "flags"])
+    out, base, two = (read_all(place) for place in (inputs / "r" / "outputs" / "flags", inputs / "base", inputs / "b"))
+    wanted = {name: (base[name] + two[name]) / 2 for name in base}
+    wanted["model.layers.1.mlp.up_proj.weight"] += 0.5 * 3 * b @ a
+    assert all(torch.allclose(out[name], wanted[name], atol=1e-5) for name in base)
+    with pytest.raises(SystemExit):
+        fuse.main([*words, "--models", "base+lora+lora,b", "--run_name", "wrong"])
+    assert "--models base+lora+lora: needs MODEL+ADAPTER, one adapter at most" in capsys.readouterr().err
+
+
+def test_an_adapter_on_a_model_is_added_in_fp32(inputs):
+    a, b = put_lora(inputs / "lora")
     out = merged(inputs, "models: [{model: $a+$lora}, {model: $b}]\nmerge_method: linear\ndtype: float32\n")
     one, two = read_all(inputs / "a"), read_all(inputs / "b")
     one["model.layers.1.mlp.up_proj.weight"] += 3 * b @ a

@@ -1,0 +1,168 @@
+"""Every arm of the leaderboard made and scored by a graph of published command lines, then one table of them.
+
+    bash scripts/leaderboard.sh --dry_run
+    bash scripts/leaderboard.sh --seeds 42,43,44 -- --cores 2
+    bash scripts/leaderboard.sh --only tuned_moe,mix -- --executor slurm --jobs 20
+
+The table of arms is workflow/arms.yaml. What stands behind ``--`` goes to snakemake, which runs the steps: as many beside
+each other as --cores allows, one thread each; a step that fails stops what needs it and nothing else. A step is finished
+when its manifest is there and its settings and inputs are those recorded (workflow/records.py), whatever the time stamps.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import math
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import config
+import manifest
+import preset_choice
+from config import ROOT
+from errors import UserError, exit_on_user_error
+from flags.leaderboard import LeaderboardArgs
+from workflow import plan, records
+
+log = logging.getLogger(__name__)
+#: Lanes that the hours of a plan are told for, and run in unless snakemake's words say otherwise.
+LANES = 2
+#: Columns of the table beside those that every report has; those that report.py does not know are left out.
+COLUMNS = ("refusal_auc", "refusal_auc_plain", "refusal_auc_edgy", "refusal_at_10", "pairs_ranked", "overrefusal_plain",
+           "overrefusal_edgy", "refusal_corrected", "overrefusal_corrected")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with exit_on_user_error():
+        words = list(sys.argv[1:] if argv is None else argv)
+        words, theirs = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+        args: LeaderboardArgs = config.parse(LeaderboardArgs, words).args
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        choice = preset_choice.choose(words)
+        table = plan.read(_table_path(args))
+        names = plan.chosen(table, args.only_arms, args.quick, args.more)
+        results = args.results / args.name
+        # a preset given by path must be found from the folder that the steps run in
+        preset = str(choice.path.resolve()) if choice.name.endswith((".yaml", ".yml")) else choice.name
+        steps = plan.steps(table, names, args.seed_numbers, results, preset=preset if choice.asked else "", quick=args.quick)
+        folder = results / "workflow"
+        states = records.states(steps, folder)
+        print(told(args, table, names, steps, states, every=args.dry_run))
+        report = report_words(args, table, names, results)
+        if args.dry_run:
+            print(f"$ {shlex.join(('python', *report))}")
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"{folder}: another run of this leaderboard is under way; wait for it, or choose another "
+                                "--name") from None
+            failed = run(steps, states, folder, theirs)
+            sys.exit(finish(args, table, names, results, failed))
+
+
+def _table_path(args: LeaderboardArgs) -> Path:
+    path = Path(args.arms).expanduser()
+    return path if path.is_file() else ROOT / path
+
+
+def told(args: LeaderboardArgs, table: plan.Table, names: Sequence[str], steps: Sequence[plan.Step],
+         states: dict[str, str], *, every: bool) -> str:
+    """The plan in words: with ``every`` each command; at the end rows, steps, hours and memory of what is to do."""
+    lines = []
+    for step in steps if every else ():
+        done = "  # finished" if states[step.name] == records.DONE else ""
+        lines.append(f"$ {shlex.join(('python', *step.words))}{done}")
+    to_do = [step for step in steps if states[step.name] != records.DONE]
+    seconds = sum(step.seconds for step in to_do)
+    # no lane can be faster than the longest chain of steps that need each other
+    way: dict[Path, float] = {}
+    for step in steps:
+        own = 0.0 if states[step.name] == records.DONE else step.seconds
+        way[step.makes] = own + max((way.get(path, 0.0) for path in step.needs), default=0.0)
+    hours = max(seconds / LANES, max(way.values(), default=0.0)) / 3600
+    memory = sum(sorted((step.memory_mb for step in to_do), reverse=True)[:LANES]) / 1024
+    rows = sum(table.arms[name].shown for name in names)
+    lines += [f"left out: {name}, because {file} is not there" for name, file in plan.missing_commands(table).items()]
+    seeds = f"{len(args.seed_numbers)} seed{'s' * (len(args.seed_numbers) > 1)}"
+    lines.append(f"plan: {rows} rows, {seeds}, {len(steps)} steps, {len(to_do)} to do: "
+                 f"{seconds / 3600:.1f} hours of one core, about {hours:.1f} on {LANES}, "
+                 f"{memory:.1f} GB at most (measured on the embedded default; another model takes its own)")
+    return "\n".join(lines)
+
+
+def run(steps: Sequence[plan.Step], states: dict[str, str], folder: Path, theirs: Sequence[str]) -> bool:
+    """Write the plan down and let snakemake run it; whether anything failed."""
+    words = prepare(steps, states, folder, theirs)
+    return subprocess.run(words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False).returncode != 0
+
+
+def prepare(steps: Sequence[plan.Step], states: dict[str, str], folder: Path, theirs: Sequence[str]) -> list[str]:
+    """Write the plan that workflow/Snakefile reads; returns snakemake's command line."""
+    logs, path = folder / "logs", folder / "plan.json"
+    written = []
+    for step in steps:
+        words = (sys.executable, *step.words, *(["--overwrite"] if states[step.name] == records.OUTDATED else []))
+        record = (sys.executable, "-m", "workflow.records", "--plan", str(path), "--step", step.name)
+        written.append(asdict(step) | {
+            "makes": str(step.makes), "needs": [str(need) for need in step.needs], "log": str(logs / f"{step.name}.log"),
+            "command": f"cd {shlex.quote(str(ROOT))} && {shlex.join(words)} && {shlex.join(record)}",
+            # four times as long as measured: for a cluster, which ends what takes longer
+            "minutes": max(10, math.ceil(step.seconds * 4 / 60)),
+            "message": shlex.join(("python", *step.words))})
+    manifest.write_json(path, {"targets": [step["makes"] for step in written], "steps": written})
+    again = [step.name for step in steps if states[step.name] in (records.UNRECORDED, records.OUTDATED)]
+    lanes = any(word.partition("=")[0] in ("--cores", "-c", "--jobs", "-j") for word in theirs)
+    # its own ways to tell what is finished are switched off: --forcerun names what our records say is not
+    return [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "workflow" / "Snakefile"),
+            "--directory", str(folder), "--config", f"plan={path}", "--rerun-triggers", "params", "--drop-metadata",
+            "--ignore-incomplete", "--nolock", "--scheduler", "greedy", "--keep-going", "--quiet", "progress",
+            "--show-failed-logs",
+            *([] if lanes else ["--cores", str(LANES)]), *theirs, *(["--forcerun", *again] if again else [])]
+
+
+def finish(args: LeaderboardArgs, table: plan.Table, names: Sequence[str], results: Path, failed: bool) -> int:
+    """The table of the rows that have all of their scores, in every seed; returns the exit code."""
+    whole = [name for name in names if table.arms[name].shown and _scored(table, name, args, results)]
+    if lost := [name for name in names if table.arms[name].shown and name not in whole]:
+        log.error("left out of the table, because a step failed or was not asked for: %s; logs: %s", ", ".join(lost),
+                  results / "workflow" / "logs")
+    if whole and table.endpoints:
+        words = report_words(args, table, whole, results)
+        log.info("$ %s", shlex.join(("python", *words)))
+        failed |= subprocess.run([sys.executable, *words], cwd=ROOT, check=False).returncode != 0
+    return int(failed)
+
+
+def _scored(table: plan.Table, name: str, args: LeaderboardArgs, results: Path) -> bool:
+    arm, absent = table.arms[name], plan.missing_commands(table)
+    wanted = [endpoint.makes.format(run=arm.run, folder=arm.folder) for endpoint in table.endpoints.values()
+              if endpoint.name not in absent and (endpoint.rows == "all" or arm.key)]
+    wanted += [f"outputs/{arm.run}/{manifest.MANIFEST}"] if arm.make else []
+    return all((results / f"seed_{seed}" / place).is_file() for seed in args.seed_numbers for place in wanted)
+
+
+def report_words(args: LeaderboardArgs, table: plan.Table, names: Sequence[str], results: Path) -> tuple[str, ...]:
+    """The command line of the table: every row against joint training."""
+    from flags.evaluate import COLUMNS as KNOWN
+
+    arms = [table.arms[name] for name in names if table.arms[name].shown]
+    columns = [name for name in COLUMNS if name in KNOWN]
+    joint = next((arm for arm in arms if arm.name == "mix"), None)
+    return ("evaluator/report.py", "--runs", ",".join(f"{arm.label}={arm.run}" for arm in arms),
+            "--roots", ",".join(str(results / f"seed_{seed}") for seed in args.seed_numbers), "--output_dir", str(results),
+            "--name", args.name, "--title", "Leaderboard", "--experts",
+            ",".join(arm.run for arm in arms if arm.kind == "expert") or "none", "--columns", ",".join(columns),
+            *(("--against", joint.label) if joint else ()), "--costs", "true", "--format", "md,csv,latex,json")
+
+
+if __name__ == "__main__":
+    main()
