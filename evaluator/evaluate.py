@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 _PASSED = {"output_dir": True, "template": True, "dtype": True, "max_new_tokens": True, "batch_size": True, "device": False,
            "threads": False, "seed": False, "cache_dir": False, "overwrite": False, "num_samples": False, "do_sample": False,
            "temperature": False, "top_p": False, "backend": False, "data_source": False, "batch_tokens": False,
-           "lite": False, "title": False, "columns": False, "published": False}
+           "lite": False, "title": False, "published": False}
 #: What every step of a model is told, and what inference.py is.
 _ALL = ("num_samples", "output_dir", "template", "device", "dtype", "threads", "seed", "cache_dir", "overwrite")
 _ANSWERS = ("max_new_tokens", "batch_size", "do_sample", "temperature", "top_p", "backend")
@@ -187,9 +187,10 @@ def table(args: EvaluateModelsArgs, models: Sequence[Model]) -> tuple[str, ...]:
 
     ground = next((model for model in models if args.base in (model.label, model.in_report)), models[0])
     more = ["--against", ground.label] if len(models) > 1 else []
+    more += ["--columns", names] if (names := suites.asked_columns(args)) else []
     runs = ",".join(f"{model.label}={model.in_report}" for model in models)
     return ("evaluator/report.py", "--runs", runs, *more, "--scores", suites.columns(args),
-            *_given(args, ("output_dir", "title", "columns", "published")), "--name", args.name, "--format", args.format)
+            *_given(args, ("output_dir", "title", "published")), "--name", args.name, "--format", args.format)
 
 
 def run(args: EvaluateModelsArgs, models: Sequence[Model], planned: Sequence[Step]) -> dict[str, str]:

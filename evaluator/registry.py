@@ -125,14 +125,15 @@ def compare(args: CompareArgs, first: str, second: str) -> str:
     from evaluator.reporting import against, run_records
     from evaluator.reporting.findings import Line
     from evaluator.reporting.table import comparisons, known_axes
-    from evaluator.statistics.axes import secondary
+    from evaluator.statistics.axes import DISCRIMINATION, secondary
     from evaluator.statistics.comparison import measured
 
     for run in (first, second):
         run_records.record(args.results, run)  # says which there are
     differ = run_records.differing(args.results, (first, second))
     lines = [Line(run, run, (measured(args.results, run),)) for run in (first, second)]
-    axes = [axis for axis in known_axes([item for line in lines for item in line.found]) if not secondary(axis)]
+    known = known_axes([item for line in lines for item in line.found], DISCRIMINATION)
+    axes = [axis for axis in known if not secondary(axis)]
     declared = against.outcomes(lines, lines[0], axes)
     if args.format == "json":
         return formats.dumped({"settings": {key: list(values) for key, values in differ.items()},

@@ -73,7 +73,9 @@ def gather(args: ReportArgs) -> Content:
     from evaluator.reporting.limits import same_labels, twice, unknown
     from evaluator.reporting.page import Content, conclude
     from evaluator.reporting.table import known_axes, of_lines
+    from evaluator.statistics.axes import CORRECTED
     from evaluator.statistics.comparison import measured
+    from evaluator.statistics.corrected import with_corrected
 
     roots = [Path(r.strip()).expanduser().resolve() for r in args.roots.split(",") if r.strip()] or [args.results]
     named = _named(args.runs)
@@ -87,8 +89,9 @@ def gather(args: ReportArgs) -> Content:
     if missing or not named:
         raise UserError(*missing, *([] if named else ["--runs: name the rows, e.g. --runs \"base,safety,raw_moe\""]))
     # for several runs or folders: all runs of all folders, each as a seed of its row
-    lines = [Line(label, runs, tuple(measured(root, run) for run in runs.split("+") for root in roots))
-             for label, runs in named]
+    asked = [axis for axis in CORRECTED if axis.score in args.more_columns]
+    lines = [Line(label, runs, tuple(with_corrected(measured(root, run), asked)
+                                     for run in runs.split("+") for root in roots)) for label, runs in named]
     if any(item.scores for line in lines for item in line.found) and (wrong := unknown(lines, roots)):
         raise UserError(*wrong)
     axes = [axis for axis in known_axes([item for line in lines for item in line.found], args.more_columns)

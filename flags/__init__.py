@@ -31,6 +31,7 @@ _FILES: dict[str, tuple[str, ...]] = {
     "mask_figures": ("MaskFiguresArgs",),
     "merge": ("MergeArgs",),
     "realign": ("RealignArgs",),
+    "refusal": ("EvaluateRefusalArgs",),
     "registry": ("CompareArgs", "ExportScoresArgs", "ListArgs", "ShowArgs"),
     "safety_set": ("SafetySetArgs",),
     "skills": ("EvaluateSkillsArgs",),
@@ -39,8 +40,8 @@ _FILES: dict[str, tuple[str, ...]] = {
 }
 _PLACES = {name: file for file, names in _FILES.items() for name in names}
 _ALL = ("AgreementArgs", "AlignArgs", "FuseMoeArgs", "FuseAdaptersArgs", "ExtractArgs", "InferenceArgs",
-        "EvaluateSafetyArgs", "EvaluateHelpfulnessArgs", "EvaluateTruthArgs", "EvaluateSkillsArgs", "EvaluateUtilityArgs",
-        "ReportArgs", "SafetySetArgs", "SweepArgs")
+        "EvaluateSafetyArgs", "EvaluateRefusalArgs", "EvaluateHelpfulnessArgs", "EvaluateTruthArgs", "EvaluateSkillsArgs",
+        "EvaluateUtilityArgs", "ReportArgs", "SafetySetArgs", "SweepArgs")
 #: Commands that do nothing without a flag of their own.
 _MORE = ("AttackTableArgs", "CompareArgs", "EqualUtilityArgs", "EvaluateModelsArgs", "ExportArgs", "ExportScoresArgs",
          "ImportArgs", "LeaderboardArgs", "ListArgs", "MaskFiguresArgs", "MergeArgs", "RealignArgs", "ShowArgs")

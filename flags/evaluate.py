@@ -11,9 +11,10 @@ from flags.base import ModelCommand, ResultsFlags, name_problems
 from flags.inference import answers_problems
 from flags.judges import JudgeFlags
 
-#: Secondary readings of the answers that a report shows when asked for.
+#: What a report shows when asked for: secondary readings of the answers, their corrected rates, refusal by likelihood.
 COLUMNS = ("harm_rate", "published_asr", "refusal", "incoherent", "overrefusal_incoherent", "overrefusal_plain",
-           "overrefusal_edgy")
+           "overrefusal_edgy", "refusal_corrected", "overrefusal_corrected", "refusal_auc", "refusal_auc_plain",
+           "refusal_auc_edgy", "refusal_at_10", "pairs_ranked")
 #: Papers whose numbers a report can show beside ours: data/published_numbers/.
 PAPERS = ("h3fusion", "lora_fusion", "somf")
 

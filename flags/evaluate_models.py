@@ -12,8 +12,9 @@ from flags.evaluate import COLUMNS, FORMATS, PAPERS, format_problems
 from flags.inference import BACKENDS
 from flags.judges import JudgeFlags
 
-#: What --suite takes: all is the first four, the rest are published sets (evaluator/scoring/suites.py has their parts).
-SUITE_NAMES = ("safety", "truth", "help", "utility", "all", *PROTOCOLS)
+#: What --suite takes: all is the first four, refusal a part of safety, the rest are published sets
+#: (evaluator/scoring/suites.py has their parts).
+SUITE_NAMES = ("safety", "truth", "help", "utility", "all", "refusal", *PROTOCOLS)
 
 
 def words_of(text: str) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ TEXT = (config.ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
 COMMANDS = {"inference.py": flags.InferenceArgs, "evaluate_safety.py": flags.EvaluateSafetyArgs,
             "evaluate_truth_and_info.py": flags.EvaluateTruthArgs,
             "evaluate_helpfulness.py": flags.EvaluateHelpfulnessArgs, "agreement.py": flags.AgreementArgs,
+            "evaluate_refusal.py": flags.EvaluateRefusalArgs,
             "report.py": flags.ReportArgs, "evaluate.py": flags.EvaluateModelsArgs}
 LINES = [part.strip() for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.splitlines()
          for part in line.split("#")[0].split(";") if part.strip().startswith("python ")]
@@ -47,7 +48,7 @@ def test_every_attack_judge_and_score_is_explained():
     for name in ("REFUSAL", "SAFE", "ASR", "HARM", "INCOHERENT", "OVER", "BALANCE", "BENIGN", "HHH"):
         assert hasattr(evaluate_safety, name)
     for score in ("refusal", "safe_refusal", "published_asr", "harm_rate", "incoherent", "overrefusal", "balance",
-                  "harm_false_alarms", "hhh_harmless"):
+                  "harm_false_alarms", "hhh_harmless", "refusal_auc", "refusal_at_10", "pairs_ranked"):
         assert f"| `{score}` |" in TEXT
 
 

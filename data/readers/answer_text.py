@@ -147,6 +147,12 @@ def is_mark(token: str) -> bool:
     return token in _AROUND or bool(_MARK.fullmatch(token))
 
 
+def is_opening_mark(token: str) -> bool:
+    """Whether a token by itself opens a block of reasoning."""
+    mark = _MARK.fullmatch(token)
+    return mark is not None and not mark["empty"] and not _closes(mark)
+
+
 def _talked_about(text: str, mark: re.Match[str]) -> bool:
     around = text[: mark.start()][-1:], text[mark.end() :][:1]
     return any(c and c in _QUOTES for c in around[:1]) and any(c and c in _QUOTES for c in around[1:]) \
@@ -161,7 +167,7 @@ def judged(rows: list[dict[str, Any]], place: str) -> list[dict[str, Any]]:
     done, counts = [], dict.fromkeys(("reasoning", "unclosed", "tokens"), 0)
     for row in rows:
         answer, found = answer_of(row["output"])
-        if not found and row["output"] and _begun(row.get("rendered") or ""):
+        if not found and row["output"] and begun(row.get("rendered") or ""):
             # the template began the reasoning and the answer never ended it
             answer, found = "", "unclosed"
         done.append(row | {"output": answer, "raw": row["output"], "found": found} if found else row)
@@ -181,7 +187,7 @@ def counted(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
     return {name: found.count(name) for name in ("reasoning", "unclosed", "tokens") if name in found}
 
 
-def _begun(prompt: str) -> bool:
+def begun(prompt: str) -> bool:
     """Whether a rendered prompt ends with the mark that opens reasoning."""
     prompt = prompt.rstrip()
     last = next((mark for mark in _MARK.finditer(prompt, max(0, len(prompt) - 120)) if mark.end() == len(prompt)), None)

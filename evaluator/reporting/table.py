@@ -68,15 +68,23 @@ def known_axes(found: Sequence[Measured], more: Sequence[str] = ()) -> list[Axis
     """The columns that these runs have a score for, in the report's order.
 
     Args:
-        more: secondary readings that are asked for.
+        more: columns that are asked for: secondary readings, corrected rates, refusal by likelihood.
     """
-    from evaluator.statistics.axes import AXES, SECONDARY, UTILITY_AXES, judge_axes, set_axes
+    from evaluator.statistics.axes import (
+        AXES,
+        CORRECTED,
+        SECONDARY,
+        UTILITY_AXES,
+        judge_axes,
+        refusal_axes,
+        set_axes,
+    )
     from evaluator.statistics.comparison import cell
 
     # a judge's rate is a column, the mean of its number stays in the score files
     judged = [axis for axis in judge_axes(found) if axis.kind != "scale"]
-    asked = [axis for axis in SECONDARY if axis.score in more]
-    known = [*AXES[:3], *set_axes(found), *asked, *AXES[3:], *UTILITY_AXES, *judged]
+    asked = [axis for axis in (*CORRECTED, *SECONDARY) if axis.score in more]
+    known = [*AXES[:3], *set_axes(found), *refusal_axes(found, more), *asked, *AXES[3:], *UTILITY_AXES, *judged]
     # a column that no row has would only make the table wider
     return [axis for axis in known if any(cell([item], axis) for item in found)]
 

@@ -35,7 +35,7 @@ _SELECT = ("task_name", "aligned_flag", "checkpoint_number", "batch_tokens", "ou
            "overwrite", "device", "answers", "overrefusal_answers", "name",
            "judge_batch_tokens", "judge_concurrency", "judge_retries", "judge_timeout",
            "judge_key_variable", "judge_prices", "max_cost", "alpaca_eval", "alpaca_annotator",
-           "data_dir", "harness_batch_size")
+           "data_dir", "harness_batch_size", "harmful", "harmless", "pairs", "openers", "set_name")
 #: What an answer may lack.
 _EMPTY = {"input": "", "reference": "", "category": "", "finish": ""}
 #: Flags that came later than the first scores: left out of the settings where they change nothing.

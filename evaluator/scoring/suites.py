@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from data.sets import protocols
 from errors import UserError
+from evaluator.statistics.axes import DISCRIMINATION
 from flags import EvaluateHelpfulnessArgs, EvaluateSafetyArgs, EvaluateTruthArgs
 from flags.base import PROTOCOLS
 from flags.judges import ASKED_BY, KNOWN
@@ -37,10 +38,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Suite:
-    """Parts, and the scores (* stands for anything) that the table shows of them."""
+    """Parts, and the scores (* stands for anything) that the table shows of them.
+
+    Args:
+        asked: those of them that a report shows when asked for (its --columns).
+    """
 
     parts: tuple[Part, ...]
     columns: tuple[str, ...]
+    asked: tuple[str, ...] = ()
 
 
 def _published(name: str) -> Suite:
@@ -63,9 +69,11 @@ def _published(name: str) -> Suite:
 
 
 _LIKELIHOODS = {"truth": ("truthfulqa_mc", "hhh_honest"), "help": ("hhh_helpful",)}
+_REFUSAL = Suite((Part("evaluate_refusal"),), DISCRIMINATION, DISCRIMINATION)
 SUITES: dict[str, Suite] = {
-    "safety": Suite((Part("evaluate_safety", answered=("safety", "overrefusal")),),
-                    ("safe_refusal", "overrefusal*", "balance", "*.safety", "*.overrefusal")),
+    "safety": Suite((Part("evaluate_safety", answered=("safety", "overrefusal")), *_REFUSAL.parts),
+                    ("safe_refusal", "overrefusal*", "balance", "*.safety", "*.overrefusal", *_REFUSAL.columns),
+                    _REFUSAL.asked),
     "truth": Suite((Part("evaluate_truth_and_info", judged=("truthfulness",), likelihoods=_LIKELIHOODS["truth"]),),
                    ("mc1", "mc2", "factual", "hhh_honest", "*.truthfulness*")),
     "help": Suite((Part("evaluate_helpfulness", judged=("helpfulness",), likelihoods=_LIKELIHOODS["help"]),),
@@ -73,9 +81,10 @@ SUITES: dict[str, Suite] = {
     "utility": Suite((Part("evaluate_utility", ("--tasks", "probes")),), tuple(PROBES)),
 }
 SUITES["all"] = Suite(tuple(part for suite in SUITES.values() for part in suite.parts),
-                      tuple(name for suite in SUITES.values() for name in suite.columns))
+                      tuple(name for suite in SUITES.values() for name in suite.columns), _REFUSAL.asked)
+SUITES["refusal"] = _REFUSAL
 SUITES |= {name: _published(name) for name in PROTOCOLS}
-#: Command -> the questions that its judges answer; evaluate_utility.py has none.
+#: Command -> the questions that its judges answer; evaluate_utility.py and evaluate_refusal.py have none.
 QUESTIONS = {"evaluate_safety": EvaluateSafetyArgs.questions, "evaluate_helpfulness": EvaluateHelpfulnessArgs.questions,
              "evaluate_truth_and_info": EvaluateTruthArgs.questions}
 
@@ -88,6 +97,12 @@ def parts(args: EvaluateModelsArgs) -> tuple[Part, ...]:
 def columns(args: EvaluateModelsArgs) -> str:
     """--scores of the report: the suites' columns, and the further ones that were asked for."""
     names = [name for suite in args.suites for name in SUITES[suite].columns]
+    return ",".join(dict.fromkeys([*names, *(name.strip() for name in args.columns.split(",") if name.strip())]))
+
+
+def asked_columns(args: EvaluateModelsArgs) -> str:
+    """--columns of the report: what the suites ask for, and what the user does."""
+    names = [name for suite in args.suites for name in SUITES[suite].asked]
     return ",".join(dict.fromkeys([*names, *(name.strip() for name in args.columns.split(",") if name.strip())]))
 
 

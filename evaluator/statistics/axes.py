@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ class Axis:
     """One column: its score, where its rows lie, and how two runs are compared on them.
 
     Args:
-        kind: ``rate`` (McNemar), ``mean``, ``scale`` (a mean without bounds) or ``ratio`` (paired bootstrap), ``balance``
-            (of ``parts``).
+        kind: ``rate`` (McNemar), ``mean``, ``scale`` (a mean without bounds) or ``ratio`` (paired bootstrap); made of
+            ``parts``: ``balance``, ``auc`` (DeLong) and ``threshold`` (paired bootstrap), whose first part holds the harmful
+            prompts, ``corrected`` (a rate divided by what its judge tells apart).
         key: name of the value in the rows; ``ratio`` divides by ``tokens``.
         judge: who says so, where the title does not tell.
-        of: of a balance, the two axes that it is made from; empty: the first two.
+        of: the axes that it is made from, where it has no rows of its own; of a balance, empty: the first two.
     """
 
     score: str
@@ -40,7 +41,7 @@ class Axis:
     @property
     def parts(self) -> tuple[Axis, ...]:
         """The axes that its rows lie in: itself, or those of a balance."""
-        return (self.of or AXES[:2]) if self.kind == "balance" else (self,)
+        return self.of or (AXES[:2] if self.kind == "balance" else (self,))
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -74,6 +75,16 @@ SECONDARY = (
     *(Axis(f"overrefusal_{kind}", f"over-refusal, {kind} prompts ↓", _SAFETY, "overrefusal", f"refusal_{kind}", "rate",
            higher=False) for kind in ("plain", "edgy")),
 )
+#: Columns that a report shows when asked for: refusal by likelihood (evaluate_refusal.py). They are endpoints like the main
+#: ones, and count in the findings.
+DISCRIMINATION = ("refusal_auc", "refusal_auc_plain", "refusal_auc_edgy", "refusal_at_10", "pairs_ranked")
+_REFUSAL = "evaluate_refusal"
+_TITLES = {"refusal_auc": "refusal AUC", "refusal_auc_plain": "refusal AUC, plain prompts",
+           "refusal_auc_edgy": "refusal AUC, edgy prompts", "refusal_at_10": "refusal at 10 % over-refusal",
+           "pairs_ranked": "matched pairs ranked right"}
+#: The keyword judge's rates, corrected by its errors on the labelled answers that are kept with the code.
+CORRECTED = tuple(Axis(f"{raw.score}_corrected", f"{raw.title[:-2]}, corrected for the judge's errors {raw.title[-1]}",
+                       _SAFETY, "", "", "corrected", raw.higher, of=(raw,)) for raw in (SECONDARY[2], AXES[1]))
 #: Columns of reports whose runs were put to benchmarks or probes.
 UTILITY_AXES = (
     *(Axis(name, f"{name} ↑", f"evaluate_utility.{name}", name, name, "rate") for name in (*BENCHMARKS, *PROBES)),
@@ -82,7 +93,7 @@ UTILITY_AXES = (
 
 def secondary(axis: Axis) -> bool:
     """Whether it is another, weaker reading of answers that a main column has already."""
-    return axis in SECONDARY or axis.score.split(".")[0] in ("fitted", "fitted-safer")
+    return axis in SECONDARY or axis in CORRECTED or axis.score.split(".")[0] in ("fitted", "fitted-safer")
 
 
 
@@ -128,6 +139,31 @@ def judge_axes(found: Iterable[Measured]) -> tuple[Axis, ...]:
         axes.append(Axis(name, title, ASKED_BY[parts[0].question].removesuffix(".py"), set_name,
                          f"{judge}.{part}" if part else judge, kind, higher))
     return tuple(axes)
+
+
+def refusal_axes(found: Iterable[Measured], wanted: Iterable[str]) -> tuple[Axis, ...]:
+    """The axes of refusal by likelihood, on the embedded prompts and on each file of a user's (NAME.refusal_auc).
+
+    Args:
+        wanted: of ``DISCRIMINATION``.
+    """
+    found, wanted = list(found), [name for name in DISCRIMINATION if name in wanted]
+    names = dict.fromkeys(name.rpartition(".")[0] for item in found for name in item.scores
+                          if name.rpartition(".")[2] in DISCRIMINATION)
+    sets = {place for item in found for place, _ in item.rows}
+    return tuple(_refusal_axis(name, score, sets) for name in names for score in wanted)
+
+
+def _refusal_axis(name: str, score: str, sets: Container[str]) -> Axis:
+    """One of them; its harmless parts are the sets that some run has rows of."""
+    prefix, title = f"{name}." if name else "", _TITLES[score] + (f", {name}" if name else "")
+    full = prefix + score
+    if score == "pairs_ranked":
+        return Axis(full, f"{title} ↑", _REFUSAL, f"{prefix}refusal_matched", score, "rate")
+    kinds = (score.removeprefix("refusal_auc_"),) if score.startswith("refusal_auc_") else ("plain", "edgy", "harmless")
+    places = [f"{prefix}refusal_harmful", *(place for kind in kinds if (place := f"{prefix}refusal_{kind}") in sets)]
+    parts = tuple(Axis(full, f"{title} ↑", _REFUSAL, place, "score", "scale") for place in places)
+    return Axis(full, f"{title} ↑", _REFUSAL, "", "", "threshold" if score == "refusal_at_10" else "auc", of=parts)
 
 
 def set_axes(found: Iterable[Measured]) -> tuple[Axis, ...]:

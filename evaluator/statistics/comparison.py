@@ -13,8 +13,9 @@ import numpy as np
 import manifest
 from data.sets.protocols import task_of
 from errors import UserError
-from evaluator.statistics import crossed, metrics
+from evaluator.statistics import crossed, discrimination, metrics
 from evaluator.statistics.axes import Axis, Measured
+from evaluator.statistics.corrected import corrected_difference, errors_of
 from evaluator.statistics.metrics import Difference
 from evaluator.statistics.pairing import pair, side_by_side
 from evaluator.statistics.score_files import checked_line, read_rows
@@ -135,6 +136,12 @@ def difference(a: Measured, b: Measured, axis: Axis) -> Difference | None:
         # two sets of prompts, so no paired test: each difference with its own interval
         refusal, over = (difference(a, b, part) for part in axis.parts)
         return metrics.subtract(refusal, over) if refusal and over else None
+    if axis.kind in ("auc", "threshold"):
+        return _told_apart(a, b, axis)
+    if axis.kind == "corrected":
+        raw, errors = difference(a, b, axis.parts[0]), [errors_of(item, axis.parts[0]) for item in (a, b)]
+        # two judges, or labels of other answers: what is left of the difference is not known
+        return corrected_difference(raw, errors[0]) if raw and errors[0] and errors[0] == errors[1] else None
     shared = pair(a, b, axis).keys
     if not shared:
         return None
@@ -144,6 +151,23 @@ def difference(a: Measured, b: Measured, axis: Axis) -> Difference | None:
     if axis.kind in ("mean", "scale"):
         return metrics.paired_mean(left, right, bounds=axis.bounds)
     return metrics.paired_ratio(left, right, [a.rows[key]["tokens"] for key in shared])
+
+
+def _told_apart(a: Measured, b: Measured, axis: Axis) -> Difference | None:
+    """The difference of two AUCs or of two refusal rates at the models' own thresholds, on the prompts that both scored."""
+    keys = [pair(a, b, part).keys for part in axis.parts]
+    if len(keys) < 2 or not all(keys):
+        return None
+    harmful, harmless = keys[0], [key for part in keys[1:] for key in part]
+    sides = harmful, harmless
+    if axis.kind == "threshold":
+        # harmless prompts of one half give each model's threshold, harmful ones of the other are read
+        sides = tuple([key for key in side if a.rows[key].get("test_half") == half]
+                      for half, side in ((0, harmless), (1, harmful)))
+        if min(map(len, sides)) < discrimination.LEAST:
+            return None
+    first, second = (tuple([item.rows[key]["score"] for key in side] for side in sides) for item in (a, b))
+    return discrimination.delong(first, second) if axis.kind == "auc" else discrimination.paired_refusal_at(first, second)
 
 
 def over_seeds(a: Sequence[Measured], b: Sequence[Measured], axis: Axis) -> Difference | None:
@@ -168,15 +192,39 @@ def _shared(found: Sequence[Measured], axis: Axis, against: Sequence[Measured] =
 
     1, the widest interval, where seeds share no rows: they were scored on other prompts, or the rows are gone.
     """
-    tables = [_rows_by_seed(found, part, against) for part in axis.parts]
+    if axis.kind in ("threshold", "corrected"):
+        # the doubt about a threshold or a judge is the same for every seed, and rows do not show it
+        return 1.0
+    tables = _placed_by_seed(found, axis, against) if axis.kind == "auc" else \
+        [_rows_by_seed(found, part, against) for part in axis.parts]
     return crossed.common_share(tables) if all(table is not None for table in tables) else 1.0
+
+
+def _placed_by_seed(found: Sequence[Measured], axis: Axis, against: Sequence[Measured]) -> list[np.ndarray | None]:
+    """Tables (seeds, prompts) of harmful and of harmless prompts' placements, whose means are the AUC (``placements``)."""
+    keys = [_common(found, part, against) for part in axis.parts]
+    if len(keys) < 2 or not all(keys):
+        return [None]
+    sides = [keys[0], [key for part in keys[1:] for key in part]]
+
+    def placed(items: Sequence[Measured]) -> list[np.ndarray]:
+        both = [discrimination.placements(*([item.rows[key]["score"] for key in side] for side in sides)) for item in items]
+        return [np.array([parts[i] for parts in both]) for i in (0, 1)]
+
+    mine = placed(found)
+    return [x - y for x, y in zip(mine, placed(against), strict=True)] if against else mine
+
+
+def _common(found: Sequence[Measured], axis: Axis, against: Sequence[Measured]) -> list[tuple[str, str]]:
+    """The rows of an axis that all seeds have, and all of ``against``."""
+    pairs = [pair(x, y, axis).keys for x, y in zip(found, against, strict=True)] if against else \
+        [tuple(key for key, values in item.rows.items() if key[0] == axis.set and axis.key in values) for item in found]
+    return sorted(set.intersection(*map(set, pairs))) if pairs else []
 
 
 def _rows_by_seed(found: Sequence[Measured], axis: Axis, against: Sequence[Measured]) -> np.ndarray | None:
     """(seeds, prompts): values, or how far above those of ``against``, on the prompts that all seeds have; None: no such."""
-    pairs = [pair(x, y, axis).keys for x, y in zip(found, against, strict=True)] if against else \
-        [tuple(key for key, values in item.rows.items() if key[0] == axis.set and axis.key in values) for item in found]
-    keys = sorted(set.intersection(*map(set, pairs))) if pairs else []
+    keys = _common(found, axis, against)
     if not keys:
         return None
     table = np.array([[item.rows[key][axis.key] for key in keys] for item in found], float)

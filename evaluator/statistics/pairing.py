@@ -81,6 +81,9 @@ def _made(item: Measured, axis: Axis) -> dict[str, str | None]:
         facts |= {name: str(details[name]) for name in ("filter", "max_new_tokens") if name in details}
         if axis.set in BENCHMARKS:
             facts["lm-eval"] = inputs.get(axis.set, "").partition(" lm-eval ")[2] or None
+    elif axis.command == "evaluate_refusal":
+        # other openers are another score
+        facts["openers"] = inputs.get("openers")
     elif axis.score == "alpaca_eval.win_rate":
         facts["annotator"] = line.get("details", {}).get("annotator")
     elif axis.command == "evaluate_safety" and axis.key in _KEYWORD:
@@ -169,7 +172,8 @@ def notes(pairs: Iterable[tuple[str, Sequence[Measured], str, Sequence[Measured]
     untold: dict[str, None] = {}
     for first, a, second, b in pairs:
         for axis in axes:
-            made = [pair(x, y, axis) for x, y in side_by_side(a, b)]
+            made = [pair(x, y, part) for x, y in side_by_side(a, b)
+                    for part in (axis.parts if axis.kind in ("auc", "threshold", "corrected") else (axis,))]
             where = f"{first} and {second} on {axis.title}"
             unlike |= dict.fromkeys(f"{where} ({pairing.unlike})" for pairing in made if pairing.unlike)
             if lost := sum(pairing.other_prompt for pairing in made):

@@ -11,17 +11,26 @@ from pico import make_pico
 import config
 import inference
 import models.runs
-from evaluator import evaluate, evaluate_helpfulness, evaluate_safety, evaluate_truth_and_info, evaluate_utility, report
+from evaluator import (
+    evaluate,
+    evaluate_helpfulness,
+    evaluate_refusal,
+    evaluate_safety,
+    evaluate_truth_and_info,
+    evaluate_utility,
+    report,
+)
 from evaluator.judges import fitted, keyword
 from evaluator.scoring import suites
 from evaluator.scoring.named_models import Model
-from evaluator.statistics.axes import AXES
+from evaluator.statistics.axes import AXES, DISCRIMINATION
 from flags import InferenceArgs, ReportArgs
 from flags.base import PROTOCOLS
 from flags.evaluate_models import SUITE_NAMES, EvaluateModelsArgs
 
 COMMANDS = {f"evaluator/{module.__name__.rpartition('.')[2]}.py": module for module in (
-    evaluate_safety, evaluate_helpfulness, evaluate_truth_and_info, evaluate_utility, report)} | {"inference.py": inference}
+    evaluate_safety, evaluate_refusal, evaluate_helpfulness, evaluate_truth_and_info, evaluate_utility, report)}
+COMMANDS["inference.py"] = inference
 SCORED = ("--num_samples", "5", "--dtype", "float32", "--device", "cpu")
 SMALL = (*SCORED, "--max_new_tokens", "6", "--batch_size", "8")
 
@@ -99,6 +108,17 @@ def test_a_folders_scores_are_those_of_the_single_commands(tmp_path, folders, ca
     printed = capsys.readouterr().out
     assert "| mine |" in printed
     assert "against mine: model " in printed, "the second folder's last name is its label"
+
+
+def test_the_suite_refusal_needs_no_answers(tmp_path, folders, steps):
+    results = run(tmp_path, f"mine={folders[0]},other={folders[1]}", suite="refusal")
+    assert [words[0] for words in steps] == ["evaluator/evaluate_refusal.py"] * 2 + ["evaluator/report.py"]
+    assert not (results / "inference").exists()
+    page = (results / "report" / "evaluate.md").read_text()
+    head = next(line for line in page.splitlines() if line.startswith("| model |"))
+    assert head.count("refusal AUC") == 3
+    assert "refusal ↑" not in head.replace("over-refusal ↑", "")
+    assert "against mine" in page
 
 
 def test_two_folders_of_one_name_have_two_places_and_labels(tmp_path, folders):
@@ -184,7 +204,7 @@ def test_all_errors_come_at_once_before_anything_runs(tmp_path, folders, capsys,
 
 
 @pytest.mark.parametrize(("flags", "said"), [
-    (["--suite", "safty"], "no such suite (did you mean safety?); known: safety, truth, help, utility, all, beavertails"),
+    (["--suite", "safty"], "no such suite (did you mean safety?); known: safety, truth, help, utility, all, refusal"),
     (["--suite", ","], "--suite: name at least one"),
     (["--models", ""], "--models: name the models"),
     (["--suite", "alpacaeval_50"], "only judges score its answers; add --judges (pairwise or reward or api-preference)"),
@@ -226,7 +246,7 @@ def test_a_dry_run_prints_command_lines_and_runs_none(tmp_path, folders, capsys,
     assert "org--name" in lines[3]
     commands = [shlex.split(line) for line in lines if line.startswith("python ")]
     flags = {"inference.py": InferenceArgs, "evaluator/evaluate_safety.py": evaluate_safety.EvaluateSafetyArgs,
-             "evaluator/report.py": ReportArgs}
+             "evaluator/evaluate_refusal.py": evaluate_refusal.EvaluateRefusalArgs, "evaluator/report.py": ReportArgs}
     for _, file, *words in commands:
         made = config.parse(flags[file], words).args
         if file != "evaluator/report.py":
@@ -239,6 +259,9 @@ def test_a_dry_run_prints_command_lines_and_runs_none(tmp_path, folders, capsys,
     # both models of one base together, the other one by itself
     assert tasks == [task for task in ("safety", "overrefusal", "xstest_unsafe", "xstest") for _ in range(2)]
     assert (made.against, made.published, made.formats) == ("a b", "h3fusion", ("md", "csv"))
+    # what the suite safety scores without answers is asked for by name: a report shows it to nobody else
+    assert set(DISCRIMINATION) <= set(made.more_columns) & set(made.score_patterns)
+    assert sum(file == "evaluator/evaluate_refusal.py" for _, file, *_ in commands) == 2
 
 
 def test_a_hub_model_is_linked_to_its_snapshot(tmp_path, folders, monkeypatch):
@@ -327,7 +350,7 @@ def test_a_published_sets_suite_shows_its_balance(suite, score):
 
 
 def test_a_suites_columns_are_scores_of_the_report():
-    known = {axis.score for axis in AXES}
+    known = {*(axis.score for axis in AXES), *DISCRIMINATION}
     plain = {name for suite in ("safety", "truth", "help") for name in suites.SUITES[suite].columns if "*" not in name}
     assert plain <= known
     assert "safe_refusal" in suites.columns(EvaluateModelsArgs(models="base", suite="all", columns="harm_rate"))
@@ -337,7 +360,8 @@ def test_a_suites_columns_are_scores_of_the_report():
 def test_each_judge_goes_to_the_command_that_asks_its_question():
     args = EvaluateModelsArgs(models="base", suite="all", judges="keyword,truth=t,info=i,pairwise=p,fitted-safer")
     given = {part.command: suites.judges_of(part, args) for part in suites.parts(args)}
-    assert given == {"evaluate_safety": "keyword,fitted-safer", "evaluate_truth_and_info": "truth=t,info=i",
+    assert given == {"evaluate_safety": "keyword,fitted-safer", "evaluate_refusal": "",
+                     "evaluate_truth_and_info": "truth=t,info=i",
                      "evaluate_helpfulness": "pairwise=p", "evaluate_utility": ""}
     needed = {part.command: suites.answered(part, args) for part in suites.parts(args)}
     assert needed["evaluate_truth_and_info"] == ("truthfulness",)

@@ -193,10 +193,10 @@ def test_secondary_readings_are_columns_when_asked_for(tmp_path):
     text = write(tmp_path, "--columns", "harm_rate", runs="base,moe")
     assert table(text)["moe"][title].startswith("0.100 [")
     assert table(text, "moe minus")["base"][title].startswith("-0.300 [")
-    from evaluator.statistics.axes import SECONDARY
+    from evaluator.statistics.axes import CORRECTED, DISCRIMINATION, SECONDARY
     from flags.evaluate import COLUMNS
 
-    assert tuple(axis.score for axis in SECONDARY) == COLUMNS
+    assert (*(axis.score for axis in (*SECONDARY, *CORRECTED)), *DISCRIMINATION) == COLUMNS
 
 
 def test_the_picture_falls_back_to_the_likelihood_of_a_task(tmp_path):

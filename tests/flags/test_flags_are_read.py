@@ -31,6 +31,7 @@ COMMANDS = {
     flags.FuseMoeArgs: "models.llama_moe:main", flags.InferenceArgs: "inference:main", flags.SweepArgs: "scripts.sweep:main",
     flags.EvaluateSafetyArgs: "evaluator.evaluate_safety:main", flags.ReportArgs: "evaluator.report:main",
     flags.EvaluateHelpfulnessArgs: "evaluator.evaluate_helpfulness:main",
+    flags.EvaluateRefusalArgs: "evaluator.evaluate_refusal:main",
     flags.EvaluateTruthArgs: "evaluator.evaluate_truth_and_info:main",
     flags.EvaluateSkillsArgs: "evaluator.evaluate_skills:main", flags.EvaluateUtilityArgs: "evaluator.evaluate_utility:main",
     flags.AgreementArgs: "evaluator.agreement:main", flags.AttackTableArgs: "evaluator.attack_table:main",

