@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 #: Width and height of the picture of an interval, in pixels.
 _WIDE, _HIGH = 56, 10
-_SAYS = ("Bars are 95 % intervals, dots the values; press one for the run behind it. Rank: the first and the last place "
-         "that a row may have, by all pairs of rows on the axis, corrected by Holm. Tinted: no row is shown to be better.")
+_SAYS = ("Bars are 95 % intervals, dots the values; press a number for the run behind it. Rank: the first and the "
+         "last place that a row may have, by all pairs of rows on the axis, corrected by Holm. Tinted: no row "
+         "is shown to be better.")
 Ranks = Mapping[str, Sequence[tuple[int, int] | None]]
 
 

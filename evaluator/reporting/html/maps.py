@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from evaluator.reporting.findings import Line
     from evaluator.reporting.page import Content
 
-#: Width and height of a cell in pixels; room for the names at the left.
-_CELL, _HIGH, _LEFT, _BELOW = 17, 22, 150, 30
+#: Width and height of a cell in pixels; room for a letter of the names at the left, and for the numbers below.
+_CELL, _HIGH, _LETTER, _BELOW = 13, 22, 7, 30
 #: A page stays small: this many maps of either kind at most.
 _MOST = 60
 
@@ -112,18 +112,19 @@ def heat_map(title: str, down: Sequence[str], across: Sequence[str], values: Seq
         says: the numbers that a reader who cannot see the map needs.
         ends: values without and with full strength.
     """
-    wide, high = _LEFT + _CELL * len(across) + 4, _HIGH * len(down) + _BELOW
+    left = 14 + _LETTER * max((len(_short(name)) for name in down), default=0)
+    wide, high = left + _CELL * len(across) + 4, _HIGH * len(down) + _BELOW
     parts = []
     for j, (name, row) in enumerate(zip(down, values, strict=True)):
-        parts.append(tag("text", _short(name), x=_LEFT - 8, y=_HIGH * j + 15, text_anchor="end"))
+        parts.append(tag("text", _short(name), x=left - 8, y=_HIGH * j + 15, text_anchor="end"))
         for i, value in enumerate(row):
             if value is None or not math.isfinite(value):
                 continue
             share = min(max((value - ends[0]) / (ends[1] - ends[0]), 0.0), 1.0)
-            parts.append(tag("rect", tag("title", f"{across[i]}, {name}: {value:.3f}"), x=_LEFT + _CELL * i, y=_HIGH * j + 1,
+            parts.append(tag("rect", tag("title", f"{across[i]}, {name}: {value:.3f}"), x=left + _CELL * i, y=_HIGH * j + 1,
                              width=_CELL - 1, height=_HIGH - 2, fill_opacity=f"{0.05 + 0.95 * share:.2f}"))
     step = max(1, -(-len(across) // 10))
-    parts += [tag("text", across[i], x=_LEFT + _CELL * i + _CELL / 2, y=_HIGH * len(down) + 16, text_anchor="middle")
+    parts += [tag("text", across[i], x=left + _CELL * i + _CELL / 2, y=_HIGH * len(down) + 16, text_anchor="middle")
               for i in range(0, len(across), step)]
     picture = tag("svg", *parts, class_="heat", width=wide, height=high, viewBox=f"0 0 {wide} {high}", role="img",
                   aria_label=f"{title}; {says}")

@@ -16,6 +16,10 @@
     return [...new Set(all.filter(Boolean))];
   }
 
+  // a line breaks between words alone, not behind the hyphens of a flag
+  const code = (lines) => make("code", {}, lines.map((line) => make("span", { class: "line" },
+    line.split(" ").map((word) => [make("span", { class: "word" }, word), " "]))));
+
   function copied(button, text) {
     const done = (word) => { button.textContent = word; };
     if (!navigator.clipboard) { done("select and copy"); return; }
@@ -44,15 +48,16 @@
         ["kind", page.kinds[at]],
       ]),
       ...parts.map((part, i) => {
-        const lines = commands(part, score).join("\n");
+        const listed = commands(part, score);
+        const lines = listed.join("\n");
         const button = make("button", { type: "button", class: "copy", onclick: () => copied(button, lines) }, "Copy commands");
         return make("div", {}, make("h4", {}, `${several ? `${part.name}: ` : ""}${part.run}`),
           facts([["folder", part.folder], ["made by", part.method], ["finished", part.finished],
             ["took", part.seconds ? `${Math.round(part.seconds).toLocaleString("en")} s` : ""],
             ["peak memory", part.peak_memory_mb ? `${Math.round(part.peak_memory_mb).toLocaleString("en")} MB` : ""],
             ["inputs", Object.entries(part.inputs || {}).map(([name, value]) => `${name} ${String(value).slice(0, 16)}`).join(", ")]]),
-          i === 0 && lines ? [make("pre", { tabindex: 0 }, make("code", {}, lines)), button]
-            : lines ? make("details", {}, make("summary", {}, "commands"), make("pre", {}, make("code", {}, lines)), button)
+          i === 0 && lines ? [make("pre", { tabindex: 0 }, code(listed)), button]
+            : lines ? make("details", {}, make("summary", {}, "commands"), make("pre", {}, code(listed)), button)
               : make("p", { class: "says" }, "No manifest says how it was made."));
       }),
     );

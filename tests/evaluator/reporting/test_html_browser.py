@@ -90,9 +90,12 @@ def test_a_cell_opens_the_run_behind_it(page):
     text = page.run("panel.innerText")
     assert QUOTED in text
     assert "0.050 [" in text
-    assert "python models/llama_moe.py" in text
-    assert "python inference.py --task_name overrefusal" in text
-    assert "--task_name safety\npython inference" not in text
+    # from the expert on, each on a line of its own, and the answers that this score is about alone
+    lines = page.run("[...panel.querySelectorAll('.line')].map(e => e.textContent.trim())")
+    assert lines[:2] == ["python align_basemodel.py --task_name safety", "python models/llama_moe.py"]
+    assert lines[3] == "python inference.py --task_name overrefusal"
+    assert lines[4].startswith("python evaluator/evaluate_safety.py --task_name cross_moe --num_samples 60")
+    assert len(lines) == 5
     assert page.run("document.activeElement.id") == "panel"
     page.run("document.dispatchEvent(new KeyboardEvent('keydown', {key: 'Escape'}))")
     assert page.run("[panel.hidden, document.activeElement.dataset.score]") == [True, "overrefusal"]
@@ -187,6 +190,10 @@ def test_it_prints(page):
     page.call("Emulation.setEmulatedMedia", media="print")
     hidden = page.run("['#tools', 'nav', '#theme'].map(s => getComputedStyle(document.querySelector(s)).display)")
     assert hidden == ["none"] * 3
+    # on a sheet's width nothing is cut off, and names are not squeezed into a column of letters
+    page.call("Emulation.setDeviceMetricsOverride", width=1047, height=740, deviceScaleFactor=1, mobile=False)
+    assert page.run("document.documentElement.scrollWidth") <= 1047
+    assert page.run("document.querySelector('#board tbody th a').getClientRects().length") == 1
     pdf = base64.b64decode(page.call("Page.printToPDF", preferCSSPageSize=True)["data"])
     assert pdf.startswith(b"%PDF-")
     objects = pdf + b"".join(inflated(part) for part in re.findall(rb"stream\r?\n(.*?)endstream", pdf, re.S))
