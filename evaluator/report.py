@@ -2,6 +2,7 @@
 
     python evaluator/report.py --runs "base,helpful=helpfulness,naive mix=mix,tuned MoE=RUN" --name quickstart
     python evaluator/report.py --runs "base,mine=RUN" --against base --format md,csv,latex,json
+    python evaluator/report.py --runs "base,mine=RUN" --html
 
 The last run is the subject, or with --against every run beside that one; every statement in the report is computed, and a
 cell that was not measured stays empty.
@@ -55,10 +56,17 @@ def write(args: ReportArgs) -> tuple[list[Path], str]:
         points = _points(content.lines, content.axes, args.base)
         picture = tradeoff(points, stem.with_name(f"{args.name}.png"), content.table.title)
     text = page(content, picture.name if picture else "")
+    # only these two say more than the table
+    more = _more(content) if {"json", "html"} & set(args.formats) else {}
     paths = []
     for name in args.formats:
         paths.append(stem.with_name(args.name + formats.SUFFIXES[name]))
-        body = text if name == "md" else formats.WRITERS[name](content.table, _more(content))
+        if name == "html":
+            from evaluator.reporting.html.page import html_page
+
+            body = html_page(content, more)
+        else:
+            body = text if name == "md" else formats.WRITERS[name](content.table, more)
         paths[-1].write_text(body, encoding="utf-8")
     return paths, text
 

@@ -20,6 +20,8 @@ PAPERS = ("h3fusion", "lora_fusion", "somf")
 
 #: What a table can be written as (evaluator/reporting/formats.py).
 FORMATS = ("md", "csv", "latex", "json")
+#: What a report of models can be written as: these, and a page (evaluator/reporting/html/).
+REPORT_FORMATS = (*FORMATS, "html")
 
 
 def format_names(text: str) -> tuple[str, ...]:
@@ -27,10 +29,10 @@ def format_names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
-def format_problems(text: str) -> list[str]:
+def format_problems(text: str, known: tuple[str, ...] = FORMATS) -> list[str]:
     """What is wrong with --format."""
-    unknown = [name for name in format_names(text) if name not in FORMATS]
-    return [f"--format {text}: {', '.join(unknown) or 'nothing'} is no format; allowed: {', '.join(FORMATS)}, separated by "
+    unknown = [name for name in format_names(text) if name not in known]
+    return [f"--format {text}: {', '.join(unknown) or 'nothing'} is no format; allowed: {', '.join(known)}, separated by "
             "commas"] if unknown or not format_names(text) else []
 
 
@@ -193,7 +195,11 @@ class ReportArgs(ResultsFlags):
     against: str = flag("", "row (label or run) that every other row is compared with; empty: the last row is compared with "
                             "every other one, as a fusion with its controls")
     scores: str = flag("", "show these scores alone, commas; * stands for anything; empty: all that were measured")
-    format: str = flag("md", f"what is written, commas: {', '.join(FORMATS)}")
+    format: str = flag("md", f"what is written, commas: {', '.join(REPORT_FORMATS)}")
+    html: bool = flag(False, "short for html among --format: NAME.html, one file for a browser, beside what is written")
+    answers: int = flag(3, "prompts of each set whose answers the HTML page shows side by side; 0: none", low=0)
+    curves: str = flag("", "JSON files whose curves the HTML page draws, commas: reports of scripts/sweep.py, or files of "
+                           "curves as docs/evaluation.md says; empty: none")
     published: str = flag("", "the published numbers of a paper below the table, with their marks; empty: none",
                           choices=("", *PAPERS))
     costs: bool = flag(False, "what each row costs too: seconds and memory to make it, numbers stored and active")
@@ -204,7 +210,11 @@ class ReportArgs(ResultsFlags):
 
     @property
     def formats(self) -> tuple[str, ...]:
-        return format_names(self.format)
+        return tuple(dict.fromkeys((*format_names(self.format), *(("html",) if self.html else ()))))
+
+    @property
+    def curve_files(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in self.curves.split(",") if name.strip())
 
     @property
     def score_patterns(self) -> tuple[str, ...]:
@@ -218,4 +228,4 @@ class ReportArgs(ResultsFlags):
         return [*name_problems("--name", self.name),
                 *(f"--columns {name}: no such column; allowed: {', '.join(COLUMNS)}"
                   for name in self.more_columns if name not in COLUMNS),
-                *format_problems(self.format), *super().problems()]
+                *format_problems(self.format, REPORT_FORMATS), *super().problems()]

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from config import flag
 from flags.base import PROTOCOLS, ModelCommand, known, name_problems
-from flags.evaluate import COLUMNS, FORMATS, PAPERS, format_problems
+from flags.evaluate import COLUMNS, PAPERS, REPORT_FORMATS, format_problems
 from flags.inference import BACKENDS
 from flags.judges import JudgeFlags
 
@@ -50,7 +50,7 @@ class EvaluateModelsArgs(ModelCommand, JudgeFlags):
     name: str = flag("evaluate", "the table goes to results/report/NAME.md")
     title: str = flag("", "headline of the table; empty: its name")
     columns: str = flag("", f"more columns, commas: {', '.join(COLUMNS)}")
-    format: str = flag("md", f"what the table is written as, commas: {', '.join(FORMATS)}")
+    format: str = flag("md", f"what the table is written as, commas: {', '.join(REPORT_FORMATS)}")
     published: str = flag("", "the published numbers of a paper below the table; empty: none", choices=("", *PAPERS))
     dry_run: bool = flag(False, "check everything and print the commands; run none")
 
@@ -81,7 +81,7 @@ class EvaluateModelsArgs(ModelCommand, JudgeFlags):
         return self.files.get(name) or self.files.get(name.removesuffix("_unsafe"))
 
     def problems(self) -> list[str]:
-        found = [*name_problems("--name", self.name), *format_problems(self.format)]
+        found = [*name_problems("--name", self.name), *format_problems(self.format, REPORT_FORMATS)]
         if not self.named_models:
             found.append('--models: name the models, e.g. --models "base,mine=FOLDER,other=ORG/NAME"')
         for name in self.suites:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 #: Columns of the long CSV: a line of level "model" is a cell of the table, one of level "seed" a part of it.
 CSV_COLUMNS = ("model", "run", "score", "title", "higher_is_better", "level", "seed", "value", "low", "high", "n")
 #: What --format can be -> the end of the file's name.
-SUFFIXES = {"md": ".md", "csv": ".csv", "latex": ".tex", "json": ".json"}
+SUFFIXES = {"md": ".md", "csv": ".csv", "latex": ".tex", "json": ".json", "html": ".html"}
 
 
 def number(value: float | None, sign: bool = False) -> str:

@@ -76,8 +76,13 @@ def page(content: Content, picture: str = "") -> str:
         parts += ["", f"## {heading}, same prompts", "", *_differences(content)]
         # labels, definitions and folders stand in these sentences: whoever wrote them, they are text
         parts += ["", "## Findings", "", *map(escaped.line, content.findings)]
-    parts += ["", "## Notes", "", *map(escaped.line, [*_notes(content), *_pairing_notes(content)]), ""]
+    parts += ["", "## Notes", "", *map(escaped.line, notes(content)), ""]
     return "\n".join(parts)
+
+
+def notes(content: Content) -> list[str]:
+    """What the columns are, how sure they are, what was left out and where the rows lie: a sentence each."""
+    return [*_notes(content), *_pairing_notes(content)]
 
 
 def conclude(lines: Sequence[Line], axes: Sequence[Axis], args: ReportArgs, ground: Line | None) -> tuple[
@@ -94,7 +99,7 @@ def conclude(lines: Sequence[Line], axes: Sequence[Axis], args: ReportArgs, grou
     who = roles(lines, args.base, args.experts, args.control)
     if not who:
         return ["The rows do not hold a base, an expert and a control, so nothing is concluded here."], {}
-    return findings(who, counted), outcomes(who, counted) if "json" in args.formats else {}
+    return findings(who, counted), outcomes(who, counted) if {"json", "html"} & set(args.formats) else {}
 
 
 def _aggregates(lines: Sequence[Line]) -> list[str]:

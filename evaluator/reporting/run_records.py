@@ -40,7 +40,7 @@ def record(results: Path, run: str) -> dict[str, Any]:
     lines = [row for row in manifest.registry(results, whole=True) if row.get("run") == run]
     if not lines and (not folder.is_dir() or Path(run).name != run):
         raise UserError(f"run '{run}': not in {results}; there: {', '.join(names(results)) or 'none'}")
-    made, config = _manifest(folder), _config(folder)
+    made, config = manifest_of(folder), _config(folder)
     scores = _scores(lines)
     return {"run": run, "kind": _kind(folder, run, lines), "method": _method(made, config, lines),
             "base": config.get("model_name_or_path") or _base_of_scores(results, lines),
@@ -50,8 +50,8 @@ def record(results: Path, run: str) -> dict[str, Any]:
             "folder": str(folder) if folder.is_dir() else ""}
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    """A manifest without the fields that no command of ours would have written so."""
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """A folder's manifest without the fields that no command of ours would have written so; {} where there is none."""
     return {key: value for key, value in _json(folder / manifest.MANIFEST).items()
             if isinstance(value, _SHAPES.get(key, object))}
 
@@ -66,7 +66,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    config = _manifest(folder).get("config")
+    config = manifest_of(folder).get("config")
     return config if isinstance(config, dict) else {}
 
 
@@ -110,7 +110,7 @@ def detail(results: Path, run: str) -> dict[str, Any]:
     found = record(results, run)
     folder = results / "outputs" / run
     lines = [row for row in manifest.registry(results, whole=True) if row.get("run") == run]
-    made, config = _manifest(folder), _config(folder)
+    made, config = manifest_of(folder), _config(folder)
     hashes = _weights(folder)
     if folder.is_dir() and not made:
         found["note"] = f"{folder}: no readable {manifest.MANIFEST}; nothing says how it was made"
@@ -128,7 +128,7 @@ def _weights(folder: Path) -> dict[str, str]:
 
 def lineage(results: Path, folder: Path, depth: int = 0) -> list[dict[str, Any]]:
     """What a run was made from: each input with the hash that was recorded, whether the files still have it, and its own."""
-    made, found = _manifest(folder), []
+    made, found = manifest_of(folder), []
     inputs = made.get("inputs") if isinstance(made.get("inputs"), dict) else {}
     parents = {Path(parent).name: parent for parent in made.get("parents") or [] if isinstance(parent, str)}
     for name, want in inputs.items():
@@ -171,7 +171,7 @@ def _literal(name: str) -> str:
 
 def _answers(folder: Path, hashes: dict[str, str]) -> dict[str, Any]:
     """A folder of answers, and whether the run's weights are still those that answered."""
-    made = _manifest(folder)
+    made = manifest_of(folder)
     answered, now = _config(folder).get("model"), ",".join(value[:16] for value in hashes.values())
     state = "not checked" if not now else "matches" if answered == now else "changed: made with other weights"
     return {"task": folder.parent.parent.name, "split": folder.parent.name, "date": made.get("finished"),
@@ -194,8 +194,8 @@ def _score(results: Path, name: str, score: dict[str, Any], row: dict[str, Any])
 
 def differing(results: Path, runs: tuple[str, str]) -> dict[str, tuple[Any, Any]]:
     """Setting -> its value in both runs, for those that differ; where they were written does not count."""
-    flat = [_flat({**_config(results / "outputs" / run), "inputs": _manifest(results / "outputs" / run).get("inputs") or {}})
-            for run in runs]
+    folders = [results / "outputs" / run for run in runs]
+    flat = [_flat({**_config(folder), "inputs": manifest_of(folder).get("inputs") or {}}) for folder in folders]
     keys = [key for key in dict.fromkeys([*flat[0], *flat[1]]) if key.partition(".")[0] not in {*manifest.PLACE, "run_name"}]
     return {key: (manifest.public(flat[0].get(key), key), manifest.public(flat[1].get(key), key))
             for key in keys if flat[0].get(key) != flat[1].get(key)}

@@ -176,13 +176,13 @@ def over_seeds(a: Sequence[Measured], b: Sequence[Measured], axis: Axis) -> Diff
     None where they cannot be compared, also where one has two seeds and the other three.
     """
     both = side_by_side(a, b)
-    differences = [d for x, y in both if (d := difference(x, y, axis)) is not None]
+    made = [(two, d) for two in both if (d := difference(*two, axis)) is not None]
+    differences = [d for _, d in made]
     if len(differences) < 2:
         # one seed of several has no spread to judge by
         return differences[0] if differences and len(both) == 1 else None
     ends = [(d.value, d.low, d.high) for d in differences]
-    compared = [two for two in both if difference(*two, axis) is not None]
-    shared = _shared([x for x, _ in compared], axis, [y for _, y in compared])
+    shared = _shared([x for (x, _), _ in made], axis, [y for (_, y), _ in made])
     value, low, high = crossed.over_seeds(ends, shared)
     return Difference(value, low, high, crossed.p_value(ends, shared), differences[0].n)
 
