@@ -38,6 +38,8 @@ class EvaluateRefusalArgs(EvaluateArgs):
         if self.dataset_type != "test":
             found.append(f"--dataset_type {self.dataset_type}: these prompts are test prompts with halves of their own, and "
                          "none is trained on; drop it")
+        if self.num_samples == 0:
+            found.append("--num_samples 0: leaves no prompt to score; give at least 1, or -1 for all")
         if self.set_name and not name:
             found.append(f"--set_name {self.set_name}: names prompts of yours; add --harmful, --harmless or --pairs, or "
                          "drop it")

@@ -256,6 +256,7 @@ def test_every_error_sentence(run, sets, capsys, tmp_path, monkeypatch):
     assert "--set_name a.b: letters, digits, '_' and '-' only" in fails(run, capsys, "--pairs", "x.csv", "--set_name", "a.b")
     assert "--set_name (from the file, my file): letters" in fails(run, capsys, "--pairs", "my file.csv")
     assert "--set_name keyword: is a judge's name" in fails(run, capsys, "--harmful", "x.csv", "--set_name", "keyword")
+    assert "--num_samples 0: leaves no prompt to score" in fails(run, capsys, "--num_samples", "0")
     assert "--dataset_type train: these prompts are test prompts" in fails(run, capsys, "--dataset_type", "train")
     (tmp_path / "openers.yaml").write_text("first: []\n")
     assert "needs groups of openers" in fails(run, capsys)
