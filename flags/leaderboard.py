@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from config import flag
-from flags.base import ResultsFlags, name_problems
+from flags.base import RunFlags, name_problems
 
 
 @dataclass(frozen=True)
-class LeaderboardArgs(ResultsFlags):
+class LeaderboardArgs(RunFlags):
     """Every arm of a table made, scored and compared, each step a command line of its own, run by snakemake.
 
     bash scripts/leaderboard.sh --seeds 42,43,44 -- --cores 2
@@ -23,6 +23,8 @@ class LeaderboardArgs(ResultsFlags):
     quick: bool = flag(False, "the arms marked quick, one seed, a few steps and prompts: whether everything runs, nothing "
                               "about methods")
     name: str = flag("leaderboard", "everything goes to NAME below --output_dir, the table to NAME/report")
+    overwrite: bool = flag(False, "make and score anew the arms that are asked for, and what is made of them: after a "
+                                  "change of code or data, which nothing else sees")
     dry_run: bool = flag(False, "print the plan: every command, hours, memory; run nothing")
 
     @property

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         preset = str(choice.path.resolve()) if choice.name.endswith((".yaml", ".yml")) else choice.name
         steps = plan.steps(table, names, args.seed_numbers, results, preset=preset if choice.asked else "", quick=args.quick)
         folder = results / "workflow"
-        states = records.states(steps, folder)
+        states = records.states(steps, folder, names if args.overwrite else ())
         print(told(args, table, names, steps, states, every=args.dry_run))
         report = report_words(args, table, names, results)
         if args.dry_run:
@@ -95,7 +95,8 @@ def told(args: LeaderboardArgs, table: plan.Table, names: Sequence[str], steps: 
     seeds = f"{len(args.seed_numbers)} seed{'s' * (len(args.seed_numbers) > 1)}"
     lines.append(f"plan: {rows} rows, {seeds}, {len(steps)} steps, {len(to_do)} to do: "
                  f"{seconds / 3600:.1f} hours of one core, about {hours:.1f} on {LANES}, "
-                 f"{memory:.1f} GB at most (measured on the embedded default; another model takes its own)")
+                 f"{memory:.1f} GB of memory at most, {sum(step.disk_mb for step in to_do) / 1024:.1f} GB on disk "
+                 "(measured on the embedded default; another model takes its own)")
     return "\n".join(lines)
 
 
@@ -117,7 +118,8 @@ def prepare(steps: Sequence[plan.Step], states: dict[str, str], folder: Path, th
             "command": f"cd {shlex.quote(str(ROOT))} && {shlex.join(words)} && {shlex.join(record)}",
             # four times as long as measured: for a cluster, which ends what takes longer
             "minutes": max(10, math.ceil(step.seconds * 4 / 60)),
-            "message": shlex.join(("python", *step.words))})
+            # braces are snakemake's own
+            "message": shlex.join(("python", *step.words)).replace("{", "{{").replace("}", "}}")})
     manifest.write_json(path, {"targets": [step["makes"] for step in written], "steps": written})
     again = [step.name for step in steps if states[step.name] in (records.UNRECORDED, records.OUTDATED)]
     lanes = any(word.partition("=")[0] in ("--cores", "-c", "--jobs", "-j") for word in theirs)

@@ -96,6 +96,7 @@ class Step:
     needs: tuple[Path, ...]
     seconds: float = 0.0
     memory_mb: int = 1000
+    disk_mb: int = 1
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -258,7 +259,8 @@ class _Words:
 
     def of_arm(self, arm: Arm, root: Path, needs: tuple[Path, ...], seed: int) -> tuple[tuple[str, ...], dict[str, Any]]:
         line = shlex.split(self.filled(arm.make))
-        line += shlex.split(str(self.table.quick.get(line[0], ""))) if self.quick else []
+        quick = self.table.quick.get(arm.name, self.table.quick.get(line[0], ""))
+        line += shlex.split(str(quick)) if self.quick else []
         return (*line, *self.common), {"name": f"s{seed}_{arm.name}", "arm": arm.name, "seed": seed, "needs": needs,
                                        "makes": _manifest_of(arm, root), **self.cost(arm.cost)}
 
@@ -286,4 +288,4 @@ class _Words:
         known = self.table.costs.get(kind, {})
         # a quick step is mostly its start
         return {"seconds": min(known.get("seconds", 0), 15) if self.quick else known.get("seconds", 0),
-                "memory_mb": known.get("memory_mb", 1000)}
+                "memory_mb": known.get("memory_mb", 1000), "disk_mb": known.get("disk_mb", 1)}

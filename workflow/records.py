@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,20 @@ def record_path(folder: Path, name: str) -> Path:
     return folder / "records" / f"{name}.json"
 
 
-def states(steps: Iterable[Step], folder: Path) -> dict[str, str]:
-    """Name -> state of every step. The order must be that of ``plan.steps``: what is needed comes first."""
+def states(steps: Iterable[Step], folder: Path, anew: Container[str] = ()) -> dict[str, str]:
+    """Name -> state of every step. The order must be that of ``plan.steps``: what is needed comes first.
+
+    Args:
+        folder: of the workflow.
+        anew: arms that count as outdated, whatever was recorded.
+    """
     found: dict[str, str] = {}
     # files that will be made anew in this call
     changing: set[Path] = set()
     for step in steps:
         state = _state(step, folder)
         # what is made of something that is about to change is outdated, whatever its record says
-        if state != NEW and changing.intersection(step.needs):
+        if state != NEW and (step.arm in anew or changing.intersection(step.needs)):
             state = OUTDATED
         if state in (NEW, OUTDATED):
             changing.add(step.makes)

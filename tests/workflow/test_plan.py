@@ -128,6 +128,9 @@ def test_quick_is_a_few_steps_of_one_seed(tmp_path):
         elif hasattr(parsed.args, "num_samples"):
             assert parsed.args.num_samples == 8
     assert sum(step.seconds for step in steps) / 2 < 12 * 60
+    # what has no steps has words of its own
+    searched = plan.steps(TABLE, ["searched"], (42,), tmp_path, quick=True)
+    assert commands.parse(next(step.words for step in searched if step.name == "s42_searched")).args.max_train_samples == 4
 
 
 def test_a_preset_goes_to_every_step(tmp_path):
@@ -172,8 +175,8 @@ def test_a_line_that_its_flags_refuse_names_its_arm(tmp_path):
 
 
 def test_states(tmp_path, all_steps):
-    first = replace(all_steps[0], makes=tmp_path / "a.json", needs=(), settings={"x": 1})
-    second = replace(all_steps[1], makes=tmp_path / "b.json", needs=(first.makes,), settings={})
+    first = replace(all_steps[0], arm="one", makes=tmp_path / "a.json", needs=(), settings={"x": 1})
+    second = replace(all_steps[1], arm="two", makes=tmp_path / "b.json", needs=(first.makes,), settings={})
     steps = [first, second]
 
     def now():
@@ -189,6 +192,9 @@ def test_states(tmp_path, all_steps):
     for step in steps:
         records.write(tmp_path / "plan.json", step.name)
     assert now() == [records.DONE, records.DONE]
+    # --overwrite: the arms that are asked for, and what is made of them
+    for anew, wanted in (({first.arm}, [records.OUTDATED] * 2), ({second.arm}, [records.DONE, records.OUTDATED])):
+        assert list(records.states(steps, tmp_path, anew).values()) == wanted
     steps[0] = replace(first, settings={"x": 2})
     assert now() == [records.OUTDATED, records.OUTDATED]
     steps[0] = first
