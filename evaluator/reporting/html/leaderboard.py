@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from evaluator.reporting.formats import interval, number
+from evaluator.reporting.html.cost_axes import CostAxis
 from evaluator.reporting.html.elements import Html, section, tag
 from evaluator.reporting.html.published_columns import PaperColumn, shown_cell
 from evaluator.reporting.limits import SAID, without_model
@@ -26,25 +27,28 @@ _SAYS = ("Bars are 95 % intervals, dots the values; press a number for the run b
 Ranks = Mapping[str, Sequence[tuple[int, int] | None]]
 
 
-def leaderboard(content: Content, ranks: Ranks, papers: Sequence[PaperColumn], kinds: Sequence[str]) -> Html:
+def leaderboard(content: Content, ranks: Ranks, costs: Sequence[CostAxis], papers: Sequence[PaperColumn],
+                kinds: Sequence[str]) -> Html:
     """The table; it stands without a script, which adds sorting, a filter, a choice of columns and the panel of a cell.
 
     Args:
         ranks: score -> for each row its rank interval; scores without ranks are not in it.
-        papers: columns behind ours.
+        costs, papers: columns behind the scores.
         kinds: of each row, e.g. "adapter".
     """
     table, axes = content.table, content.axes
     bounds = {axis.score: _bounds(axis, [row.cells[axis.score] for row in table.rows if axis.score in row.cells])
               for axis in axes}
-    head = [tag("th", "model", scope="col", class_="name"), *map(_head, table.columns), *map(_paper_head, papers)]
+    head = [tag("th", "model", scope="col", class_="name"), *map(_head, table.columns), *map(_cost_head, costs),
+            *map(_paper_head, papers)]
     body = [tag("tr", _name(row, kinds[at], at), *(_cell(row, column, bounds[column.name], _rank(ranks, column, at), at)
                                                    for column in table.columns),
-                *(tag("td", *shown_cell(paper.cells[at]), class_="num paper", data_v=_value(paper.cells[at]))
+                *(tag("td", cost.shown(at), class_="num", data_v=_plain(cost.values[at])) for cost in costs),
+                *(tag("td", *shown_cell(cell := paper.cells[at]), class_="num paper", data_v=_plain(cell and cell.value))
                   for paper in papers), data_row=at)
             for at, row in enumerate(table.rows)]
     foot = [tag("tr", tag("th", f"({name})", scope="row", class_="name", title=SAID.get(name)),
-                *(tag("td", number(value), class_="num") for value in values), *(tag("td") for _ in papers))
+                *(tag("td", number(value), class_="num") for value in values), *(tag("td") for _ in (*costs, *papers)))
             for name, values in without_model(content.lines, axes).items()]
     whole = tag("table", tag("caption", f"{table.title}: scores of {len(table.rows)} rows", class_="unseen"),
                 tag("thead", tag("tr", *head)), tag("tbody", *body), tag("tfoot", *foot) if foot else None, id="board")
@@ -55,6 +59,10 @@ def leaderboard(content: Content, ranks: Ranks, papers: Sequence[PaperColumn], k
 def _head(column: Column) -> Html:
     return tag("th", kept_together(column.title), scope="col", class_="num", title=column.definition or None,
                data_score=column.name, data_higher=str(column.higher).lower())
+
+
+def _cost_head(cost: CostAxis) -> Html:
+    return tag("th", kept_together(cost.title), scope="col", class_="num", data_higher=str(cost.higher).lower())
 
 
 def kept_together(title: str) -> str:
@@ -83,7 +91,7 @@ def _cell(row: Row, column: Column, bounds: tuple[float, float], rank: tuple[int
                tag("a", tag("b", number(cell.value, column.signed)), href=f"#run-{at}", data_score=column.name),
                tag("small", interval(cell.low, cell.high).strip(), class_="ci"), partial,
                tag("small", place, class_="rank") if place else None,
-               class_="num top" if rank and rank[0] == 1 else "num", data_v=f"{cell.value:.9g}")
+               class_="num top" if rank and rank[0] == 1 else "num", data_v=_plain(cell.value))
 
 
 def bar(value: float, low: float, high: float, bounds: tuple[float, float]) -> Html:
@@ -117,5 +125,5 @@ def _rank(ranks: Ranks, column: Column, at: int) -> tuple[int, int] | None:
     return ranks[column.name][at] if column.name in ranks else None
 
 
-def _value(cell: Any) -> str:
-    return "" if cell is None or cell.value is None else f"{cell.value:.9g}"
+def _plain(value: float | None) -> str:
+    return "" if value is None else f"{value:.9g}"

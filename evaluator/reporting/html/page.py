@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from evaluator.reporting import formats
 from evaluator.reporting.html.answers import answers_section
 from evaluator.reporting.html.categories import categories_section
 from evaluator.reporting.html.compared import differences_section, findings_section, notes_section
+from evaluator.reporting.html.cost_axes import cost_axes
 from evaluator.reporting.html.curves import curves_section
 from evaluator.reporting.html.elements import Html, data_block, digest, join, section, tag
 from evaluator.reporting.html.leaderboard import leaderboard
@@ -51,8 +53,10 @@ def html_page(content: Content, more: Mapping[str, Any]) -> str:
 
         paper = published(args.published)
         columns = paper_columns(args.published, paper, lines)
+    costs = cost_axes([line.label for line in lines], parts, more)
     sections = [
-        leaderboard(content, ranks, columns, [kinds(of) for of in parts]), _fronts(),
+        # a table that nobody asked for costs keeps the width of its scores
+        leaderboard(content, ranks, costs if "costs" in more else [], columns, [kinds(of) for of in parts]), _fronts(),
         differences_section(content, more), findings_section(content), curves_section(args.curve_files),
         categories_section(lines), router_section(content), mask_section(content), answers_section(content),
         published_section(paper) if paper else None, runs_section(lines, parts), notes_section(content)]
@@ -60,7 +64,8 @@ def html_page(content: Content, more: Mapping[str, Any]) -> str:
     # the very report that --format json writes, so that a page is data too
     report = json.loads(formats.json_text(content.table, more))
     origins = {axis.score: _origin(content, axis.score, [part.set for part in axis.parts]) for axis in content.axes}
-    data = {"ranks": ranks, "runs": parts, "costs": _costs(parts), "kinds": [kinds(of) for of in parts], "columns": origins}
+    data = {"ranks": ranks, "runs": parts, "costs": [{**asdict(axis), "higher_is_better": axis.higher} for axis in costs],
+            "kinds": [kinds(of) for of in parts], "columns": origins}
     style = _file("style.css")
     script = "\n".join(map(_file, SCRIPTS))
     filled = {"title": tag("title", content.table.title), "heading": tag("h1", content.table.title),
@@ -108,15 +113,3 @@ def _origin(content: Content, score: str, sets: Sequence[str]) -> dict[str, Any]
     lines = [item.origin[score] for line in content.lines for item in line.found if score in item.origin]
     return {"command": lines[0]["command"] if lines else None, "sets": [name for name in sets if name]}
 
-
-def _costs(parts: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Axes of the fronts beside the scores: what a row took by its manifests, mean over seeds; those that some row has."""
-    axes = (("total_seconds", "seconds to make, with what it was made from ↓"), ("peak_memory_mb", "peak memory, MB ↓"),
-            ("parameters", "trained parameters ↓"))
-    found = []
-    for name, title in axes:
-        values = [[part[name] for part in of if isinstance(part.get(name), int | float)] for of in parts]
-        if any(values):
-            found.append({"name": name, "title": title, "higher_is_better": False,
-                          "values": [sum(of) / len(of) if of else None for of in values]})
-    return found

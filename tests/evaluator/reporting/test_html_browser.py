@@ -133,7 +133,7 @@ def test_the_fronts_follow_their_menus_the_pointer_and_the_keyboard(page):
     assert page.run(f"{first}.getAttribute('aria-label')").startswith("harmless; refusal ↑: 0.950 [")
     corners = page.run("document.querySelector('#plot .front').getAttribute('d').split('L').length")
     assert corners == 4 - 1, "naive mix is beaten by the tuned MoE on both"
-    page.run("x.value = 'total_seconds'; x.dispatchEvent(new Event('change'))")
+    page.run("x.value = 'all_seconds'; x.dispatchEvent(new Event('change'))")
     assert page.run("document.querySelectorAll('#plot .point').length") == 2
     page.run("size.value = 'overrefusal'; size.dispatchEvent(new Event('change'))")
     assert "over-refusal ↓: 0.900" in page.run(f"{first}.getAttribute('aria-label')")

@@ -18,9 +18,10 @@ import config
 import manifest
 from config import ROOT
 from data import escaped
+from evaluator import report
 from evaluator.reporting.html import page as html_page
 from evaluator.statistics import metrics
-from flags import EvaluateSafetyArgs
+from flags import EvaluateSafetyArgs, ReportArgs
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +45,6 @@ def test_the_data_are_the_json_report(results, page):
 
 
 def test_other_formats_are_what_they_are_without_a_page(results, page):
-    from evaluator import report
-
     names = ("md", "csv", "tex", "json")
     report.main(["--runs", RUNS, "--output_dir", str(results), "--name", "u", "--title", "t", "--format",
                  "md,csv,latex,json"])
@@ -192,7 +191,19 @@ def test_the_commands_remake_a_run_from_its_beginnings(page):
     args = config.parse(EvaluateSafetyArgs, words[2:]).args
     assert (args.folders, args.num_samples) == (("cross_moe",), 60)
     costs = {cost["name"]: cost["values"] for cost in page.data("page")["costs"]}
-    assert costs["total_seconds"] == [None, 100, None, 420]
+    assert costs == {"all_seconds": [None, 100, None, 420]}
+
+
+def test_costs_that_were_asked_for_are_columns(results):
+    args = config.parse(ReportArgs, ["--runs", "base,moe", "--output_dir", str(results), "--html"]).args
+    content = report.gather(args)
+    told = {"base": {"seconds": 0, "stored": 0}, "moe": {"seconds": 1234.4, "stored": 5_535_360, "active": None}}
+    page = Page(html_page.html_page(content, {**report._more(content), "costs": told}))
+    rows = page.table("board")
+    assert [title.replace("\xa0", " ") for title in rows[0][-2:]] == ["seconds to make ↓", "stored beside the base, M ↓"]
+    assert [row[-2:] for row in rows[1:]] == [["0", "0.0"], ["1,234", "5.5"]]
+    assert {cost["name"]: cost["values"] for cost in page.data("page")["costs"]} == {
+        "seconds": [0, 1234.4], "stored": [0, 5.53536]}
 
 
 def test_every_file_of_the_page_is_short():
