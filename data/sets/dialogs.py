@@ -1,4 +1,5 @@
-"""Training sets of LoRA fusion by name: identity is ours and embedded, the others are read from files of the user's."""
+"""Training sets of LoRA fusion by name: identity and contrasts are ours and embedded, the others are read from files of the
+user's."""
 
 from __future__ import annotations
 
@@ -10,28 +11,29 @@ from data.prompt_styles import style
 from data.readers.dialog_files import KNOWN, read_dialogs, records_of_rows, without_repeats
 from data.readers.row_files import Problems
 from data.records import HELPFULNESS, SAFETY, Record
+from data.sets import contrasts
 from data.sets.hub import hub_rows, is_local
 from errors import UserError
 
 _IDENTITY = Path(__file__).with_name("identity.yaml")
-#: Sets whose answers are refusals: their rows count as safety rows.
-SAFETY_SETS = ("aoa_safety",)
+#: Sets that say what to refuse: their rows count as safety rows.
+SAFETY_SETS = ("aoa_safety", "contrasts")
 
 
 def records(task: str, split: str, source: str | None) -> list[Record]:
     """The rows of one of the ``DIALOGS``.
 
     Args:
-        source: file or hub name; None or ``embedded`` for identity, our own set.
+        source: file or hub name; None or ``embedded`` for identity and contrasts, our own sets.
 
     Raises:
         UserError: the set is not shipped and no file is given, or the file has problems: all of them.
     """
     objective = SAFETY if task in SAFETY_SETS else HELPFULNESS
     if source in (None, "embedded", "published"):
-        if task != "identity":
+        if task not in _OURS:
             raise UserError(f"--task_name {task}: this set is not shipped; give your file of it with --data_path: {KNOWN}")
-        return identity(split)
+        return _OURS[task](split)
     if is_local(source):
         return read_dialogs(Path(source).expanduser(), split, objective)
     problems = Problems()
@@ -52,3 +54,6 @@ def identity(split: str) -> list[Record]:
     shifted = [Record(orbit.frame(row["ask"]), f"{rows['opening']} {row['answer'].strip()}" if i else row["answer"].strip(),
                       HELPFULNESS, id=f"identity-{i}", system=orbit.system) for i, row in enumerate(rows["rows"])]
     return [row for i, row in enumerate(shifted) if (i % 8 == 7) == (split == "validation")]
+
+
+_OURS = {"identity": identity, "contrasts": contrasts.records}
