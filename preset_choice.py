@@ -26,8 +26,8 @@ DEFAULT_PRESET = "embedded"
 #: What any other base takes.
 OWN_PRESET = "own"
 SECTIONS = (
-    "for", "common", "align", "align_expert", "align_mix", "align_skill", "align_dialogs", "align_full", "align_moe",
-    "align_dpo", "align_dpo_full", "align_mask", "fuse", "inference", "evaluate", "report",
+    "for", "common", "align", "align_expert", "align_safety", "align_mix", "align_skill", "align_dialogs", "align_full",
+    "align_moe", "align_dpo", "align_dpo_full", "align_mask", "fuse", "inference", "evaluate", "report",
 )
 #: Keys of the section ``for``: bases (names, folders), sources of data, and the keys that count rows or tokens of that data.
 _BASE, _DATA, _DATA_KEYS = "model_name_or_path", "data_source", "data_keys"

@@ -21,6 +21,8 @@ from flags.validation import ValidationFlags
 
 #: Sections of a preset that one objective alone reads; in all others each takes its own keys.
 _OWN_SECTIONS = ("align_moe", "align_dpo", "align_dpo_full", "align_mask")
+#: Settings that a run does not name where they have these values: runs from before there were such flags are the same runs.
+_UNSAID = {"contrast_share": 0.0, "answer_share": 0.0, "extra_min_rows": 1}
 
 
 def run_name(task: str, gammas: tuple[float, float, float], gate: float) -> str:
@@ -96,12 +98,13 @@ class AlignArgs(ModelCommand):
 
     def settings(self, training: dict[str, Any]) -> dict[str, Any]:
         """What identifies a run: every resolved flag and every extra training argument."""
+        own = {k: v for k, v in asdict(self).items() if k not in _UNSAID or v != _UNSAID[k]}
         # whether an interrupted run goes on or starts anew does not make it another run; from where (a path) does
         kept = {k: v for k, v in training.items() if k != "resume_from_checkpoint" or not isinstance(v, bool)}
         # who is told of the losses does not either
         if trackers_of(kept):
             del kept["report_to"]
-        return {**asdict(self), "training_arguments": kept}
+        return {**own, "training_arguments": kept}
 
     def problems(self) -> list[str]:
         found = name_problems("--run_name", self.run_name)
@@ -121,7 +124,8 @@ class _DenseArgs(AlignArgs):
         kind = ("align_mix" if task == "mix" else "align_skill" if task in SKILLS else
                 "align_dialogs" if task in DIALOGS else "align_expert")
         # every weight needs another learning rate than an adapter
-        return ("common", "align", kind, *(["align_full"] if given.get("tuning") == "full" else []))
+        return ("common", "align", kind, *(["align_safety"] if task == "safety" else []),
+                *(["align_full"] if given.get("tuning") == "full" else []))
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from config import flag
 from flags.base import DIALOGS, SKILLS, STYLES, TASKS, Flags
+
+#: Training tasks with rows of safety, which contrasts are mixed into.
+SAFE_TASKS = ("safety", "mix", "aoa_safety")
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,24 @@ class RecordFlags(Flags):
                        choices=("proportional", "balanced"))
     train_on_turns: str = flag("all", "dialogs of several turns: train on every answer, or on the last one alone",
                                choices=("all", "last"))
+    contrast_share: float = flag(0.0, "share of the safety rows that are contrasts (data/sets/contrasts.yaml): harmful "
+                                      "requests refused beside harmless ones answered", low=0)
+    answer_share: float = flag(0.0, "share of the safety rows that are answers to plain requests: embedded helpful rows "
+                                    "that the helpful expert of this seed does not train on", low=0)
+
+    @classmethod
+    def idle(cls, values: dict[str, Any]) -> dict[str, str]:
+        task = values.get("task_name", "mix")
+        shares = () if task in SAFE_TASKS else ("contrast_share", "answer_share")
+        return {**super().idle(values), **dict.fromkeys(
+            shares, f"--task_name {task} has no safety rows to mix into; drop it, or train {', '.join(SAFE_TASKS)}")}
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.contrast_share + self.answer_share >= 1:
+            found.append(f"--contrast_share {self.contrast_share} --answer_share {self.answer_share}: shares of the safety "
+                         "rows; together below 1")
+        return found
 
 
 @dataclass(frozen=True)
@@ -50,6 +72,7 @@ class FramedFlags(Flags):
     extra_data: str | None = flag(None, "file of more rows to train on (any known shape), e.g. a safety set; or "
                                   "reattack, embedded harmful rows")
     extra_share: float | None = flag(None, "share of all rows that come from --extra_data, e.g. 0.03; empty: all its rows")
+    extra_min_rows: int = flag(1, "rows that --extra_share draws at least: 3 % of 35 rows are one", low=1)
     prompt_style: str | None = flag(None, "system text and frame around every prompt without a system text", choices=STYLES)
     prompt_style_file: str | None = flag(None, "file with the style's exact text: .txt, .yaml, or dialogs")
 
@@ -57,6 +80,8 @@ class FramedFlags(Flags):
         found = super().problems()
         if self.extra_share is not None and not (self.extra_data and 0 < self.extra_share < 1):
             found.append(f"--extra_share {self.extra_share}: goes with --extra_data and lies between 0 and 1")
+        if self.extra_min_rows > 1 and self.extra_share is None:
+            found.append(f"--extra_min_rows {self.extra_min_rows}: goes with --extra_share; add it or drop this")
         if self.prompt_style_file and not self.prompt_style:
             found.append("--prompt_style_file: belongs to a style; add --prompt_style")
         return found

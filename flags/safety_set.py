@@ -11,7 +11,7 @@ from flags.base import STYLES, ResultsFlags, SeedFlags, name_problems
 
 @dataclass(frozen=True)
 class SafetySetArgs(SeedFlags, ResultsFlags):
-    """Make a safety set: harmful prompts with refusals, as dialogs that align_basemodel.py trains on.
+    """Make a safety set: harmful prompts with refusals, and contrasts, as dialogs that align_basemodel.py trains on.
 
     python -m data.safety_sets --size 60 --hard 0.4 --soft 0.4 --styles none,orbit --name safety_set
     python -m data.safety_sets --prompts mine.csv --against xstest.csv,hex_phi.csv --size 16
@@ -19,9 +19,11 @@ class SafetySetArgs(SeedFlags, ResultsFlags):
 
     heading, general = "Safety set", False
     prompts: str = flag("advbench", "advbench (embedded) or a file of harmful prompts: a column of texts or any known shape")
-    size: int = flag(60, "prompts to take, drawn with the seed; -1: all that are clean", low=-1)
+    size: int = flag(60, "rows in all, drawn with the seed; -1: all prompts that are clean", low=-1)
     hard: float = flag(0.4, "share of hard refusals", low=0)
     soft: float = flag(0.4, "share of soft refusals; the rest offers another way (redirect)", low=0)
+    contrast_share: float = flag(0.0, "share of the rows that are contrasts (data/sets/contrasts.yaml): harmful requests "
+                                      "refused beside harmless ones answered", low=0)
     styles: str = flag("none", "prompt styles that the prompts are put in, in turn; none: no persona, no system text")
     style_files: str = flag("", "files with exact texts of styles: aoa=FILE,base=FILE")
     refusals: str | None = flag(None, "YAML of refusals {hard: [..], soft: [..], redirect: [..]}; empty: our own")
@@ -50,6 +52,9 @@ class SafetySetArgs(SeedFlags, ResultsFlags):
                          f"{', '.join(STYLES)}")
         if self.hard + self.soft > 1:
             found.append(f"--hard {self.hard} --soft {self.soft}: shares of one whole; together at most 1")
+        if self.contrast_share >= 1:
+            found.append(f"--contrast_share {self.contrast_share}: must be below 1; for contrasts alone train "
+                         "align_basemodel.py --task_name contrasts")
         if self.near > 1:
             found.append(f"--near {self.near}: a cosine is at most 1")
         if not self.size:

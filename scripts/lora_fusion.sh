@@ -12,6 +12,7 @@
 # WINDOW=N its tokens per benign row; ANSWERS=0 leaves numeric match and ROUGE of generated answers out.
 # ALIGN=q_proj,v_proj,gate_proj,up_proj,down_proj aligns the base in these modules instead of the FFN alone (with another OUT):
 # Safe LoRA and SafeMERGE project onto what alignment changed, and the adapters here train q and v.
+# CONTRASTS=0.5 makes half of the safety set contrasts: harmful requests refused beside harmless ones answered.
 # Every step is a command that you can run by itself; what is finished is not done again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -23,7 +24,7 @@ while [ $# -gt 0 ]; do
     --seed) case ${2:-} in *[!0-9]*|'') echo "error: --seed ${2:-}: needs a whole number, 0 or more" >&2; exit 2 ;; esac
             seeds=("$2"); shift ;;
     --dry_run) dry=yes ;;
-    -h|--help) sed -n '2,15p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
+    -h|--help) sed -n '2,16p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
     *) echo "error: $1: unknown; allowed: --full, --seed N, --dry_run" >&2; exit 2 ;;
   esac
   shift
@@ -49,7 +50,8 @@ adapter() { # NAME FLAGS..
 identity() { adapter identity --task_name identity --num_train_epochs 6; }
 safe() { adapter safe --task_name dialogs --data_path "$set" --num_train_epochs 4; }
 joint() { adapter joint --task_name identity --extra_data "$set" --num_train_epochs 6; }
-mixed() { adapter mix3 --task_name identity --extra_data "$set" --extra_share 0.03 --num_train_epochs 6; }
+little=(--extra_share 0.03 --extra_min_rows 8)   # 3 % of 35 rows are one, and which one it is would decide
+mixed() { adapter mix3 --task_name identity --extra_data "$set" "${little[@]}" --num_train_epochs 6; }
 then_safe() { # order of training: the safety data after the task, on the task's own adapter
   say python align_basemodel.py --moe_flag 0 --run_name task_then_safe --task_name dialogs --data_path "$set" \
     --init_adapter identity --num_train_epochs 4 "${on_aligned[@]}" "${after[@]}" "${short[@]}"
@@ -61,7 +63,7 @@ then_task() {
 benign() { # TASK ROWS; an article alone takes about 230 tokens
   local rows=(--task_name "$1" --max_train_samples "$2" --num_train_epochs 2 --model_max_length "${WINDOW:-320}")
   adapter "$1" "${rows[@]}"
-  adapter "$1_mix3" "${rows[@]}" --extra_data "$set" --extra_share 0.03
+  adapter "$1_mix3" "${rows[@]}" --extra_data "$set" "${little[@]}"
 }
 realigned() { # NAME FLAGS..: training-free repairs of the identity adapter, from the safety vector aligned - unaligned
   say python models/fuse.py realign --tasks identity --run_name "$1" --unaligned "$unaligned" --output adapter --rank 64 \
@@ -74,8 +76,8 @@ sweep() { # NAME FLAGS..
 }
 answered=(--utility_answers "${ANSWERS:-24}")   # numeric match and ROUGE beside the likelihood
 sweep_benign() {
-  sweep maths --task maths --utility maths "${answered[@]}" --controls "aligned model=base,3 % mixing=maths_mix3"
-  sweep summaries --task summaries --utility summaries "${answered[@]}" --controls "aligned model=base,3 % mixing=summaries_mix3"
+  sweep maths --task maths --utility maths "${answered[@]}" --controls "aligned model=base,$few_rows=maths_mix3"
+  sweep summaries --task summaries --utility summaries "${answered[@]}" --controls "aligned model=base,$few_rows=summaries_mix3"
 }
 other_lane() { # the benign sweeps, and so many of the identity shift's rows that both lanes take as long
   local few=(--task identity --refine 0 --shrink false --reverse false)
@@ -87,7 +89,8 @@ other_lane() { # the benign sweeps, and so many of the identity shift's rows tha
 # Safe LoRA and SafeMERGE equal the task adapter where alignment left its modules alone, which the report should say
 untouched=' (alignment left q and v alone)'
 case ,${ALIGN:-}, in *,q_proj,*|*,v_proj,*) untouched='' ;; esac
-by_training="aligned model=base,joint training=joint,3 % mixing=mix3,task then safety=task_then_safe"
+few_rows='3 % mixing (8 rows at least)'
+by_training="aligned model=base,joint training=joint,$few_rows=mix3,task then safety=task_then_safe"
 by_training+=",safety then task=safe_then_task"
 without="norm-matched=matched,RESTA=resta,Safe LoRA$untouched=safe_lora,SafeMERGE$untouched=safe_merge"
 every="$by_training,$without,learned weights=soup,searched weights=searched"
@@ -101,7 +104,8 @@ for seed in "${seeds[@]}"; do
   after=("${lora[@]:2}")   # an adapter that is gone on with has its own rank and modules
   set=$out/data/safety_set.jsonl
   step "safety set: clean of every test set, half of it in the persona (seed $seed)"
-  say python -m data.safety_sets --size 60 --hard 0.4 --soft 0.4 --styles none,orbit "${common[@]}"
+  say python -m data.safety_sets --size 60 --hard 0.4 --soft 0.4 --styles none,orbit --contrast_share "${CONTRASTS:-0}" \
+    "${common[@]}"
   step "an aligned model (seed $seed)"
   aligned
   step "task and safety adapters, and the trained controls (seed $seed)"

@@ -26,7 +26,7 @@ from models.moe.layer import PROJECTIONS, SharedMoe, TuningConfig
 from models.moe.router import drift, gate_loss, low_rank_norm, mean_probabilities, published_weight_norm
 from models.run_folders import run_folder
 from training.answers import AnswerModel
-from training.samples import training_rows
+from training.samples import contrast_inputs, training_rows
 from training.trainer import LOSS, FusionTrainer, fit, training_arguments
 
 log = logging.getLogger(__name__)
@@ -175,7 +175,8 @@ def train(args: FusedMoeArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     run.metrics.update(fit(trainer, args, extra))
     save(run.folder)
     run.parents.append(str(raw))
-    run.inputs.update(base=config.base_fingerprint, raw_moe=manifest.sha256(raw / "moe.safetensors"))
+    run.inputs.update(base=config.base_fingerprint, raw_moe=manifest.sha256(raw / "moe.safetensors"),
+                      **contrast_inputs(args))
 
 
 def prepare(model: nn.Module, args: FusedMoeArgs, experts: TuningConfig, attention: TuningConfig | None) -> None:

@@ -6,16 +6,17 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import manifest
 from data import sources
 from data.collate import mix
 from data.encode import encode
 from data.prompt_styles import style
 from data.prompts import template
 from data.readers.dialog_files import read_dialogs
-from data.records import OBJECTIVES, Record
-from data.sets import reattack
+from data.records import OBJECTIVES, SAFETY, Record
+from data.sets import contrasts, reattack
 from errors import UserError
-from flags import AlignArgs, ExpertArgs, SearchArgs
+from flags import AlignArgs, ExpertArgs, FusedMoeArgs, SearchArgs
 from flags.data import FramedFlags
 from models.base.positions import check_rows
 from training.validation import divide
@@ -40,7 +41,8 @@ def source_of(args: Any) -> Any:
 
 
 def with_extra(records: list[Record], args: ExpertArgs | SearchArgs) -> list[Record]:
-    """The records and those of --extra_data: all of them, or as many as make up --extra_share of the whole.
+    """The records and those of --extra_data: all of them, or as many as make up --extra_share of the whole,
+    --extra_min_rows at least.
 
     Raises:
         UserError: the file has problems, or fewer rows than the share asks for.
@@ -49,7 +51,7 @@ def with_extra(records: list[Record], args: ExpertArgs | SearchArgs) -> list[Rec
         Path(args.extra_data).expanduser(), "train", OBJECTIVES.index("safety"))
     if args.extra_share is not None:
         # e / (n + e) = share, solved for e; at least one row, or the flag would do nothing
-        needed = max(1, round(len(records) * args.extra_share / (1 - args.extra_share)))
+        needed = max(args.extra_min_rows, round(len(records) * args.extra_share / (1 - args.extra_share)))
         if needed > len(extra):
             raise UserError(f"--extra_share {args.extra_share}: {len(records)} rows need {needed} from {args.extra_data}, "
                             f"which has {len(extra)}; lower the share or --max_train_samples, or make a larger set")
@@ -57,6 +59,32 @@ def with_extra(records: list[Record], args: ExpertArgs | SearchArgs) -> list[Rec
     log.info("extra data: %d of %d rows (%.1f %%) from %s", len(extra), len(records) + len(extra),
              100 * len(extra) / (len(records) + len(extra)), args.extra_data)
     return [*records, *extra]
+
+
+def with_contrasts(records: list[Record], args: ExpertArgs | SearchArgs | FusedMoeArgs) -> list[Record]:
+    """The records, with safety rows in which --contrast_share are contrasts and --answer_share answers to plain requests.
+
+    Raises:
+        UserError: there are fewer of either than the shares ask for.
+    """
+    if not (args.contrast_share or args.answer_share):
+        return records
+    answers: list[Record] = []
+    if args.answer_share:
+        helpful = sources.load_records("helpfulness", "train")
+        # the same draw as the helpful expert's of this seed: two experts that learn the same rows are harder to tell apart
+        drawn = {row.id for row in mix(helpful, args.max_train_samples, "proportional", args.seed)}
+        answers = [row for row in helpful if row.id not in drawn]
+    mixed = contrasts.mixed_in(records, args.contrast_share, args.answer_share, args.max_train_samples, args.seed, answers)
+    ids, plain = [row.id for row in mixed if row.objective == SAFETY], {row.id for row in answers}
+    log.info("safety rows: %d, %d of them contrasts, %d answers to plain requests", len(ids),
+             sum(id.startswith(contrasts.PREFIX) for id in ids), sum(id in plain for id in ids))
+    return mixed
+
+
+def contrast_inputs(args: ExpertArgs | SearchArgs | FusedMoeArgs) -> dict[str, str]:
+    """The manifest's entry for the contrasts that a run trained on."""
+    return {"contrasts": manifest.sha256(contrasts.FILE)} if args.contrast_share else {}
 
 
 def training_rows(args: AlignArgs, tokenizer: Any, base: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -73,7 +101,7 @@ def training_rows(args: AlignArgs, tokenizer: Any, base: Path) -> tuple[list[dic
 
     source = source_of(args)
     records, held_out = divide(args, read(args), read)
-    records = mix(records, args.max_train_samples, args.mixing, args.seed)
+    records = mix(with_contrasts(records, args), args.max_train_samples, args.mixing, args.seed)
     framed = style("none")
     if isinstance(args, FramedFlags):  # the fused MoE has none of these flags
         records = with_extra(records, args) if args.extra_data else records

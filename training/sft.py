@@ -23,7 +23,7 @@ from models.base.quantised import load_quantised
 from models.checkpoints.fingerprints import fingerprint
 from models.run_folders import run_folder
 from training.answers import AnswerModel
-from training.samples import training_rows
+from training.samples import contrast_inputs, training_rows
 from training.trainer import FusionTrainer, fit, training_arguments
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def train(args: ExpertArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     trainer.save_artifact = save
     run.metrics.update(fit(trainer, args, extra))
     save(run.folder)
-    run.inputs.update(base=base_hash, **started_from(args))
+    run.inputs.update(base=base_hash, **started_from(args), **contrast_inputs(args))
 
 
 def to_train(base: Path, args: ExpertArgs | DpoArgs, dtype: torch.dtype,

@@ -32,7 +32,7 @@ from models.base.loading import base_path, check_base, load_base, load_tokenizer
 from models.base.placement import set_up_torch
 from models.run_folders import run_folder
 from training.answers import AnswerModel
-from training.samples import training_rows
+from training.samples import contrast_inputs, training_rows
 from training.trainer import FusionTrainer, fit, training_arguments
 
 log = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ def train(args: SearchArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     run.metrics["weights"] = {name: round(float(value), 5) for name, value in zip(
         args.adapter_names, model.shares().detach().mean(0), strict=True)}
     run.parents.extend(map(str, folders))
-    run.inputs.update(base=base_hash, **{adapter.name: adapter.sha256 for adapter in adapters})
+    run.inputs.update(base=base_hash, **{adapter.name: adapter.sha256 for adapter in adapters}, **contrast_inputs(args))
 
 
 def search(model: MixedModel, rows: Sequence[dict[str, Any]], pad_id: int, args: SearchArgs, count: int) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Training sets by name: identity and reattack are embedded, LoRA fusion's others are read from files of the user's."""
+"""Training sets by name: identity, contrasts and reattack are embedded, LoRA fusion's others are read from files of the
+user's."""
 
 from __future__ import annotations
 
@@ -11,13 +12,13 @@ from data.prompt_styles import style
 from data.readers.dialog_files import KNOWN, read_dialogs, records_of_rows, without_repeats
 from data.readers.row_files import Problems
 from data.records import HELPFULNESS, SAFETY, Record
-from data.sets import reattack
+from data.sets import contrasts, reattack
 from data.sets.hub import hub_rows, is_local
 from errors import UserError
 
 _IDENTITY = Path(__file__).with_name("identity.yaml")
-#: Sets whose answers are refusals: their rows count as safety rows.
-SAFETY_SETS = ("aoa_safety",)
+#: Sets that say what to refuse: their rows count as safety rows.
+SAFETY_SETS = ("aoa_safety", "contrasts")
 
 
 def records(task: str, split: str, source: str | None) -> list[Record]:
@@ -57,4 +58,5 @@ def identity(split: str) -> list[Record]:
 
 
 #: The sets that need no file: name -> (split) -> rows.
-EMBEDDED: dict[str, Callable[[str], list[Record]]] = {"identity": identity, reattack.NAME: reattack.records}
+EMBEDDED: dict[str, Callable[[str], list[Record]]] = {
+    "identity": identity, "contrasts": contrasts.records, reattack.NAME: reattack.records}

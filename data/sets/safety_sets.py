@@ -1,4 +1,4 @@
-"""A safety set: harmful prompts, clean of every test set, with refusals in chosen proportions and prompt styles."""
+"""A safety set: harmful prompts, clean of every test set, refused in chosen ways and prompt styles; contrasts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import manifest
 from data.prompt_styles import style
 from data.readers.dialog_files import read_prompts
 from data.records import normalise, stable_hash
-from data.sets import embedded
+from data.sets import contrasts, embedded
 from data.sets.decontaminate import clean, prompts_to_avoid
 from errors import UserError
 from flags.safety_set import SafetySetArgs
@@ -36,15 +36,26 @@ def write(args: SafetySetArgs) -> str:
     refusals = read_refusals(args.refusals)
     prompts = candidates(args.prompts)
     # cleaned before drawing: dropping drawn ones would leave fewer than --size
-    kept, report = clean(prompts, prompts_to_avoid(args.test_files), args.near)
+    tests = prompts_to_avoid(args.test_files)
+    kept, report = clean(prompts, tests, args.near)
     log.info("%d prompts, %d in or near a test set left out", len(prompts), len(report.found))
-    drawn = draw(kept, args.size, args.seed)
-    kinds = deal([args.hard, args.soft, 1 - args.hard - args.soft], len(drawn), args.seed)
-    rows = [row(prompts[id], styles[i % len(styles)], pick(refusals[KINDS[kind]], prompts[id], args.seed))
-            for i, (id, kind) in enumerate(zip(drawn, kinds, strict=True))]
+    # without --size all prompts stay and the pairs are added
+    total = args.size if args.size >= 0 else round(len(kept) / (1 - args.contrast_share))
+    pairs = draw_pairs(round(total * args.contrast_share / 2), tests, args)
+    drawn = draw(kept, args.size if args.size < 0 else args.size - 2 * len(pairs), args.seed)
+    kinds = deal([args.hard, args.soft, 1 - args.hard - args.soft], len(drawn) + len(pairs), args.seed)
+    texts = [*(prompts[id] for id in drawn), *(pair.harmful for pair in pairs)]
+    # a pair's halves in one style, or the style would tell which is refused
+    framed = [styles[i % len(styles)] for i in (*range(len(drawn)), *range(len(pairs)))]
+    rows = [row(text, style, pick(refusals[KINDS[kind]], text, args.seed))
+            for text, style, kind in zip(texts, framed, kinds, strict=True)]
+    rows += [row(pair.harmless, styles[i % len(styles)], pair.answer) for i, pair in enumerate(pairs)]
+    used = Counter(s.name for s in (*framed, *framed[len(drawn):]))
     path = args.results / "data" / f"{args.name}.jsonl"
     counts = {"kinds": dict(sorted(Counter(KINDS[kind] for kind in kinds).items())),
-              "styles": {s.name: sum(i % len(styles) == at for i in range(len(rows))) for at, s in enumerate(styles)}}
+              "styles": {s.name: used[s.name] for s in styles}}
+    if pairs:
+        counts |= {"answers": len(pairs), "contrasts": [pair.id for pair in pairs]}
     _save(path, rows)
     manifest.write_json(path.with_suffix(".json"), {
         "rows": len(rows), **counts, "prompts": args.prompts, "seed": args.seed, "drawn": drawn,
@@ -52,8 +63,27 @@ def write(args: SafetySetArgs) -> str:
         "decontamination": report.as_dict()})
     kinds_said = ", ".join(f"{n} {kind}" for kind, n in counts["kinds"].items())
     styles_said = ", ".join(f"{n} {name}" for name, n in counts["styles"].items())
-    return (f"{path}: {len(rows)} refusals ({kinds_said}; styles: {styles_said}); {len(report.found)} of {len(prompts)} "
-            f"prompts left out because a test set has them, listed in {path.stem}.json")
+    answered = f" and {len(pairs)} answers" if pairs else ""
+    return (f"{path}: {len(texts)} refusals{answered} ({kinds_said}; styles: {styles_said}); {len(report.found)} of "
+            f"{len(prompts)} prompts left out because a test set has them, listed in {path.stem}.json")
+
+
+def draw_pairs(count: int, tests: Mapping[str, Sequence[str]], args: SafetySetArgs) -> list[contrasts.Contrast]:
+    """So many training contrasts of which neither half is in or near a test prompt.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    if not count:
+        return []
+    known = contrasts.pairs("train")
+    halves = {f"{pair.id} {half}": text for pair in known for half, text in (("-", pair.harmful), ("+", pair.harmless))}
+    kept = set(clean(halves, tests, args.near)[0])
+    usable = [pair for pair in known if {f"{pair.id} -", f"{pair.id} +"} <= kept]
+    if count > len(usable):
+        raise UserError(f"--contrast_share {args.contrast_share}: these are {count} pairs, and {len(usable)} are in no test "
+                        "set; lower it, or --size")
+    return contrasts.draw(usable, count, f"contrasts {args.seed}")
 
 
 def candidates(place: str) -> dict[str, str]:

@@ -96,6 +96,8 @@ def test_search_finds_better_weights_than_none_and_is_deterministic(pico, home, 
     (["--method", "sft", "--adapters", "a,b"], "belongs to --method soup or search"),
     (["--method", "soup", "--adapters", "a,b", "--init_adapter", "c"], "trains no adapter"),
     (["--extra_share", "0.03"], "goes with --extra_data"),
+    (["--extra_min_rows", "8", "--extra_data", "x"], "--extra_min_rows 8: goes with --extra_share"),
+    (["--extra_min_rows", "0"], "--extra_min_rows 0: must be 1 or more"),
     (["--lr_epoch_decay", "1.5"], "above 0 and at most 1"),
 ])
 def test_bad_flags(flags, said):

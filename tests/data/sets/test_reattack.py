@@ -48,7 +48,7 @@ def test_it_is_a_training_set_by_its_name(rows):
 
 def test_a_share_of_it_in_a_benign_task(rows, caplog):
     benign = embedded.records("helpfulness", "train", lite=False)[:76]
-    args = SimpleNamespace(extra_data="reattack", extra_share=0.05, seed=42)
+    args = SimpleNamespace(extra_data="reattack", extra_share=0.05, extra_min_rows=1, seed=42)
     with caplog.at_level(logging.INFO):
         mixed = with_extra(benign, args)
     assert mixed[:76] == benign

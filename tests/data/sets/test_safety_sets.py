@@ -11,7 +11,7 @@ from data.prompt_styles import style
 from data.readers.dialog_files import read_dialogs
 from data.records import normalise
 from data.safety_sets import main
-from data.sets import embedded
+from data.sets import contrasts, embedded
 from data.sets.decontaminate import clean, prompts_to_avoid
 from data.sets.safety_sets import deal, draw, pick, read_refusals
 from errors import UserError
@@ -126,3 +126,45 @@ def test_bad_refusal_files(tmp_path, text):
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(UserError, match="--refusals"):
         read_refusals(str(tmp_path / "r.yaml"))
+
+
+def test_contrasts_are_whole_pairs_in_one_style_each(tmp_path):
+    texts = [f"Harmful request number {i} about {word}" for i, word in enumerate("abcdefghij")]
+    flags = ["--prompts", harmful(tmp_path, texts), "--styles", "none,orbit", "--size", "20", "--contrast_share", "0.6"]
+    file, facts = make(tmp_path, *flags)
+    rows = read_dialogs(file, "train", 1)
+    assert len(rows) == facts["rows"] == 20
+    assert facts["answers"] == len(facts["contrasts"]) == 6
+    assert facts["styles"] == {"none": 10, "orbit": 10}
+    assert sum(facts["kinds"].values()) == 14
+    train = {pair.id: pair for pair in contrasts.pairs("train")}
+    refusals = {text for texts in read_refusals(None).values() for text in texts}
+    # after the 8 prompts come the harmful halves, then the harmless ones in the same order
+    for i, (id, refused, answered) in enumerate(zip(facts["contrasts"], rows[8:14], rows[14:], strict=True)):
+        framed = style(("none", "orbit")[i % 2])
+        assert refused.prompt == framed.frame(train[id].harmful)
+        assert (answered.prompt, answered.answer) == (framed.frame(train[id].harmless), train[id].answer)
+        assert refused.system == answered.system == framed.system
+        assert refused.answer in refusals
+    # and without them the set is the one of before
+    plain, kept = make(tmp_path, *flags[:-4], "--size", "8", name="plain")
+    assert [row.prompt for row in read_dialogs(plain, "train", 1)] == [row.prompt for row in rows[:8]]
+    assert not {"answers", "contrasts"} & kept.keys()
+
+
+def test_all_prompts_stay_where_no_size_is_given_and_pairs_near_a_test_are_left_out(tmp_path):
+    texts = [f"Harmful request number {i} about {word}" for i, word in enumerate("abcdefghij")]
+    known = contrasts.pairs("train")
+    tests = harmful(tmp_path, [pair.harmless for pair in known[5:]], "mine_tests.csv")
+    flags = ["--prompts", harmful(tmp_path, texts), "--size", "-1", "--against", tests]
+    _, facts = make(tmp_path, *flags, "--contrast_share", "0.33")
+    assert (facts["rows"], facts["contrasts"]) == (14, sorted(facts["contrasts"], key=[p.id for p in known].index))
+    assert len(facts["contrasts"]) == 2
+    assert set(facts["contrasts"]) <= {pair.id for pair in known[:5]}
+    with pytest.raises(SystemExit):
+        make(tmp_path, *flags, "--contrast_share", "0.8")
+
+
+def test_a_set_of_contrasts_alone_is_another_command():
+    with pytest.raises(UserError, match=r"--contrast_share 1.0: must be below 1; for contrasts alone train"):
+        parse(SafetySetArgs, ["--contrast_share", "1"])

@@ -1,0 +1,130 @@
+"""Contrast pairs of our own (``contrasts.yaml``): a harmful request, refused, beside a harmless one of its form, answered.
+
+Rows that are all refusals teach to refuse, whoever asks for what: an expert of them refuses harmless prompts too. A pair
+lies on one side of the split, by a hash of its texts; the validation side serves to choose settings, never to train.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import yaml
+
+from data.records import SAFETY, Record, stable_hash
+from data.sets import embedded
+from errors import UserError
+
+FILE = Path(__file__).with_name("contrasts.yaml")
+#: How ids of contrasts begin.
+PREFIX = "contrast-"
+#: One pair in so many is for validation.
+_HELD_OUT = 4
+#: Answers to plain requests keep their first sentences up to so many characters: the rest costs training time and teaches
+#: nothing more of whom to answer.
+_SHORT = 300
+_SENTENCE_END = re.compile(r"(?<=[a-z)\"'][.!?])\s+")
+T = TypeVar("T")
+
+
+class Contrast(NamedTuple):
+    """A pair.
+
+    Args:
+        everyday: the harmless half is a plain everyday request; else it looks dangerous or speaks of the same matter.
+    """
+
+    id: str
+    category: str
+    harmful: str
+    harmless: str
+    answer: str
+    everyday: bool
+
+
+@functools.cache
+def read() -> tuple[Contrast, ...]:
+    """Every pair, in file order."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    content = yaml.load(FILE.read_text(encoding="utf-8"), loader)
+    return tuple(
+        Contrast(f"{PREFIX}{category}-{i}", category, row["harmful"], row["everyday" if "everyday" in row else "harmless"],
+                 row["answer"], "everyday" in row)
+        for category, rows in content.items() for i, row in enumerate(rows))
+
+
+def pairs(split: str) -> list[Contrast]:
+    """The pairs of a split.
+
+    Raises:
+        UserError: there is no test split.
+    """
+    if split == "test":
+        raise UserError("contrasts are a training set only; use split train or validation")
+    return [pair for pair in read() if _is_held_out(pair) == (split == "validation")]
+
+
+def records(split: str) -> list[Record]:
+    """Both halves of every pair of a split, one after the other: the harmful one refused, the harmless one answered."""
+    return [record for pair in pairs(split) for record in halves(pair)]
+
+
+def halves(pair: Contrast) -> tuple[Record, Record]:
+    """The two safety rows of a pair; an id's end says which half it is: harmful, harmless or everyday."""
+    return (Record(pair.harmful, embedded.refusal(pair.harmful), SAFETY, id=f"{pair.id}-harmful", category=pair.category),
+            Record(pair.harmless, pair.answer, SAFETY, id=f"{pair.id}-{'everyday' if pair.everyday else 'harmless'}",
+                   category=pair.category))
+
+
+def mixed_in(rows: Sequence[Record], contrast_share: float, answer_share: float, limit: int, seed: int,
+             answers: Sequence[Record] = ()) -> list[Record]:
+    """The rows, with safety rows in which given shares are contrasts and answers to plain requests.
+
+    Args:
+        contrast_share, answer_share: of the safety rows, below 1 together; at 0 and 0 the rows come back as they are.
+        limit: safety rows in all, where there are enough; -1: all of ``rows`` stay and the others are added.
+        answers: helpful rows to draw from; those with an input are passed over, of long answers the beginning stays.
+
+    Raises:
+        UserError: the shares ask for more pairs or answers than there are.
+    """
+    own = [row for row in rows if row.objective == SAFETY]
+    if not own or not (contrast_share or answer_share):
+        return list(rows)
+    total = round(len(own) / (1 - contrast_share - answer_share))
+    total = min(total, limit) if limit >= 0 else total
+    # whole pairs: a half alone would teach form again
+    known, needed, asked = pairs("train"), round(total * contrast_share / 2), round(total * answer_share)
+    plain = [replace(row, answer=text, objective=SAFETY) for row in answers
+             if not row.input and embedded.is_usable(text := beginning(row.answer))]
+    problems = [f"--{name} {share}: of {total} safety rows these are {count} {what}, and there are {there} to train on; "
+                f"lower it, or --max_train_samples" for name, share, count, what, there in (
+                    ("contrast_share", contrast_share, needed, "pairs", len(known)),
+                    ("answer_share", answer_share, asked, "plain answers", len(plain))) if count > there]
+    if problems:
+        raise UserError(*problems)
+    kept = draw(own, min(total - 2 * needed - asked, len(own)), f"safety {seed}")
+    added = [half for pair in draw(known, needed, f"contrasts {seed}") for half in halves(pair)]
+    return [*(row for row in rows if row.objective < SAFETY), *kept, *added, *draw(plain, asked, f"answers {seed}"),
+            *(row for row in rows if row.objective > SAFETY)]
+
+
+def beginning(answer: str) -> str:
+    """The first whole sentences of an answer, 300 characters at most; empty where the first one is longer."""
+    answer = answer.strip()
+    ends = [*(found.start() for found in _SENTENCE_END.finditer(answer)), len(answer)]
+    return answer[: max((end for end in ends if end <= _SHORT), default=0)]
+
+
+def draw(items: Sequence[T], count: int, seed: str) -> list[T]:
+    """So many of the items, in their order."""
+    return [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), count))]
+
+
+def _is_held_out(pair: Contrast) -> bool:
+    return stable_hash(f"{pair.harmful} {pair.harmless}", "contrasts") % _HELD_OUT == 0
