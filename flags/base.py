@@ -14,10 +14,10 @@ OBJECTIVES: tuple[str, ...] = ("helpfulness", "safety", "truthfulness")
 TASKS = ("truthfulness", "safety", "helpfulness", "mix")
 #: What an aligned model is tuned for (SOMF, spec section 2.1). Embedded: all but Hindi and code.
 SKILLS = ("english", "chinese", "hindi", "maths", "code", "summaries")
-#: Sets of align_basemodel.py --task_name (data/sets/dialogs.py). identity, contrasts and reattack are embedded, the others are
-#: files of yours; dialogs: any file of a known shape.
-DIALOGS = ("identity", "contrasts", "reattack", "aoa", "aoa_safety", "chatagi", "hpfa", "pure_bad", "alpaca", "dolly", "xsum",
-           "gsm8k", "dialogs")
+#: Training sets (data/sets/dialogs.py). identity, contrasts and reattack are embedded, the others are files of yours;
+#: dialogs: any file of a known shape.
+DIALOGS = ("identity", "contrasts", "reattack", "aoa", "aoa_safety", "chatagi", "hpfa", "pure_bad", "alpaca", "dolly",
+           "xsum", "gsm8k", "dialogs")
 #: Styles whose exact text comes from a file of yours.
 FILE_STYLES = ("aoa", "base", "pure_bad")
 #: System text and frame around a question (data/prompt_styles.yaml).
