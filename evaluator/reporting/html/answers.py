@@ -44,7 +44,7 @@ def answers_section(content: Content) -> Html | None:
 
 def _read(root: Path, run: str) -> dict[str, dict[str, Any]]:
     """Set -> prompt's id -> the line of outputs_final.jsonl, of the test split."""
-    sub = "raw" if run == "base" else f"cross_{run}"
+    sub = "raw" if run in ("base", "raw") else f"cross_{run}"
     found = {}
     for path in sorted(root.glob("inference/*/test/*/outputs_final.jsonl")):
         if path.parent.name == sub:

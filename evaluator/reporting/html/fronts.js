@@ -55,8 +55,9 @@
       .sort((a, b) => x.of(a).value - x.of(b).value || y.of(a).value - y.of(b).value);
   }
 
-  function showTip(at, where, shown) {
-    tip.textContent = clean([report.rows[at].label, ...shown.map((axis) => said(axis, at))].join("\n"));
+  function showTip(at, where, shown, under) {
+    const also = under.length ? [`also here: ${under.map((other) => report.rows[other].label).join(", ")}`] : [];
+    tip.textContent = clean([report.rows[at].label, ...shown.map((axis) => said(axis, at)), ...also].join("\n"));
     tip.hidden = false;
     const box = tip.getBoundingClientRect();
     tip.style.left = `${Math.max(8, Math.min(where.x + 14, innerWidth - box.width - 8))}px`;
@@ -85,7 +86,7 @@
     const [xs, ys] = [ends(x, points), ends(y, points)];
     const px = (value) => LEFT + ((WIDE - LEFT - RIGHT) * (value - xs[0])) / (xs[1] - xs[0]);
     const py = (value) => HIGH - BELOW - ((HIGH - TOP - BELOW) * (value - ys[0])) / (ys[1] - ys[0]);
-    const svg = make("svg", { viewBox: `0 0 ${WIDE} ${HIGH}`, class: "plot", role: "group",
+    const svg = make("svg", { viewBox: `0 0 ${WIDE} ${HIGH}`, class: points.length > 12 ? "plot many" : "plot", role: "group",
       "aria-label": `${y.title} against ${x.title}: ${points.length} rows; each one can be reached by the Tab key` });
     for (const tick of ticks(...ys, 7)) {
       svg.append(make("line", { x1: LEFT, x2: WIDE - RIGHT, y1: py(tick), y2: py(tick), class: "grid" }),
@@ -123,7 +124,10 @@
       if (yc.low !== null && yc.high !== null) group.append(make("line", { x1: cx, x2: cx, y1: py(yc.low), y2: py(yc.high), class: "whisker" }));
       group.append(make("path", { d: SHAPES[kind], class: "mark", transform: `translate(${cx} ${cy}) scale(${scale(at)})` }),
         make("circle", { cx, cy, r: 11, class: "halo" }));
-      const label = clean(report.rows[at].label).slice(0, 28);
+      const whole = clean(report.rows[at].label);
+      const label = whole.length > 28 ? `${whole.slice(0, 26)}…` : whole;
+      // a point over another one speaks for both
+      const under = points.filter((other) => other !== at && Math.hypot(px(x.of(other).value) - cx, py(y.of(other).value) - cy) < 7);
       const half = label.length * 6.4;
       // the first place beside the point that covers nothing; without one the label waits for the pointer
       const spots = [[10, -9, "start"], [-10, -9, "end"], [10, 19, "start"], [-10, 19, "end"], [14, 4, "start"], [-14, 4, "end"],
@@ -140,8 +144,8 @@
         }
       }
       const near = () => { const box = group.querySelector(".mark").getBoundingClientRect(); return { x: box.right, y: box.top }; };
-      group.addEventListener("pointerenter", () => showTip(at, near(), shown));
-      group.addEventListener("focus", () => showTip(at, near(), shown));
+      group.addEventListener("pointerenter", () => showTip(at, near(), shown, under));
+      group.addEventListener("focus", () => showTip(at, near(), shown, under));
       for (const leave of ["pointerleave", "blur"]) group.addEventListener(leave, () => { tip.hidden = true; });
       svg.append(group);
     }

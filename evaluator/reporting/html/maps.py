@@ -37,7 +37,9 @@ def router_section(content: Content) -> Html | None:
                 found.append((line, task, path, run))
     if not found:
         return None
-    maps = [_router(line, task, path, _experts(root, run)) for line, task, path, run in found[:_MOST]]
+    maps = [drawn for line, task, path, run in found[:_MOST] if (drawn := _router(line, task, path, _experts(root, run)))]
+    if not maps:
+        return None
     says = f"Mean probability that the router gives each expert, layer by layer, on prompts of a set. {_seed(content)}"
     left = f" {len(found) - _MOST} more lie in results/observation." if len(found) > _MOST else ""
     return section("routers", "Router", tag("div", *maps, class_="maps"), says=says + left)
@@ -58,8 +60,11 @@ def _experts(root: Path, run: str) -> tuple[str, ...]:
 
 
 def _router(line: Line, task: str, path: Path, experts: Sequence[str]) -> Html | None:
-    shares = np.load(path, allow_pickle=False)
-    if shares.ndim != 2 or not np.isfinite(shares).all():
+    try:
+        shares = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    if not isinstance(shares, np.ndarray) or shares.dtype.kind != "f" or shares.ndim != 2 or not np.isfinite(shares).all():
         return None
     names = experts if len(experts) == shares.shape[1] else [f"expert {i}" for i in range(shares.shape[1])]
     means = ", ".join(f"{name} {share:.2f}" for name, share in zip(names, shares.mean(0), strict=True))

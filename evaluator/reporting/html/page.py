@@ -74,6 +74,8 @@ def html_page(content: Content, more: Mapping[str, Any]) -> str:
               "data": join([data_block("report", report), data_block("page", json.loads(formats.dumped(data)))])}
     # one pass: what is filled in may hold braces itself
     page = re.sub(r"\{\{(\w+)\}\}", lambda found: filled[found[1]], _file("template.html"))
+    # half a surrogate pair in an answer has no bytes
+    page = page.encode("utf-8", "replace").decode("utf-8")
     if (size := len(page.encode())) > MOST_BYTES:
         raise UserError(f"--answers {args.answers}: the HTML page would be {size / 1e6:.1f} MB; at most "
                         f"{MOST_BYTES / 1e6:.0f}: show fewer answers, or fewer rows (--runs)")

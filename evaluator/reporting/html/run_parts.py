@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import manifest
 from config import ROOT
+from errors import UserError
 from evaluator.reporting.html.elements import Html, section, tag
 from evaluator.reporting.run_records import manifest_of, record
 from evaluator.reporting.table import seed_names
@@ -37,7 +38,7 @@ def _parts(line: Line, roots: Sequence[Path]) -> list[dict[str, Any]]:
     places = [(run, root) for run in line.run.split("+") for root in roots]
     found = []
     for (run, root), name, item in zip(places, seed_names(line), line.found, strict=True):
-        known = record(root, run) if item.scores or (root / "outputs" / run).is_dir() else {}
+        known = _record(root, run)
         chain = _chain(root, run)
         own = chain[-1] if chain and chain[-1]["run"] == run else {}
         seconds = [step["seconds"] for step in chain if "seconds" in step]
@@ -50,6 +51,14 @@ def _parts(line: Line, roots: Sequence[Path]) -> list[dict[str, Any]]:
             "answers": dict(_answers(root, run)), "scores": dict(_scores(root, item.origin.values()))}
         found.append(manifest.public({key: value for key, value in facts.items() if value not in (None, "", {}, [])}))
     return found
+
+
+def _record(root: Path, run: str) -> dict[str, Any]:
+    try:
+        return record(root, "base" if run == "raw" else run)
+    except UserError:
+        # a row that nobody has scored yet
+        return {}
 
 
 def _chain(root: Path, run: str, seen: frozenset[str] = frozenset()) -> list[dict[str, Any]]:
@@ -73,7 +82,7 @@ def _command(words: Sequence[Any]) -> str:
 
 
 def _answers(root: Path, run: str) -> Iterable[tuple[str, str]]:
-    sub = "raw" if run == "base" else f"cross_{run}"
+    sub = "raw" if run in ("base", "raw") else f"cross_{run}"
     for path in sorted(root.glob(f"inference/*/*/*/{manifest.MANIFEST}")):
         line = manifest_of(path.parent).get("command_line") if path.parent.name == sub else None
         if line:

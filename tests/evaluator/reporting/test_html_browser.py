@@ -130,6 +130,11 @@ def test_the_fronts_follow_their_menus_the_pointer_and_the_keyboard(page):
     assert page.run("tip.innerText").startswith("harmless\nrefusal ↑: 0.950 [")
     page.run(f"{first}.blur()")
     assert page.run("tip.hidden") is True
+    # the pointer shows the same
+    page.run(f"{first}.dispatchEvent(new PointerEvent('pointerenter'))")
+    assert page.run("tip.innerText").startswith("harmless\nrefusal ↑: 0.950 [")
+    page.run(f"{first}.dispatchEvent(new PointerEvent('pointerleave'))")
+    assert page.run("tip.hidden") is True
     assert page.run(f"{first}.getAttribute('aria-label')").startswith("harmless; refusal ↑: 0.950 [")
     corners = page.run("document.querySelector('#plot .front').getAttribute('d').split('L').length")
     assert corners == 4 - 1, "naive mix is beaten by the tuned MoE on both"
@@ -137,6 +142,14 @@ def test_the_fronts_follow_their_menus_the_pointer_and_the_keyboard(page):
     assert page.run("document.querySelectorAll('#plot .point').length") == 2
     page.run("size.value = 'overrefusal'; size.dispatchEvent(new Event('change'))")
     assert "over-refusal ↓: 0.900" in page.run(f"{first}.getAttribute('aria-label')")
+
+
+def test_points_in_one_place_speak_for_each_other(browser, file):
+    write(file.parent.parent, runs="base,mix,same=mix,moe", name="twins")
+    browser.open(file.with_name("twins.html"))
+    twins = "[...document.querySelectorAll('#plot .point')].filter(p => p.ariaLabel.startsWith('same'))[0]"
+    browser.run(f"{twins}.focus()")
+    assert browser.run("tip.innerText").endswith("also here: mix")
 
 
 def test_dark_is_the_readers_choice_and_the_switchs(page):

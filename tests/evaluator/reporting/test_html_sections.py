@@ -168,6 +168,28 @@ def test_masks_are_drawn_by_module_and_layer(results):
     assert section(Page(write(results, runs="base,mix")), "masks") is None
 
 
+def test_damaged_files_draw_nothing_and_stop_nothing(tmp_path):
+    fill(tmp_path, n=10)
+    (tmp_path / "observation").mkdir()
+    (tmp_path / "observation" / "safety_moe.npy").write_bytes(b"no array")
+    np.save(tmp_path / "observation" / "truth_moe.npy", np.array(["a", "b"]))
+    (tmp_path / "outputs" / "later").mkdir()
+    (tmp_path / "outputs" / "moe" / "manifest.json").write_text(json.dumps({
+        "command_line": [1, None], "parents": [{}, 3], "seconds": "fast", "metrics": [], "packages": {"torch": {}},
+        "inputs": 5}))
+    answers = tmp_path / "inference" / "safety" / "test" / "cross_moe" / "outputs_final.jsonl"
+    lines = answers.read_text().splitlines()
+    rows = [{"id": f"safety-{i}", "prompt": ["a", 1], "output": "half \ud800 pair", "category": {"a": 1}} for i in range(10)]
+    answers.write_text("\n".join([*map(json.dumps, rows), lines[0][:20], "[]", '{"id": 1}', "x" * 10]))
+    page = Page(write(tmp_path, "--answers", "20", runs="raw,moe,not yet=later"))
+    assert section(page, "routers") is None
+    assert "half ? pair" in section(page, "answers")
+    parts = page.data("page")["runs"]
+    assert [parts[0][0]["kind"], parts[2][0].get("kind")] == ["base", "other"]
+    assert parts[1][0]["make"] == ["python 1 None"]
+    assert "seconds" not in parts[1][0]
+
+
 def test_a_run_whose_parents_go_in_a_circle_ends(results):
     train(results, "one", ["align_basemodel.py"], parents=["outputs/two"])
     train(results, "two", ["inference.py"], parents=["outputs/one"])
