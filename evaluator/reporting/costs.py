@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
@@ -136,7 +135,7 @@ def of_lines(lines: Sequence[Line], roots: Sequence[Path]) -> dict[str, Cost]:
 
 def _mean(costs: Sequence[Cost]) -> Cost:
     values = {name: [getattr(cost, name) for cost in costs] for name in COLUMNS}
-    return Cost(**{name: None if None in found else statistics.fmean(found) for name, found in values.items()})
+    return Cost(**{name: None if None in found else sum(found) / len(found) for name, found in values.items()})
 
 
 def markdown(costs: Mapping[str, Cost]) -> list[str]:
