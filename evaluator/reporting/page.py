@@ -23,6 +23,14 @@ _BOTH = ("a half width being the root of the sum of squares of Student's t over 
          "seeds' mean half width over test rows (crossed seeds and prompts; cut at 0 and 1 for shares); also for the paired "
          "differences.")
 
+#: Kinds of columns that a report has only when asked -> how their intervals and p are made.
+_INTERVALS = {
+    "auc": "AUCs: DeLong's interval on the logit scale, DeLong's paired test",
+    "threshold": "Refusal at 10 % over-refusal: bootstrap over the prompts of both halves, every threshold taken anew",
+    "corrected": "Corrected rates: Lang and Reiczigel's interval; a difference keeps the p of the raw one and has the doubt "
+                 "about the judge's errors in its interval",
+}
+
 
 @dataclass(frozen=True)
 class Content:
@@ -178,6 +186,7 @@ def _notes(content: Content) -> list[str]:
         if len(roots) == 1 else
         f"Mean over {len(roots)} seeds, {_BOTH}")
         + " They and the verdicts of the differences are not corrected for their number; the findings are.")
+    notes += [f"- {text}." for kind, text in _INTERVALS.items() if any(axis.kind == kind for axis in axes)]
     if len(roots) == 1 and any("+" in line.run for line in lines):
         notes.append(f"- Rows of several runs: their mean, {_BOTH}")
     notes.append(f"- Seeds: {', '.join(map(str, seeds)) or 'unknown'}.")

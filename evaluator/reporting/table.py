@@ -83,7 +83,7 @@ def known_axes(found: Sequence[Measured], more: Sequence[str] = ()) -> list[Axis
 
     # a judge's rate is a column, the mean of its number stays in the score files
     judged = [axis for axis in judge_axes(found) if axis.kind != "scale"]
-    asked = [axis for axis in (*CORRECTED, *SECONDARY) if axis.score in more]
+    asked = [axis for axis in (*SECONDARY, *CORRECTED) if axis.score in more]
     known = [*AXES[:3], *set_axes(found), *refusal_axes(found, more), *asked, *AXES[3:], *UTILITY_AXES, *judged]
     # a column that no row has would only make the table wider
     return [axis for axis in known if any(cell([item], axis) for item in found)]

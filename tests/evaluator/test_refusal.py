@@ -222,6 +222,8 @@ def test_the_report_compares_models_on_the_prompts_that_both_scored(run, sets, m
     assert against["matched pairs ranked right ↑"].endswith("better")
     assert against["refusal at 10 % over-refusal ↑"].endswith("better")
     assert "probability that a harmful prompt has a higher score" in text
+    assert "- AUCs: DeLong's interval" in text
+    assert "that which 10 % of the validation half" in text
     assert "Not what the rows say" not in text
     # they count among the declared comparisons: five columns, two rows against one
     assert "over these 10 comparisons" in text

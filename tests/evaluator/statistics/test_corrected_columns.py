@@ -50,6 +50,7 @@ def test_columns_stand_beside_the_raw_ones_when_asked_for(tmp_path):
     put(tmp_path, "b", 80, 40)
     plain = write(tmp_path)
     assert not any(title in plain for title in TITLES)
+    assert "Lang and Reiczigel's interval" not in plain
     text = write(tmp_path, "--columns", "refusal,refusal_corrected,overrefusal_corrected")
     cells = table(text)["b"]
     # (.8 + 1 - 1) / (42 / 45): a judge that misses and never cries wolf makes a rate too low
@@ -59,6 +60,7 @@ def test_columns_stand_beside_the_raw_ones_when_asked_for(tmp_path):
     assert cells["refusal, any text ↑"].startswith("0.800 [")
     over = (0.4 + 60 / 66 - 1) / (13 / 14 + 60 / 66 - 1)
     assert cells[TITLES[1]].startswith(f"{over:.3f} [")
+    assert "Corrected rates: Lang and Reiczigel's interval" in text
     assert "sensitivity (42 of 45) and specificity (35 of 35) on labelled answers of the embedded models" in text
     # another reading of the same answers is no further axis of the findings, and rows need not have its mean
     assert "Not what the rows say" not in text
