@@ -44,6 +44,7 @@ PLANS = {
                   "--parameters weight=1;density=0.2"),
     "ExportArgs": ("models/fuse.py export one --layout dense --model_name_or_path {home}/base",
                    "models/fuse.py export moe --layout mixtral --model_name_or_path {home}/base"),
+    "LeaderboardArgs": ("-m workflow.leaderboard",),
     "EvaluateModelsArgs": ("evaluator/evaluate.py --models base,one --suite safety --model_name_or_path {home}/base",),
 }
 #: layers, hidden, FFN, key/value width, vocabulary
@@ -61,7 +62,7 @@ class Line:
 
 def command_files() -> list[str]:
     """Files of the repository that are commands, scripts/ included, this folder and the tests left out."""
-    folders = ("", "data", "models", "evaluator", "scripts")
+    folders = ("", "data", "models", "evaluator", "scripts", "workflow")
     return [path.relative_to(ROOT).as_posix() for folder in folders for path in sorted((ROOT / folder).glob("*.py"))
             if re.search(r"^def main\(", path.read_text(encoding="utf-8"), re.M)]
 
@@ -72,8 +73,8 @@ def help_lines() -> list[Line]:
 
     named = []
     for file in command_files():
-        # as their own help spells them: what lies in data/ is a module
-        call = f"-m {file[:-3].replace('/', '.')}" if file.startswith("data/") else file
+        # as their own help spells them: what lies in data/ and workflow/ is a module
+        call = f"-m {file[:-3].replace('/', '.')}" if file.startswith(("data/", "workflow/")) else file
         named.append(call)
         if "sub_commands.chosen(" in (ROOT / file).read_text(encoding="utf-8"):
             commands = importlib.import_module(file[:-3].replace("/", ".")).COMMANDS
