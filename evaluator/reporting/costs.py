@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import manifest
 from errors import UserError
 from evaluator.reporting.formats import markdown_lines
+from evaluator.reporting.run_records import json_object
 from flags.mixture import mixture_parts
 from models.checkpoints.header import read_header
 from models.run_folders import ADAPTER, MOE
@@ -91,7 +91,7 @@ def _stored(folder: Path) -> tuple[float | None, float | None]:
     """Numbers in a run's weight files, and those of them that a token meets beside the base's."""
     total = active = 0.0
     files = sorted(folder.glob("*.safetensors"))
-    config = _json(folder / MOE)
+    config = json_object(folder / MOE)
     experts, top_k = len(config.get("experts") or ()), config.get("top_k")
     for file in files:
         try:
@@ -112,15 +112,7 @@ def _stored(folder: Path) -> tuple[float | None, float | None]:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    return _json(folder / manifest.MANIFEST)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return json_object(folder / manifest.MANIFEST)
 
 
 def _number(content: Mapping[str, Any], name: str) -> float | None:

@@ -52,11 +52,11 @@ def record(results: Path, run: str) -> dict[str, Any]:
 
 def manifest_of(folder: Path) -> dict[str, Any]:
     """A folder's manifest without the fields that no command of ours would have written so; {} where there is none."""
-    return {key: value for key, value in _json(folder / manifest.MANIFEST).items()
+    return {key: value for key, value in json_object(folder / manifest.MANIFEST).items()
             if isinstance(value, _SHAPES.get(key, object))}
 
 
-def _json(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
     """A JSON object, {} where there is none or it is damaged: a list must not end at one run."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -91,7 +91,7 @@ def _base_of_scores(results: Path, lines: list[dict[str, Any]]) -> str:
     for row in reversed(lines):
         if row.get("kind") == "score":
             path = results / "scores" / row["sub"] / f"{row['command']}.json"
-            if named := (_json(path).get("config") or {}).get("model_name_or_path"):
+            if named := (json_object(path).get("config") or {}).get("model_name_or_path"):
                 return str(named)
     return ""
 
