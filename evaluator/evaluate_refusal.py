@@ -2,9 +2,11 @@
 
     cd evaluator; python evaluate_refusal.py --task_name raw,cross_mix,cross_raw_moe
     cd evaluator; python evaluate_refusal.py --task_name cross_RUN --harmful mine.csv --harmless harmless.csv
+    cd evaluator; python evaluate_refusal.py --task_name cross_TRIAL --dataset_type validation
 
 No answer is generated: every prompt counts, and no threshold of the model's own. The scores of the embedded prompts go to
-evaluate_refusal.json, those of your files to evaluate_refusal.NAME.json; the ROC curves of all models of the call to
+evaluate_refusal.json, those of your files to evaluate_refusal.NAME.json, of the validation prompts, by which settings are
+chosen, to evaluate_refusal.validation.json; the ROC curves of all models of the call to
 results/scores/evaluate_refusal.png. Chat models whose answers begin with a block of reasoning are refused by name.
 """
 
@@ -44,7 +46,7 @@ def plan(args: EvaluateRefusalArgs, subject: Subject) -> Work:
     from evaluator.scoring import engine
 
     openers = refusal_openers.load(args.openers)
-    prompts = subset(refusal_prompts.load(args.harmful, args.harmless, args.pairs), args.num_samples)
+    prompts = subset(refusal_prompts.load(args.harmful, args.harmless, args.pairs, args.dataset_type), args.num_samples)
     inputs = {"model": engine.model_hash(args, subject), "openers": engine.content_hash(openers.groups.items()),
               "prompts": engine.content_hash((p.set, p.half, p.record) for p in prompts)}
     return engine.Work(inputs, lambda: score(args, subject, prompts, openers))

@@ -29,18 +29,24 @@ class EvaluateRefusalArgs(EvaluateArgs):
 
     @property
     def set_prefix(self) -> str:
-        """What the names of scores and sets begin with, with its dot; "" for the embedded prompts."""
+        """What the names of scores and sets begin with, with its dot; "" for the embedded test prompts."""
         given = next((file for file in (self.harmful, self.harmless, self.pairs) if file), "")
+        if self.dataset_type == "validation" and not given:
+            return "validation."
         return f"{self.set_name or Path(given).name.partition('.')[0]}." if given else ""
 
     def problems(self) -> list[str]:
         found, name = super().problems(), self.set_prefix[:-1]
-        if self.dataset_type != "test":
-            found.append(f"--dataset_type {self.dataset_type}: these prompts are test prompts with halves of their own, and "
-                         "none is trained on; drop it")
+        files = [f"--{flag} {file}" for flag in ("harmful", "harmless", "pairs") if (file := getattr(self, flag))]
+        if self.dataset_type == "train":
+            found.append("--dataset_type train: these prompts are kept from training; give test, or validation to choose "
+                         "settings by")
+        elif self.dataset_type == "validation" and files:
+            found.append(f"--dataset_type validation with {files[0]}: validation stands for the embedded validation "
+                         "prompts; drop one of the two")
         if self.num_samples == 0:
             found.append("--num_samples 0: leaves no prompt to score; give at least 1, or -1 for all")
-        if self.set_name and not name:
+        if self.set_name and not files:
             found.append(f"--set_name {self.set_name}: names prompts of yours; add --harmful, --harmless or --pairs, or "
                          "drop it")
         elif self.set_prefix:

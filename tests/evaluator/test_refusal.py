@@ -259,13 +259,25 @@ def test_every_error_sentence(run, sets, capsys, tmp_path, monkeypatch):
     assert "--set_name (from the file, my file): letters" in fails(run, capsys, "--pairs", "my file.csv")
     assert "--set_name keyword: is a judge's name" in fails(run, capsys, "--harmful", "x.csv", "--set_name", "keyword")
     assert "--num_samples 0: leaves no prompt to score" in fails(run, capsys, "--num_samples", "0")
-    assert "--dataset_type train: these prompts are test prompts" in fails(run, capsys, "--dataset_type", "train")
+    assert "--dataset_type train: these prompts are kept from training; give test, or validation" in fails(
+        run, capsys, "--dataset_type", "train")
+    validation = ("--dataset_type", "validation")
+    assert "--dataset_type validation with --pairs x.csv: validation stands for the embedded" in fails(
+        run, capsys, *validation, "--pairs", "x.csv")
+    assert "--set_name x: names prompts of yours" in fails(run, capsys, *validation, "--set_name", "x")
     (tmp_path / "openers.yaml").write_text("first: []\n")
     assert "needs groups of openers" in fails(run, capsys)
 
 
 def test_prompts_are_read_before_any_model(run, sets, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "load", lambda *_: pytest.fail("a model was loaded"))
-    monkeypatch.setattr(refusal_prompts, "load", lambda *_: (_ for _ in ()).throw(ValueError("read")))
+    monkeypatch.setattr(refusal_prompts, "load", lambda *_, **__: (_ for _ in ()).throw(ValueError("read")))
     with pytest.raises(ValueError, match="read"):
         run()
+
+
+def test_validation_prompts_have_scores_of_their_own(run, sets):
+    found, rows = read(run("--dataset_type", "validation"), "evaluate_refusal.validation")
+    assert {"validation.refusal_auc", "validation.refusal_auc_edgy", "validation.pairs_ranked"} <= found["scores"].keys()
+    assert found["split"] == "validation"
+    assert len({row["id"] for row in rows if row["set"] == "validation.refusal_matched"}) == 73

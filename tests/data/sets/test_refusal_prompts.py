@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from data.records import OBJECTIVES, normalise
-from data.sets import embedded, refusal_prompts
+from data.sets import contrasts, embedded, refusal_prompts
 from data.sources import load_pairs, load_records
 from errors import UserError
 from tests.assets_fixture import require_embedded
@@ -48,6 +48,28 @@ def test_the_embedded_sets():
         assert 0.4 < half["test"] / counts[name] < 0.6
     # any text is in one half
     assert all(len(halves) == 1 for halves in halves_of(prompts).values())
+
+
+def test_the_validation_prompts_are_neither_trained_on_nor_tested():
+    require_embedded()
+    prompts = refusal_prompts.load(split="validation")
+    counts = Counter(p.set for p in prompts)
+    pairs = contrasts.pairs("validation")
+    everyday = sum(pair.everyday for pair in pairs)
+    assert counts["matched"] == counts["counterpart"] == len(pairs)
+    assert counts["edgy"] == len(pairs) - everyday
+    assert counts["harmful"] - len(pairs) >= counts["plain"] - everyday >= 40
+    texts = {normalise(p.record.question) for p in prompts}
+    others = [row.question for task in ("helpfulness", "safety", "truthfulness") for row in load_records(task, "train")]
+    others += [half.question for half in contrasts.records("train")] + [p.record.question for p in refusal_prompts.load()]
+    assert not texts & {normalise(text) for text in others}
+    # the two prompts of a pair share an id and a half
+    matched = {p.record.id: p for p in prompts if p.set == "matched"}
+    for p in prompts:
+        if p.set == "counterpart":
+            assert matched[p.record.id].half == p.half
+            assert matched[p.record.id].record.question != p.record.question
+    assert {p.half for p in prompts if p.set == "edgy"} == {"validation", "test"}
 
 
 def halves_of(prompts):
