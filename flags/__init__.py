@@ -29,6 +29,7 @@ _FILES: dict[str, tuple[str, ...]] = {
     "inference": ("InferenceArgs",),
     "leaderboard": ("LeaderboardArgs",),
     "mask_figures": ("MaskFiguresArgs",),
+    "paper_tables": ("PaperTableArgs", "PaperTablesArgs"),
     "merge": ("MergeArgs",),
     "realign": ("RealignArgs",),
     "refusal": ("EvaluateRefusalArgs",),
@@ -44,7 +45,8 @@ _ALL = ("AgreementArgs", "AlignArgs", "FuseMoeArgs", "FuseAdaptersArgs", "Extrac
         "EvaluateUtilityArgs", "ReportArgs", "SafetySetArgs", "SweepArgs")
 #: Commands that do nothing without a flag of their own.
 _MORE = ("AttackTableArgs", "CompareArgs", "EqualUtilityArgs", "EvaluateModelsArgs", "ExportArgs", "ExportScoresArgs",
-         "ImportArgs", "LeaderboardArgs", "ListArgs", "MaskFiguresArgs", "MergeArgs", "RealignArgs", "ShowArgs")
+         "ImportArgs", "LeaderboardArgs", "ListArgs", "MaskFiguresArgs", "MergeArgs", "PaperTableArgs", "PaperTablesArgs",
+         "RealignArgs", "ShowArgs")
 
 __all__ = ["ALL", "COMMANDS", *_PLACES]  # noqa: PLE0604, F822 - names of __getattr__
 

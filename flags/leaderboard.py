@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from config import flag
 from flags.base import RunFlags, name_problems
+from flags.card import CardFlags
 
 
 @dataclass(frozen=True)
-class LeaderboardArgs(RunFlags):
+class LeaderboardArgs(CardFlags, RunFlags):
     """Every arm of a table made, scored and compared, each step a command line of its own, run by snakemake.
 
     bash scripts/leaderboard.sh --seeds 42,43,44 -- --cores 2

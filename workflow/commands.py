@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluator/evaluate_helpfulness.py": "EvaluateHelpfulnessArgs", "evaluator/evaluate_refusal.py": "EvaluateRefusalArgs",
     "evaluator/evaluate_safety.py": "EvaluateSafetyArgs", "evaluator/evaluate_skills.py": "EvaluateSkillsArgs",
     "evaluator/evaluate_truth_and_info.py": "EvaluateTruthArgs", "evaluator/evaluate_utility.py": "EvaluateUtilityArgs",
+    "data/safety_sets.py": "SafetySetArgs",
 }
 FUSE = "models/fuse.py"
 

@@ -11,6 +11,7 @@ when its manifest is there and its settings and inputs are those recorded (workf
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import math
@@ -18,7 +19,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,7 +29,7 @@ import preset_choice
 from config import ROOT
 from errors import UserError, exit_on_user_error
 from flags.leaderboard import LeaderboardArgs
-from workflow import plan, records
+from workflow import commands, estimate, plan, records
 
 log = logging.getLogger(__name__)
 #: Lanes that the hours of a plan are told for, and run in unless snakemake's words say otherwise.
@@ -51,22 +52,34 @@ def main(argv: Sequence[str] | None = None) -> None:
         # a preset given by path must be found from the folder that the steps run in
         preset = str(choice.path.resolve()) if choice.name.endswith((".yaml", ".yml")) else choice.name
         steps = plan.steps(table, names, args.seed_numbers, results, preset=preset if choice.asked else "", quick=args.quick)
+        steps, costs = estimate.of_base(steps, args, plan.base_of(preset if choice.asked else ""))
         folder = results / "workflow"
         states = records.states(steps, folder, names if args.overwrite else ())
-        print(told(args, table, names, steps, states, every=args.dry_run))
+        print(told(args, table, names, steps, states, every=args.dry_run, costs=costs))
         report = report_words(args, table, names, results)
         if args.dry_run:
             print(f"$ {shlex.join(('python', *report))}")
             return
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(f"{folder}: another run of this leaderboard is under way; wait for it, or choose another "
-                                "--name") from None
+        with locked(folder):
             failed = run(steps, states, folder, theirs)
             sys.exit(finish(args, table, names, results, failed))
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One run of a graph at a time.
+
+    Raises:
+        UserError: another one is under way.
+    """
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{folder}: another run of this graph is under way; wait for it, or choose another --name"
+                            ) from None
+        yield
 
 
 def _table_path(args: LeaderboardArgs) -> Path:
@@ -75,12 +88,32 @@ def _table_path(args: LeaderboardArgs) -> Path:
 
 
 def told(args: LeaderboardArgs, table: plan.Table, names: Sequence[str], steps: Sequence[plan.Step],
-         states: dict[str, str], *, every: bool) -> str:
-    """The plan in words: with ``every`` each command; at the end rows, steps, hours and memory of what is to do."""
-    lines = []
-    for step in steps if every else ():
-        done = "  # finished" if states[step.name] == records.DONE else ""
-        lines.append(f"$ {shlex.join(('python', *step.words))}{done}")
+         states: dict[str, str], *, every: bool, costs: str = "measured on the embedded default") -> str:
+    """The plan in words: with ``every`` each command; at the end rows, steps, hours and memory of what is to do.
+
+    Args:
+        costs: what hours and memory rest on.
+    """
+    rows = sum(table.arms[name].shown for name in names)
+    lines = commands_of(steps, states) if every else []
+    lines += [f"left out: {name}, because {file} is not there" for name, file in plan.missing_commands(table).items()]
+    seeds = f"{len(args.seed_numbers)} seed{'s' * (len(args.seed_numbers) > 1)}"
+    return "\n".join([*lines, f"plan: {rows} rows, {seeds}, {cost_line(steps, states, costs, args.gpu_gb)}"])
+
+
+def commands_of(steps: Sequence[plan.Step], states: dict[str, str]) -> list[str]:
+    """A line for each command."""
+    return [f"$ {shlex.join(('python', *step.words))}{'  # finished' * (states[step.name] == records.DONE)}"
+            for step in steps]
+
+
+def lanes_of(steps: Sequence[plan.Step]) -> int:
+    """Steps beside each other unless snakemake's words say otherwise: one, where a step fills a card."""
+    return LANES if all(step.gpu_gb < 8 for step in steps) else 1
+
+
+def cost_line(steps: Sequence[plan.Step], states: dict[str, str], costs: str, gpu_gb: float) -> str:
+    """Steps, hours and memory of what is to do, and what these rest on."""
     to_do = [step for step in steps if states[step.name] != records.DONE]
     seconds = sum(step.seconds for step in to_do)
     # no lane can be faster than the longest chain of steps that need each other
@@ -88,16 +121,20 @@ def told(args: LeaderboardArgs, table: plan.Table, names: Sequence[str], steps: 
     for step in steps:
         own = 0.0 if states[step.name] == records.DONE else step.seconds
         way[step.makes] = own + max((way.get(path, 0.0) for path in step.needs), default=0.0)
-    hours = max(seconds / LANES, max(way.values(), default=0.0)) / 3600
-    memory = sum(sorted((step.memory_mb for step in to_do), reverse=True)[:LANES]) / 1024
-    rows = sum(table.arms[name].shown for name in names)
-    lines += [f"left out: {name}, because {file} is not there" for name, file in plan.missing_commands(table).items()]
-    seeds = f"{len(args.seed_numbers)} seed{'s' * (len(args.seed_numbers) > 1)}"
-    lines.append(f"plan: {rows} rows, {seeds}, {len(steps)} steps, {len(to_do)} to do: "
-                 f"{seconds / 3600:.1f} hours of one core, about {hours:.1f} on {LANES}, "
-                 f"{memory:.1f} GB of memory at most, {sum(step.disk_mb for step in to_do) / 1024:.1f} GB on disk "
-                 "(measured on the embedded default; another model takes its own)")
-    return "\n".join(lines)
+    lanes = lanes_of(steps)
+    hours = max(seconds / lanes, max(way.values(), default=0.0)) / 3600
+    memory = sum(sorted((step.memory_mb for step in to_do), reverse=True)[:lanes]) / 1024
+    largest = max(to_do, key=lambda step: step.gpu_gb, default=None)
+    card = largest is not None and largest.gpu_gb > 0
+    unit = "card" if card else "core"
+    told = (f"{len(steps)} steps, {len(to_do)} to do: {seconds / 3600:.1f} hours of one {unit}"
+            + (f", about {hours:.1f} on {lanes}" if lanes > 1 else "") + f", {memory:.1f} GB of memory at most"
+            + (f", {largest.gpu_gb:.1f} GB of the card's ({largest.name})" if card else "")
+            + f", {sum(step.disk_mb for step in to_do) / 1024:.1f} GB on disk ({costs})")
+    tight = [step for step in to_do if step.gpu_gb > gpu_gb]
+    return told + (f"\ntoo large for a card of {gpu_gb:g} GB: {', '.join(step.name for step in tight[:5])}"
+                   f"{' ..' * (len(tight) > 5)}; --gradient_checkpointing true, --base_quantization nf4 or a smaller "
+                   "--per_device_train_batch_size in a preset of yours make them smaller" if tight else "")
 
 
 def run(steps: Sequence[plan.Step], states: dict[str, str], folder: Path, theirs: Sequence[str]) -> bool:
@@ -111,7 +148,9 @@ def prepare(steps: Sequence[plan.Step], states: dict[str, str], folder: Path, th
     logs, path = folder / "logs", folder / "plan.json"
     written = []
     for step in steps:
-        words = (sys.executable, *step.words, *(["--overwrite"] if states[step.name] == records.OUTDATED else []))
+        # what has no such flag writes its files anew whenever it is run
+        anew = states[step.name] == records.OUTDATED and hasattr(commands.parse(step.words).args, "overwrite")
+        words = (sys.executable, *step.words, *(["--overwrite"] if anew else []))
         record = (sys.executable, "-m", "workflow.records", "--plan", str(path), "--step", step.name)
         written.append(asdict(step) | {
             "makes": str(step.makes), "needs": [str(need) for need in step.needs], "log": str(logs / f"{step.name}.log"),
@@ -128,7 +167,7 @@ def prepare(steps: Sequence[plan.Step], states: dict[str, str], folder: Path, th
             "--directory", str(folder), "--config", f"plan={path}", "--rerun-triggers", "params", "--drop-metadata",
             "--ignore-incomplete", "--nolock", "--scheduler", "greedy", "--keep-going", "--quiet", "progress",
             "--show-failed-logs",
-            *([] if lanes else ["--cores", str(LANES)]), *theirs, *(["--forcerun", *again] if again else [])]
+            *([] if lanes else ["--cores", str(lanes_of(steps))]), *theirs, *(["--forcerun", *again] if again else [])]
 
 
 def finish(args: LeaderboardArgs, table: plan.Table, names: Sequence[str], results: Path, failed: bool) -> int:

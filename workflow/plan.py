@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from config import ROOT
 from errors import UserError
 from workflow import commands
 
-_ARM_KEYS = {"label", "kind", "make", "run", "needs", "cost", "key", "quick", "more", "shown"}
+_ARM_KEYS = {"label", "kind", "make", "run", "needs", "cost", "key", "quick", "more", "shown", "makes", "scored"}
 _ENDPOINT_KEYS = {"rows", "cost", "samples", "after", "makes", "run"}
 KINDS = ("control", "expert", "merge", "h3fusion", "somf", "lora_fusion", "ensemble")
 _TOP_KEYS = {"experts", "arms", "words", "endpoints", "quick", "costs"}
@@ -31,6 +31,8 @@ class Arm:
         needs: arms that it is made of.
         key: whether it also answers prompts.
         more: whether it is left out unless asked for: what would make the table take too long.
+        makes: what its command leaves behind, below the seed's results; empty: the manifest of its run.
+        scored: words that go to every command that scores it, e.g. the base below its adapter.
     """
 
     name: str
@@ -44,6 +46,8 @@ class Arm:
     quick: bool = False
     more: bool = False
     shown: bool = True
+    makes: str = ""
+    scored: str = ""
 
     @property
     def folder(self) -> str:
@@ -53,7 +57,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """What is measured of a row: a command, and the endpoints whose results it reads (``after``)."""
+    """What is measured of a row: a command, and the endpoints whose results it reads (``after``; base.NAME: the base's)."""
 
     name: str
     run: str
@@ -85,6 +89,7 @@ class Step:
         words: file of the command, relative to the repository, and its flags.
         makes: the manifest, or file of scores, that is there when it is finished.
         needs: what must be there before.
+        gpu_gb: memory that it takes of a card, where that was reckoned (``estimate``).
         settings: what ``words`` resolve to (``commands.settings``).
     """
 
@@ -97,6 +102,7 @@ class Step:
     seconds: float = 0.0
     memory_mb: int = 1000
     disk_mb: int = 1
+    gpu_gb: float = 0.0
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -113,18 +119,26 @@ def read(path: Path) -> Table:
                         ) from None
     if not isinstance(content, dict) or not isinstance(content.get("arms"), dict):
         raise UserError(f"--arms {path}: needs a mapping with arms and endpoints; see workflow/arms.yaml")
-    problems = [f"{path.name}: {key}: unknown; allowed: {', '.join(sorted(_TOP_KEYS))}"
-                for key in content.keys() - _TOP_KEYS]
+    return checked(content, path.name)
+
+
+def checked(content: Mapping[str, Any], file: str) -> Table:
+    """The table of a file's content; ``file`` is what its errors name.
+
+    Raises:
+        UserError: as ``read``.
+    """
+    problems = [f"{file}: {key}: unknown; allowed: {', '.join(sorted(_TOP_KEYS))}" for key in content.keys() - _TOP_KEYS]
     experts = tuple(content.get("experts") or ())
-    arms = {name: _arm(name, body, experts, path.name, problems) for name, body in content["arms"].items()}
-    endpoints = {name: _endpoint(name, body, path.name, problems) for name, body in (content.get("endpoints") or {}).items()}
+    arms = {name: _arm(name, body, experts, file, problems) for name, body in content["arms"].items()}
+    endpoints = {name: _endpoint(name, body, file, problems) for name, body in (content.get("endpoints") or {}).items()}
     costs = content.get("costs") or {}
     for arm in arms.values():
-        problems += [f"{path.name}: {arm.name} needs {name}, which is no arm{_near(name, arms)}" for name in arm.needs
+        problems += [f"{file}: {arm.name} needs {name}, which is no arm{_near(name, arms)}" for name in arm.needs
                      if name not in arms]
     for item in (*arms.values(), *endpoints.values()):
         if item.cost and item.cost not in costs:
-            problems.append(f"{path.name}: {item.name}: cost {item.cost}: has no line in costs{_near(item.cost, costs)}")
+            problems.append(f"{file}: {item.name}: cost {item.cost}: has no line in costs{_near(item.cost, costs)}")
     if problems:
         raise UserError(*problems)
     table = Table(experts, arms, endpoints, content.get("words") or {}, content.get("quick") or {}, costs)
@@ -146,7 +160,7 @@ def _arm(name: str, body: Any, experts: tuple[str, ...], file: str, problems: li
         problems.append(f"{file}: {name}: label {label}: a comma ends a row of report.py --runs; write it without")
     return Arm(name, label, body.get("kind", ""), str(body.get("run", name)), body.get("make", ""), needs,
                body.get("cost", ""), bool(body.get("key")), bool(body.get("quick")), bool(body.get("more")),
-               bool(body.get("shown", True)))
+               bool(body.get("shown", True)), str(body.get("makes", "")), str(body.get("scored", "")))
 
 
 def _endpoint(name: str, body: Any, file: str, problems: list[str]) -> Endpoint:
@@ -205,14 +219,15 @@ def missing_commands(table: Table) -> dict[str, str]:
             if not (ROOT / endpoint.run.split()[0]).is_file()}
 
 
-def steps(table: Table, names: Sequence[str], seeds: Sequence[int], results: Path, *, preset: str = "", quick: bool = False
-          ) -> list[Step]:
+def steps(table: Table, names: Sequence[str], seeds: Sequence[int], results: Path, *, preset: str = "", quick: bool = False,
+          scored: Mapping[str, Collection[str]] | None = None) -> list[Step]:
     """Every step of these arms, in an order in which what is needed comes first.
 
     Args:
         names: arms that are scored; what they are made of is made, not scored.
         results: each seed has its own folder ``seed_N`` in it, laid out as every results folder.
         preset: as ``--preset`` takes it; empty: the commands' own.
+        scored: arm -> the endpoints that it is put to; None: as the endpoints' ``rows`` say.
 
     Raises:
         UserError: a command line that its own flags refuse; all of them at once.
@@ -224,14 +239,15 @@ def steps(table: Table, names: Sequence[str], seeds: Sequence[int], results: Pat
         root = results / f"seed_{seed}"
         common = ("--seed", str(seed), "--output_dir", str(root), "--threads", "1",
                   *(("--preset", preset) if preset else ()))
-        fill = _Words(table, common, quick, commands.parse(("models/llama_moe.py", *common)).args.model_name_or_path)
+        fill = _Words(table, common, quick, base_of(preset))
         for name in in_order(table, names):
             arm = table.arms[name]
             parts = {other: makes for other in arm.needs if (makes := _manifest_of(table.arms[other], root))}
             here = [fill.of_arm(arm, root, tuple(parts.values()), seed)] if arm.make else []
             if name in names and arm.shown:
                 here += [fill.of_endpoint(endpoint, arm, root, seed, table) for endpoint in table.endpoints.values()
-                         if endpoint.name not in absent and (endpoint.rows == "all" or arm.key)]
+                         if endpoint.name not in absent and (endpoint.rows == "all" or arm.key if scored is None else
+                                                             endpoint.name in scored.get(name, ()))]
             for words, rest in here:
                 try:
                     made.append(Step(words=words, settings=commands.settings(words), **rest))
@@ -243,9 +259,20 @@ def steps(table: Table, names: Sequence[str], seeds: Sequence[int], results: Pat
     return made
 
 
+def base_of(preset: str) -> str:
+    """The base model of the steps: the preset's, or the default one."""
+    return commands.parse(("models/llama_moe.py", *(("--preset", preset) if preset else ()))).args.model_name_or_path
+
+
+def whose_endpoint(after: str, arm: str) -> tuple[str, str]:
+    """(arm, endpoint) of an entry of ``Endpoint.after``: of the row's own, or, called base.ENDPOINT, of the base's."""
+    whose, _, endpoint = after.rpartition(".")
+    return whose or arm, endpoint
+
+
 def _manifest_of(arm: Arm, root: Path) -> Path | None:
     """The manifest of an arm's folder; None for the base and for a weighted sum, which have no folder of their own."""
-    return root / "outputs" / arm.run / "manifest.json" if arm.make else None
+    return root / (arm.makes or f"outputs/{arm.run}/manifest.json") if arm.make else None
 
 
 @dataclass(frozen=True)
@@ -258,7 +285,7 @@ class _Words:
     base: str
 
     def of_arm(self, arm: Arm, root: Path, needs: tuple[Path, ...], seed: int) -> tuple[tuple[str, ...], dict[str, Any]]:
-        line = shlex.split(self.filled(arm.make))
+        line = shlex.split(self.filled(arm.make, root=shlex.quote(str(root))))
         quick = self.table.quick.get(arm.name, self.table.quick.get(line[0], ""))
         line += shlex.split(str(quick)) if self.quick else []
         return (*line, *self.common), {"name": f"s{seed}_{arm.name}", "arm": arm.name, "seed": seed, "needs": needs,
@@ -271,8 +298,11 @@ class _Words:
         # of a weighted sum, what it is the sum of
         parts = [arm] if arm.make else [table.arms[name] for name in arm.needs]
         needs = [_manifest_of(part, root) for part in parts]
-        needs += [root / table.endpoints[other].makes.format(**here) for other in endpoint.after]
-        words = shlex.split(self.filled(endpoint.run, **here))
+        for after in endpoint.after:
+            whose, other = whose_endpoint(after, arm.name)
+            read = table.arms[whose]
+            needs.append(root / table.endpoints[other].makes.format(**here | {"run": read.run, "folder": read.folder}))
+        words = shlex.split(self.filled(f"{endpoint.run} {arm.scored}", root=shlex.quote(str(root)), **here))
         # without prompts of its own number an endpoint has none to make fewer
         words += ["--num_samples", str(samples)] if self.quick and endpoint.samples is None else []
         return (*words, *self.common), {
@@ -282,7 +312,9 @@ class _Words:
 
     def filled(self, line: str, **more: Any) -> str:
         adapted = ",".join(f"{self.base}+{name}" for name in self.table.experts)
-        return line.format(base=self.base, experts=",".join(self.table.experts), adapted=adapted, **self.table.words, **more)
+        here = {"base": self.base, "experts": ",".join(self.table.experts), "adapted": adapted, **more}
+        # a shared word may hold a place of the line's own
+        return line.format(**{name: str(words).format(**here) for name, words in self.table.words.items()}, **here)
 
     def cost(self, kind: str) -> dict[str, Any]:
         known = self.table.costs.get(kind, {})

@@ -1,0 +1,79 @@
+"""Flags of workflow/paper_tables.py and of evaluator/paper_table.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from config import flag
+from flags.base import ResultsFlags, RunFlags, name_problems
+from flags.card import CardFlags
+from flags.evaluate import PAPERS, REPORT_FORMATS, format_names, format_problems
+
+
+@dataclass(frozen=True)
+class PaperTablesArgs(CardFlags, RunFlags):
+    """The tables of a paper made anew, its numbers beside ours: in miniature, or as published with the paper's preset.
+
+    bash scripts/paper_tables.sh --paper lora_fusion --table lambda_sweep
+    """
+
+    heading, general = "Tables of a paper", False
+    paper: str = flag("", "whose tables", choices=("", *PAPERS))
+    table: str = flag("", "number or name of the table, commas; all: every one; empty or help: list them")
+    track: str = flag("", "which of the paper's ways to run; empty: that of --preset's name, else the one in miniature")
+    only: str = flag("", "these arms alone, with what they need, commas; empty: all of the table")
+    seeds: str = flag("42", "seeds, commas: every arm is made and scored with each; the papers had one")
+    files: str = flag("", "files of yours that a published track needs: NAME=FILE, commas")
+    name: str = flag("", "everything goes to NAME below --output_dir; empty: PAPER_TRACK")
+    dry_run: bool = flag(False, "print the plan: every command, hours, memory; run nothing")
+
+    @property
+    def only_arms(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(word.strip() for word in self.only.split(",") if word.strip()))
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(word.strip() for word in self.table.split(",") if word.strip()))
+
+    @property
+    def seed_numbers(self) -> tuple[int, ...]:
+        return tuple(int(word) for word in self.seeds.split(",") if word.strip())
+
+    @property
+    def named_files(self) -> dict[str, str]:
+        pairs = (item.partition("=") for item in self.files.split(",") if item.strip())
+        return {name.strip(): place.strip() for name, _, place in pairs}
+
+    def problems(self) -> list[str]:
+        words = [word.strip() for word in self.seeds.split(",") if word.strip()]
+        found = name_problems("--name", self.name or None)
+        if not self.paper:
+            found.append(f"--paper: name one; allowed: {', '.join(PAPERS)}")
+        if not words or not all(word.isdigit() and int(word) < 1 << 32 for word in words):
+            found.append(f"--seeds {self.seeds}: needs whole numbers from 0 to {(1 << 32) - 1}, commas, e.g. 42,43,44")
+        elif len({int(word) for word in words}) < len(words):
+            found.append(f"--seeds {self.seeds}: the same seed twice; give it once")
+        found += [f"--files {name}: needs the form NAME=FILE" for name, place in self.named_files.items() if not place]
+        return [*found, *super().problems()]
+
+
+@dataclass(frozen=True)
+class PaperTableArgs(ResultsFlags):
+    """Write one table of a paper: our scores and the published numbers in columns beside each other.
+
+    python evaluator/paper_table.py --spec results/somf_somf/workflow/safety_catqa.json --roots results/somf_somf/seed_42
+    """
+
+    heading, general = "Table of a paper", False
+    spec: str = flag("", "which run and score stands in which cell: a JSON file that workflow/paper_tables.py writes")
+    roots: str = flag("", "results folders, one per seed, commas; empty: --output_dir")
+    name: str = flag("", "results/report/NAME; empty: the table's name")
+    format: str = flag("md,csv,latex,html,json", f"what is written, commas: {', '.join(REPORT_FORMATS)}")
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        return format_names(self.format)
+
+    def problems(self) -> list[str]:
+        found = [*name_problems("--name", self.name or None), *format_problems(self.format, REPORT_FORMATS)]
+        return [*found, *([] if self.spec else ["--spec: name the file of the table"]), *super().problems()]

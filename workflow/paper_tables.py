@@ -1,0 +1,181 @@
+"""The tables of a paper made anew by the graph of published command lines, its numbers beside ours.
+
+    bash scripts/paper_tables.sh --paper lora_fusion                               which tables there are
+    bash scripts/paper_tables.sh --paper lora_fusion --table lambda_sweep          in miniature, on the embedded default
+    bash scripts/paper_tables.sh --paper somf --table 3 --preset somf_wizardlm --dry_run
+
+Arms, cells and tracks are workflow/papers/PAPER.yaml's (workflow/paper_arms.py reads them); how steps run and when they are
+finished is the leaderboard's (workflow/leaderboard.py, workflow/records.py). A cell that cannot be made is empty with its
+reason. What stands behind ``--`` goes to snakemake.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import config
+import manifest
+import preset_choice
+from config import ROOT
+from errors import UserError, exit_on_user_error
+from flags.paper_tables import PaperTablesArgs
+from preset_choice import nearest
+from workflow import estimate, leaderboard, paper_arms, plan, records
+
+log = logging.getLogger(__name__)
+FORMATS = "md,csv,latex,html,json"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with exit_on_user_error():
+        words = list(sys.argv[1:] if argv is None else argv)
+        words, theirs = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+        args: PaperTablesArgs = config.parse(PaperTablesArgs, words).args
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        choice = preset_choice.choose(words)
+        name = track_of(args, choice)
+        # a preset given by path must be found from the folder that the steps run in
+        own = str(choice.path.resolve()) if choice.name.endswith((".yaml", ".yml")) else choice.name
+        track = paper_arms.read(args.paper, name, args.named_files, all_files=args.dry_run)
+        if args.asked in ((), ("help",)):
+            print(listed(args.paper, track))
+            return
+        tables = chosen(track, args.asked)
+        sys.exit(make(args, track, tables, own if choice.asked else track.preset, theirs))
+
+
+def track_of(args: PaperTablesArgs, choice: preset_choice.Choice) -> str:
+    """The track that was asked for: by --track, else by the preset's name, else the first, in miniature.
+
+    Raises:
+        UserError: no such track.
+    """
+    known = paper_arms.tracks(args.paper)
+    if args.track and args.track not in known:
+        raise UserError(f"--track {args.track}: no such track of {args.paper}{nearest(args.track, known)}; allowed: "
+                        f"{', '.join(known)}")
+    by_preset = next((name for name, preset in known.items() if choice.asked and preset == choice.name), "")
+    if choice.asked and not (args.track or by_preset) and not choice.name.endswith((".yaml", ".yml")):
+        raise UserError(f"--preset {choice.name}: is no preset of {args.paper}'s tables; allowed: "
+                        f"{', '.join(known.values())}, or a .yaml file of yours, with --track to run it as published")
+    return args.track or by_preset or next(iter(known))
+
+
+def listed(paper: str, track: paper_arms.Track) -> str:
+    """Every table: number, name, title, cells that are made."""
+    lines = [f"tables of {paper}, track {track.name}: --table takes numbers or names, commas, or all"]
+    for number, (name, table) in enumerate(track.tables.items(), 1):
+        cells = [cell for row in table.rows.values() for cell in row.values()]
+        made = sum(bool(cell.measure) and not cell.why for cell in cells)
+        why = "" if made else f": {next((cell.why for cell in cells if cell.why), '')}"
+        lines.append(f"{number:3}  {name}: {table.title} ({len(table.rows)} rows, {made} of {len(cells)} cells made here"
+                     f"{why})")
+    return "\n".join([*lines, f"tracks: {', '.join(paper_arms.tracks(paper))}"])
+
+
+def chosen(track: paper_arms.Track, asked: Sequence[str]) -> list[str]:
+    """Names of the tables that were asked for, in the paper's order.
+
+    Raises:
+        UserError: no such table; lists what there is.
+    """
+    names = list(track.tables)
+    if "all" in asked:
+        return names
+    found = {names[int(word) - 1] if word.isdigit() and 0 < int(word) <= len(names) else word for word in asked}
+    if unknown := [word for word in asked if word not in names and not (word.isdigit() and 0 < int(word) <= len(names))]:
+        known = ", ".join(f"{number} {name}" for number, name in enumerate(names, 1))
+        raise UserError(*(f"--table {word}: no such table{nearest(word, names)}; there: {known}; or all, or help"
+                          for word in unknown))
+    return [name for name in names if name in found]
+
+
+def make(args: PaperTablesArgs, track: paper_arms.Track, tables: Sequence[str], preset: str, theirs: Sequence[str]) -> int:
+    """Plan, run and report; returns the exit code."""
+    results = args.results / (args.name or f"{args.paper}_{track.name}")
+    scored = track.scored(tables)
+    # unknown names are said with the near ones
+    wanted = plan.chosen(track.table, args.only_arms, quick=False, more=True) if args.only_arms else list(scored)
+    base = ["base"] if any(name.startswith("base.") for arm in wanted for one in scored.get(arm, ())
+                           for name in track.table.endpoints[one].after) else []
+    names = [name for name in scored if name in {*wanted, *base}]
+    steps = plan.steps(track.table, names, args.seed_numbers, results, preset=preset, scored=scored) if names else []
+    steps, costs = estimate.of_base(steps, args, plan.base_of(preset))
+    folder = results / "workflow"
+    states = records.states(steps, folder, names if args.overwrite else ())
+    lines = leaderboard.commands_of(steps, states) if args.dry_run else []
+    lost = {why for cell in _cells(track, tables) if (why := cell.why)}
+    lines += [f"empty: {why}" for why in sorted(lost)]
+    seeds = f"{len(args.seed_numbers)} seed{'s' * (len(args.seed_numbers) > 1)}"
+    print("\n".join([*lines, f"plan: {len(tables)} table{'s' * (len(tables) > 1)}, {len(names)} models, {seeds}, "
+                     + leaderboard.cost_line(steps, states, costs, args.gpu_gb)]))
+    if args.dry_run:
+        print("\n".join([*(f"needs: --files {name}=FILE" for name in _lacking(track, steps)), *(
+            f"$ {shlex.join(('python', *report_words(args, name, results)))}" for name in tables)]))
+        return 0
+    folder.mkdir(parents=True, exist_ok=True)
+    with leaderboard.locked(folder):
+        failed = leaderboard.run(steps, states, folder, theirs) if steps else False
+        for name in tables:
+            manifest.write_json(folder / f"{name}.json", spec(args, track, name, names, results))
+            words = report_words(args, name, results)
+            log.info("$ %s", shlex.join(("python", *words)))
+            failed |= subprocess.run([sys.executable, *words], cwd=ROOT, check=False).returncode != 0
+    return int(failed)
+
+
+def _cells(track: paper_arms.Track, tables: Sequence[str]) -> list[paper_arms.Cell]:
+    return [cell for name in tables for row in track.tables[name].rows.values() for cell in row.values()]
+
+
+def _lacking(track: paper_arms.Track, steps: Sequence[plan.Step]) -> list[str]:
+    """Names of the files of the user's that these steps read and that are not there."""
+    return [name for name, place in track.files.items() if not Path(place).expanduser().exists()
+            and any(place in step.words for step in steps)]
+
+
+def report_words(args: PaperTablesArgs, table: str, results: Path) -> tuple[str, ...]:
+    """The command line that writes a table."""
+    return ("evaluator/paper_table.py", "--spec", str(results / "workflow" / f"{table}.json"), "--roots",
+            ",".join(str(results / f"seed_{seed}") for seed in args.seed_numbers), "--output_dir", str(results), "--name",
+            table, "--format", FORMATS)
+
+
+def spec(args: PaperTablesArgs, track: paper_arms.Track, name: str, made: Sequence[str], results: Path) -> dict[str, Any]:
+    """Which run and score stands in which cell, and why others are empty; scores that steps did not leave are empty too."""
+    table = track.tables[name]
+    rows = []
+    for key, cells in table.rows.items():
+        rows.append({"key": list(key), "cells": {column: _cell(args, track, cell, made, results)
+                                                 for column, cell in cells.items()}})
+    one = len(args.seed_numbers) == 1
+    notes = [track.says, table.says,
+             f"Ours: 95 % intervals over prompts{' alone, of one seed' if one else ' and seeds'}, not corrected for their "
+             f"number; {'seed' if one else 'seeds'} {', '.join(map(str, args.seed_numbers))}."]
+    mark = ", in miniature" if track.miniature else f", {track.name}"
+    return {"paper": args.paper, "table": name, "title": f"{args.paper}: {table.title}{mark}", "keys": list(table.keys),
+            "columns": list(table.columns), "rows": rows, "notes": [" ".join(note.split()) for note in notes if note]}
+
+
+def _cell(args: PaperTablesArgs, track: paper_arms.Track, cell: paper_arms.Cell, made: Sequence[str], results: Path
+          ) -> dict[str, Any]:
+    measure = cell.measure
+    if cell.why or measure is None:
+        return {"why": cell.why, **({"title": measure.title} if measure and measure.title else {})}
+    arm, endpoint = track.table.arms[cell.arm], track.table.endpoints[measure.endpoint]
+    place = endpoint.makes.format(run=arm.run, folder=arm.folder)
+    why = "" if cell.arm in made else "left out by --only"
+    if not why and not all((results / f"seed_{seed}" / place).is_file() for seed in args.seed_numbers):
+        why = f"a step failed: logs in {results / 'workflow' / 'logs'}"
+    return {"run": arm.run, "score": measure.score, "category": cell.category, "scale": measure.scale,
+            "offset": measure.offset, "title": measure.title, "why": why}
+
+
+if __name__ == "__main__":
+    main()
