@@ -15,10 +15,12 @@ from config import ROOT
 from errors import UserError
 from workflow import commands
 
-_ARM_KEYS = {"label", "kind", "make", "run", "needs", "cost", "key", "quick", "more", "shown"}
+_ARM_KEYS = {"label", "kind", "make", "run", "needs", "cost", "key", "quick", "more", "shown", "durability"}
 _ENDPOINT_KEYS = {"rows", "cost", "samples", "after", "makes", "run"}
 KINDS = ("control", "expert", "merge", "h3fusion", "somf", "lora_fusion", "ensemble")
-_TOP_KEYS = {"experts", "arms", "words", "endpoints", "quick", "costs"}
+_TOP_KEYS = {"experts", "arms", "words", "endpoints", "quick", "costs", "durability"}
+#: How an arm becomes the checkpoint that --durability attacks: it is one, or a layout of models/fuse.py export.
+DURABLE = ("whole", "dense", "mixtral", "qwen3_moe")
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Arm:
         needs: arms that it is made of.
         key: whether it also answers prompts.
         more: whether it is left out unless asked for: what would make the table take too long.
+        durability: one of ``DURABLE``; empty: --durability leaves it alone.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Arm:
     quick: bool = False
     more: bool = False
     shown: bool = True
+    durability: str = ""
 
     @property
     def folder(self) -> str:
@@ -74,6 +78,7 @@ class Table:
     words: Mapping[str, str]
     quick: Mapping[str, Any]
     costs: Mapping[str, Mapping[str, float]]
+    durability: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,8 @@ def read(path: Path) -> Table:
             problems.append(f"{path.name}: {item.name}: cost {item.cost}: has no line in costs{_near(item.cost, costs)}")
     if problems:
         raise UserError(*problems)
-    table = Table(experts, arms, endpoints, content.get("words") or {}, content.get("quick") or {}, costs)
+    table = Table(experts, arms, endpoints, content.get("words") or {}, content.get("quick") or {}, costs,
+                  content.get("durability") or {})
     in_order(table, arms)
     return table
 
@@ -140,13 +146,15 @@ def _arm(name: str, body: Any, experts: tuple[str, ...], file: str, problems: li
         problems.append(f"{file}: {name}: kind {body.get('kind')}: allowed: {', '.join(KINDS)}")
     if not str(name).isidentifier():
         problems.append(f"{file}: {name}: letters, digits and '_' only, no digit first")
+    if body.get("durability", "whole") not in DURABLE:
+        problems.append(f"{file}: {name}: durability {body['durability']}: allowed: {', '.join(DURABLE)}")
     needs = experts if body.get("needs") == "experts" else tuple(body.get("needs") or ())
     label = str(body.get("label", name))
     if "," in label:
         problems.append(f"{file}: {name}: label {label}: a comma ends a row of report.py --runs; write it without")
     return Arm(name, label, body.get("kind", ""), str(body.get("run", name)), body.get("make", ""), needs,
                body.get("cost", ""), bool(body.get("key")), bool(body.get("quick")), bool(body.get("more")),
-               bool(body.get("shown", True)))
+               bool(body.get("shown", True)), str(body.get("durability", "")))
 
 
 def _endpoint(name: str, body: Any, file: str, problems: list[str]) -> Endpoint:
@@ -218,38 +226,47 @@ def steps(table: Table, names: Sequence[str], seeds: Sequence[int], results: Pat
         UserError: a command line that its own flags refuse; all of them at once.
     """
     absent = missing_commands(table)
-    made: list[Step] = []
-    problems: dict[str, None] = {}
+    lines: list[tuple[str, tuple[str, ...], dict[str, Any]]] = []
     for seed in seeds:
         root = results / f"seed_{seed}"
-        common = ("--seed", str(seed), "--output_dir", str(root), "--threads", "1",
-                  *(("--preset", preset) if preset else ()))
-        fill = _Words(table, common, quick, commands.parse(("models/llama_moe.py", *common)).args.model_name_or_path)
+        fill = Words.of(table, seed, root, preset, quick)
         for name in in_order(table, names):
             arm = table.arms[name]
-            parts = {other: makes for other in arm.needs if (makes := _manifest_of(table.arms[other], root))}
+            parts = {other: makes for other in arm.needs if (makes := manifest_of(table.arms[other], root))}
             here = [fill.of_arm(arm, root, tuple(parts.values()), seed)] if arm.make else []
             if name in names and arm.shown:
                 here += [fill.of_endpoint(endpoint, arm, root, seed, table) for endpoint in table.endpoints.values()
                          if endpoint.name not in absent and (endpoint.rows == "all" or arm.key)]
-            for words, rest in here:
-                try:
-                    made.append(Step(words=words, settings=commands.settings(words), **rest))
-                except UserError as error:
-                    said = f"arm {name}: {shlex.join(words[:3])} .."
-                    problems.update(dict.fromkeys(f"{said}: {one}" for one in error.problems))
+            lines += [(name, *line) for line in here]
+    return checked(lines)
+
+
+def checked(lines: Iterable[tuple[str, tuple[str, ...], dict[str, Any]]]) -> list[Step]:
+    """Steps of (arm, words, the rest of a step).
+
+    Raises:
+        UserError: a command line that its own flags refuse; all of them at once.
+    """
+    made: list[Step] = []
+    problems: dict[str, None] = {}
+    for name, words, rest in lines:
+        try:
+            made.append(Step(words=words, settings=commands.settings(words), **rest))
+        except UserError as error:
+            said = f"arm {name}: {shlex.join(words[:3])} .."
+            problems.update(dict.fromkeys(f"{said}: {one}" for one in error.problems))
     if problems:
         raise UserError(*problems)
     return made
 
 
-def _manifest_of(arm: Arm, root: Path) -> Path | None:
+def manifest_of(arm: Arm, root: Path) -> Path | None:
     """The manifest of an arm's folder; None for the base and for a weighted sum, which have no folder of their own."""
     return root / "outputs" / arm.run / "manifest.json" if arm.make else None
 
 
 @dataclass(frozen=True)
-class _Words:
+class Words:
     """Fills the lines of a table in; ``base`` is the base model of the steps, the preset's or the default."""
 
     table: Table
@@ -257,12 +274,19 @@ class _Words:
     quick: bool
     base: str
 
+    @classmethod
+    def of(cls, table: Table, seed: int, root: Path, preset: str, quick: bool) -> Words:
+        """Those of a seed, whose results lie in ``root``."""
+        common = ("--seed", str(seed), "--output_dir", str(root), "--threads", "1",
+                  *(("--preset", preset) if preset else ()))
+        return cls(table, common, quick, commands.parse(("models/llama_moe.py", *common)).args.model_name_or_path)
+
     def of_arm(self, arm: Arm, root: Path, needs: tuple[Path, ...], seed: int) -> tuple[tuple[str, ...], dict[str, Any]]:
         line = shlex.split(self.filled(arm.make))
         quick = self.table.quick.get(arm.name, self.table.quick.get(line[0], ""))
         line += shlex.split(str(quick)) if self.quick else []
         return (*line, *self.common), {"name": f"s{seed}_{arm.name}", "arm": arm.name, "seed": seed, "needs": needs,
-                                       "makes": _manifest_of(arm, root), **self.cost(arm.cost)}
+                                       "makes": manifest_of(arm, root), **self.cost(arm.cost)}
 
     def of_endpoint(self, endpoint: Endpoint, arm: Arm, root: Path, seed: int, table: Table
                     ) -> tuple[tuple[str, ...], dict[str, Any]]:
@@ -270,7 +294,7 @@ class _Words:
         here = {"run": arm.run, "folder": arm.folder, "samples": samples}
         # of a weighted sum, what it is the sum of
         parts = [arm] if arm.make else [table.arms[name] for name in arm.needs]
-        needs = [_manifest_of(part, root) for part in parts]
+        needs = [manifest_of(part, root) for part in parts]
         needs += [root / table.endpoints[other].makes.format(**here) for other in endpoint.after]
         words = shlex.split(self.filled(endpoint.run, **here))
         # without prompts of its own number an endpoint has none to make fewer
