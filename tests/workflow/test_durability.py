@@ -75,7 +75,8 @@ def test_what_is_attacked_is_one_checkpoint(tmp_path):
     assert root / "outputs" / "safety" / "manifest.json" in steps["s42_lora_fusion_50__whole"].needs
     # before, at checkpoints, at the end; on the base that was attacked
     at = {step: commands.parse(steps[f"s42_mix__{kind}_scored"].words).args for step, kind in (
-        (0, "whole_mix"), (5, "harmful_5"), (80, "harmful")) if f"s42_mix__{kind}_scored" in steps}
+        (0, "whole"), (5, "harmful_5"), (80, "harmful"))}
+    assert (at[0].task_name, at[0].num_samples) == ("cross_whole_mix", -1)
     assert (at[5].checkpoint_number, at[80].checkpoint_number) == (5, -1)
     assert at[5].model_name_or_path == bases["mix"]
     assert steps["s42_mix__harmful_5_scored"].makes == root / "scores" / "cross_harmful_mix_5" / "evaluate_refusal.json"
