@@ -167,7 +167,7 @@ def test_quick_ends_in_a_half_life(pico, tmp_path):
     with (report / "durability.csv").open(newline="") as file:
         assert {row["model"] for row in csv.DictReader(file)} == {"base", "harmless expert"}
     assert (report / "durability.tex").is_file()
-    assert "harmful prompts refused over steps of harmful fine-tuning" in (report / "durability_page.html").read_text()
+    assert "harmful prompts refused ↑ over steps of harmful fine-tuning" in (report / "durability_page.html").read_text()
     # harmful texts are in no log
     from data.sets import reattack
 
