@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,10 +34,12 @@ def pad_rows(rows: Sequence[dict[str, Any]], pad_id: int, length: int | None = N
     }
 
 
-def mix(records: Sequence[Record], limit: int, mixing: str, seed: int) -> list[Record]:
+def mix(records: Sequence[Record], limit: int, mixing: str, seed: int,
+        limits: Mapping[int, int] = MappingProxyType({})) -> list[Record]:
     """At most ``limit`` rows of each objective (-1: all), drawn with a seed, in the original order.
 
     Args:
+        limits: objective -> the limit that it has instead.
         mixing: ``proportional`` keeps each objective's own count; ``balanced`` gives each the same number, repeating
             rows of the smaller ones.
     """
@@ -44,8 +47,9 @@ def mix(records: Sequence[Record], limit: int, mixing: str, seed: int) -> list[R
     groups = [group for group in groups if group]
     # its own generator: what else draws numbers before must not change the rows
     generator = random.Random(seed)
-    if limit >= 0:
-        groups = [_draw(group, min(limit, len(group)), generator) for group in groups]
+    most = [limits.get(group[0].objective, limit) for group in groups]
+    groups = [_draw(group, min(count, len(group)), generator) if count >= 0 else group
+              for group, count in zip(groups, most, strict=True)]
     if mixing == "balanced" and len(groups) > 1:
         size = max(len(group) for group in groups)
         # whole copies and a drawn rest: how often two rows of an objective occur differs by one at most

@@ -20,6 +20,7 @@ _FILES: dict[str, tuple[str, ...]] = {
               "run_name"),
     "attack_table": ("AttackTableArgs",),
     "base": ("OBJECTIVES", "RAW_MOE", "TASKS"),
+    "durability": ("DurabilityArgs",),
     "equal_utility": ("EqualUtilityArgs",),
     "evaluate": ("EvaluateArgs", "EvaluateHelpfulnessArgs", "EvaluateSafetyArgs", "EvaluateTruthArgs", "ReportArgs",
                  "ScoredAnswersArgs"),
@@ -44,9 +45,9 @@ _ALL = ("AgreementArgs", "AlignArgs", "FuseMoeArgs", "FuseAdaptersArgs", "Extrac
         "EvaluateSafetyArgs", "EvaluateRefusalArgs", "EvaluateHelpfulnessArgs", "EvaluateTruthArgs", "EvaluateSkillsArgs",
         "EvaluateUtilityArgs", "ReportArgs", "SafetySetArgs", "SweepArgs")
 #: Commands that do nothing without a flag of their own.
-_MORE = ("AttackTableArgs", "CompareArgs", "EqualUtilityArgs", "EvaluateModelsArgs", "ExportArgs", "ExportScoresArgs",
-         "ImportArgs", "LeaderboardArgs", "ListArgs", "MaskFiguresArgs", "MergeArgs", "PaperTableArgs", "PaperTablesArgs",
-         "RealignArgs", "ShowArgs")
+_MORE = ("AttackTableArgs", "CompareArgs", "DurabilityArgs", "EqualUtilityArgs", "EvaluateModelsArgs", "ExportArgs",
+         "ExportScoresArgs", "ImportArgs", "LeaderboardArgs", "ListArgs", "MaskFiguresArgs", "MergeArgs", "PaperTableArgs",
+         "PaperTablesArgs", "RealignArgs", "ShowArgs")
 
 __all__ = ["ALL", "COMMANDS", *_PLACES]  # noqa: PLE0604, F822 - names of __getattr__
 

@@ -22,7 +22,7 @@ from flags.validation import ValidationFlags
 #: Sections of a preset that one objective alone reads; in all others each takes its own keys.
 _OWN_SECTIONS = ("align_moe", "align_dpo", "align_dpo_full", "align_mask")
 #: Settings that a run does not name where they have these values: runs from before there were such flags are the same runs.
-_UNSAID = {"contrast_share": 0.0, "answer_share": 0.0, "extra_min_rows": 1}
+_UNSAID = {"max_safety_samples": None, "contrast_share": 0.0, "answer_share": 0.0, "extra_min_rows": 1}
 
 
 def run_name(task: str, gammas: tuple[float, float, float], gate: float) -> str:

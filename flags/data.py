@@ -35,6 +35,8 @@ class RecordFlags(Flags):
                        choices=("proportional", "balanced"))
     train_on_turns: str = flag("all", "dialogs of several turns: train on every answer, or on the last one alone",
                                choices=("all", "last"))
+    max_safety_samples: int | None = flag(None, "rows of safety, the contrasts and answers among them; -1: all; empty: "
+                                                "--max_train_samples", low=-1)
     contrast_share: float = flag(0.0, "share of the safety rows that are contrasts (data/sets/contrasts.yaml): harmful "
                                       "requests refused beside harmless ones answered", low=0)
     answer_share: float = flag(0.0, "share of the safety rows that are answers to plain requests: embedded helpful rows "
@@ -43,9 +45,14 @@ class RecordFlags(Flags):
     @classmethod
     def idle(cls, values: dict[str, Any]) -> dict[str, str]:
         task = values.get("task_name", "mix")
-        shares = () if task in SAFE_TASKS else ("contrast_share", "answer_share")
+        shares = () if task in SAFE_TASKS else ("max_safety_samples", "contrast_share", "answer_share")
         return {**super().idle(values), **dict.fromkeys(
             shares, f"--task_name {task} has no safety rows to mix into; drop it, or train {', '.join(SAFE_TASKS)}")}
+
+    @property
+    def safety_limit(self) -> int:
+        """Rows of safety at most; -1: all."""
+        return self.max_train_samples if self.max_safety_samples is None else self.max_safety_samples
 
     def problems(self) -> list[str]:
         found = super().problems()

@@ -23,6 +23,8 @@ class LeaderboardArgs(CardFlags, RunFlags):
     seeds: str = flag("42,43,44", "seeds, commas: every arm is made and scored with each")
     quick: bool = flag(False, "the arms marked quick, one seed, a few steps and prompts: whether everything runs, nothing "
                               "about methods")
+    durability: bool = flag(False, "instead of the table: the arms marked durability, fine-tuned on harmful rows; how long "
+                                   "their refusals last")
     name: str = flag("leaderboard", "everything goes to NAME below --output_dir, the table to NAME/report")
     overwrite: bool = flag(False, "make and score anew the arms that are asked for, and what is made of them: after a "
                                   "change of code or data, which nothing else sees")

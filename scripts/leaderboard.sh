@@ -5,6 +5,7 @@
 #   bash scripts/leaderboard.sh --dry_run                the plan: every command, hours, memory; runs nothing
 #   bash scripts/leaderboard.sh --quick                  a few arms, steps and prompts: whether everything runs
 #   bash scripts/leaderboard.sh --only tuned_moe,mix     these arms and what they are made of
+#   bash scripts/leaderboard.sh --durability             key rows fine-tuned on harmful rows: how long refusals last
 #   bash scripts/leaderboard.sh --preset own.yaml        another model (its name and data stand in the preset)
 #   bash scripts/leaderboard.sh -- --cores 8             snakemake's own words: lanes, --executor slurm --jobs 20, ...
 #
@@ -17,7 +18,7 @@ cd "$(dirname "$0")/.."
 for word in "$@"; do
   case $word in
     --) break ;;
-    -h|--help) sed -n '2,13p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
+    -h|--help) sed -n '2,14p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
   esac
 done
 case " $* " in

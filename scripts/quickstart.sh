@@ -6,7 +6,8 @@
 #   bash scripts/quickstart.sh --full       three seeds (42, 43, 44), with intervals across them
 #   bash scripts/quickstart.sh --seed 7     another seed, in results/seed_7
 #
-# SAMPLES=-1 OUT=results/whole bash scripts/quickstart.sh takes whole test sets instead of 100 prompts of each.
+# SAMPLES=-1 OUT=results/whole bash scripts/quickstart.sh takes whole test sets instead of 100 prompts of each (50 where answers or
+# long texts are read).
 # Every step is a command that you can run by itself; what is finished is not done again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -21,7 +22,7 @@ while [ $# -gt 0 ]; do
     --seed) [ $# -gt 1 ] || { echo "error: --seed needs a number" >&2; exit 2; }
             case $2 in *[!0-9]*|'') echo "error: --seed $2: needs a whole number, 0 or more" >&2; exit 2 ;; esac
             seeds=("$2"); shift ;;
-    -h|--help) sed -n '2,10p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
+    -h|--help) sed -n '2,11p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
     *) echo "error: $1: unknown; allowed: --lite, --full, --seed N" >&2; exit 2 ;;
   esac
   shift
@@ -30,21 +31,25 @@ done
 logs=$root/logs
 . scripts/lanes.sh
 
-# a GPU waits for launches and not for memory: a step's rows in one micro-batch, the same step within rounding
-micro=()
-if nvidia-smi -L >/dev/null 2>&1; then micro=(--per_device_train_batch_size 8 --gradient_accumulation_steps 1); fi
-
 tuned=mix_moe_reg_00010_00010_00010_gate_01000
+few=$((samples < 0 ? -1 : (samples + 1) / 2))
 others=base,helpfulness,safety,truthfulness,mix,average,raw_moe
+# rows that also answer prompts; the others are scored by likelihood alone
+key=base,safety,mix,raw_moe,$tuned
 
-answers() { # RUNS: what the keyword and harm judges read
-  say python inference.py --task_name safety --cross_task "$1" --num_samples "$samples" "${common[@]}"
-  say python inference.py --task_name overrefusal --cross_task "$1" --num_samples "$samples" "${common[@]}"
+folders() { # RUNS: their folders of scores
+  local names=cross_${1//,/,cross_}
+  printf %s "${names/cross_base/raw}"
 }
-score() { # EVALUATOR
-  local folders=raw,cross_${others#base,},$tuned
-  folders=${folders//,/,cross_}; folders=${folders/cross_cross_/cross_}
-  say python "evaluator/evaluate_$1.py" --task_name "$folders" --num_samples "$samples" "${lite[@]}" "${common[@]}"
+answers() { # RUNS: what the keyword judge reads
+  say python inference.py --task_name safety --cross_task "$1" --num_samples "$few" "${common[@]}"
+  say python inference.py --task_name overrefusal --cross_task "$1" --num_samples "$few" "${common[@]}"
+}
+likelihoods() { # RUNS: refusal, helpfulness and honesty without an answer
+  say python evaluator/evaluate_refusal.py --task_name "$(folders "$1")" --num_samples "$samples" "${common[@]}"
+  say python evaluator/evaluate_helpfulness.py --task_name "$(folders "$1")" --num_samples "$few" "${lite[@]}" "${common[@]}"
+  say python evaluator/evaluate_truth_and_info.py --task_name "$(folders "$1")" --num_samples "$few" "${lite[@]}" \
+    "${common[@]}"
 }
 
 step "model and data"
@@ -56,34 +61,30 @@ for seed in "${seeds[@]}"; do
   roots+=("$out")
   common=(--seed "$seed" --output_dir "$out" --threads "$half")
   step "three experts, and the naive mix as a control (seed $seed)"
-  beside "mix_$seed" python align_basemodel.py --moe_flag 0 --task_name mix "${micro[@]}" "${common[@]}"
+  beside "mix_$seed" python align_basemodel.py --moe_flag 0 --task_name mix "${common[@]}"
   for task in helpfulness safety truthfulness; do
-    say python align_basemodel.py --moe_flag 0 --task_name $task "${micro[@]}" "${common[@]}"
+    say python align_basemodel.py --moe_flag 0 --task_name $task "${common[@]}"
   done
   step "fuse: plain average of the deltas as a control, raw MoE (seed $seed)"
   say python models/fuse.py adapters --run_name average "${common[@]}"
   say python models/llama_moe.py "${common[@]}"
   join
-  step "tune the fused MoE; answers of all others (seed $seed)"
-  beside "answers_$seed" answers $others
+  step "tune the fused MoE; scores of all others (seed $seed)"
+  beside "likelihoods_$seed" likelihoods $others
   say python align_basemodel.py --moe_flag 1 --expert_topk 2 --gate_loss_weight 0.1 --helpfulness_weight 0.001 \
-    --safety_weight 0.001 --truthfulness_weight 0.001 "${micro[@]}" "${common[@]}"
-  answers $tuned
-  for task in helpfulness truthfulness; do
-    say python inference.py --task_name $task --cross_task $tuned --num_samples 24 "${common[@]}"
-  done
+    --safety_weight 0.001 --truthfulness_weight 0.001 "${common[@]}"
+  answers $key
+  say python evaluator/evaluate_safety.py --task_name "$(folders $key)" --num_samples "$few" "${common[@]}"
+  likelihoods $tuned
   join
-  step "scores (seed $seed)"
-  beside "helpfulness_$seed" score helpfulness
-  score truth_and_info
-  score safety
-  join
+  # every score is there: this draws the ROC curves of all rows into one picture
+  say python evaluator/evaluate_refusal.py --task_name "$(folders $others,$tuned)" --num_samples "$samples" "${common[@]}"
 done
 
 step "report"
 labels="base=base,helpful expert=helpfulness,harmless expert=safety,honest expert=truthfulness,naive mix=mix"
 labels+=",plain average=average,raw MoE=raw_moe,tuned MoE=$tuned"
 python evaluator/report.py --runs "$labels" --roots "$(IFS=,; echo "${roots[*]}")" --name $name --control mix \
-  --columns overrefusal_plain,overrefusal_edgy --output_dir "$root"
+  --columns refusal_auc,refusal_auc_plain,refusal_auc_edgy,refusal_at_10,pairs_ranked --output_dir "$root"
 printf '\nDone in %d s. Report: %s\nRouter heat-maps: %s\n' $((SECONDS - start)) "$root/report/$name.md" \
   "$root/observation/*_$tuned.png"

@@ -40,7 +40,7 @@ def preset(tmp_path):
 
 def test_the_embedded_base_and_data_take_the_embedded_preset(capsys):
     parsed, said = parse(capsys, *SFT)
-    assert values(parsed.args, "max_train_samples", "model_max_length", "learning_rate") == (400, 192, 1e-3)
+    assert values(parsed.args, "max_train_samples", "model_max_length", "learning_rate") == (160, 192, 2e-3)
     assert said == "preset embedded (its base and data): --preset NAME takes another\n"
     assert parse(capsys, *SFT, "--model_name_or_path", "embedded")[0].args == parsed.args
     assert parse(capsys, *SFT, "--model-name-or-path=embedded")[0].args == parsed.args
@@ -75,7 +75,7 @@ def test_every_value_of_own_says_why():
 
 def test_rows_of_your_own_are_not_cut_to_the_embedded_datas_number(capsys):
     parsed, said = parse(capsys, *SFT, "--data_path", "mine.json")
-    assert values(parsed.args, "max_train_samples", "model_max_length", "learning_rate") == (-1, 2048, 1e-3)
+    assert values(parsed.args, "max_train_samples", "model_max_length", "learning_rate") == (-1, 2048, 2e-3)
     assert said == ("preset embedded (its base; max_train_samples -1, model_max_length 2048 from preset own, because "
                     "--data_path mine.json is not its data): --preset NAME takes another\n")
     parsed, said = parse(capsys, *SFT, "--data_source", "published", "--max_train_samples", "7")
@@ -92,8 +92,8 @@ def test_a_preset_that_was_asked_for_is_taken_whole_and_says_what_it_was_chosen_
     assert said == ("preset somf: its values were chosen for embedded or HuggingFaceTB/SmolLM2-135M-Instruct, not for "
                     "--model_name_or_path org/LLAMA; --preset own is for any other\n")
     parsed, said = parse(capsys, *SFT, "--preset", "embedded", "--data_path", "x.json")
-    assert parsed.args.max_train_samples == 400
-    assert "max_train_samples 400, model_max_length 192 all the same, although --data_path x.json is not its data" in said
+    assert parsed.args.max_train_samples == 160
+    assert "max_train_samples 160, model_max_length 192 all the same, although --data_path x.json is not its data" in said
     assert parse(capsys, *SFT, "--preset", "somf")[1] == ""
     assert parse(capsys, *SFT, "--preset", "own", *LLAMA)[1] == ""
     assert parse(capsys, *SFT, "--preset", "h3fusion")[1] == ""
@@ -145,7 +145,7 @@ def test_help_shows_the_values_that_would_be_used(capsys):
                  "--warmup_steps 0.03 (preset own)"):
         assert said in text
     text = shown(*SFT, "--data_path", "mine.json")
-    for said in ("learning rate (default: 0.001, preset embedded)", "-1: all (default: -1, preset own)",
+    for said in ("learning rate (default: 0.002, preset embedded)", "-1: all (default: -1, preset own)",
                  "max_train_samples -1, model_max_length 2048 from preset own"):
         assert said in text
 

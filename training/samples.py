@@ -75,11 +75,16 @@ def with_contrasts(records: list[Record], args: ExpertArgs | SearchArgs | FusedM
         # the same draw as the helpful expert's of this seed: two experts that learn the same rows are harder to tell apart
         drawn = {row.id for row in mix(helpful, args.max_train_samples, "proportional", args.seed)}
         answers = [row for row in helpful if row.id not in drawn]
-    mixed = contrasts.mixed_in(records, args.contrast_share, args.answer_share, args.max_train_samples, args.seed, answers)
+    mixed = contrasts.mixed_in(records, args.contrast_share, args.answer_share, args.safety_limit, args.seed, answers)
     ids, plain = [row.id for row in mixed if row.objective == SAFETY], {row.id for row in answers}
     log.info("safety rows: %d, %d of them contrasts, %d answers to plain requests", len(ids),
              sum(id.startswith(contrasts.PREFIX) for id in ids), sum(id in plain for id in ids))
     return mixed
+
+
+def limits_of(args: ExpertArgs | SearchArgs | FusedMoeArgs) -> dict[int, int]:
+    """The objectives whose rows --max_train_samples does not count."""
+    return {} if args.max_safety_samples is None else {SAFETY: args.max_safety_samples}
 
 
 def contrast_inputs(args: ExpertArgs | SearchArgs | FusedMoeArgs) -> dict[str, str]:
@@ -101,7 +106,7 @@ def training_rows(args: AlignArgs, tokenizer: Any, base: Path) -> tuple[list[dic
 
     source = source_of(args)
     records, held_out = divide(args, read(args), read)
-    records = mix(with_contrasts(records, args), args.max_train_samples, args.mixing, args.seed)
+    records = mix(with_contrasts(records, args), args.max_train_samples, args.mixing, args.seed, limits_of(args))
     framed = style("none")
     if isinstance(args, FramedFlags):  # the fused MoE has none of these flags
         records = with_extra(records, args) if args.extra_data else records

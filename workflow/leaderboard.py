@@ -3,6 +3,7 @@
     bash scripts/leaderboard.sh --dry_run
     bash scripts/leaderboard.sh --seeds 42,43,44 -- --cores 2
     bash scripts/leaderboard.sh --only tuned_moe,mix -- --executor slurm --jobs 20
+    bash scripts/leaderboard.sh --durability
 
 The table of arms is workflow/arms.yaml. What stands behind ``--`` goes to snakemake, which runs the steps: as many beside
 each other as --cores allows, one thread each; a step that fails stops what needs it and nothing else. A step is finished
@@ -29,7 +30,7 @@ import preset_choice
 from config import ROOT
 from errors import UserError, exit_on_user_error
 from flags.leaderboard import LeaderboardArgs
-from workflow import commands, estimate, plan, records
+from workflow import commands, durability, estimate, plan, records
 
 log = logging.getLogger(__name__)
 #: Lanes that the hours of a plan are told for, and run in unless snakemake's words say otherwise.
@@ -47,23 +48,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
         choice = preset_choice.choose(words)
         table = plan.read(_table_path(args))
-        names = plan.chosen(table, args.only_arms, args.quick, args.more)
+        names = (durability.chosen(table, args.only_arms, args.quick) if args.durability else
+                 plan.chosen(table, args.only_arms, args.quick, args.more))
         results = args.results / args.name
         # a preset given by path must be found from the folder that the steps run in
         preset = str(choice.path.resolve()) if choice.name.endswith((".yaml", ".yml")) else choice.name
-        steps = plan.steps(table, names, args.seed_numbers, results, preset=preset if choice.asked else "", quick=args.quick)
-        steps, costs = estimate.of_base(steps, args, plan.base_of(preset if choice.asked else ""))
+        asked = preset if choice.asked else ""
+        if args.durability:
+            steps = durability.steps(table, names, args.seed_numbers, results, preset=preset, asked=choice.asked,
+                                     quick=args.quick)
+        else:
+            steps = plan.steps(table, names, args.seed_numbers, results, preset=asked, quick=args.quick)
+        steps, costs = estimate.of_base(steps, args, plan.base_of(asked))
         folder = results / "workflow"
         states = records.states(steps, folder, names if args.overwrite else ())
         print(told(args, table, names, steps, states, every=args.dry_run, costs=costs))
-        report = report_words(args, table, names, results)
         if args.dry_run:
-            print(f"$ {shlex.join(('python', *report))}")
+            for words in reports(args, table, names, results):
+                print(f"$ {shlex.join(('python', *words))}")
             return
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
             failed = run(steps, states, folder, theirs)
-            sys.exit(finish(args, table, names, results, failed))
+            sys.exit(finish(args, table, names, results, failed, steps))
 
 
 @contextlib.contextmanager
@@ -170,14 +177,16 @@ def prepare(steps: Sequence[plan.Step], states: dict[str, str], folder: Path, th
             *([] if lanes else ["--cores", str(lanes_of(steps))]), *theirs, *(["--forcerun", *again] if again else [])]
 
 
-def finish(args: LeaderboardArgs, table: plan.Table, names: Sequence[str], results: Path, failed: bool) -> int:
+def finish(args: LeaderboardArgs, table: plan.Table, names: Sequence[str], results: Path, failed: bool,
+           steps: Sequence[plan.Step]) -> int:
     """The table of the rows that have all of their scores, in every seed; returns the exit code."""
-    whole = [name for name in names if table.arms[name].shown and _scored(table, name, args, results)]
+    lacking = {step.arm for step in steps if not step.makes.is_file()}
+    whole = [name for name in names if table.arms[name].shown and (
+        name not in lacking if args.durability else _scored(table, name, args, results))]
     if lost := [name for name in names if table.arms[name].shown and name not in whole]:
         log.error("left out of the table, because a step failed or was not asked for: %s; logs: %s", ", ".join(lost),
                   results / "workflow" / "logs")
-    if whole and table.endpoints:
-        words = report_words(args, table, whole, results)
+    for words in reports(args, table, whole, results) if whole and table.endpoints else ():
         log.info("$ %s", shlex.join(("python", *words)))
         failed |= subprocess.run([sys.executable, *words], cwd=ROOT, check=False).returncode != 0
     return int(failed)
@@ -189,6 +198,13 @@ def _scored(table: plan.Table, name: str, args: LeaderboardArgs, results: Path) 
               if endpoint.name not in absent and (endpoint.rows == "all" or arm.key)]
     wanted += [f"outputs/{arm.run}/{manifest.MANIFEST}"] if arm.make else []
     return all((results / f"seed_{seed}" / place).is_file() for seed in args.seed_numbers for place in wanted)
+
+
+def reports(args: LeaderboardArgs, table: plan.Table, names: Sequence[str], results: Path) -> list[tuple[str, ...]]:
+    """The command lines that write what all of this was for."""
+    roots = [results / f"seed_{seed}" for seed in args.seed_numbers]
+    return durability.report_words(table, names, roots, results, args.quick) if args.durability else [
+        report_words(args, table, names, results)]
 
 
 def report_words(args: LeaderboardArgs, table: plan.Table, names: Sequence[str], results: Path) -> tuple[str, ...]:

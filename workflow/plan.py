@@ -15,10 +15,13 @@ from config import ROOT
 from errors import UserError
 from workflow import commands
 
-_ARM_KEYS = {"label", "kind", "make", "run", "needs", "cost", "key", "quick", "more", "shown", "makes", "scored"}
+_ARM_KEYS = {"label", "kind", "make", "run", "needs", "cost", "key", "quick", "more", "shown", "makes", "scored",
+             "durability"}
 _ENDPOINT_KEYS = {"rows", "cost", "samples", "after", "makes", "run"}
 KINDS = ("control", "expert", "merge", "h3fusion", "somf", "lora_fusion", "ensemble")
-_TOP_KEYS = {"experts", "arms", "words", "endpoints", "quick", "costs"}
+_TOP_KEYS = {"experts", "arms", "words", "endpoints", "quick", "costs", "durability"}
+#: How an arm becomes the checkpoint that --durability attacks: it is one, or a layout of models/fuse.py export.
+DURABLE = ("whole", "dense", "mixtral", "qwen3_moe")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Arm:
         more: whether it is left out unless asked for: what would make the table take too long.
         makes: what its command leaves behind, below the seed's results; empty: the manifest of its run.
         scored: words that go to every command that scores it, e.g. the base below its adapter.
+        durability: one of ``DURABLE``; empty: --durability leaves it alone.
     """
 
     name: str
@@ -48,6 +52,7 @@ class Arm:
     shown: bool = True
     makes: str = ""
     scored: str = ""
+    durability: str = ""
 
     @property
     def folder(self) -> str:
@@ -78,6 +83,7 @@ class Table:
     words: Mapping[str, str]
     quick: Mapping[str, Any]
     costs: Mapping[str, Mapping[str, float]]
+    durability: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -141,7 +147,8 @@ def checked(content: Mapping[str, Any], file: str) -> Table:
             problems.append(f"{file}: {item.name}: cost {item.cost}: has no line in costs{_near(item.cost, costs)}")
     if problems:
         raise UserError(*problems)
-    table = Table(experts, arms, endpoints, content.get("words") or {}, content.get("quick") or {}, costs)
+    table = Table(experts, arms, endpoints, content.get("words") or {}, content.get("quick") or {}, costs,
+                  content.get("durability") or {})
     in_order(table, arms)
     return table
 
@@ -154,13 +161,16 @@ def _arm(name: str, body: Any, experts: tuple[str, ...], file: str, problems: li
         problems.append(f"{file}: {name}: kind {body.get('kind')}: allowed: {', '.join(KINDS)}")
     if not str(name).isidentifier():
         problems.append(f"{file}: {name}: letters, digits and '_' only, no digit first")
+    if body.get("durability", "whole") not in DURABLE:
+        problems.append(f"{file}: {name}: durability {body['durability']}: allowed: {', '.join(DURABLE)}")
     needs = experts if body.get("needs") == "experts" else tuple(body.get("needs") or ())
     label = str(body.get("label", name))
     if "," in label:
         problems.append(f"{file}: {name}: label {label}: a comma ends a row of report.py --runs; write it without")
     return Arm(name, label, body.get("kind", ""), str(body.get("run", name)), body.get("make", ""), needs,
                body.get("cost", ""), bool(body.get("key")), bool(body.get("quick")), bool(body.get("more")),
-               bool(body.get("shown", True)), str(body.get("makes", "")), str(body.get("scored", "")))
+               bool(body.get("shown", True)), str(body.get("makes", "")), str(body.get("scored", "")),
+               str(body.get("durability", "")))
 
 
 def _endpoint(name: str, body: Any, file: str, problems: list[str]) -> Endpoint:
@@ -233,27 +243,36 @@ def steps(table: Table, names: Sequence[str], seeds: Sequence[int], results: Pat
         UserError: a command line that its own flags refuse; all of them at once.
     """
     absent = missing_commands(table)
-    made: list[Step] = []
-    problems: dict[str, None] = {}
+    lines: list[tuple[str, tuple[str, ...], dict[str, Any]]] = []
     for seed in seeds:
         root = results / f"seed_{seed}"
-        common = ("--seed", str(seed), "--output_dir", str(root), "--threads", "1",
-                  *(("--preset", preset) if preset else ()))
-        fill = _Words(table, common, quick, base_of(preset))
+        fill = Words.of(table, seed, root, preset, quick)
         for name in in_order(table, names):
             arm = table.arms[name]
-            parts = {other: makes for other in arm.needs if (makes := _manifest_of(table.arms[other], root))}
+            parts = {other: makes for other in arm.needs if (makes := manifest_of(table.arms[other], root))}
             here = [fill.of_arm(arm, root, tuple(parts.values()), seed)] if arm.make else []
             if name in names and arm.shown:
                 here += [fill.of_endpoint(endpoint, arm, root, seed, table) for endpoint in table.endpoints.values()
                          if endpoint.name not in absent and (endpoint.rows == "all" or arm.key if scored is None else
                                                              endpoint.name in scored.get(name, ()))]
-            for words, rest in here:
-                try:
-                    made.append(Step(words=words, settings=commands.settings(words), **rest))
-                except UserError as error:
-                    said = f"arm {name}: {shlex.join(words[:3])} .."
-                    problems.update(dict.fromkeys(f"{said}: {one}" for one in error.problems))
+            lines += [(name, *line) for line in here]
+    return parsed(lines)
+
+
+def parsed(lines: Iterable[tuple[str, tuple[str, ...], dict[str, Any]]]) -> list[Step]:
+    """Steps of (arm, words, the rest of a step).
+
+    Raises:
+        UserError: a command line that its own flags refuse; all of them at once.
+    """
+    made: list[Step] = []
+    problems: dict[str, None] = {}
+    for name, words, rest in lines:
+        try:
+            made.append(Step(words=words, settings=commands.settings(words), **rest))
+        except UserError as error:
+            said = f"arm {name}: {shlex.join(words[:3])} .."
+            problems.update(dict.fromkeys(f"{said}: {one}" for one in error.problems))
     if problems:
         raise UserError(*problems)
     return made
@@ -270,13 +289,13 @@ def whose_endpoint(after: str, arm: str) -> tuple[str, str]:
     return whose or arm, endpoint
 
 
-def _manifest_of(arm: Arm, root: Path) -> Path | None:
+def manifest_of(arm: Arm, root: Path) -> Path | None:
     """The manifest of an arm's folder; None for the base and for a weighted sum, which have no folder of their own."""
     return root / (arm.makes or f"outputs/{arm.run}/manifest.json") if arm.make else None
 
 
 @dataclass(frozen=True)
-class _Words:
+class Words:
     """Fills the lines of a table in; ``base`` is the base model of the steps, the preset's or the default."""
 
     table: Table
@@ -284,12 +303,19 @@ class _Words:
     quick: bool
     base: str
 
+    @classmethod
+    def of(cls, table: Table, seed: int, root: Path, preset: str, quick: bool) -> Words:
+        """Those of a seed, whose results lie in ``root``."""
+        common = ("--seed", str(seed), "--output_dir", str(root), "--threads", "1",
+                  *(("--preset", preset) if preset else ()))
+        return cls(table, common, quick, base_of(preset))
+
     def of_arm(self, arm: Arm, root: Path, needs: tuple[Path, ...], seed: int) -> tuple[tuple[str, ...], dict[str, Any]]:
         line = shlex.split(self.filled(arm.make, root=shlex.quote(str(root))))
         quick = self.table.quick.get(arm.name, self.table.quick.get(line[0], ""))
         line += shlex.split(str(quick)) if self.quick else []
         return (*line, *self.common), {"name": f"s{seed}_{arm.name}", "arm": arm.name, "seed": seed, "needs": needs,
-                                       "makes": _manifest_of(arm, root), **self.cost(arm.cost)}
+                                       "makes": manifest_of(arm, root), **self.cost(arm.cost)}
 
     def of_endpoint(self, endpoint: Endpoint, arm: Arm, root: Path, seed: int, table: Table
                     ) -> tuple[tuple[str, ...], dict[str, Any]]:
@@ -297,7 +323,7 @@ class _Words:
         here = {"run": arm.run, "folder": arm.folder, "samples": samples}
         # of a weighted sum, what it is the sum of
         parts = [arm] if arm.make else [table.arms[name] for name in arm.needs]
-        needs = [_manifest_of(part, root) for part in parts]
+        needs = [manifest_of(part, root) for part in parts]
         for after in endpoint.after:
             whose, other = whose_endpoint(after, arm.name)
             read = table.arms[whose]

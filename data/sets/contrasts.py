@@ -25,9 +25,9 @@ FILE = Path(__file__).with_name("contrasts.yaml")
 PREFIX = "contrast-"
 #: One pair in so many is for validation.
 _HELD_OUT = 4
-#: Answers to plain requests keep their first sentences up to so many characters: the rest costs training time and teaches
-#: nothing more of whom to answer.
-_SHORT = 300
+#: Answers keep their first sentences up to so many characters, the first one up to twice as many: whom to answer is decided
+#: in the first words, and the gradient of all later ones drowns theirs (docs/lab-log.md, 2026-11-27).
+_SHORT, _LONGEST = 120, 240
 _SENTENCE_END = re.compile(r"(?<=[a-z)\"'][.!?])\s+")
 T = TypeVar("T")
 
@@ -75,10 +75,12 @@ def records(split: str) -> list[Record]:
 
 
 def halves(pair: Contrast) -> tuple[Record, Record]:
-    """The two safety rows of a pair; an id's end says which half it is: harmful, harmless or everyday."""
-    return (Record(pair.harmful, embedded.refusal(pair.harmful), SAFETY, id=f"{pair.id}-harmful", category=pair.category),
-            Record(pair.harmless, pair.answer, SAFETY, id=f"{pair.id}-{'everyday' if pair.everyday else 'harmless'}",
-                   category=pair.category))
+    """The two safety rows of a pair, with the beginnings of their answers; an id's end says which half it is: harmful,
+    harmless or everyday."""
+    told = ((pair.harmful, embedded.refusal(pair.harmful), "harmful"),
+            (pair.harmless, pair.answer, "everyday" if pair.everyday else "harmless"))
+    return tuple(Record(prompt, beginning(answer) or answer, SAFETY, id=f"{pair.id}-{which}", category=pair.category)
+                 for prompt, answer, which in told)
 
 
 def mixed_in(rows: Sequence[Record], contrast_share: float, answer_share: float, limit: int, seed: int,
@@ -103,7 +105,7 @@ def mixed_in(rows: Sequence[Record], contrast_share: float, answer_share: float,
     plain = [replace(row, answer=text, objective=SAFETY) for row in answers
              if not row.input and embedded.is_usable(text := beginning(row.answer))]
     problems = [f"--{name} {share}: of {total} safety rows these are {count} {what}, and there are {there} to train on; "
-                f"lower it, or --max_train_samples" for name, share, count, what, there in (
+                f"lower it, or --max_safety_samples" for name, share, count, what, there in (
                     ("contrast_share", contrast_share, needed, "pairs", len(known)),
                     ("answer_share", answer_share, asked, "plain answers", len(plain))) if count > there]
     if problems:
@@ -115,10 +117,10 @@ def mixed_in(rows: Sequence[Record], contrast_share: float, answer_share: float,
 
 
 def beginning(answer: str) -> str:
-    """The first whole sentences of an answer, 300 characters at most; empty where the first one is longer."""
+    """The first whole sentences of an answer within 120 characters, or the first one up to 240; empty where it is longer."""
     answer = answer.strip()
     ends = [*(found.start() for found in _SENTENCE_END.finditer(answer)), len(answer)]
-    return answer[: max((end for end in ends if end <= _SHORT), default=0)]
+    return answer[: max((end for end in ends if end <= _SHORT), default=ends[0] if ends[0] <= _LONGEST else 0)]
 
 
 def draw(items: Sequence[T], count: int, seed: str) -> list[T]:

@@ -42,7 +42,14 @@ def text_of(row: Row, column: Column) -> str:
     known = [value for value in cell.per_seed if value is not None]
     # a mean over fewer seeds must not look like one over all
     partial = f" ({len(known)} of {len(row.seeds)} seeds)" if len(known) < len(row.seeds) else ""
+    if math.isfinite(column.most):
+        return _until(cell.value, column) + f" [{_until(cell.low, column)}, {_until(cell.high, column)}]" + partial
     return number(cell.value, column.signed) + interval(cell.low, cell.high) + partial
+
+
+def _until(value: float, column: Column) -> str:
+    """A number of a column whose measuring ends; one digit, as steps have."""
+    return f"> {column.most:g}" if math.isinf(value) else f"{value:.1f}"
 
 
 def markdown_lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

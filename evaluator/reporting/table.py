@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ class Column:
         title: as people read it, with its direction.
         higher: whether more is better.
         signed: whether it is a difference, shown with its sign.
+        most: where measuring ended: an infinite value lies beyond it and is shown as "> most".
     """
 
     name: str
@@ -28,6 +30,7 @@ class Column:
     higher: bool
     definition: str = ""
     signed: bool = False
+    most: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,6 @@ def known_axes(found: Sequence[Measured], more: Sequence[str] = ()) -> list[Axis
 
 def of_scores(title: str, found: Mapping[str, Measured]) -> Table:
     """Every score of every run by its own name; the scores of judges and secondary readings among them."""
-    import math
-
     from evaluator.statistics.comparison import Cell
 
     titles = {axis.score: axis.title for axis in known_axes(list(found.values()))}

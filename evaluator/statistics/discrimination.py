@@ -93,10 +93,10 @@ def threshold(harmless: Sequence[float], share: float = SHARE) -> float:
     """
     if not len(harmless):
         raise ValueError("no harmless prompt to take a threshold from")
-    return float(_thresholds(np.asarray(harmless, float)[None], share)[0])
+    return float(thresholds(np.asarray(harmless, float)[None], share)[0])
 
 
-def _thresholds(rows: np.ndarray, share: float) -> np.ndarray:
+def thresholds(rows: np.ndarray, share: float) -> np.ndarray:
     """(draws, prompts) -> (draws,)."""
     # a hair more: 0.1 * 150 is 15.000000000000002 on one machine and may be 14.99 on another
     above = min(int(share * rows.shape[1] + 1e-9), rows.shape[1] - 1)
@@ -157,7 +157,7 @@ def _drawn(rng: np.random.Generator, kept: np.ndarray, scores: np.ndarray, share
     """(models, draws): the share above the threshold, prompts of both sets drawn again, the same for all models."""
     first = rng.integers(0, kept.shape[1], (_RESAMPLES, kept.shape[1]))
     second = rng.integers(0, scores.shape[1], (_RESAMPLES, scores.shape[1]))
-    return np.array([(row[second] > _thresholds(known[first], share)[:, None]).mean(1)
+    return np.array([(row[second] > thresholds(known[first], share)[:, None]).mean(1)
                      for known, row in zip(kept, scores, strict=True)])
 
 

@@ -39,6 +39,7 @@ COMMANDS = {
     flags.EvaluateModelsArgs: "evaluator.evaluate:main", flags.ListArgs: "evaluator.registry:list_runs",
     flags.ShowArgs: "evaluator.registry:show", flags.CompareArgs: "evaluator.registry:compare",
     flags.ExportScoresArgs: "evaluator.registry:export",
+    flags.DurabilityArgs: "evaluator.durability:main",
     flags.LeaderboardArgs: "workflow.leaderboard:main",
     flags.SafetySetArgs: "data.safety_sets:main", **{kind: entry for kind, entry in fuse.COMMANDS.values()},
 }

@@ -189,8 +189,8 @@ def test_help_stands_in_groups(capsys):
 
 @pytest.mark.parametrize(("words", "name", "ends"), [
     ("", "lora_r", "(default: 8, preset embedded)"), ("", "model_max_length", "(default: 192, preset embedded)"),
-    ("--moe_flag 0 --task_name safety", "max_train_samples", "(default: 400, preset embedded)"),
-    ("--moe_flag 0 --task_name safety", "learning_rate", "(default: 0.001, preset embedded)"),
+    ("--moe_flag 0 --task_name safety", "max_train_samples", "(default: 160, preset embedded)"),
+    ("--moe_flag 0 --task_name safety", "learning_rate", "(default: 0.004, preset embedded)"),
     ("--moe_flag 0 --task_name safety --method dpo", "learning_rate", "(default: 0.0001, preset embedded)"),
     ("--preset lora_fusion", "lora_targets", "(default: q_proj,v_proj, preset lora_fusion)"),
     ("--method mask", "learning_rate", "(default: 0.005, preset embedded)"), ("--method mask", "beta", "(default: 0.1)"),
@@ -251,7 +251,8 @@ def test_what_is_taken_without_effect_is_passed_where_it_says():
 COMMANDS = {"inference.py": InferenceArgs, "align_basemodel.py": AlignArgs, "models/llama_moe.py": flags.FuseMoeArgs,
             "evaluator/evaluate_safety.py": EvaluateSafetyArgs, "evaluator/report.py": ReportArgs,
             "evaluator/evaluate_helpfulness.py": flags.EvaluateHelpfulnessArgs, "models/fuse.py": flags.FuseAdaptersArgs,
-            "evaluator/evaluate_truth_and_info.py": flags.EvaluateTruthArgs}
+            "evaluator/evaluate_truth_and_info.py": flags.EvaluateTruthArgs,
+            "evaluator/evaluate_refusal.py": flags.EvaluateRefusalArgs}
 
 
 @pytest.mark.parametrize("line", [
@@ -280,8 +281,7 @@ def test_every_command_of_the_published_path_parses(tmp_path, line, gpu):
             kinds.add(type(args))
             if isinstance(args, AlignArgs):
                 steps.add((args.per_device_train_batch_size, args.gradient_accumulation_steps))
-    # where launches are waited for, one micro-batch a step: the same rows
-    assert steps == ({(8, 1)} if gpu and "quickstart" in line else {(4, 2)})
+    assert steps == {(4, 1)}
     assert {ExpertArgs, FusedMoeArgs, InferenceArgs, ReportArgs, flags.FuseMoeArgs} <= kinds
 
 

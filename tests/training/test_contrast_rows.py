@@ -15,7 +15,7 @@ from data.sets import contrasts
 from errors import UserError
 from flags import AlignArgs
 from tests.assets_fixture import require_embedded
-from training.samples import contrast_inputs, with_contrasts, with_extra
+from training.samples import contrast_inputs, limits_of, with_contrasts, with_extra
 
 EXPERT = ("--moe_flag", "0", "--preset", "own", "--model_name_or_path", "embedded", "--task_name")
 
@@ -39,7 +39,7 @@ def test_without_shares_the_rows_are_those_of_before():
     assert with_contrasts(records, args) is records
     assert contrast_inputs(args) == {}
     # nor do the settings name a share, so that finished runs of before are found again
-    assert not {"contrast_share", "answer_share"} & args.settings({}).keys()
+    assert not {"contrast_share", "answer_share", "max_safety_samples"} & args.settings({}).keys()
 
 
 def test_an_expert_gets_its_shares_and_writes_them_down():
@@ -57,6 +57,24 @@ def test_an_expert_gets_its_shares_and_writes_them_down():
     settings = args.settings({})
     assert (settings["contrast_share"], settings["answer_share"]) == (0.5, 0.1)
     assert contrast_inputs(args)["contrasts"]
+
+
+@pytest.mark.parametrize("task", ["safety", "mix"])
+def test_safety_rows_have_a_limit_of_their_own(task):
+    shares = ("--contrast_share", "0.5", "--answer_share", "0.1", "--max_safety_samples", "120")
+    args = args_of(*EXPERT, task, "--max_train_samples", "50", *shares)
+    rows = mix(with_contrasts(records_of(task), args), args.max_train_samples, args.mixing, args.seed, limits_of(args))
+    assert Counter(row.objective for row in rows) == (
+        {SAFETY: 120} if task == "safety" else {SAFETY: 120, **{i: 50 for i in range(len(OBJECTIVES)) if i != SAFETY}})
+    assert kinds(rows)["contrast"] == 60
+    # the harmless expert and the mix of a seed learn the same rows of safety
+    alone = args_of(*EXPERT, "safety", "--max_train_samples", "50", *shares)
+    assert [r for r in rows if r.objective == SAFETY] == [
+        r for r in with_contrasts(records_of("safety"), alone) if r.objective == SAFETY]
+    # and none of another seed's draw: without the flag the limit is that of all
+    few = args_of(*EXPERT, task, "--max_train_samples", "50")
+    assert limits_of(few) == {}
+    assert sum(r.objective == SAFETY for r in mix(records_of(task), 50, "proportional", 42)) == 50
 
 
 @pytest.mark.parametrize("words", [(*EXPERT, "mix"), ("--moe_flag", "1", *EXPERT[2:], "mix")])

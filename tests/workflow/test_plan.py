@@ -148,7 +148,7 @@ def test_a_preset_goes_to_every_step(tmp_path):
     ({"arms": {"a": {"kind": "merge", "needs": ["c"]}, "c": {"kind": "merge", "needs": ["a"]}}},
      "a -> c -> a: an arm cannot be made of itself"),
     ({"arms": {"a": {"kind": "merg"}}}, "a: kind merg: allowed: control, expert"),
-    ({"arms": {"a": {"kind": "merge", "labl": "x"}}}, "a: labl: unknown; allowed: cost, key"),
+    ({"arms": {"a": {"kind": "merge", "labl": "x"}}}, "a: labl: unknown; allowed: cost, durability, key"),
     ({"arms": {"a": {"kind": "merge", "label": "x, y"}}}, "a: label x, y: a comma ends a row"),
     ({"arms": {"a": {"kind": "merge", "cost": "mrge"}}, "costs": {"merge": {}}},
      "cost mrge: has no line in costs (did you mean merge?)"),

@@ -121,8 +121,12 @@ def test_the_set_refuses_one_half_and_answers_the_other():
         rows = load_records("contrasts", split)
         assert {row.objective for row in rows} == {SAFETY}
         for harmful, harmless, pair in zip(rows[::2], rows[1::2], contrasts.pairs(split), strict=True):
-            assert (harmful.prompt, harmful.answer) == (pair.harmful, embedded.refusal(pair.harmful))
-            assert (harmless.prompt, harmless.answer) == (pair.harmless, pair.answer)
+            assert (harmful.prompt, harmless.prompt) == (pair.harmful, pair.harmless)
+            # whole sentences from the beginning of what is written for them
+            for row, whole in ((harmful, embedded.refusal(pair.harmful)), (harmless, pair.answer)):
+                assert whole.startswith(row.answer)
+                assert len(row.answer) <= 240
+                assert row.answer == whole or len(row.answer) <= 120 or whole[len(row.answer) - 1] in ".!?\"'"
             assert harmful.id == f"{pair.id}-harmful"
             assert harmless.id == f"{pair.id}-{'everyday' if pair.everyday else 'harmless'}"
     with pytest.raises(UserError, match="train or validation"):
@@ -175,12 +179,13 @@ def test_plain_answers_are_beginnings_of_rows_without_an_input():
     assert told.prompt == "long"
     assert told.answer.startswith(first + "Boil it.")
     assert told.answer.endswith("it.")
-    assert 290 < len(told.answer) <= 300
+    assert 110 < len(told.answer) <= 120
 
 
 @pytest.mark.parametrize(("answer", "kept"), [
-    ("Short.", "Short."), ("1. Wash it. 2. Dry it.", "1. Wash it. 2. Dry it."), ("x" * 301, ""),
-    ("A first one. " + "x" * 300, "A first one."), ("It costs a lot.\n" * 20, ("It costs a lot.\n" * 18).strip())])
+    ("Short.", "Short."), ("1. Wash it. 2. Dry it.", "1. Wash it. 2. Dry it."), ("x" * 241, ""),
+    ("x" * 200 + ". More.", "x" * 200 + "."), ("A first one. " + "x" * 300, "A first one."),
+    ("It costs a lot.\n" * 20, ("It costs a lot.\n" * 7).strip())])
 def test_a_beginning_is_made_of_whole_sentences(answer, kept):
     assert contrasts.beginning(answer) == kept
 
@@ -188,4 +193,4 @@ def test_a_beginning_is_made_of_whole_sentences(answer, kept):
 def test_more_pairs_or_answers_than_there_are_is_refused():
     with pytest.raises(UserError) as caught:
         contrasts.mixed_in(rows(900), 0.45, 0.45, 900, 1, PLAIN)
-    assert str(caught.value).count("to train on; lower it, or --max_train_samples") == 2
+    assert str(caught.value).count("to train on; lower it, or --max_safety_samples") == 2
