@@ -144,6 +144,7 @@ def parse(command: type, argv: Sequence[str] | None = None) -> Parsed:
     return Parsed(args, training, preset, frozenset(given))
 
 
+@functools.cache
 def group_of(command: type, name: str) -> type:
     """The group that declares a flag of a command: a command that only changes its default does not own it."""
     return [kind for kind in command.__mro__ if name in inspect.get_annotations(kind)][-1]

@@ -8,7 +8,9 @@ from it; any other base takes ``own``. Never imports torch.
 from __future__ import annotations
 
 import argparse
+import copy
 import difflib
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -114,9 +116,10 @@ def preset_path(preset: str) -> Path:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A preset's sections."""
+    """A preset's sections, the caller's own."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=Yaml) or {}
+        # a plan parses hundreds of command lines, most of them with the same preset
+        content = copy.deepcopy(_loaded(path.read_text(encoding="utf-8"))) or {}
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     except UnicodeDecodeError as error:
@@ -127,6 +130,11 @@ def read(path: Path) -> dict[str, Any]:
         if not isinstance(body, dict | None):
             raise UserError(f"{path.name}: section '{section}' must hold 'key: value' lines, not {body!r}")
     return content
+
+
+@functools.lru_cache(maxsize=16)
+def _loaded(text: str) -> Any:
+    return yaml.load(text, Loader=Yaml)
 
 
 def serves_base(base: str, named: Iterable[str]) -> bool:

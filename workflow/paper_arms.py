@@ -90,6 +90,7 @@ class Track:
         table: arms and endpoints, as the graph takes them.
         absent: arm or endpoint -> why it is not made.
         files: name -> place of the user's files, as given or as the paper calls them.
+        keys: endpoint -> environment variable that its judge needs and that is not set.
     """
 
     name: str
@@ -100,16 +101,20 @@ class Track:
     tables: Mapping[str, PaperTable]
     absent: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    keys: Mapping[str, str] = field(default_factory=dict)
 
     def scored(self, names: Sequence[str]) -> dict[str, set[str]]:
         """Arm -> its endpoints that cells of these tables need, with what those read."""
         found: dict[str, set[str]] = {}
         wanted = [(cell.arm, cell.measure.endpoint) for cell in self.cells(names)]
-        while wanted:
-            arm, endpoint = wanted.pop()
+        first: list[str] = []
+        # the list grows while it is read
+        for arm, endpoint in wanted:
             found.setdefault(arm, set()).add(endpoint)
-            wanted += [plan.whose_endpoint(other, arm) for other in self.table.endpoints[endpoint].after]
-        return found
+            wanted += (more := [plan.whose_endpoint(other, arm) for other in self.table.endpoints[endpoint].after])
+            first += [whose for whose, _ in more if whose != arm]
+        # steps are planned in this order, and what others are judged against comes before them
+        return {name: found[name] for name in dict.fromkeys((*first, *found))}
 
     def cells(self, names: Sequence[str]) -> list[Cell]:
         """The cells of these tables that can be made."""
@@ -148,7 +153,9 @@ def read(paper: str, track: str, given: Mapping[str, str] | None = None, *, all_
     lost = {name: f"needs a file of yours: --files {name}=FILE ({body['files'][name]['what']})"
             for name, place in files.items() if not all_files and not Path(place).expanduser().exists()}
     arms = _arms(content["arms"], track, absent, lost)
-    endpoints = _endpoints(body.get("endpoints") or {}, absent, lost, all_files)
+    keys = {name: key for name, one in (body.get("endpoints") or {}).items()
+            if (key := one.get("env")) and not os.environ.get(key, "").strip()}
+    endpoints = _endpoints(body.get("endpoints") or {}, absent, lost, {} if all_files else keys)
     places = {f"file_{name}": shlex.quote(place) for name, place in files.items()}
     words = {**{name: _filled(text, places) for name, text in (body.get("words") or {}).items()}, **places}
     costs = {**yaml.safe_load((ROOT / "workflow" / "arms.yaml").read_text(encoding="utf-8"))["costs"],
@@ -165,11 +172,12 @@ def read(paper: str, track: str, given: Mapping[str, str] | None = None, *, all_
         if not measures[name].why and measures[name].endpoint not in {*endpoints, *absent}:
             problems.append(f"{where}: {track}: measure {name}: no endpoint {measures[name].endpoint}")
     reader = _Cells(where, track, set(arms), measures, absent, problems)
-    tables = {name: reader.table(name, one or {}, _published(paper, name)) for name, one in content["tables"].items()}
+    known = _published(paper)
+    tables = {name: reader.table(name, one or {}, known.get(name)) for name, one in content["tables"].items()}
     if problems:
         raise UserError(*dict.fromkeys(problems))
     return Track(track, body["preset"], body.get("says", ""), bool(body.get("miniature")), graph, tables,
-                 {**absent, **lost}, files)
+                 {**absent, **lost}, files, keys)
 
 
 def _content(paper: str, folder: Path) -> dict[str, Any]:
@@ -186,11 +194,11 @@ def _content(paper: str, folder: Path) -> dict[str, Any]:
     return content
 
 
-def _published(paper: str, name: str) -> Any:
-    """The published table of this name; None where its numbers are not known."""
+def _published(paper: str) -> Mapping[str, Any]:
+    """The paper's published tables by name."""
     from evaluator.reporting.published_numbers import published
 
-    return published(paper).tables.get(name)
+    return published(paper).tables
 
 
 def _unknown(where: str, body: Mapping[str, Any], allowed: set[str]) -> list[str]:
@@ -201,25 +209,29 @@ def _unknown(where: str, body: Mapping[str, Any], allowed: set[str]) -> list[str
 def _arms(declared: Mapping[str, Any], track: str, absent: dict[str, str], lost: Mapping[str, str]) -> dict[str, Any]:
     """The track's arms, one for each value of ``each``; those that cannot be made go to ``absent``."""
     arms: dict[str, Any] = {}
+    whys: dict[str, list[str]] = {}
     for name, body in declared.items():
         if track not in body.get("track", [track]):
             continue
         for here in _combined(body.get("each") or {}):
             own = _filled(name, here)
-            whys = [absent[word] for word in (own, *here.values()) if word in absent]
-            whys += [lost[file] for file in body.get("data", ()) if file in lost]
+            whys[own] = [absent[word] for word in (own, *here.values()) if word in absent]
+            whys[own] += [lost[file] for file in body.get("data", ()) if file in lost]
             arms[own] = {key: _filled(_of_track(value, track), here) for key, value in body.items() if key not in _OWN_ARM}
-            if whys:
-                absent[own] = whys[0]
-    known = set(arms)
     for body in arms.values():
         if isinstance(body.get("needs"), list):
             # an arm of another track is no need of this one
-            body["needs"] = [other for other in body["needs"] if other in known or not _elsewhere(other, declared)]
+            body["needs"] = [other for other in body["needs"] if other in arms or not _elsewhere(other, declared)]
     # what is made of something that is not there is not there either, however far down
-    while more := {name: absent[other] for name, body in arms.items() if name not in absent
-                   for other in (body.get("needs") if isinstance(body.get("needs"), list) else ()) if other in absent}:
-        absent |= more
+    grown = True
+    while grown:
+        grown = False
+        for name, body in arms.items():
+            for other in body.get("needs") if isinstance(body.get("needs"), list) else ():
+                more = [why for why in whys.get(other, ()) if why not in whys[name]]
+                whys[name] += more
+                grown |= bool(more)
+    absent.update({name: "; ".join(dict.fromkeys(found)) for name, found in whys.items() if found})
     return {name: body for name, body in arms.items() if name not in absent}
 
 
@@ -251,15 +263,15 @@ def _filled(value: Any, values: Mapping[str, str]) -> Any:
     return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), value) if isinstance(value, str) else value
 
 
-def _endpoints(declared: Mapping[str, Any], absent: dict[str, str], lost: Mapping[str, str], all_keys: bool
+def _endpoints(declared: Mapping[str, Any], absent: dict[str, str], lost: Mapping[str, str], keys: Mapping[str, str]
                ) -> dict[str, Any]:
     for name, body in declared.items():
         whys = [lost[file] for file in body.get("data", ()) if file in lost]
-        if (key := body.get("env")) and not all_keys and not os.environ.get(key, "").strip():
-            whys.append(f"its judge needs a key: export {key}")
+        if name in keys:
+            whys.append(f"its judge needs a key: export {keys[name]}")
         whys += [absent[other] for other in body.get("after", ()) if other in absent]
         if whys and name not in absent:
-            absent[name] = whys[0]
+            absent[name] = "; ".join(dict.fromkeys(whys))
     return {name: {"rows": "all", **{key: value for key, value in body.items() if key not in _OWN_ENDPOINT}}
             for name, body in declared.items() if name not in absent}
 

@@ -11,11 +11,13 @@ reason. What stands behind ``--`` goes to snakemake.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,11 +104,16 @@ def make(args: PaperTablesArgs, track: paper_arms.Track, tables: Sequence[str], 
     scored = track.scored(tables)
     # unknown names are said with the near ones
     wanted = plan.chosen(track.table, args.only_arms, quick=False, more=True) if args.only_arms else list(scored)
+    if elsewhere := [name for name in wanted if name not in scored]:
+        raise UserError(*(f"--only {name}: no cell of {', '.join(tables)} is of it; there: {', '.join(scored)}"
+                          for name in elsewhere))
     base = ["base"] if any(name.startswith("base.") for arm in wanted for one in scored.get(arm, ())
                            for name in track.table.endpoints[one].after) else []
     names = [name for name in scored if name in {*wanted, *base}]
-    steps = plan.steps(track.table, names, args.seed_numbers, results, preset=preset, scored=scored) if names else []
-    steps, costs = estimate.of_base(steps, args, plan.base_of(preset))
+    keys = sorted({track.keys[one] for name in names for one in scored[name] if one in track.keys})
+    with _as_if_exported(keys if args.dry_run else ()):
+        steps = plan.steps(track.table, names, args.seed_numbers, results, preset=preset, scored=scored) if names else []
+        steps, costs = estimate.of_base(steps, args, plan.base_of(preset))
     folder = results / "workflow"
     states = records.states(steps, folder, names if args.overwrite else ())
     lines = leaderboard.commands_of(steps, states) if args.dry_run else []
@@ -116,7 +123,8 @@ def make(args: PaperTablesArgs, track: paper_arms.Track, tables: Sequence[str], 
     print("\n".join([*lines, f"plan: {len(tables)} table{'s' * (len(tables) > 1)}, {len(names)} models, {seeds}, "
                      + leaderboard.cost_line(steps, states, costs, args.gpu_gb)]))
     if args.dry_run:
-        print("\n".join([*(f"needs: --files {name}=FILE" for name in _lacking(track, steps)), *(
+        print("\n".join([*(f"needs: --files {name}=FILE" for name in _lacking(track, steps)),
+                         *(f"needs: export {key}" for key in keys), *(
             f"$ {shlex.join(('python', *report_words(args, name, results)))}" for name in tables)]))
         return 0
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,6 +136,17 @@ def make(args: PaperTablesArgs, track: paper_arms.Track, tables: Sequence[str], 
             log.info("$ %s", shlex.join(("python", *words)))
             failed |= subprocess.run([sys.executable, *words], cwd=ROOT, check=False).returncode != 0
     return int(failed)
+
+
+@contextlib.contextmanager
+def _as_if_exported(keys: Sequence[str]) -> Iterator[None]:
+    """Judges' commands refuse to be planned without their keys, and a plan alone asks no judge."""
+    os.environ.update(dict.fromkeys(keys, "not-given"))
+    try:
+        yield
+    finally:
+        for key in keys:
+            del os.environ[key]
 
 
 def _cells(track: paper_arms.Track, tables: Sequence[str]) -> list[paper_arms.Cell]:

@@ -126,7 +126,7 @@ def _sources(paper: Any, known: Any, marks: set[str]) -> list[str]:
     said = f"Published: {paper.paper} (arXiv {paper.arxiv}); {known.unit}, {arrow}; {paper.provenance[known.provenance]}."
     return [said + (f" {known.note}." if known.note else ""),
             "Other models, data and judges than ours: beside them, not in one ranking with them.",
-            *(f"[{mark}]: {paper.marks[mark]}." for mark in sorted(marks))]
+            *(f"Mark {mark}: {paper.marks[mark]}." for mark in sorted(marks))]
 
 
 def _axes(seeds: Mapping[str, Sequence[Measured]]) -> dict[str, Axis]:

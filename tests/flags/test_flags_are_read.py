@@ -23,7 +23,8 @@ from flags.judges import JudgeFlags
 from models import fuse
 
 #: What a command's dataclass is called in the code that reads it.
-ARGS = ("args", "flags", "self.flags", "self.args", "source.args", "self.source.args")
+#: ``card``: the group of flags that workflow/estimate.py reckons with.
+ARGS = ("args", "flags", "self.flags", "self.args", "source.args", "self.source.args", "card")
 #: Judges are made through names in strings (evaluator/judges/table.py).
 JUDGES = tuple(f"evaluator.judges.{name}:make"
                for name in ("api", "guard", "moderation", "pairwise", "reward", "truth_info"))
@@ -40,7 +41,8 @@ COMMANDS = {
     flags.ShowArgs: "evaluator.registry:show", flags.CompareArgs: "evaluator.registry:compare",
     flags.ExportScoresArgs: "evaluator.registry:export",
     flags.DurabilityArgs: "evaluator.durability:main",
-    flags.LeaderboardArgs: "workflow.leaderboard:main",
+    flags.LeaderboardArgs: "workflow.leaderboard:main", flags.PaperTablesArgs: "workflow.paper_tables:main",
+    flags.PaperTableArgs: "evaluator.paper_table:main",
     flags.SafetySetArgs: "data.safety_sets:main", **{kind: entry for kind, entry in fuse.COMMANDS.values()},
 }
 

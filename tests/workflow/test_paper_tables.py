@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from functools import cache
 
 import pytest
 import yaml
@@ -18,6 +20,12 @@ from evaluator.reporting.published_numbers import published
 from workflow import commands, paper_arms, paper_tables, plan
 
 WAYS = [(paper, track) for paper in paper_arms.papers() for track in paper_arms.tracks(paper)]
+numbers = cache(published)
+
+
+@cache
+def way_of(paper, track):
+    return paper_arms.read(paper, track, all_files=True)
 
 
 def args_of(*words):
@@ -32,8 +40,8 @@ def key(monkeypatch):
 @pytest.mark.parametrize(("paper", "track"), WAYS)
 def test_every_table_plans_and_every_command_parses(paper, track, key, tmp_path):
     """On the embedded default and on each published preset: steps in order, results under the folders that cells read."""
-    way = paper_arms.read(paper, track, all_files=True)
-    known = published(paper).tables
+    way = way_of(paper, track)
+    known = numbers(paper).tables
     assert list(known) == [name for name in way.tables if name in known]
     scored = way.scored(list(way.tables))
     steps = plan.steps(way.table, list(scored), (42,), tmp_path, preset=way.preset, scored=scored)
@@ -57,24 +65,26 @@ def test_every_table_plans_and_every_command_parses(paper, track, key, tmp_path)
 
 
 @pytest.mark.parametrize(("paper", "track"), WAYS)
-def test_rows_and_columns_are_the_published_ones(paper, track, key):
-    for name, theirs in published(paper).tables.items():
-        ours = paper_arms.read(paper, track, all_files=True).tables[name]
+def test_rows_and_columns_are_the_published_ones(paper, track):
+    for name, theirs in numbers(paper).tables.items():
+        ours = way_of(paper, track).tables[name]
         assert [row for row in ours.rows if row in theirs.rows] == list(theirs.rows)
         assert ours.columns[:len(theirs.columns)] == theirs.columns
         assert ours.keys == theirs.keys
 
 
-def test_published_cells_come_from_their_file_alone(tmp_path):
+def test_published_cells_come_from_their_file_alone(monkeypatch, tmp_path):
     """No score at all: our half is empty with a reason, theirs is the file's, and a table it lacks has none."""
+    # read and checked once each, not once a table
+    monkeypatch.setattr(beside, "published", numbers)
     for paper, track in WAYS:
-        way = paper_arms.read(paper, track, all_files=True)
+        way = way_of(paper, track)
         for name in way.tables:
             args = args_of("--paper", paper, "--output_dir", str(tmp_path))
             spec = paper_tables.spec(args, way, name, list(way.table.arms), tmp_path)
             assert not any("published" in cell for row in spec["rows"] for cell in row["cells"].values())
             table = beside.table(spec, {})
-            theirs = published(paper).tables.get(name)
+            theirs = numbers(paper).tables.get(name)
             for key, cells in table.rows.items():
                 for column, (own, their) in cells.items():
                     assert own.value is None
@@ -132,7 +142,7 @@ def test_scaled_turned_and_by_category(tmp_path):
     assert paper_table.gather(spec, both).rows[("0",)]["mmlu"][0].why == "scored with 1 of 2 seeds"
     page, data = beside.markdown(table), json.loads(beside.json_text(table))
     assert "| 0 | 0.750 [0.300, 0.950] | 0.421 [unverified] |" in page
-    assert "[unverified]: digitised" in page
+    assert "- Mark unverified: digitised" in page
     assert "mmlu: not scored; harmfulness_rate: no data" in page
     assert data["rows"][1]["cells"]["mmlu"]["ours"]["value"] is None
     assert data["rows"][1]["cells"]["harmfulness_rate"]["published"] == {"value": None, "mark": ""}
@@ -167,6 +177,7 @@ def test_tables_are_listed_and_wrong_ones_refused(capsys):
     (["--paper", "somf", "--preset", "h3fusion", "--table", "1"], "is no preset of somf's tables; allowed: somf"),
     (["--paper", "somf", "--track", "peft", "--table", "1"], "no such track of somf; allowed: somf, somf_wizardlm"),
     (["--paper", "somf", "--seeds", "1,1"], "--seeds 1,1: the same seed twice"),
+    (["--paper", "somf", "--table", "1", "--only", "mask_ties"], "--only mask_ties: no cell of aligned_models is of it;"),
     (["--paper", "somf", "--table", "1", "--only", "alined"], "--only alined: no such arm (did you mean aligned?)"),
     (["--paper", "lora_fusion", "--preset", "lora_fusion", "--table", "1", "--files", "aoe=x"],
      "--files aoe: no file of this track (did you mean aoa?)"),
@@ -183,7 +194,9 @@ def test_without_files_and_keys_cells_say_so(monkeypatch, tmp_path):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     way = paper_arms.read("lora_fusion", "lora_fusion")
     cells = way.tables["lambda_sweep"].rows[("0.4",)]
+    # all that is missing at once
     assert cells["mmlu"].why.startswith("needs a file of yours: --files aoa=FILE")
+    assert "--files aoa_safety=FILE" in cells["mmlu"].why
     assert way.tables["lambda_sweep"].rows[("base model",)]["mmlu"].measure.score == "mmlu"
     files = {}
     for name in ("aoa", "aoa_safety", "hex_phi", "xstest", "gsm8k"):
@@ -223,3 +236,19 @@ def test_the_dry_run_at_7b_tells_hours_of_a_card(key, capsys, tmp_path):
     assert "measured on the embedded default" not in shown
     assert "evaluator/paper_table.py --spec" in shown
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_needs_no_key_and_says_which_are_missing(monkeypatch, capsys, tmp_path):
+    """Where results would be made, cells without their judge's key are empty; a plan shows every command all the same."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(SystemExit) as left:
+        paper_tables.main(["--paper", "somf", "--table", "3", "--preset", "somf_wizardlm", "--only", "chinese", "--dry_run",
+                           "--output_dir", str(tmp_path)])
+    assert left.value.code == 0
+    shown = capsys.readouterr().out
+    assert "needs: export OPENAI_API_KEY" in shown
+    assert "evaluator/evaluate_safety.py --task_name cross_chinese --harmful_task catqa" in shown
+    assert "cross_english" not in shown
+    # the base's answers are judged against: planned although no cell is the base's
+    assert shown.index("--cross_task base ") < shown.index("--cross_task chinese ")
+    assert "OPENAI_API_KEY" not in os.environ

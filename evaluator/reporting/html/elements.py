@@ -21,7 +21,7 @@ class Html(str):
     __slots__ = ()
 
 
-def tag(name: str, *children: Any, **attributes: Any) -> Html:
+def tag(name: str, /, *children: Any, **attributes: Any) -> Html:
     """An element. Children and values that are no ``Html`` are text; a None, or a False attribute, is left out.
 
     Args:
