@@ -18,7 +18,7 @@ class PaperTablesArgs(CardFlags, RunFlags):
     """
 
     heading, general = "Tables of a paper", False
-    paper: str = flag("", "whose tables", choices=("", *PAPERS))
+    paper: str = flag("", "whose tables", choices=PAPERS)
     table: str = flag("", "number or name of the table, commas; all: every one; empty or help: list them")
     track: str = flag("", "which of the paper's ways to run; empty: that of --preset's name, else the one in miniature")
     only: str = flag("", "these arms alone, with what they need, commas; empty: all of the table")

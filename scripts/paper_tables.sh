@@ -24,8 +24,10 @@ for word in "$@"; do
 done
 if [ -n "$run" ]; then
   . scripts/environment.sh
-  # a published preset has models and data of its own, from the hub
-  case " $* " in *" --preset "*|*" --preset="*) ;; *) export HF_HUB_OFFLINE=1; python -m data.assets fetch ;; esac
+  # published tracks score over-refusal on embedded prompts too
+  HF_HUB_OFFLINE=1 python -m data.assets fetch
+  # and have models and data of their own, from the hub
+  case " $* " in *" --preset"[\ =]*|*" --track"[\ =]*) ;; *) export HF_HUB_OFFLINE=1 ;; esac
 elif [ -x .venv/bin/python ]; then
   PATH=$PWD/.venv/bin:$PATH
 fi

@@ -89,7 +89,7 @@ class Track:
         miniature: whether it only shows that everything runs, on small data.
         table: arms and endpoints, as the graph takes them.
         absent: arm or endpoint -> why it is not made.
-        files: name -> place of the user's files, as given or as the paper calls them.
+        lacking: place of a file of the user's that is not there -> what is said of it.
         keys: endpoint -> environment variable that its judge needs and that is not set.
     """
 
@@ -100,7 +100,7 @@ class Track:
     table: plan.Table
     tables: Mapping[str, PaperTable]
     absent: Mapping[str, str] = field(default_factory=dict)
-    files: Mapping[str, str] = field(default_factory=dict)
+    lacking: Mapping[str, str] = field(default_factory=dict)
     keys: Mapping[str, str] = field(default_factory=dict)
 
     def scored(self, names: Sequence[str]) -> dict[str, set[str]]:
@@ -151,7 +151,12 @@ def read(paper: str, track: str, given: Mapping[str, str] | None = None, *, all_
     problems += [f"--files {name}: no file of this track{nearest(name, files)}; its files: {', '.join(files) or 'none'}"
                  for name in given or {} if name not in files]
     lost = {name: f"needs a file of yours: --files {name}=FILE ({body['files'][name]['what']})"
-            for name, place in files.items() if not all_files and not Path(place).expanduser().exists()}
+            for name, place in files.items() if not Path(place).expanduser().exists()}
+    # planned with a place that is given, it would fail hours later
+    problems += [f"--files {name}={files[name]}: no such file; give {body['files'][name]['what']}"
+                 for name in given or {} if name in lost]
+    lacking = {files[name]: why for name, why in lost.items()}
+    lost = {} if all_files else lost
     arms = _arms(content["arms"], track, absent, lost)
     keys = {name: key for name, one in (body.get("endpoints") or {}).items()
             if (key := one.get("env")) and not os.environ.get(key, "").strip()}
@@ -177,7 +182,7 @@ def read(paper: str, track: str, given: Mapping[str, str] | None = None, *, all_
     if problems:
         raise UserError(*dict.fromkeys(problems))
     return Track(track, body["preset"], body.get("says", ""), bool(body.get("miniature")), graph, tables,
-                 {**absent, **lost}, files, keys)
+                 {**absent, **lost}, lacking, keys)
 
 
 def _content(paper: str, folder: Path) -> dict[str, Any]:

@@ -76,8 +76,8 @@ def listed(paper: str, track: paper_arms.Track) -> str:
         cells = [cell for row in table.rows.values() for cell in row.values()]
         made = sum(bool(cell.measure) and not cell.why for cell in cells)
         why = "" if made else f": {next((cell.why for cell in cells if cell.why), '')}"
-        lines.append(f"{number:3}  {name}: {table.title} ({len(table.rows)} rows, {made} of {len(cells)} cells made here"
-                     f"{why})")
+        lines.append(f"{number:3}  {name}: {table.title} ({len(table.rows)} row{'s' * (len(table.rows) != 1)}, {made} of "
+                     f"{len(cells)} cells made here{why})")
     return "\n".join([*lines, f"tracks: {', '.join(paper_arms.tracks(paper))}"])
 
 
@@ -123,9 +123,10 @@ def make(args: PaperTablesArgs, track: paper_arms.Track, tables: Sequence[str], 
     print("\n".join([*lines, f"plan: {len(tables)} table{'s' * (len(tables) > 1)}, {len(names)} models, {seeds}, "
                      + leaderboard.cost_line(steps, states, costs, args.gpu_gb)]))
     if args.dry_run:
-        print("\n".join([*(f"needs: --files {name}=FILE" for name in _lacking(track, steps)),
-                         *(f"needs: export {key}" for key in keys), *(
-            f"$ {shlex.join(('python', *report_words(args, name, results)))}" for name in tables)]))
+        used = {word for step in steps for word in step.words}
+        needs = [why for place, why in track.lacking.items() if place in used]
+        needs += [f"needs a key of a judge: export {key}" for key in keys]
+        print("\n".join([*needs, *(f"$ {shlex.join(('python', *report_words(args, name, results)))}" for name in tables)]))
         return 0
     folder.mkdir(parents=True, exist_ok=True)
     with leaderboard.locked(folder):
@@ -151,12 +152,6 @@ def _as_if_exported(keys: Sequence[str]) -> Iterator[None]:
 
 def _cells(track: paper_arms.Track, tables: Sequence[str]) -> list[paper_arms.Cell]:
     return [cell for name in tables for row in track.tables[name].rows.values() for cell in row.values()]
-
-
-def _lacking(track: paper_arms.Track, steps: Sequence[plan.Step]) -> list[str]:
-    """Names of the files of the user's that these steps read and that are not there."""
-    return [name for name, place in track.files.items() if not Path(place).expanduser().exists()
-            and any(place in step.words for step in steps)]
 
 
 def report_words(args: PaperTablesArgs, table: str, results: Path) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ def test_a_table_in_miniature(pico, tmp_path):
     preset = tmp_path / "pico.yaml"
     preset.write_text(yaml.safe_dump({
         # not in common: realign sums in float32 by itself and takes no such flag
-        "common": {"model_name_or_path": str(base)}, "align": {"model_max_length": 64, "max_steps": 2, "dtype": "float32"},
+        "common": {"model_name_or_path": str(base)}, "align": {"model_max_length": 1024, "max_steps": 2, "dtype": "float32"},
         "inference": {"max_new_tokens": 4, "dtype": "float32"}, "evaluate": {"dtype": "float32"}}))
     environment = {**os.environ, "PYTHONPATH": str(config.ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     words = [sys.executable, "-m", "workflow.paper_tables", "--paper", "lora_fusion", "--table", "fusion_or_mixing",

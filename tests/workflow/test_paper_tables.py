@@ -181,6 +181,8 @@ def test_tables_are_listed_and_wrong_ones_refused(capsys):
     (["--paper", "somf", "--table", "1", "--only", "alined"], "--only alined: no such arm (did you mean aligned?)"),
     (["--paper", "lora_fusion", "--preset", "lora_fusion", "--table", "1", "--files", "aoe=x"],
      "--files aoe: no file of this track (did you mean aoa?)"),
+    (["--paper", "lora_fusion", "--preset", "lora_fusion", "--table", "1", "--files", "aoa=no/such.json"],
+     "--files aoa=no/such.json: no such file; give the AOA task set"),
     (["--paper", "somf", "--table", "1", "--used_share", "2"], "--used_share 2.0: a share of the peak"),
 ])
 def test_errors(words, says, capsys):
@@ -246,7 +248,7 @@ def test_a_plan_needs_no_key_and_says_which_are_missing(monkeypatch, capsys, tmp
                            "--output_dir", str(tmp_path)])
     assert left.value.code == 0
     shown = capsys.readouterr().out
-    assert "needs: export OPENAI_API_KEY" in shown
+    assert "needs a key of a judge: export OPENAI_API_KEY" in shown
     assert "evaluator/evaluate_safety.py --task_name cross_chinese --harmful_task catqa" in shown
     assert "cross_english" not in shown
     # the base's answers are judged against: planned although no cell is the base's
