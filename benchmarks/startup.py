@@ -45,6 +45,8 @@ PLANS = {
     "ExportArgs": ("models/fuse.py export one --layout dense --model_name_or_path {home}/base",
                    "models/fuse.py export moe --layout mixtral --model_name_or_path {home}/base"),
     "LeaderboardArgs": ("-m workflow.leaderboard",),
+    "PaperTablesArgs": ("-m workflow.paper_tables --paper lora_fusion --table lambda_sweep",
+                        "-m workflow.paper_tables --paper h3fusion --table models --preset h3fusion"),
     "EvaluateModelsArgs": ("evaluator/evaluate.py --models base,one --suite safety --model_name_or_path {home}/base",),
 }
 #: layers, hidden, FFN, key/value width, vocabulary

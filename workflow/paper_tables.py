@@ -107,9 +107,9 @@ def make(args: PaperTablesArgs, track: paper_arms.Track, tables: Sequence[str], 
     if elsewhere := [name for name in wanted if name not in scored]:
         raise UserError(*(f"--only {name}: no cell of {', '.join(tables)} is of it; there: {', '.join(scored)}"
                           for name in elsewhere))
-    base = ["base"] if any(name.startswith("base.") for arm in wanted for one in scored.get(arm, ())
+    judged = ["base"] if any(name.startswith("base.") for arm in wanted for one in scored.get(arm, ())
                            for name in track.table.endpoints[one].after) else []
-    names = [name for name in scored if name in {*wanted, *base}]
+    names = [name for name in scored if name in {*wanted, *judged}]
     keys = sorted({track.keys[one] for name in names for one in scored[name] if one in track.keys})
     with _as_if_exported(keys if args.dry_run else ()):
         steps = plan.steps(track.table, names, args.seed_numbers, results, preset=preset, scored=scored) if names else []
@@ -128,11 +128,12 @@ def make(args: PaperTablesArgs, track: paper_arms.Track, tables: Sequence[str], 
         needs += [f"needs a key of a judge: export {key}" for key in keys]
         print("\n".join([*needs, *(f"$ {shlex.join(('python', *report_words(args, name, results)))}" for name in tables)]))
         return 0
+    base = plan.base_of(preset) if preset != track.preset else ""
     folder.mkdir(parents=True, exist_ok=True)
     with leaderboard.locked(folder):
         failed = leaderboard.run(steps, states, folder, theirs) if steps else False
         for name in tables:
-            manifest.write_json(folder / f"{name}.json", spec(args, track, name, names, results))
+            manifest.write_json(folder / f"{name}.json", spec(args, track, name, names, results, base))
             words = report_words(args, name, results)
             log.info("$ %s", shlex.join(("python", *words)))
             failed |= subprocess.run([sys.executable, *words], cwd=ROOT, check=False).returncode != 0
@@ -161,15 +162,21 @@ def report_words(args: PaperTablesArgs, table: str, results: Path) -> tuple[str,
             table, "--format", FORMATS)
 
 
-def spec(args: PaperTablesArgs, track: paper_arms.Track, name: str, made: Sequence[str], results: Path) -> dict[str, Any]:
-    """Which run and score stands in which cell, and why others are empty; scores that steps did not leave are empty too."""
+def spec(args: PaperTablesArgs, track: paper_arms.Track, name: str, made: Sequence[str], results: Path, base: str = ""
+         ) -> dict[str, Any]:
+    """Which run and score stands in which cell, and why others are empty; scores that steps did not leave are empty too.
+
+    Args:
+        base: the base of a preset of the user's; empty: the track's own.
+    """
     table = track.tables[name]
     rows = []
     for key, cells in table.rows.items():
         rows.append({"key": list(key), "cells": {column: _cell(args, track, cell, made, results)
                                                  for column, cell in cells.items()}})
     one = len(args.seed_numbers) == 1
-    notes = [track.says, table.says,
+    notes = [track.says, f"Made with a preset of its own, not with the track's: the base is {base}." if base else "",
+             table.says,
              f"Ours: 95 % intervals over prompts{' alone, of one seed' if one else ' and seeds'}, not corrected for their "
              f"number; {'seed' if one else 'seeds'} {', '.join(map(str, args.seed_numbers))}."]
     mark = ", in miniature" if track.miniature else f", {track.name}"

@@ -38,6 +38,7 @@ def test_a_table_in_miniature(pico, tmp_path):
     assert written == {".md", ".csv", ".tex", ".html", ".json"}
     content = json.loads((place / "report" / "fusion_or_mixing.json").read_text())
     assert "in miniature" in content["title"]
+    assert any(note.endswith(f"the base is {base}.") for note in content["notes"])
     rows = {row["key"]["setting"]: row["cells"] for row in content["rows"]}
     table = published("lora_fusion").tables["fusion_or_mixing"]
     assert set(rows) == {*(key[0] for key in table.rows), "3 % safety mix (ours)"}
