@@ -74,7 +74,7 @@ for seed in "${seeds[@]}"; do
   join
   step "tune the fused MoE; scores of all others (seed $seed)"
   beside "likelihoods_$seed" likelihoods "${others#base,mix,}"
-  say python align_basemodel.py --moe_flag 1 --expert_topk 2 --gate_loss_weight 0.1 --helpfulness_weight 0.001 \
+  say python align_basemodel.py --moe_flag 1 --expert_topk 1 --gate_loss_weight 0.1 --helpfulness_weight 0.001 \
     --safety_weight 0.001 --truthfulness_weight 0.001 "${common[@]}"
   answers $key
   say python evaluator/evaluate_safety.py --task_name "$(folders $key)" --num_samples "$samples" "${common[@]}"
