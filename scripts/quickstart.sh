@@ -6,15 +6,12 @@
 #   bash scripts/quickstart.sh --full       three seeds (42, 43, 44), with intervals across them
 #   bash scripts/quickstart.sh --seed 7     another seed, in results/seed_7
 #
-# SAMPLES=-1 OUT=results/whole bash scripts/quickstart.sh takes whole test sets instead of 100 prompts of each (50 where answers or
-# long texts are read).
+# SAMPLES=-1 OUT=results/whole bash scripts/quickstart.sh takes whole test sets instead of 60 prompts of each.
 # Every step is a command that you can run by itself; what is finished is not done again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. scripts/environment.sh
-export HF_HUB_OFFLINE=1
 
-lite=() seeds=(42) samples=${SAMPLES:-100} root=${OUT:-results} name=quickstart
+lite=() seeds=(42) samples=${SAMPLES:-60} root=${OUT:-results} name=quickstart
 while [ $# -gt 0 ]; do
   case $1 in
     --lite) lite=(--lite); name=quickstart_lite ;;
@@ -22,34 +19,40 @@ while [ $# -gt 0 ]; do
     --seed) [ $# -gt 1 ] || { echo "error: --seed needs a number" >&2; exit 2; }
             case $2 in *[!0-9]*|'') echo "error: --seed $2: needs a whole number, 0 or more" >&2; exit 2 ;; esac
             seeds=("$2"); shift ;;
-    -h|--help) sed -n '2,11p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
+    -h|--help) sed -n '2,10p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
     *) echo "error: $1: unknown; allowed: --lite, --full, --seed N" >&2; exit 2 ;;
   esac
   shift
 done
 
+. scripts/environment.sh
+export HF_HUB_OFFLINE=1
 logs=$root/logs
 . scripts/lanes.sh
 
 tuned=mix_moe_reg_00010_00010_00010_gate_01000
-few=$((samples < 0 ? -1 : (samples + 1) / 2))
-others=base,helpfulness,safety,truthfulness,mix,average,raw_moe
+others=base,mix,helpfulness,safety,truthfulness,average,raw_moe
 # rows that also answer prompts; the others are scored by likelihood alone
-key=base,safety,mix,raw_moe,$tuned
+key=mix,raw_moe,$tuned
 
 folders() { # RUNS: their folders of scores
   local names=cross_${1//,/,cross_}
   printf %s "${names/cross_base/raw}"
 }
 answers() { # RUNS: what the keyword judge reads
-  say python inference.py --task_name safety --cross_task "$1" --num_samples "$few" "${common[@]}"
-  say python inference.py --task_name overrefusal --cross_task "$1" --num_samples "$few" "${common[@]}"
+  say python inference.py --task_name safety --cross_task "$1" --num_samples "$samples" "${common[@]}"
+  say python inference.py --task_name overrefusal --cross_task "$1" --num_samples "$samples" "${common[@]}"
 }
 likelihoods() { # RUNS: refusal, helpfulness and honesty without an answer
   say python evaluator/evaluate_refusal.py --task_name "$(folders "$1")" --num_samples "$samples" "${common[@]}"
-  say python evaluator/evaluate_helpfulness.py --task_name "$(folders "$1")" --num_samples "$few" "${lite[@]}" "${common[@]}"
-  say python evaluator/evaluate_truth_and_info.py --task_name "$(folders "$1")" --num_samples "$few" "${lite[@]}" \
+  say python evaluator/evaluate_helpfulness.py --task_name "$(folders "$1")" --num_samples "$samples" "${lite[@]}" "${common[@]}"
+  say python evaluator/evaluate_truth_and_info.py --task_name "$(folders "$1")" --num_samples "$samples" "${lite[@]}" \
     "${common[@]}"
+}
+
+mix() { # the control, scored while the experts train
+  say python align_basemodel.py --moe_flag 0 --task_name mix "${common[@]}"
+  likelihoods base,mix
 }
 
 step "model and data"
@@ -60,8 +63,8 @@ for seed in "${seeds[@]}"; do
   out=$root; [ "$seed" = 42 ] || out=$root/seed_$seed
   roots+=("$out")
   common=(--seed "$seed" --output_dir "$out" --threads "$half")
-  step "three experts, and the naive mix as a control (seed $seed)"
-  beside "mix_$seed" python align_basemodel.py --moe_flag 0 --task_name mix "${common[@]}"
+  step "three experts; beside them the naive mix as a control, and the base's scores (seed $seed)"
+  beside "mix_$seed" mix
   for task in helpfulness safety truthfulness; do
     say python align_basemodel.py --moe_flag 0 --task_name $task "${common[@]}"
   done
@@ -70,11 +73,11 @@ for seed in "${seeds[@]}"; do
   say python models/llama_moe.py "${common[@]}"
   join
   step "tune the fused MoE; scores of all others (seed $seed)"
-  beside "likelihoods_$seed" likelihoods $others
-  say python align_basemodel.py --moe_flag 1 --expert_topk 2 --gate_loss_weight 0.1 --helpfulness_weight 0.001 \
+  beside "likelihoods_$seed" likelihoods "${others#base,mix,}"
+  say python align_basemodel.py --moe_flag 1 --expert_topk 1 --gate_loss_weight 0.1 --helpfulness_weight 0.001 \
     --safety_weight 0.001 --truthfulness_weight 0.001 "${common[@]}"
   answers $key
-  say python evaluator/evaluate_safety.py --task_name "$(folders $key)" --num_samples "$few" "${common[@]}"
+  say python evaluator/evaluate_safety.py --task_name "$(folders $key)" --num_samples "$samples" "${common[@]}"
   likelihoods $tuned
   join
   # every score is there: this draws the ROC curves of all rows into one picture

@@ -31,8 +31,8 @@ def test_the_table_has_the_arms_of_the_study():
     assert sum(not arm.more for arm in shown.values()) >= 30
     wanted = """base mix mix_second mix_dpo average arithmetic_50 ties dare della breadcrumbs slerp model_stock knots tsv
         isotropic wise_ft_50 resta safe_lora safe_merge soup lora_fusion_50 somf_single_hard somf_multi somf_multi_hard
-        random_mask magnitude_mask raw_moe router_only tuned_moe tuned_no_gate tuned_no_drift tuned_neither tuned_k1
-        tuned_k3"""
+        random_mask magnitude_mask raw_moe raw_k1 router_only tuned_moe tuned_no_gate tuned_no_drift tuned_neither
+        tuned_k2 tuned_k3 mix_4e_3"""
     assert set(wanted.split()) <= shown.keys()
     # labels and runs tell rows apart in a report
     assert len({arm.label for arm in shown.values()}) == len({arm.run for arm in shown.values()}) == len(shown)
@@ -251,3 +251,15 @@ def test_the_report_has_a_row_for_each_arm(tmp_path):
     assert report.roots.split(",") == [str(tmp_path / f"seed_{seed}") for seed in (42, 43, 44)]
 
 
+
+
+def test_trials_look_at_validation_prompts_alone(tmp_path):
+    table = plan.read(FILE.with_name("trials.yaml"))
+    names = plan.chosen(table, (), quick=False, more=True)
+    scored = [step for step in plan.steps(table, names, (42,), tmp_path) if "__" in step.name]
+    assert len(scored) == 2 * sum(arm.shown for arm in table.arms.values())
+    # every command parses, and none of those that score reads a test split
+    assert all(step.settings["dataset_type"] == "validation" for step in scored)
+    # the same experts, from the same presets: the table's settings were chosen on these
+    for name in ("helpfulness", "safety", "truthfulness"):
+        assert table.arms[name].make == TABLE.arms[name].make
