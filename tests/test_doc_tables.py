@@ -12,7 +12,8 @@ from evaluator.reporting.formats import interval, number
 
 DATA = ROOT / "docs" / "data"
 #: Page -> the report whose rows its first table of models has; further tables of the same report follow it.
-PAGES = {"docs/h3fusion.md": "h3fusion", "docs/quickstart.md": "quickstart", "README.md": "h3fusion"}
+PAGES = {"docs/h3fusion.md": "h3fusion", "docs/quickstart.md": "quickstart", "README.md": "h3fusion",
+         "docs/validation_trials.md": "validation_trials"}
 
 
 def read(name):
