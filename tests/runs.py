@@ -26,8 +26,9 @@ def write_data(folder: Path, helpful: int = 16, safe: int = 16, questions: int =
 
 
 def common(pico: Path, out: Path) -> list[str]:
-    # the base is no embedded one, and the values that these runs are made with are the embedded preset's
-    return ["--preset", "embedded", "--model_name_or_path", str(pico), "--output_dir", str(out), "--dtype", "float32",
+    # values of their own: those of the embedded preset are chosen for its model and move with it
+    preset = str(Path(__file__).with_name("pico.yaml"))
+    return ["--preset", preset, "--model_name_or_path", str(pico), "--output_dir", str(out), "--dtype", "float32",
             "--seed", "7", "--logging_steps", "1"]
 
 
