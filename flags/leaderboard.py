@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from config import flag
-from flags.base import RunFlags, name_problems
-from flags.card import CardFlags
+from flags.base import name_problems
+from flags.graph import GraphFlags
 
 
 @dataclass(frozen=True)
-class LeaderboardArgs(CardFlags, RunFlags):
+class LeaderboardArgs(GraphFlags):
     """Every arm of a table made, scored and compared, each step a command line of its own, run by snakemake.
 
     bash scripts/leaderboard.sh --seeds 42,43,44 -- --cores 2
@@ -28,22 +28,10 @@ class LeaderboardArgs(CardFlags, RunFlags):
     name: str = flag("leaderboard", "everything goes to NAME below --output_dir, the table to NAME/report")
     overwrite: bool = flag(False, "make and score anew the arms that are asked for, and what is made of them: after a "
                                   "change of code or data, which nothing else sees")
-    dry_run: bool = flag(False, "print the plan: every command, hours, memory; run nothing")
-
-    @property
-    def only_arms(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(word.strip() for word in self.only.split(",") if word.strip()))
 
     @property
     def seed_numbers(self) -> tuple[int, ...]:
-        seeds = tuple(int(word) for word in self.seeds.split(",") if word.strip())
-        return seeds[:1] if self.quick else seeds
+        return super().seed_numbers[:1] if self.quick else super().seed_numbers
 
     def problems(self) -> list[str]:
-        words = [word.strip() for word in self.seeds.split(",") if word.strip()]
-        found = name_problems("--name", self.name)
-        if not words or not all(word.isdigit() and int(word) < 1 << 32 for word in words):
-            found.append(f"--seeds {self.seeds}: needs whole numbers from 0 to {(1 << 32) - 1}, commas, e.g. 42,43,44")
-        elif len({int(word) for word in words}) < len(words):
-            found.append(f"--seeds {self.seeds}: the same seed twice; give it once")
-        return [*found, *super().problems()]
+        return [*name_problems("--name", self.name), *super().problems()]

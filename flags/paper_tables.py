@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from config import flag
-from flags.base import ResultsFlags, RunFlags, name_problems
-from flags.card import CardFlags
+from flags.base import ResultsFlags, name_problems
 from flags.evaluate import PAPERS, REPORT_FORMATS, format_names, format_problems
+from flags.graph import GraphFlags
 
 
 @dataclass(frozen=True)
-class PaperTablesArgs(CardFlags, RunFlags):
+class PaperTablesArgs(GraphFlags):
     """The tables of a paper made anew, its numbers beside ours: in miniature, or as published with the paper's preset.
 
     bash scripts/paper_tables.sh --paper lora_fusion --table lambda_sweep
@@ -25,19 +25,10 @@ class PaperTablesArgs(CardFlags, RunFlags):
     seeds: str = flag("42", "seeds, commas: every arm is made and scored with each; the papers had one")
     files: str = flag("", "files of yours that a published track needs: NAME=FILE, commas")
     name: str = flag("", "everything goes to NAME below --output_dir; empty: PAPER_TRACK")
-    dry_run: bool = flag(False, "print the plan: every command, hours, memory; run nothing")
-
-    @property
-    def only_arms(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(word.strip() for word in self.only.split(",") if word.strip()))
 
     @property
     def asked(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(word.strip() for word in self.table.split(",") if word.strip()))
-
-    @property
-    def seed_numbers(self) -> tuple[int, ...]:
-        return tuple(int(word) for word in self.seeds.split(",") if word.strip())
 
     @property
     def named_files(self) -> dict[str, str]:
@@ -45,14 +36,9 @@ class PaperTablesArgs(CardFlags, RunFlags):
         return {name.strip(): place.strip() for name, _, place in pairs}
 
     def problems(self) -> list[str]:
-        words = [word.strip() for word in self.seeds.split(",") if word.strip()]
         found = name_problems("--name", self.name or None)
         if not self.paper:
             found.append(f"--paper: name one; allowed: {', '.join(PAPERS)}")
-        if not words or not all(word.isdigit() and int(word) < 1 << 32 for word in words):
-            found.append(f"--seeds {self.seeds}: needs whole numbers from 0 to {(1 << 32) - 1}, commas, e.g. 42,43,44")
-        elif len({int(word) for word in words}) < len(words):
-            found.append(f"--seeds {self.seeds}: the same seed twice; give it once")
         found += [f"--files {name}: needs the form NAME=FILE" for name, place in self.named_files.items() if not place]
         return [*found, *super().problems()]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -35,6 +36,16 @@ def _two_threads():
 def pico(tmp_path_factory) -> Path:
     """A pico base model: config, safetensors weights, tokenizer."""
     return make_pico(tmp_path_factory.mktemp("pico"))
+
+
+@pytest.fixture
+def long_pico(pico, tmp_path) -> Path:
+    """``pico`` with positions for any embedded prompt: a byte is a token here, and the longest questions have thousands."""
+    base = tmp_path / "base"
+    shutil.copytree(pico, base)
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 32768}))
+    return base
 
 
 @pytest.fixture(scope="session")

@@ -42,8 +42,7 @@ COLUMNS = ("refusal_auc", "refusal_auc_plain", "refusal_auc_edgy", "refusal_at_1
 
 def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
-        words = list(sys.argv[1:] if argv is None else argv)
-        words, theirs = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+        words, theirs = split(argv)
         args: LeaderboardArgs = config.parse(LeaderboardArgs, words).args
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
         choice = preset_choice.choose(words)
@@ -51,8 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         names = (durability.chosen(table, args.only_arms, args.quick) if args.durability else
                  plan.chosen(table, args.only_arms, args.quick, args.more))
         results = args.results / args.name
-        # a preset given by path must be found from the folder that the steps run in
-        preset = str(choice.path.resolve()) if choice.name.endswith((".yaml", ".yml")) else choice.name
+        preset = preset_word(choice)
         asked = preset if choice.asked else ""
         if args.durability:
             steps = durability.steps(table, names, args.seed_numbers, results, preset=preset, asked=choice.asked,
@@ -71,6 +69,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         with locked(folder):
             failed = run(steps, states, folder, theirs)
             sys.exit(finish(args, table, names, results, failed, steps))
+
+
+def split(argv: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """Our words, and those behind ``--``, which are snakemake's; None reads ``sys.argv``."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+
+
+def preset_word(choice: preset_choice.Choice) -> str:
+    """A preset as steps take it; one given by path must be found from the folder that they run in."""
+    return str(choice.path.resolve()) if choice.name.endswith((".yaml", ".yml")) else choice.name
 
 
 @contextlib.contextmanager

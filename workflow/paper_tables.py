@@ -36,20 +36,17 @@ FORMATS = "md,csv,latex,html,json"
 
 def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
-        words = list(sys.argv[1:] if argv is None else argv)
-        words, theirs = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+        words, theirs = leaderboard.split(argv)
         args: PaperTablesArgs = config.parse(PaperTablesArgs, words).args
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
         choice = preset_choice.choose(words)
         name = track_of(args, choice)
-        # a preset given by path must be found from the folder that the steps run in
-        own = str(choice.path.resolve()) if choice.name.endswith((".yaml", ".yml")) else choice.name
         track = paper_arms.read(args.paper, name, args.named_files, all_files=args.dry_run)
         if args.asked in ((), ("help",)):
             print(listed(args.paper, track))
             return
         tables = chosen(track, args.asked)
-        sys.exit(make(args, track, tables, own if choice.asked else track.preset, theirs))
+        sys.exit(make(args, track, tables, leaderboard.preset_word(choice) if choice.asked else track.preset, theirs))
 
 
 def track_of(args: PaperTablesArgs, choice: preset_choice.Choice) -> str:

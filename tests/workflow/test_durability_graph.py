@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -133,15 +132,11 @@ def test_the_report_lines_parse(tmp_path):
     assert leaderboard.reports(asked, TABLE, NAMES, tmp_path)[0][0] == "evaluator/durability.py"
 
 
-def test_quick_ends_in_a_half_life(pico, tmp_path):
+def test_quick_ends_in_a_half_life(long_pico, tmp_path):
     """On a pico base: an expert and the base attacked, scored, put into the table; a second call has nothing to do."""
     require_embedded()
-    base = tmp_path / "base"
-    shutil.copytree(pico, base)
-    settings = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 32768}))
     preset = tmp_path / "pico.yaml"
-    preset.write_text(yaml.safe_dump({"common": {"model_name_or_path": str(base), "dtype": "float32"},
+    preset.write_text(yaml.safe_dump({"common": {"model_name_or_path": str(long_pico), "dtype": "float32"},
                                       "align": {"model_max_length": 64}}))
     # a byte is a token here: 128 hold no prompt; ten harmful and ten harmless prompts are the least
     content = yaml.safe_load((config.ROOT / "workflow" / "arms.yaml").read_text())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import shutil
 import subprocess
 import sys
 
@@ -16,17 +15,13 @@ import config
 from evaluator.reporting.published_numbers import published
 
 
-def test_a_table_in_miniature(pico, tmp_path):
+def test_a_table_in_miniature(long_pico, tmp_path):
     require_embedded()
-    base = tmp_path / "base"
-    shutil.copytree(pico, base)
-    # a byte is a token here, and the longest questions have thousands
-    settings = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 32768}))
     preset = tmp_path / "pico.yaml"
     preset.write_text(yaml.safe_dump({
         # not in common: realign sums in float32 by itself and takes no such flag
-        "common": {"model_name_or_path": str(base)}, "align": {"model_max_length": 1024, "max_steps": 2, "dtype": "float32"},
+        "common": {"model_name_or_path": str(long_pico)},
+        "align": {"model_max_length": 1024, "max_steps": 2, "dtype": "float32"},
         "inference": {"max_new_tokens": 4, "dtype": "float32"}, "evaluate": {"dtype": "float32"}}))
     environment = {**os.environ, "PYTHONPATH": str(config.ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     words = [sys.executable, "-m", "workflow.paper_tables", "--paper", "lora_fusion", "--table", "fusion_or_mixing",
@@ -38,7 +33,7 @@ def test_a_table_in_miniature(pico, tmp_path):
     assert written == {".md", ".csv", ".tex", ".html", ".json"}
     content = json.loads((place / "report" / "fusion_or_mixing.json").read_text())
     assert "in miniature" in content["title"]
-    assert any(note.endswith(f"the base is {base}.") for note in content["notes"])
+    assert any(note.endswith(f"the base is {long_pico}.") for note in content["notes"])
     rows = {row["key"]["setting"]: row["cells"] for row in content["rows"]}
     table = published("lora_fusion").tables["fusion_or_mixing"]
     assert set(rows) == {*(key[0] for key in table.rows), "3 % safety mix (ours)"}
