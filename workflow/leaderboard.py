@@ -227,7 +227,7 @@ def report_words(args: LeaderboardArgs, table: plan.Table, names: Sequence[str],
             "--roots", ",".join(str(results / f"seed_{seed}") for seed in args.seed_numbers), "--output_dir", str(results),
             "--name", args.name, "--title", "Leaderboard", "--experts",
             ",".join(arm.run for arm in arms if arm.kind == "expert") or "none", "--columns", ",".join(columns),
-            *(("--against", joint.label) if joint else ()), "--costs", "true", "--format", "md,csv,latex,json")
+            *(("--against", joint.label) if joint else ()), "--costs", "true", "--format", "md,csv,latex,html,json")
 
 
 if __name__ == "__main__":
