@@ -17,6 +17,7 @@ from workflow import commands, leaderboard, plan, records
 
 FILE = config.ROOT / "workflow" / "arms.yaml"
 TABLE = plan.read(FILE)
+TRIALS = plan.read(config.ROOT / "workflow" / "trials.yaml")
 NAMES = plan.chosen(TABLE, (), quick=False, more=True)
 
 
@@ -79,8 +80,12 @@ def test_equal_budgets():
                  "gradient_accumulation_steps", "model_max_length"):
         assert getattr(moe, name) == getattr(second, name), name
     somf = config.parse(flags.MaskArgs, ["--preset", "somf", "--tasks", "x"]).args
-    for name in ("max_train_samples", "learning_rate", "num_train_epochs", "model_max_length"):
+    for name in ("max_train_samples", "num_train_epochs", "model_max_length"):
         assert getattr(parsed["mask_multi"], name) == getattr(somf, name), name
+    # the rate is the one that the trials chose
+    trial = shlex.split(TRIALS.arms["mask_03_005"].make.format(
+        base="embedded", experts=",".join(TRIALS.experts), **TRIALS.words))
+    assert parsed["mask_multi"].learning_rate == commands.parse(trial).args.learning_rate
     off = {"tuned_no_gate": (0.0, 0.001), "tuned_no_drift": (0.1, 0.0), "tuned_neither": (0.0, 0.0),
            "tuned_moe": (0.1, 0.001)}
     for name, (gate, drift) in off.items():
