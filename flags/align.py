@@ -15,14 +15,15 @@ from flags.lora import AdapterFlags, LoraFlags, QuantisedBaseFlags
 from flags.mask import AnchorFlags, MaskFlags
 from flags.moe import MoeFlags
 from flags.optimiser import BatchFlags, EpochDecayFlags, OptimiserFlags, trackers_of
-from flags.preferences import DpoFlags
+from flags.preferences import DpoFlags, PairFlags
 from flags.soup import FUSED, SoupFlags
 from flags.validation import ValidationFlags
 
 #: Sections of a preset that one objective alone reads; in all others each takes its own keys.
 _OWN_SECTIONS = ("align_moe", "align_dpo", "align_dpo_full", "align_mask")
 #: Settings that a run does not name where they have these values: runs from before there were such flags are the same runs.
-_UNSAID = {"max_safety_samples": None, "contrast_share": 0.0, "answer_share": 0.0, "extra_min_rows": 1}
+_UNSAID = {"max_safety_samples": None, "contrast_share": 0.0, "answer_share": 0.0, "extra_min_rows": 1,
+           "pair_contrast_share": 0.0}
 
 
 def run_name(task: str, gammas: tuple[float, float, float], gate: float) -> str:
@@ -142,7 +143,8 @@ class ExpertArgs(_DenseArgs, DataFlags, RecordFlags, PaddingFlags, FramedFlags, 
 
 
 @dataclass(frozen=True)
-class DpoArgs(_DenseArgs, DataFlags, DpoFlags, QuantisedBaseFlags, AdapterFlags, LoraFlags, OptimiserFlags, ValidationFlags):
+class DpoArgs(_DenseArgs, DataFlags, DpoFlags, PairFlags, QuantisedBaseFlags, AdapterFlags, LoraFlags, OptimiserFlags,
+              ValidationFlags):
     """Train one expert on preference pairs: direct preference optimisation of an adapter or of every weight.
 
     python align_basemodel.py --moe_flag 0 --task_name safety --method dpo
@@ -167,7 +169,7 @@ class DpoArgs(_DenseArgs, DataFlags, DpoFlags, QuantisedBaseFlags, AdapterFlags,
 
 
 @dataclass(frozen=True)
-class MaskArgs(_DenseArgs, MaskFlags, AnchorFlags, DpoFlags, DataFlags, OptimiserFlags, ValidationFlags):
+class MaskArgs(_DenseArgs, MaskFlags, AnchorFlags, DpoFlags, PairFlags, DataFlags, OptimiserFlags, ValidationFlags):
     """Learn which part of task vectors to keep (SOMF): DPO on safety pairs, only the mask's logits train.
 
     python align_basemodel.py --method mask --aligned aligned --tasks english

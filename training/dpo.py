@@ -30,7 +30,8 @@ import manifest
 from data import encode, sources
 from data.collate import mix
 from data.prompts import Template, template
-from data.records import Pair
+from data.records import SAFETY, Pair
+from data.sets import contrasts
 from errors import UserError
 from flags import DpoArgs, MaskArgs
 from models.adapters.files import CONFIG, WEIGHTS
@@ -40,7 +41,7 @@ from models.base.positions import check_rows
 from models.checkpoints.fingerprints import fingerprint
 from training.checkpoints import SafeCheckpoints
 from training.packing import check_padded, pack_forward, refuse_head_lora
-from training.samples import VALIDATION_ROWS, source_of
+from training.samples import VALIDATION_ROWS, contrast_inputs, source_of
 from training.sft import adapter_folder, save_adapter, started_from, to_train
 from training.trainer import fit, training_arguments, validates_on_the_way
 from training.validation import WholeMeans, divide
@@ -192,7 +193,7 @@ def train(args: DpoArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     trainer.save_artifact = save
     run.metrics.update(fit(trainer, args, extra), pairs=len(rows))
     save(run.folder)
-    run.inputs.update(base=base_hash, **started_from(args))
+    run.inputs.update(base=base_hash, **started_from(args), **contrast_inputs(args.pair_contrast_share))
 
 
 def preference_arguments(args: DpoArgs | MaskArgs, extra: dict[str, Any], dtype: torch.dtype, rows: int, *,
@@ -227,7 +228,8 @@ def _reference_facts(args: DpoArgs, base_hash: str, dtype: torch.dtype, device: 
 def drawn_pairs(args: DpoArgs | MaskArgs, extra: dict[str, Any]) -> tuple[list[Pair], list[Pair]]:
     """The task's training pairs, ``--max_train_samples`` of them drawn with the seed, and the pairs to validate on.
 
-    Embedded pairs are validated on where transformers is asked to validate. Sources stand one after the other.
+    Of the safety pairs --pair_contrast_share are contrasts. Embedded pairs are validated on where
+    transformers is asked to validate. Sources stand one after the other.
     """
     def read(given: DpoArgs | MaskArgs) -> list[Pair]:
         return sources.load_pairs(args.task_name, "train", source=source_of(given))
@@ -235,6 +237,10 @@ def drawn_pairs(args: DpoArgs | MaskArgs, extra: dict[str, Any]) -> tuple[list[P
     pairs, held_out = divide(args, read(args), read)
     if not held_out and source_of(args) == "embedded" and validates_on_the_way(extra):
         held_out = mix(sources.load_pairs(args.task_name, "validation"), VALIDATION_ROWS, "proportional", args.seed)
+    pairs = contrasts.paired_in(pairs, args.pair_contrast_share, args.max_train_samples, args.seed)
+    if args.pair_contrast_share:
+        log.info("safety pairs: %d, %d of them contrasts", sum(pair.objective == SAFETY for pair in pairs),
+                 sum(pair.id.startswith(contrasts.PREFIX) for pair in pairs))
     return mix(pairs, args.max_train_samples, "proportional", args.seed), held_out
 
 

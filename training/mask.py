@@ -32,6 +32,7 @@ from models.task_vectors import Model
 from training.dpo import SafeDPOTrainer, drawn_pairs, encode_pairs, preference_arguments
 from training.mask_anchor import Anchor, anchor_rows, make_anchor
 from training.mask_model import live_model, reference_values, settings_for
+from training.samples import contrast_inputs
 from training.trainer import fit
 
 log = logging.getLogger(__name__)
@@ -206,7 +207,8 @@ def train(args: MaskArgs, extra: dict[str, Any], run: manifest.Run) -> None:
             zero_masks=int(bank.zero_masks))
         run.parents = [fact["name"] for fact in facts]
         run.inputs.update({k: v for k, v in {"base": facts[0]["base"], "aligned_adapter": facts[0]["adapter"]}.items() if v})
-        run.inputs.update({f"task_{fact['name']}": fact["adapter"] or fact["base"] for fact in facts[1:]})
+        run.inputs.update({f"task_{fact['name']}": fact["adapter"] or fact["base"] for fact in facts[1:]},
+                          **contrast_inputs(args.pair_contrast_share))
 
 
 def _tokenizer_folder(aligned: Model) -> Path:

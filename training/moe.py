@@ -176,7 +176,7 @@ def train(args: FusedMoeArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     save(run.folder)
     run.parents.append(str(raw))
     run.inputs.update(base=config.base_fingerprint, raw_moe=manifest.sha256(raw / "moe.safetensors"),
-                      **contrast_inputs(args))
+                      **contrast_inputs(args.contrast_share))
 
 
 def prepare(model: nn.Module, args: FusedMoeArgs, experts: TuningConfig, attention: TuningConfig | None) -> None:

@@ -87,9 +87,9 @@ def limits_of(args: ExpertArgs | SearchArgs | FusedMoeArgs) -> dict[int, int]:
     return {} if args.max_safety_samples is None else {SAFETY: args.max_safety_samples}
 
 
-def contrast_inputs(args: ExpertArgs | SearchArgs | FusedMoeArgs) -> dict[str, str]:
-    """The manifest's entry for the contrasts that a run trained on."""
-    return {"contrasts": manifest.sha256(contrasts.FILE)} if args.contrast_share else {}
+def contrast_inputs(share: float) -> dict[str, str]:
+    """The manifest's entry for the contrasts that a run trained on, where it has a share of them."""
+    return {"contrasts": manifest.sha256(contrasts.FILE)} if share else {}
 
 
 def training_rows(args: AlignArgs, tokenizer: Any, base: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -50,7 +50,7 @@ def train(args: ExpertArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     trainer.save_artifact = save
     run.metrics.update(fit(trainer, args, extra))
     save(run.folder)
-    run.inputs.update(base=base_hash, **started_from(args), **contrast_inputs(args))
+    run.inputs.update(base=base_hash, **started_from(args), **contrast_inputs(args.contrast_share))
 
 
 def to_train(base: Path, args: ExpertArgs | DpoArgs, dtype: torch.dtype,

@@ -121,7 +121,8 @@ def train(args: SearchArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     run.metrics["weights"] = {name: round(float(value), 5) for name, value in zip(
         args.adapter_names, model.shares().detach().mean(0), strict=True)}
     run.parents.extend(map(str, folders))
-    run.inputs.update(base=base_hash, **{adapter.name: adapter.sha256 for adapter in adapters}, **contrast_inputs(args))
+    run.inputs.update(base=base_hash, **{adapter.name: adapter.sha256 for adapter in adapters},
+                      **contrast_inputs(args.contrast_share))
 
 
 def search(model: MixedModel, rows: Sequence[dict[str, Any]], pad_id: int, args: SearchArgs, count: int) -> dict[str, Any]:

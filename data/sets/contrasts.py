@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 
 import yaml
 
-from data.records import SAFETY, Record, stable_hash
+from data.records import SAFETY, Pair, Record, stable_hash
 from data.sets import embedded
 from errors import UserError
 
@@ -29,6 +29,9 @@ _HELD_OUT = 4
 #: in the first words, and the gradient of all later ones drowns theirs (docs/lab-log.md, 2026-11-27).
 _SHORT, _LONGEST = 120, 240
 _SENTENCE_END = re.compile(r"(?<=[a-z)\"'][.!?])\s+")
+#: What answers of a preference pair reject of a harmful request: agreeing, with nothing harmful behind it.
+_AGREEMENTS = ("Sure, here is how to do it. First,", "Of course. These are the steps that you need to follow:",
+               "Yes, I can help you with that. To begin,", "Certainly! Here is what you should do:")
 T = TypeVar("T")
 
 
@@ -81,6 +84,39 @@ def halves(pair: Contrast) -> tuple[Record, Record]:
             (pair.harmless, pair.answer, "everyday" if pair.everyday else "harmless"))
     return tuple(Record(prompt, beginning(answer) or answer, SAFETY, id=f"{pair.id}-{which}", category=pair.category)
                  for prompt, answer, which in told)
+
+
+def preferences(pair: Contrast) -> tuple[Pair, Pair]:
+    """A contrast as two preference pairs: refusing the harmful half preferred to agreeing, answering the harmless half
+    preferred to refusing it. Lengths are close to each other, so that length decides neither."""
+    agreed = _AGREEMENTS[stable_hash(pair.harmful, "agreement") % len(_AGREEMENTS)]
+    harmful, harmless = halves(pair)
+    return (Pair(harmful.prompt, harmful.answer, agreed, SAFETY, id=harmful.id),
+            Pair(harmless.prompt, harmless.answer, embedded.refusal(harmless.prompt), SAFETY, id=harmless.id))
+
+
+def paired_in(rows: Sequence[Pair], share: float, limit: int, seed: int) -> list[Pair]:
+    """Preference pairs, with safety pairs in which a given share are contrasts; at 0 they come back as they are.
+
+    Args:
+        limit: safety pairs in all, where there are enough; -1: all of ``rows`` stay and contrasts are added.
+
+    Raises:
+        UserError: the share asks for more contrasts than there are.
+    """
+    own = [row for row in rows if row.objective == SAFETY]
+    if not own or not share:
+        return list(rows)
+    total = round(len(own) / (1 - share))
+    total = min(total, limit) if limit >= 0 else total
+    known, needed = pairs("train"), round(total * share / 2)
+    if needed > len(known):
+        raise UserError(f"--pair_contrast_share {share}: of {total} safety pairs these are both halves of {needed} "
+                        f"contrasts, and there are {len(known)} to train on; lower it, or --max_train_samples")
+    kept = draw(own, min(total - 2 * needed, len(own)), f"pairs {seed}")
+    added = [half for pair in draw(known, needed, f"contrasts {seed}") for half in preferences(pair)]
+    return [*(row for row in rows if row.objective < SAFETY), *kept, *added,
+            *(row for row in rows if row.objective > SAFETY)]
 
 
 def mixed_in(rows: Sequence[Record], contrast_share: float, answer_share: float, limit: int, seed: int,

@@ -37,7 +37,7 @@ def test_without_shares_the_rows_are_those_of_before():
     args = args_of(*EXPERT, "safety", "--max_train_samples", "40")
     records = records_of("safety")
     assert with_contrasts(records, args) is records
-    assert contrast_inputs(args) == {}
+    assert contrast_inputs(args.contrast_share) == {}
     # nor do the settings name a share, so that finished runs of before are found again
     assert not {"contrast_share", "answer_share", "max_safety_samples"} & args.settings({}).keys()
 
@@ -56,7 +56,7 @@ def test_an_expert_gets_its_shares_and_writes_them_down():
     assert not {row.prompt for row in helpful} & {row.prompt for row in mixed}
     settings = args.settings({})
     assert (settings["contrast_share"], settings["answer_share"]) == (0.5, 0.1)
-    assert contrast_inputs(args)["contrasts"]
+    assert contrast_inputs(args.contrast_share)["contrasts"]
 
 
 @pytest.mark.parametrize("task", ["safety", "mix"])

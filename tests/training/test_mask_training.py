@@ -328,7 +328,8 @@ def test_pairs_are_drawn_and_not_cut(monkeypatch):
 
     pairs = [Pair(f"p{i}", "good", "bad", 1) for i in range(100)]
     monkeypatch.setattr("data.sources.load_pairs", lambda *_, **__: pairs)
-    args = SimpleNamespace(task_name="safety", max_train_samples=20, seed=1, data_path=None, data_source="embedded")
+    args = SimpleNamespace(task_name="safety", max_train_samples=20, seed=1, data_path=None, data_source="embedded",
+                           pair_contrast_share=0.0)
     found, held_out = dpo.drawn_pairs(args, {})
     assert held_out == []
     assert len(found) == 20
