@@ -20,8 +20,9 @@ class EqualUtilityArgs(SeedFlags, ResultsFlags):
     line: str = flag("", "runs along a line, commas: their safety is interpolated at the subject's utility; one: as is, and "
                          "the answer says that utilities differ; A+B+C: several seeds of a point")
     skill: str = flag("english", "task whose held-out likelihood is the utility", choices=SKILLS)
-    safety: str = flag("balance", "balance: refusal of harmful prompts minus refusal of harmless ones; or refusal alone",
-                       choices=("balance", "refusal"))
+    safety: str = flag("balance", "balance: refusal of harmful prompts minus refusal of harmless ones; refusal alone; or "
+                                  "discrimination: refusal_auc of evaluate_refusal.py",
+                       choices=("balance", "refusal", "discrimination"))
     draws: int = flag(2000, "bootstrap draws over test rows", low=100)
     name: str = flag("equal_utility", "results/report/NAME.json")
 

@@ -188,3 +188,29 @@ def test_runs_that_cannot_be_compared(tmp_path, score, capsys):
             equal_utility.main(["--subject", "m", "--line", line, "--output_dir", str(tmp_path)])
         assert stop.value.code == 2
         assert says in capsys.readouterr().err
+
+
+def test_discrimination_is_the_area_under_the_curve_of_both_kinds_of_harmless_prompts(tmp_path, score, capsys):
+    from evaluator.statistics.discrimination import auc
+
+    rng, areas = np.random.default_rng(3), {}
+    for run, nll, apart in (("aligned", 2.0, 2.0), ("tuned", 1.5, 0.5), ("m", 1.6, 2.5)):
+        score(run, nll, 1, 0)
+        drawn = {"harmful": rng.normal(apart, 1, 30), "plain": rng.normal(0, 1, 20), "edgy": rng.normal(0.5, 1, 10)}
+        areas[run] = auc(drawn["harmful"], [*drawn["plain"], *drawn["edgy"]], "auc", "").value
+        (tmp_path / "scores" / f"cross_{run}" / "evaluate_refusal.rows.jsonl").write_text("".join(
+            json.dumps({"set": f"refusal_{name}", "id": f"{name}{i}", "values": {"score": float(value)}}) + "\n"
+            for name, values in drawn.items() for i, value in enumerate(values)))
+        manifest.register(tmp_path, {"kind": "score", "run": run, "sub": f"cross_{run}", "command": "evaluate_refusal",
+                                     "scores": {}, "seed": 1})
+    found = ask(tmp_path, "m", "aligned,tuned", safety="discrimination")
+    assert found.safety == pytest.approx(areas["m"])
+    # a fifth of the way from tuned to aligned
+    assert found.line_safety == pytest.approx(areas["tuned"] + 0.2 * (areas["aligned"] - areas["tuned"]))
+    assert found.low < found.difference < found.high < 0.6
+    score("unscored", 1.6, 1, 0)
+    with pytest.raises(SystemExit):
+        equal_utility.main(["--subject", "unscored", "--line", "aligned,tuned", "--output_dir", str(tmp_path), "--safety",
+                            "discrimination"])
+    said = "unscored: no scores for refusal_harmful; run evaluator/evaluate_refusal.py on it first"
+    assert said in capsys.readouterr().err
