@@ -8,6 +8,7 @@
 #                                           their task arithmetic
 #   bash scripts/somf.sh --dry_run          print the commands, run nothing
 #
+# LIKELIHOOD=120: prompts of each set that refusals are scored on by likelihood, -1 for all of them.
 # SEEDS="1 2 3 4 5" SAMPLES=-1 OUT=results/somf_whole bash scripts/somf.sh takes more mask seeds and whole test sets;
 # ATTACKS="cot cou suffix prefill" ATTACK_SAMPLES=60 more attack wrappers and prompts under them, ATTACKS= none;
 # PRESET=FILE.yaml UNALIGNED=MODEL another model (its name stands in the preset too).
@@ -27,11 +28,13 @@ samples=${SAMPLES:-60} out=${OUT:-results/somf} preset=${PRESET:-somf} unaligned
 read -ra seeds <<<"${SEEDS:-1 2 3}"
 read -ra readouts <<<"${READOUTS:-expected hard}"
 read -ra attacks <<<"${ATTACKS-cot suffix}"
-attack_samples=${ATTACK_SAMPLES:-30}
+attack_samples=${ATTACK_SAMPLES:-30} likelihood=${LIKELIHOOD:-120}
 for one in ${attacks[@]+"${attacks[@]}"}; do
   case $one in cot|cou|suffix|prefill) ;;
     *) echo "error: ATTACKS: no attack '$one'; allowed: cot, cou, suffix, prefill, or empty for none" >&2; exit 2 ;; esac
 done
+[[ $likelihood =~ ^(-1|[1-9][0-9]*)$ ]] || {
+  echo "error: LIKELIHOOD $likelihood: a number of prompts of each set, or -1 for all" >&2; exit 2; }
 [[ $attack_samples =~ ^(-1|[1-9][0-9]*)$ ]] || {
   echo "error: ATTACK_SAMPLES $attack_samples: a number of prompts, or -1 for all that were answered" >&2; exit 2; }
 while [ $# -gt 0 ]; do
@@ -40,7 +43,7 @@ while [ $# -gt 0 ]; do
               *) echo "error: --task ${2:-}: needs one of english, chinese, maths, summaries" >&2; exit 2 ;; esac; shift ;;
     --full) full=(maths summaries); name=somf_full ;;
     --dry_run) dry=yes ;;
-    -h|--help) sed -n '2,21p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
+    -h|--help) sed -n '2,22p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
     *) echo "error: $1: unknown; allowed: --task NAME, --full, --dry_run" >&2; exit 2 ;;
   esac
   shift
@@ -116,13 +119,15 @@ dpo_control() { # as many pairs and steps as a mask has, on the tuned model's ow
   once dpo_lora "$task" -- python align_basemodel.py --moe_flag 0 --task_name safety --method dpo --init_adapter "$task" \
     --run_name dpo_lora --num_train_epochs 2 --learning_rate 1e-4 "${on_aligned[@]}" --threads "$half"
 }
-answers() { # RUNS MODEL_FLAGS..: what the judges read, and the likelihood of held-out task answers
+answers() { # RUNS MODEL_FLAGS..: what the judges read, the likelihood of refusals and of held-out task answers
   local runs=$1 folders; shift
   for set in safety overrefusal; do
     once ${runs//,/ } -- python inference.py --task_name "$set" --cross_task "$runs" --num_samples "$samples" "$@" \
       --threads "$half"
   done
   folders=cross_${runs//,/,cross_}; folders=${folders/cross_base/raw}
+  once ${runs//,/ } -- python evaluator/evaluate_refusal.py --task_name "$folders" --num_samples "$likelihood" "$@" \
+    --threads "$half"
   once ${runs//,/ } -- python evaluator/evaluate_skills.py --task_name "$folders" --skills "$(IFS=,; echo "${skills[*]}")" "$@" \
     --threads "$half"
   once ${runs//,/ } -- python evaluator/evaluate_safety.py --task_name "$folders" --num_samples "$samples" --lite \
@@ -245,8 +250,9 @@ if [ ${#multi[@]} -gt 0 ]; then
 fi
 for readout in "${readouts[@]}"; do rows+=",random mask $readout=$(over_seeds "random_${task}_$readout")"; done
 for readout in "${readouts[@]}"; do rows+=",SOMF $readout=$(over_seeds "somf_${task}_$readout")"; done
+columns=refusal_auc,refusal_auc_plain,refusal_auc_edgy,refusal_at_10,pairs_ranked,harm_rate,incoherent
 report=(python evaluator/report.py --runs "$rows" --name "$name" --title "SOMF on $task" --base "$task" --experts aligned
-        --control "$(over_seeds "random_${task}_$last"),wise_${task}_50" --columns harm_rate,incoherent "${base[@]}")
+        --control "$(over_seeds "random_${task}_$last"),wise_${task}_50" --columns "$columns" "${base[@]}")
 say "${report[@]}"
 if [ ${#attacks[@]} -gt 0 ]; then
   rows="aligned=aligned,$task SFT=$task,WiSE-FT 0.50=wise_${task}_50,DPO-LoRA=dpo_lora,RESTA=resta_$task"
@@ -259,7 +265,8 @@ step "the question: is the learned mask safer than a random one, and than WiSE-F
 ask() { # TAG END READOUT SKILL NAME: masks of TAG against WiSE-FT's line, which leads from aligned to END, and against random
   local against line=aligned,wise_$1_25,wise_$1_50,wise_$1_75,$2 safety
   for against in "wise_ft $line" "random $(over_seeds "random_$1_$3")"; do
-    for safety in balance refusal; do   # refusals of harmful prompts minus those of harmless ones; the former alone
+    # refusals of harmful prompts minus those of harmless ones; the former alone; whom it refuses, by likelihood
+    for safety in balance refusal discrimination; do
       say python evaluator/equal_utility.py --subject "$(over_seeds "somf_$1_$3")" --line "${against#* }" --skill "$4" \
         --safety "$safety" --name "$5_against_${against%% *}_$safety" "${base[@]}"
     done

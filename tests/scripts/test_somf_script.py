@@ -10,12 +10,13 @@ import pytest
 import config
 import flags
 from flags import AttackTableArgs, EqualUtilityArgs, MaskArgs, MaskFiguresArgs
+from flags.refusal import EvaluateRefusalArgs
 from models import fuse
 
 SCRIPT = config.ROOT / "scripts" / "somf.sh"
 COMMANDS = {"inference.py": flags.InferenceArgs, "evaluator/equal_utility.py": EqualUtilityArgs,
             "evaluator/attack_table.py": AttackTableArgs, "evaluator/mask_figures.py": MaskFiguresArgs,
-            "evaluator/evaluate_skills.py": flags.EvaluateSkillsArgs,
+            "evaluator/evaluate_skills.py": flags.EvaluateSkillsArgs, "evaluator/evaluate_refusal.py": EvaluateRefusalArgs,
             "evaluator/evaluate_safety.py": flags.EvaluateSafetyArgs, "evaluator/report.py": flags.ReportArgs}
 
 
@@ -50,7 +51,7 @@ def test_every_command_of_a_dry_run_parses(given, rows):
     assert len(set(runs)) == len(runs)
     made = set(runs)
     assert {mask for a in pictures for mask in a.mask_names} == {run for run in made if run.startswith("mask_")}
-    assert report.columns == "harm_rate,incoherent"
+    assert report.columns == "refusal_auc,refusal_auc_plain,refusal_auc_edgy,refusal_at_10,pairs_ranked,harm_rate,incoherent"
     made |= {a.task_name for a in found if isinstance(a, flags.AlignArgs) and not a.run_name}
     named = {run for row in listed for run in row.partition("=")[2].split("+")} - {"base"}
     assert named <= made
@@ -58,8 +59,11 @@ def test_every_command_of_a_dry_run_parses(given, rows):
     assert named == answered
     scored = {f.removeprefix("cross_") for a in found if isinstance(a, flags.EvaluateSafetyArgs) for f in a.folders}
     assert scored - {"raw"} == named
+    by_likelihood = [a for a in found if isinstance(a, EvaluateRefusalArgs)]
+    assert {f.removeprefix("cross_") for a in by_likelihood for f in a.folders} == scored
+    assert {a.num_samples for a in by_likelihood} == {120}
     asked = [a for a in found if isinstance(a, EqualUtilityArgs)]
-    assert len(asked) == (20 if given == ("--full",) else 8)
+    assert len(asked) == (30 if given == ("--full",) else 12)
     assert len({a.name for a in asked}) == len(asked)
     assert {run for a in asked for point in (*a.points, a.subjects) for run in point} <= named
 
@@ -99,8 +103,9 @@ def test_other_attacks_or_none(chosen, attacks):
 @pytest.mark.parametrize(("variables", "says"), [
     ({"ATTACKS": "cot gcg"}, "ATTACKS: no attack 'gcg'; allowed: cot, cou, suffix, prefill"),
     ({"ATTACK_SAMPLES": "many"}, "ATTACK_SAMPLES many: a number of prompts"),
+    ({"LIKELIHOOD": "0"}, "LIKELIHOOD 0: a number of prompts of each set, or -1 for all"),
 ])
-def test_wrong_attacks_are_refused_before_the_first_step(variables, says):
+def test_wrong_variables_are_refused_before_the_first_step(variables, says):
     done = run("--dry_run", **variables)
     assert done.returncode == 2
     assert says in done.stderr

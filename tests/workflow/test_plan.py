@@ -256,15 +256,16 @@ def test_the_report_has_a_row_for_each_arm(tmp_path):
     assert report.roots.split(",") == [str(tmp_path / f"seed_{seed}") for seed in (42, 43, 44)]
 
 
-
-
-def test_trials_look_at_validation_prompts_alone(tmp_path):
-    table = plan.read(FILE.with_name("trials.yaml"))
+@pytest.mark.parametrize(("file", "preset"), [("trials.yaml", ""), ("trials_somf.yaml", "somf")])
+def test_trials_look_at_validation_prompts_alone(tmp_path, file, preset):
+    table = plan.read(FILE.with_name(file))
     names = plan.chosen(table, (), quick=False, more=True)
-    scored = [step for step in plan.steps(table, names, (42,), tmp_path) if "__" in step.name]
+    scored = [step for step in plan.steps(table, names, (42,), tmp_path, preset=preset) if "__" in step.name]
     assert len(scored) == 2 * sum(arm.shown for arm in table.arms.values())
     # every command parses, and none of those that score reads a test split
     assert all(step.settings["dataset_type"] == "validation" for step in scored)
-    # the same experts, from the same presets: the table's settings were chosen on these
+
+
+def test_trials_are_of_the_leaderboards_own_experts():
     for name in ("helpfulness", "safety", "truthfulness"):
-        assert table.arms[name].make == TABLE.arms[name].make
+        assert TRIALS.arms[name].make == TABLE.arms[name].make
