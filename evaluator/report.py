@@ -119,15 +119,14 @@ def _more(content: Content) -> dict[str, Any]:
     """What a JSON report holds beside the table."""
     from evaluator.reporting.limits import without_model
     from evaluator.reporting.summary_numbers import summary
-    from evaluator.reporting.table import comparisons, differences
+    from evaluator.reporting.table import differences
 
-    sides = {"against": content.ground.label} if content.ground else {"row": content.lines[-1].label}
     more = {"without_model": {name: dict(zip((axis.score for axis in content.axes), values, strict=True))
                               for name, values in without_model(content.lines, content.axes).items()},
             "differences": differences(content.pairs, content.axes),
             "summary": [{"row": label, **score.as_dict()} for label, cells in summary(
                 {line.label: line.found for line in content.lines}).scores.items() for score in cells.values()],
-            "findings": {"sentences": content.findings, "comparisons": comparisons(content.declared, **sides)}}
+            "findings": {"sentences": content.findings, "comparisons": content.comparisons}}
     if content.args.costs:
         from evaluator.reporting import costs
 

@@ -194,6 +194,8 @@ class ReportArgs(ResultsFlags):
     columns: str = flag("", f"more columns, commas: {', '.join(COLUMNS)}")
     against: str = flag("", "row (label or run) that every other row is compared with; empty: the last row is compared with "
                             "every other one, as a fusion with its controls")
+    declared: str = flag("", "YAML or JSON file of the comparisons that were declared before (rows, against, scores); the "
+                             "findings then are these alone, corrected score by score; empty: every column")
     scores: str = flag("", "show these scores alone, commas; * stands for anything; empty: all that were measured")
     format: str = flag("md", f"what is written, commas: {', '.join(REPORT_FORMATS)}")
     html: bool = flag(False, "short for html among --format: NAME.html, one file for a browser, beside what is written")

@@ -30,7 +30,7 @@ import preset_choice
 from config import ROOT
 from errors import UserError, exit_on_user_error
 from flags.leaderboard import LeaderboardArgs
-from workflow import commands, durability, estimate, plan, records
+from workflow import commands, comparisons, durability, estimate, plan, records
 
 log = logging.getLogger(__name__)
 #: Lanes that the hours of a plan are told for, and run in unless snakemake's words say otherwise.
@@ -195,6 +195,8 @@ def finish(args: LeaderboardArgs, table: plan.Table, names: Sequence[str], resul
     if lost := [name for name in names if table.arms[name].shown and name not in whole]:
         log.error("left out of the table, because a step failed or was not asked for: %s; logs: %s", ", ".join(lost),
                   results / "workflow" / "logs")
+    if table.comparisons and not args.durability:
+        manifest.write_json(declared_file(results), comparisons.resolved(table.comparisons, table.arms, whole))
     for words in reports(args, table, whole, results) if whole and table.endpoints else ():
         log.info("$ %s", shlex.join(("python", *words)))
         failed |= subprocess.run([sys.executable, *words], cwd=ROOT, check=False).returncode != 0
@@ -207,6 +209,11 @@ def _scored(table: plan.Table, name: str, args: LeaderboardArgs, results: Path) 
               if endpoint.name not in absent and (endpoint.rows == "all" or arm.key)]
     wanted += [f"outputs/{arm.run}/{manifest.MANIFEST}"] if arm.make else []
     return all((results / f"seed_{seed}" / place).is_file() for seed in args.seed_numbers for place in wanted)
+
+
+def declared_file(results: Path) -> Path:
+    """Where the declared comparisons of the rows of the table lie."""
+    return results / "workflow" / "comparisons.json"
 
 
 def reports(args: LeaderboardArgs, table: plan.Table, names: Sequence[str], results: Path) -> list[tuple[str, ...]]:
@@ -223,11 +230,15 @@ def report_words(args: LeaderboardArgs, table: plan.Table, names: Sequence[str],
     arms = [table.arms[name] for name in names if table.arms[name].shown]
     columns = [name for name in COLUMNS if name in KNOWN]
     joint = next((arm for arm in arms if arm.name == "mix"), None)
+    # a few rows of many may have nothing to be compared with
+    declared = comparisons.resolved(table.comparisons, table.arms, names)
     return ("evaluator/report.py", "--runs", ",".join(f"{arm.label}={arm.run}" for arm in arms),
             "--roots", ",".join(str(results / f"seed_{seed}") for seed in args.seed_numbers), "--output_dir", str(results),
             "--name", args.name, "--title", "Leaderboard", "--experts",
             ",".join(arm.run for arm in arms if arm.kind == "expert") or "none", "--columns", ",".join(columns),
-            *(("--against", joint.label) if joint else ()), "--costs", "true", "--format", "md,csv,latex,html,json")
+            *(("--against", joint.label) if joint else ()),
+            *(("--declared", str(declared_file(results))) if declared else ()),
+            "--costs", "true", "--format", "md,csv,latex,html,json")
 
 
 if __name__ == "__main__":

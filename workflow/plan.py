@@ -13,13 +13,13 @@ import yaml
 
 from config import ROOT
 from errors import UserError
-from workflow import commands
+from workflow import commands, comparisons
 
 _ARM_KEYS = {"label", "kind", "make", "run", "needs", "cost", "key", "quick", "more", "shown", "makes", "scored",
              "durability"}
 _ENDPOINT_KEYS = {"rows", "cost", "samples", "after", "makes", "run"}
 KINDS = ("control", "expert", "merge", "h3fusion", "somf", "lora_fusion", "ensemble")
-_TOP_KEYS = {"experts", "arms", "words", "endpoints", "quick", "costs", "durability"}
+_TOP_KEYS = {"experts", "arms", "words", "endpoints", "quick", "costs", "durability", "comparisons"}
 #: How an arm becomes the checkpoint that --durability attacks: it is one, or a layout of models/fuse.py export.
 DURABLE = ("whole", "dense", "mixtral", "qwen3_moe")
 
@@ -84,6 +84,7 @@ class Table:
     quick: Mapping[str, Any]
     costs: Mapping[str, Mapping[str, float]]
     durability: Mapping[str, Any] = field(default_factory=dict)
+    comparisons: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)
@@ -145,10 +146,11 @@ def checked(content: Mapping[str, Any], file: str) -> Table:
     for item in (*arms.values(), *endpoints.values()):
         if item.cost and item.cost not in costs:
             problems.append(f"{file}: {item.name}: cost {item.cost}: has no line in costs{_near(item.cost, costs)}")
+    problems += comparisons.problems(content.get("comparisons") or [], arms, KINDS, file)
     if problems:
         raise UserError(*problems)
     table = Table(experts, arms, endpoints, content.get("words") or {}, content.get("quick") or {}, costs,
-                  content.get("durability") or {})
+                  content.get("durability") or {}, content.get("comparisons") or ())
     in_order(table, arms)
     return table
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from data import escaped
-from evaluator.reporting import against
+from evaluator.reporting import against, declared
 from evaluator.reporting.formats import interval, markdown, markdown_lines, number
-from evaluator.reporting.table import Table, seed_names
+from evaluator.reporting.table import Table, comparisons, seed_names
 
 if TYPE_CHECKING:
-    from evaluator.reporting.findings import Line, Outcome
+    from evaluator.reporting.findings import Line
     from evaluator.statistics.axes import Axis
     from evaluator.statistics.metrics import Difference
     from flags import ReportArgs
@@ -38,7 +38,7 @@ class Content:
 
     Args:
         ground: the row that every other one is compared with (--against); None: the last row is compared with each other.
-        declared: the comparisons that the findings are made of, corrected together; empty where nobody asks for them.
+        comparisons: those that the findings are made of, with p after the correction; empty where nobody asks for them.
     """
 
     args: ReportArgs
@@ -47,7 +47,7 @@ class Content:
     axes: Sequence[Axis]
     table: Table
     findings: list[str]
-    declared: dict[tuple[str, str], Outcome]
+    comparisons: list[dict[str, Any]]
     ground: Line | None = None
 
     @property
@@ -94,20 +94,29 @@ def notes(content: Content) -> list[str]:
 
 
 def conclude(lines: Sequence[Line], axes: Sequence[Axis], args: ReportArgs, ground: Line | None) -> tuple[
-        list[str], dict[tuple[str, str], Outcome]]:
-    """The findings in words, and, where they are asked for as data, the comparisons that they are made of."""
+        list[str], list[dict[str, Any]]]:
+    """The findings in words, and, where they are asked for as data, the comparisons that they are made of.
+
+    Raises:
+        UserError: a file of declared comparisons has problems.
+    """
     from evaluator.reporting.findings import findings, outcomes, roles
     from evaluator.statistics.axes import secondary
 
     # another reading of the same answers is no further axis
     counted = [axis for axis in axes if not secondary(axis)]
+    if args.declared:
+        groups = declared.read(Path(args.declared).expanduser(), lines)
+        made = declared.outcomes(groups, axes)
+        return declared.findings(groups, axes, made), declared.as_data(made, axes)
     if ground:
-        declared = against.outcomes(lines, ground, counted)
-        return against.findings(lines, ground, counted, declared), declared
+        found = against.outcomes(lines, ground, counted)
+        return against.findings(lines, ground, counted, found), comparisons(found, against=ground.label)
     who = roles(lines, args.base, args.experts, args.control)
     if not who:
-        return ["The rows do not hold a base, an expert and a control, so nothing is concluded here."], {}
-    return findings(who, counted), outcomes(who, counted) if {"json", "html"} & set(args.formats) else {}
+        return ["The rows do not hold a base, an expert and a control, so nothing is concluded here."], []
+    asked = {"json", "html"} & set(args.formats)
+    return findings(who, counted), comparisons(outcomes(who, counted), row=lines[-1].label) if asked else []
 
 
 def _aggregates(lines: Sequence[Line]) -> list[str]:

@@ -28,7 +28,8 @@ def differences_section(content: Content, more: Mapping[str, Any]) -> Html | Non
     others = [a if content.ground else b for a, b in content.pairs]
     side = "row" if content.ground else "against"
     found = {(item[side], item["column"]): item for item in more["differences"]}
-    held = {(item[side], item["column"]): item["verdict"] for item in more["findings"]["comparisons"]}
+    held = {(item[side], item["column"]): item["verdict"] for item in more["findings"]["comparisons"]
+            if subject.label in (item["row"], item["against"])}
     head = tag("tr", tag("th", side, scope="col", class_="name"),
                *(tag("th", kept_together(column.title), scope="col", class_="num") for column in content.table.columns))
     body = [tag("tr", tag("th", line.label, scope="row", class_="name"),

@@ -1,0 +1,154 @@
+"""Comparisons that were declared before a run: which rows against which, on which scores.
+
+A group is one question; its comparisons on one score are one family for Holm's correction (Scand. J. Stat. 6, 1979).
+
+A file of them is a list in YAML or JSON:
+
+    - title: Fusions against joint training
+      rows: [average, raw_moe]        # labels or runs
+      against: [mix]
+      scores: [refusal_auc, pairs_ranked]
+
+What stands in no group is reported in the tables, and never concluded from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from data import escaped
+from errors import UserError
+from evaluator.reporting.findings import Outcome
+from evaluator.reporting.formats import interval, p_text
+
+if TYPE_CHECKING:
+    from evaluator.reporting.findings import Line
+    from evaluator.statistics.axes import Axis
+
+_KEYS = ("title", "rows", "against", "scores")
+#: (group's title, score, row's label, the other row's label) -> outcome.
+Outcomes = Mapping[tuple[str, str, str, str], Outcome]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Every one of ``rows`` is compared with every one of ``against`` on every one of ``scores``."""
+
+    title: str
+    rows: tuple[Line, ...]
+    against: tuple[Line, ...]
+    scores: tuple[str, ...]
+
+    @property
+    def pairs(self) -> list[tuple[Line, Line]]:
+        return [(row, other) for other in self.against for row in self.rows if row is not other]
+
+
+def read(path: Path, lines: Sequence[Line]) -> list[Group]:
+    """The groups of a file, their names looked up among the rows of the report.
+
+    Raises:
+        UserError: no such file, not such a list, or names of no row; all at once.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--declared {path}: not readable as YAML or JSON ({type(error).__name__}); give a list of "
+                        f"{{{', '.join(_KEYS)}}}") from None
+    if not isinstance(content, list) or not content:
+        raise UserError(f"--declared {path}: needs a list of {{{', '.join(_KEYS)}}}, one for each group of comparisons")
+    problems: list[str] = []
+    groups = [_group(item, f"--declared {path}: entry {at}", lines, problems) for at, item in enumerate(content, 1)]
+    titles = [group.title for group in groups]
+    problems += [f"--declared {path}: two groups are called {title}; give each its own title"
+                 for title in dict.fromkeys(titles) if titles.count(title) > 1]
+    if problems:
+        raise UserError(*problems)
+    return groups
+
+
+def _group(item: Any, where: str, lines: Sequence[Line], problems: list[str]) -> Group:
+    body = item if isinstance(item, dict) else {}
+    if set(body) != set(_KEYS):
+        problems.append(f"{where}: has {', '.join(map(str, body)) or 'no keys'}; needs exactly {', '.join(_KEYS)}")
+    listed = {key: body.get(key) for key in _KEYS[1:]}
+    for key, names in listed.items():
+        if key in body and not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
+            problems.append(f"{where}: {key}: needs a list of names")
+            listed[key] = []
+    known = {name: line for line in lines for name in (line.run, line.label)}
+    for key in ("rows", "against"):
+        problems += [f"{where}: {key}: no row is called {name}; allowed: {', '.join(line.label for line in lines)}"
+                     for name in listed[key] or () if name not in known]
+    rows, against = (tuple(known[name] for name in listed[key] or () if name in known) for key in ("rows", "against"))
+    return Group(str(body.get("title", "")), rows, against, tuple(listed["scores"] or ()))
+
+
+def outcomes(groups: Sequence[Group], axes: Sequence[Axis]) -> dict[tuple[str, str, str, str], Outcome]:
+    """Every comparison that can be made; those of one group and score are corrected together."""
+    from evaluator.statistics.comparison import over_seeds
+    from evaluator.statistics.metrics import holm
+
+    found: dict[tuple[str, str, str, str], Outcome] = {}
+    for group in groups:
+        for axis in axes:
+            pairs = group.pairs if axis.score in group.scores else []
+            made = [(row, other, d) for row, other in pairs if (d := over_seeds(row.found, other.found, axis))]
+            corrected = holm([d.p for _, _, d in made])
+            found |= {(group.title, axis.score, row.label, other.label): Outcome(d, p, axis.higher)
+                      for (row, other, d), p in zip(made, corrected, strict=True)}
+    return found
+
+
+def findings(groups: Sequence[Group], axes: Sequence[Axis], declared: Outcomes) -> list[str]:
+    """A line for each group, score and reference: which rows are better, worse, and of which no difference is shown."""
+    said = []
+    for group in groups:
+        for axis in axes:
+            for other in group.against if axis.score in group.scores else ():
+                said.append(_line(group, axis, other, declared))
+        lacking = [score for score in group.scores if score not in {axis.score for axis in axes}]
+        if lacking:
+            said.append(f"- {escaped.markdown(group.title)}: not measured in these rows: {', '.join(lacking)}.")
+    said.append(f"- {len(declared)} comparisons, declared before; corrected by Holm over those of one group and score; p is "
+                "the value before it. No difference shown is no proof that there is none; what is in no declared comparison "
+                "is not concluded from.")
+    return said
+
+
+def _line(group: Group, axis: Axis, other: Line, declared: Outcomes) -> str:
+    here = [(row, declared.get((group.title, axis.score, row.label, other.label))) for row in group.rows if row is not other]
+    kinds = {"better than": [], "worse than": [], "worse, before the correction only, than": [],
+             "no difference shown from": [], "cannot be compared with": []}
+    for row, outcome in here:
+        if outcome is None:
+            kinds["cannot be compared with"].append(escaped.markdown(row.label))
+            continue
+        # a correction guards against claims; of harm it must not hide the first sign
+        hidden = outcome.uncorrected == "worse" != outcome.verdict
+        kind = ("worse, before the correction only, than" if hidden else
+                "no difference shown from" if outcome.verdict == "no difference" else f"{outcome.verdict} than")
+        kinds[kind].append(_numbers(row.label, outcome))
+    name = escaped.markdown(other.label)
+    parts = [f"{kind} {name}: {', '.join(rows)}" for kind, rows in kinds.items() if rows]
+    return f"- {escaped.markdown(group.title)}, {axis.title}: {'; '.join(parts)}."
+
+
+def _numbers(label: str, outcome: Outcome) -> str:
+    d = outcome.difference
+    return (f"{escaped.markdown(label)} ({d.value:+.3f}{interval(d.low, d.high)}, p {p_text(d.p)}, Holm "
+            f"{p_text(outcome.corrected)})")
+
+
+def as_data(declared: Outcomes, axes: Sequence[Axis]) -> list[dict[str, Any]]:
+    """The comparisons for a program."""
+    titles = {axis.score: axis.title for axis in axes}
+    return [{"group": group, "column": titles[score], "score": score, "row": row, "against": other,
+             "value": o.difference.value, "low": o.difference.low, "high": o.difference.high, "p": o.difference.p,
+             "p_holm": o.corrected, "verdict": o.verdict, "uncorrected": o.uncorrected}
+            for (group, score, row, other), o in declared.items()]
