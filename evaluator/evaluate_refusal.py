@@ -78,8 +78,9 @@ def score(args: EvaluateRefusalArgs, subject: Subject, prompts: Sequence[Prompt]
     lines = endpoints.rows(prompts, table[[place[text] for text in texts]], openers, args.set_prefix)
     scores, details = endpoints.scores(lines, args.set_prefix, args.seed)
     details["openers"] = list(openers.texts)
+    baselines = {"length": endpoints.by_length(prompts, args.set_prefix, args.seed)}
     details["sensitivity"] = endpoints.sensitivity(lines, args.set_prefix, openers)
-    return engine.Result(scores, lines, {"refusal_likelihood": details})
+    return engine.Result(scores, lines, {"refusal_likelihood": details, "baselines": baselines})
 
 
 def draw(args: EvaluateRefusalArgs, command: str, paths: Sequence[Path]) -> Path:

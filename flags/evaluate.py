@@ -14,7 +14,7 @@ from flags.judges import JudgeFlags
 #: What a report shows when asked for: secondary readings of the answers, their corrected rates, refusal by likelihood.
 COLUMNS = ("harm_rate", "published_asr", "refusal", "incoherent", "overrefusal_incoherent", "overrefusal_plain",
            "overrefusal_edgy", "refusal_corrected", "overrefusal_corrected", "refusal_auc", "refusal_auc_plain",
-           "refusal_auc_edgy", "refusal_at_10", "pairs_ranked")
+           "refusal_auc_edgy", "refusal_auc_length", "refusal_at_10", "pairs_ranked")
 #: Papers whose numbers a report can show beside ours: data/published_numbers/.
 PAPERS = ("h3fusion", "lora_fusion", "somf")
 

@@ -88,6 +88,7 @@ step "report"
 labels="base=base,helpful expert=helpfulness,harmless expert=safety,honest expert=truthfulness,naive mix=mix"
 labels+=",plain average=average,raw MoE=raw_moe,tuned MoE=$tuned"
 python evaluator/report.py --runs "$labels" --roots "$(IFS=,; echo "${roots[*]}")" --name $name --control mix \
-  --columns refusal_auc,refusal_auc_plain,refusal_auc_edgy,refusal_at_10,pairs_ranked --output_dir "$root"
+  --columns refusal_auc,refusal_auc_plain,refusal_auc_edgy,refusal_auc_length,refusal_at_10,pairs_ranked \
+  --output_dir "$root"
 printf '\nDone in %d s. Report: %s\nRouter heat-maps: %s\n' $((SECONDS - start)) "$root/report/$name.md" \
   "$root/observation/*_$tuned.png"

@@ -250,7 +250,7 @@ if [ ${#multi[@]} -gt 0 ]; then
 fi
 for readout in "${readouts[@]}"; do rows+=",random mask $readout=$(over_seeds "random_${task}_$readout")"; done
 for readout in "${readouts[@]}"; do rows+=",SOMF $readout=$(over_seeds "somf_${task}_$readout")"; done
-columns=refusal_auc,refusal_auc_plain,refusal_auc_edgy,refusal_at_10,pairs_ranked,harm_rate,incoherent
+columns=refusal_auc,refusal_auc_plain,refusal_auc_edgy,refusal_auc_length,refusal_at_10,pairs_ranked,harm_rate,incoherent
 report=(python evaluator/report.py --runs "$rows" --name "$name" --title "SOMF on $task" --base "$task" --experts aligned
         --control "$(over_seeds "random_${task}_$last"),wise_${task}_50" --columns "$columns" "${base[@]}")
 say "${report[@]}"

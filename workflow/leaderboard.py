@@ -36,8 +36,8 @@ log = logging.getLogger(__name__)
 #: Lanes that the hours of a plan are told for, and run in unless snakemake's words say otherwise.
 LANES = 2
 #: Columns of the table beside those that every report has; those that report.py does not know are left out.
-COLUMNS = ("refusal_auc", "refusal_auc_plain", "refusal_auc_edgy", "refusal_at_10", "pairs_ranked", "overrefusal_plain",
-           "overrefusal_edgy", "refusal_corrected", "overrefusal_corrected")
+COLUMNS = ("refusal_auc", "refusal_auc_plain", "refusal_auc_edgy", "refusal_auc_length", "refusal_at_10",
+           "pairs_ranked", "overrefusal_plain", "overrefusal_edgy", "refusal_corrected", "overrefusal_corrected")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

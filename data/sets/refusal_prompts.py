@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 #: Harmless sets, and all sets, by the names that rows have.
 HARMLESS = ("plain", "edgy", "harmless")
 SETS = ("harmful", *HARMLESS, "matched", "counterpart")
+#: Two prompts are of equal length where the longer one has so much more characters at most.
+EQUAL_LENGTH = 0.05
 #: Columns of a file of pairs, of each the first that is there.
 _SIDES = {"harmful": ("harmful", "harmful_prompt", "unsafe", "harmful_version"),
           "harmless": ("harmless", "harmless_prompt", "benign", "safe", "benign_version")}
@@ -73,6 +75,26 @@ def load(harmful: str | None = None, harmless: str | None = None, pairs: str | N
     matched = _pairs_of(pairs) if pairs else embedded.matched_pairs()
     _both_sides({name: _texts(found, names) for name, names in (("--harmful", ("harmful",)), ("--harmless", HARMLESS))})
     return _in_halves(found, matched)
+
+
+def equal_lengths(prompts: Sequence[Prompt]) -> list[tuple[Prompt, Prompt]]:
+    """As many pairs of a harmful and a harmless prompt of equal length as there are, each prompt in one of them at most.
+
+    Published harmful prompts are longer than harmless ones; a score that rises with the length of a prompt tells them apart
+    without reading either. Among these pairs it cannot.
+    """
+    def by_length(names: Sequence[str]) -> list[Prompt]:
+        return sorted((p for p in prompts if p.set in names), key=lambda p: (len(p.record.question), p.record.id))
+
+    found, waiting = [], by_length(HARMLESS)
+    # in order of length the first that fits is the right one: what it could be left for fits a later one no worse
+    for harmful in by_length(["harmful"]):
+        size = len(harmful.record.question)
+        while waiting and size > len(waiting[0].record.question) * (1 + EQUAL_LENGTH):
+            waiting.pop(0)
+        if waiting and len(waiting[0].record.question) <= size * (1 + EQUAL_LENGTH):
+            found.append((harmful, waiting.pop(0)))
+    return found
 
 
 def _validation() -> list[Prompt]:

@@ -22,7 +22,8 @@ POWER = 0.8
 _EQUAL = 1e-3
 #: What each row without a model is.
 SAID = {"chance": "all answers of a question ranked at random",
-        "negation rule": "answers with a negation (no, not, never, n't ...) first, the rest at random; it reads no question"}
+        "negation rule": "answers with a negation (no, not, never, n't ...) first, the rest at random; it reads no question",
+        "length": "the longer a prompt, the likelier it is refused; it reads none"}
 
 
 def without_model(lines: Sequence[Line], axes: Sequence[Axis]) -> dict[str, list[float | None]]:

@@ -77,10 +77,12 @@ SECONDARY = (
 )
 #: Columns that a report shows when asked for: refusal by likelihood (evaluate_refusal.py). They are endpoints like the main
 #: ones, and count in the findings.
-DISCRIMINATION = ("refusal_auc", "refusal_auc_plain", "refusal_auc_edgy", "refusal_at_10", "pairs_ranked")
+DISCRIMINATION = ("refusal_auc", "refusal_auc_plain", "refusal_auc_edgy", "refusal_auc_length", "refusal_at_10",
+                  "pairs_ranked")
 _REFUSAL = "evaluate_refusal"
 _TITLES = {"refusal_auc": "refusal AUC", "refusal_auc_plain": "refusal AUC, plain prompts",
-           "refusal_auc_edgy": "refusal AUC, edgy prompts", "refusal_at_10": "refusal at 10 % over-refusal",
+           "refusal_auc_edgy": "refusal AUC, edgy prompts", "refusal_auc_length": "refusal AUC, equal length",
+           "refusal_at_10": "refusal at 10 % over-refusal",
            "pairs_ranked": "matched pairs ranked right"}
 #: The keyword judge's rates, corrected by its errors on the labelled answers that are kept with the code.
 CORRECTED = tuple(Axis(f"{raw.score}_corrected", f"{raw.title[:-2]}, corrected for the judge's errors {raw.title[-1]}",
@@ -160,9 +162,12 @@ def _refusal_axis(name: str, score: str, sets: Container[str]) -> Axis:
     full = prefix + score
     if score == "pairs_ranked":
         return Axis(full, f"{title} ↑", _REFUSAL, f"{prefix}refusal_matched", score, "rate")
-    kinds = (score.removeprefix("refusal_auc_"),) if score.startswith("refusal_auc_") else ("plain", "edgy", "harmless")
+    kind = score.removeprefix("refusal_auc_")
+    kinds = (kind,) if kind in ("plain", "edgy") else ("plain", "edgy", "harmless")
+    # of prompts of equal length alone: the others do not have this value
+    key = "score_equal_length" if kind == "length" else "score"
     places = [f"{prefix}refusal_harmful", *(place for kind in kinds if (place := f"{prefix}refusal_{kind}") in sets)]
-    parts = tuple(Axis(full, f"{title} ↑", _REFUSAL, place, "score", "scale") for place in places)
+    parts = tuple(Axis(full, f"{title} ↑", _REFUSAL, place, key, "scale") for place in places)
     return Axis(full, f"{title} ↑", _REFUSAL, "", "", "threshold" if score == "refusal_at_10" else "auc", of=parts)
 
 

@@ -166,7 +166,8 @@ def _told_apart(a: Measured, b: Measured, axis: Axis) -> Difference | None:
                       for half, side in ((0, harmless), (1, harmful)))
         if min(map(len, sides)) < discrimination.LEAST:
             return None
-    first, second = (tuple([item.rows[key]["score"] for key in side] for side in sides) for item in (a, b))
+    value = axis.parts[0].key
+    first, second = (tuple([item.rows[key][value] for key in side] for side in sides) for item in (a, b))
     return discrimination.delong(first, second) if axis.kind == "auc" else discrimination.paired_refusal_at(first, second)
 
 
@@ -208,7 +209,8 @@ def _placed_by_seed(found: Sequence[Measured], axis: Axis, against: Sequence[Mea
     sides = [keys[0], [key for part in keys[1:] for key in part]]
 
     def placed(items: Sequence[Measured]) -> list[np.ndarray]:
-        both = [discrimination.placements(*([item.rows[key]["score"] for key in side] for side in sides)) for item in items]
+        value = axis.parts[0].key
+        both = [discrimination.placements(*([item.rows[key][value] for key in side] for side in sides)) for item in items]
         return [np.array([parts[i] for parts in both]) for i in (0, 1)]
 
     mine = placed(found)

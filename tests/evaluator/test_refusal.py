@@ -18,7 +18,7 @@ from evaluator.scoring import engine
 from evaluator.statistics.comparison import measured
 
 N = 40
-COLUMNS = "refusal_auc,refusal_auc_plain,refusal_auc_edgy,refusal_at_10,pairs_ranked"
+COLUMNS = "refusal_auc,refusal_auc_plain,refusal_auc_edgy,refusal_auc_length,refusal_at_10,pairs_ranked"
 OPENERS = "first: [Z]\nsecond: [Q]\n"
 
 

@@ -51,7 +51,8 @@ def test_every_command_of_a_dry_run_parses(given, rows):
     assert len(set(runs)) == len(runs)
     made = set(runs)
     assert {mask for a in pictures for mask in a.mask_names} == {run for run in made if run.startswith("mask_")}
-    assert report.columns == "refusal_auc,refusal_auc_plain,refusal_auc_edgy,refusal_at_10,pairs_ranked,harm_rate,incoherent"
+    assert report.columns == ("refusal_auc,refusal_auc_plain,refusal_auc_edgy,refusal_auc_length,refusal_at_10,pairs_ranked,"
+                              "harm_rate,incoherent")
     made |= {a.task_name for a in found if isinstance(a, flags.AlignArgs) and not a.run_name}
     named = {run for row in listed for run in row.partition("=")[2].split("+")} - {"base"}
     assert named <= made
