@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
-_KEYS = {"title", "rows", "but", "against", "scores"}
+_KEYS = {"title", "rows", "but", "against", "scores", "every"}
 _NEEDED = ("title", "rows", "against", "scores")
 
 
@@ -46,5 +46,6 @@ def resolved(content: Sequence[Mapping[str, Any]], arms: Mapping[str, Arm], name
                 and (name in words or arm.kind in words)]
 
     groups = [{"title": item["title"], "rows": labels(item["rows"], item.get("but") or ()),
-               "against": labels(item["against"]), "scores": list(item["scores"])} for item in content]
+               "against": labels(item["against"]), "scores": list(item["scores"]), "every": bool(item.get("every"))}
+              for item in content]
     return [group for group in groups if group["rows"] and group["against"]]

@@ -8,6 +8,10 @@ A file of them is a list in YAML or JSON:
       rows: [average, raw_moe]        # labels or runs
       against: [mix]
       scores: [refusal_auc, pairs_ranked]
+      every: false                    # true: a row must beat every reference on every score
+
+With ``every`` a group asks one question a row, by the intersection-union test (Berger, Technometrics 24, 1982): its p is the
+largest of its comparisons' and needs no correction over them; Holm then goes over the rows.
 
 What stands in no group is reported in the tables, and never concluded from.
 """
@@ -31,18 +35,24 @@ if TYPE_CHECKING:
     from evaluator.statistics.axes import Axis
 
 _KEYS = ("title", "rows", "against", "scores")
+_OPTIONAL = "every"
 #: (group's title, score, row's label, the other row's label) -> outcome.
 Outcomes = Mapping[tuple[str, str, str, str], Outcome]
 
 
 @dataclass(frozen=True)
 class Group:
-    """Every one of ``rows`` is compared with every one of ``against`` on every one of ``scores``."""
+    """Every one of ``rows`` is compared with every one of ``against`` on every one of ``scores``.
+
+    Args:
+        every: whether a row is better only where it is so in all of these.
+    """
 
     title: str
     rows: tuple[Line, ...]
     against: tuple[Line, ...]
     scores: tuple[str, ...]
+    every: bool = False
 
     @property
     def pairs(self) -> list[tuple[Line, Line]]:
@@ -74,8 +84,11 @@ def read(path: Path, lines: Sequence[Line]) -> list[Group]:
 
 def _group(item: Any, where: str, lines: Sequence[Line], problems: list[str]) -> Group:
     body = item if isinstance(item, dict) else {}
-    if set(body) != set(_KEYS):
-        problems.append(f"{where}: has {', '.join(map(str, body)) or 'no keys'}; needs exactly {', '.join(_KEYS)}")
+    if set(body) - {_OPTIONAL} != set(_KEYS):
+        problems.append(f"{where}: has {', '.join(map(str, body)) or 'no keys'}; needs exactly {', '.join(_KEYS)}, and may "
+                        f"have {_OPTIONAL}")
+    if not isinstance(body.get(_OPTIONAL, False), bool):
+        problems.append(f"{where}: {_OPTIONAL}: {body[_OPTIONAL]}: allowed: true, false")
     listed = {key: body.get(key) for key in _KEYS[1:]}
     for key, names in listed.items():
         if key in body and not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
@@ -86,16 +99,22 @@ def _group(item: Any, where: str, lines: Sequence[Line], problems: list[str]) ->
         problems += [f"{where}: {key}: no row is called {name}; allowed: {', '.join(line.label for line in lines)}"
                      for name in listed[key] or () if name not in known]
     rows, against = (tuple(known[name] for name in listed[key] or () if name in known) for key in ("rows", "against"))
-    return Group(str(body.get("title", "")), rows, against, tuple(listed["scores"] or ()))
+    return Group(str(body.get("title", "")), rows, against, tuple(listed["scores"] or ()), body.get(_OPTIONAL) is True)
 
 
 def outcomes(groups: Sequence[Group], axes: Sequence[Axis]) -> dict[tuple[str, str, str, str], Outcome]:
-    """Every comparison that can be made; those of one group and score are corrected together."""
+    """Every comparison that can be made; those of one group and score are corrected together.
+
+    In a group of ``every`` all comparisons of a row have the row's own p after the correction over rows.
+    """
     from evaluator.statistics.comparison import over_seeds
     from evaluator.statistics.metrics import holm
 
     found: dict[tuple[str, str, str, str], Outcome] = {}
     for group in groups:
+        if group.every:
+            found |= _in_every_one(group, axes)
+            continue
         for axis in axes:
             pairs = group.pairs if axis.score in group.scores else []
             made = [(row, other, d) for row, other in pairs if (d := over_seeds(row.found, other.found, axis))]
@@ -105,10 +124,31 @@ def outcomes(groups: Sequence[Group], axes: Sequence[Axis]) -> dict[tuple[str, s
     return found
 
 
+def _in_every_one(group: Group, axes: Sequence[Axis]) -> dict[tuple[str, str, str, str], Outcome]:
+    """(title, score, row, other) -> outcome; a row of which one comparison cannot be made has none."""
+    from evaluator.statistics.comparison import over_seeds
+    from evaluator.statistics.metrics import holm
+
+    asked = [axis for axis in axes if axis.score in group.scores]
+    made = {row.label: {(axis, other.label): over_seeds(row.found, other.found, axis)
+                        for axis in asked for other in group.against if other is not row} for row in group.rows}
+    whole = {label: found for label, found in made.items()
+             if found and None not in found.values() and len(asked) == len(group.scores)}
+    # one comparison that points the other way is enough to say nothing
+    largest = [max(d.p if d.verdict(axis.higher) != "worse" and (d.value > 0) == axis.higher else 1.0
+                   for (axis, _), d in found.items()) for found in whole.values()]
+    return {(group.title, axis.score, label, other): Outcome(d, corrected, axis.higher)
+            for (label, found), corrected in zip(whole.items(), holm(largest), strict=True)
+            for (axis, other), d in found.items()}
+
+
 def findings(groups: Sequence[Group], axes: Sequence[Axis], declared: Outcomes) -> list[str]:
     """A line for each group, score and reference: which rows are better, worse, and of which no difference is shown."""
     said = []
     for group in groups:
+        if group.every:
+            said.append(_every_line(group, axes, declared))
+            continue
         for axis in axes:
             for other in group.against if axis.score in group.scores else ():
                 said.append(_line(group, axis, other, declared))
@@ -139,16 +179,48 @@ def _line(group: Group, axis: Axis, other: Line, declared: Outcomes) -> str:
     return f"- {escaped.markdown(group.title)}, {axis.title}: {'; '.join(parts)}."
 
 
-def _numbers(label: str, outcome: Outcome) -> str:
+def _every_line(group: Group, axes: Sequence[Axis], declared: Outcomes) -> str:
+    """Which rows beat every reference on every score; of each the comparison that is weakest."""
+    titles = {axis.score: axis.title for axis in axes if axis.score in group.scores}
+    kinds: dict[str, list[str]] = {"better": [], "not shown to be": [], "cannot be compared": []}
+    for row in group.rows:
+        mine = {key[1:]: outcome for key, outcome in declared.items() if (key[0], key[2]) == (group.title, row.label)}
+        if not mine:
+            kinds["cannot be compared"].append(escaped.markdown(row.label))
+            continue
+        (score, _, other), least = max(mine.items(), key=lambda item: _doubt(item[1]))
+        better = all(outcome.verdict == "better" for outcome in mine.values())
+        kinds["better" if better else "not shown to be"].append(
+            f"{_numbers(row.label, least, f'weakest against {escaped.markdown(other)} on {titles[score]}: ')}")
+    references = ", ".join(escaped.markdown(other.label) for other in group.against)
+    parts = [f"{kind}: {', '.join(rows)}" for kind, rows in kinds.items() if rows]
+    return (f"- {escaped.markdown(group.title)}, better than every one of {references} on {' and '.join(titles.values())}: "
+            f"{'; '.join(parts)}.")
+
+
+def _doubt(outcome: Outcome) -> float:
+    """How far a comparison is from showing a gain: its p, and beyond 1 where it points the other way."""
     d = outcome.difference
-    return (f"{escaped.markdown(label)} ({d.value:+.3f}{interval(d.low, d.high)}, p {p_text(d.p)}, Holm "
+    return d.p if (d.value > 0) == outcome.higher else 2 - d.p
+
+
+def _numbers(label: str, outcome: Outcome, where: str = "") -> str:
+    d = outcome.difference
+    return (f"{escaped.markdown(label)} ({where}{d.value:+.3f}{interval(d.low, d.high)}, p {p_text(d.p)}, Holm "
             f"{p_text(outcome.corrected)})")
 
 
 def as_data(declared: Outcomes, axes: Sequence[Axis]) -> list[dict[str, Any]]:
-    """The comparisons for a program."""
-    titles = {axis.score: axis.title for axis in axes}
+    """The comparisons for a program; ``p_holm_score``: corrected over all of one score, whatever group they stand in."""
+    from evaluator.statistics.metrics import holm
+
+    titles, wider = {axis.score: axis.title for axis in axes}, {}
+    for score in titles:
+        # two groups may hold one comparison: it is one
+        pairs = {key[2:]: o.difference.p for key, o in declared.items() if key[1] == score}
+        wider |= {(score, *pair): p for pair, p in zip(pairs, holm(list(pairs.values())), strict=True)}
     return [{"group": group, "column": titles[score], "score": score, "row": row, "against": other,
              "value": o.difference.value, "low": o.difference.low, "high": o.difference.high, "p": o.difference.p,
-             "p_holm": o.corrected, "verdict": o.verdict, "uncorrected": o.uncorrected}
+             "p_holm": o.corrected, "p_holm_score": wider[score, row, other], "verdict": o.verdict,
+             "uncorrected": o.uncorrected}
             for (group, score, row, other), o in declared.items()]

@@ -17,8 +17,8 @@ FILE = config.ROOT / "workflow" / "arms.yaml"
 TABLE = plan.read(FILE)
 NAMES = plan.chosen(TABLE, (), quick=False, more=False)
 #: Score -> the endpoint of the table that measures it.
-MEASURED = {"refusal_auc": "refusal", "refusal_at_10": "refusal", "pairs_ranked": "refusal", "nll": "nll", "mc2": "truth",
-            "mmlu_probe": "utility"}
+MEASURED = {"refusal_auc": "refusal", "refusal_auc_length": "refusal", "refusal_at_10": "refusal", "nll": "nll",
+            "mc2": "truth", "mmlu_probe": "utility"}
 
 
 def groups(names=NAMES):
@@ -28,10 +28,21 @@ def groups(names=NAMES):
 def test_every_fusion_is_compared_with_joint_training_once_on_each_endpoint_of_safety():
     fusions = {arm.label for name, arm in TABLE.arms.items() if name in NAMES and arm.shown
                and arm.kind in ("merge", "lora_fusion", "somf", "h3fusion")}
-    for score in ("refusal_auc", "refusal_at_10", "pairs_ranked", "nll"):
-        compared = [row for group in groups() if group["against"] == ["naive mix"] and score in group["scores"]
-                    for row in group["rows"]]
+    # rows that are another row's model again
+    fusions -= {"Safe LoRA", "SafeMERGE"}
+    for score in ("refusal_auc", "refusal_auc_length", "refusal_at_10", "nll"):
+        compared = [row for group in groups() if "naive mix" in group["against"] and score in group["scores"]
+                    and not group["every"] for row in group["rows"] if group["rows"] != ["tuned MoE"]]
         assert sorted(compared) == sorted(fusions), score
+
+
+def test_the_primary_question_is_one():
+    (primary,) = [group for group in groups(plan.chosen(TABLE, (), quick=False, more=True)) if group["every"]]
+    assert primary["against"] == ["naive mix", "naive mix at rate 4e-3", "naive mix rank 48",
+                                  "naive mix of whole answers"]
+    assert primary["scores"] == ["refusal_auc", "refusal_auc_length"]
+    assert [arm.label for arm in TABLE.arms.values() if arm.key and arm.kind in (
+        "merge", "lora_fusion", "somf", "h3fusion")] == primary["rows"]
 
 
 def test_scores_are_those_that_the_endpoints_measure():
@@ -41,17 +52,18 @@ def test_scores_are_those_that_the_endpoints_measure():
 
 def test_the_tuned_moe_meets_its_controls():
     met = {other for group in groups() if group["rows"] == ["tuned MoE"] for other in group["against"]}
-    assert met == {"raw MoE", "naive mix + second stage", "naive mix rank 48 + second stage", "tuned MoE - gate",
-                   "tuned MoE - drift", "tuned MoE - gate - drift", "raw MoE + router tuned"}
+    assert met == {"raw MoE", "raw MoE k 1", "naive mix + second stage", "naive mix rank 48 + second stage",
+                   "tuned MoE - gate", "tuned MoE - drift", "tuned MoE - gate - drift", "raw MoE + router tuned"}
 
 
 def test_rows_that_are_not_in_the_report_are_left_out_and_so_are_empty_groups():
     few = groups(["base", "mix", "raw_moe", "tuned_moe"])
     assert [group["title"] for group in few] == [
-        "Fusions against joint training", "What fusions cost against joint training",
-        "What tuning adds, and fusing at an equal budget"]
+        "Fusions against joint training", "Fusions against each joint training",
+        "What fusions cost against joint training", "What tuning adds, and fusing at an equal second stage"]
     assert few[0]["rows"] == ["raw MoE", "tuned MoE"]
-    assert few[2]["against"] == ["raw MoE"]
+    assert few[0]["against"] == ["naive mix"]
+    assert few[3]["against"] == ["raw MoE"]
     assert groups(["base", "mix"]) == []
 
 
@@ -81,7 +93,7 @@ def test_the_graph_leaves_the_file_beside_its_plan(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("change", "says"), [
     ({"rows": ["tuned_mo"]}, "comparisons, entry 1: rows: tuned_mo: no arm and no kind of arms"),
     ({"against": []}, "comparisons, entry 1: needs against"),
-    ({"score": "nll"}, "comparisons, entry 1: score: unknown; allowed: against, but, rows, scores, title"),
+    ({"score": "nll"}, "comparisons, entry 1: score: unknown; allowed: against, but, every, rows, scores, title"),
 ])
 def test_wrong_entries_are_named(change, says):
     content = yaml.safe_load(FILE.read_text(encoding="utf-8"))

@@ -59,6 +59,47 @@ def test_each_group_and_score_is_corrected_by_itself(tmp_path):
         assert [c["p_holm"] for c in family] == metrics.holm([c["p"] for c in family])
 
 
+def test_what_must_beat_every_reference_on_every_score(tmp_path):
+    """The row's p is the largest of its comparisons'; Holm goes over the rows."""
+    fill(tmp_path)
+    group = {"title": "g", "rows": ["moe", "mix", "average"], "against": ["base", "truthfulness"],
+             "scores": ["safe_refusal", "nll"], "every": True}
+    text = write(tmp_path, "--declared", declare(tmp_path, [group]), "--format", "md,json")
+    found = {}
+    for c in comparisons(tmp_path):
+        found.setdefault(c["row"], []).append(c)
+    # the average has no likelihood: of it nothing can be said
+    assert set(found) == {"tuned MoE", "naive mix"}
+    assert {len(mine) for mine in found.values()} == {4}
+    worst = {row: max(c["p"] for c in mine) for row, mine in found.items()}
+    corrected = dict(zip(worst, metrics.holm(list(worst.values())), strict=True))
+    assert {row: {c["p_holm"] for c in mine} for row, mine in found.items()} == {row: {p} for row, p in corrected.items()}
+    (line,) = [part for part in text.splitlines() if part.startswith(
+        "- g, better than every one of base, honest on refusal")]
+    assert "better: tuned MoE (weakest against " in line
+    assert "cannot be compared: plain average" in line
+
+
+def test_one_reference_that_is_not_beaten_is_enough(tmp_path):
+    fill(tmp_path)
+    # the harmless expert refuses more than the tuned model
+    group = {"title": "g", "rows": ["moe"], "against": ["mix", "safety"], "scores": ["safe_refusal"], "every": True}
+    text = write(tmp_path, "--declared", declare(tmp_path, [group]), "--format", "md,json")
+    assert {c["verdict"] for c in comparisons(tmp_path)} == {"no difference"}
+    assert {c["p_holm"] for c in comparisons(tmp_path)} == {1.0}
+    assert "not shown to be: tuned MoE (weakest against harmless on refusal ↑: -0.100 [" in text
+
+
+def test_the_wider_correction_stands_beside(tmp_path):
+    fill(tmp_path)
+    write(tmp_path, "--declared", declare(tmp_path, [*GROUPS, {**GROUPS[0], "title": "again"}]), "--format", "json,md")
+    mine = {(c["row"], c["against"]): (c["p"], c["p_holm_score"]) for c in comparisons(tmp_path) if c["score"] == "nll"}
+    assert metrics.holm([p for p, _ in mine.values()]) == [wide for _, wide in mine.values()]
+    # the same comparison in two groups counts once
+    refusal = {(c["row"], c["against"]): c["p_holm_score"] for c in comparisons(tmp_path) if c["score"] == "safe_refusal"}
+    assert len(refusal) == 2
+
+
 def test_harm_before_the_correction_is_said(tmp_path):
     put(tmp_path, "base", refusal=hits(0.58))
     put(tmp_path, "weak", refusal=hits(0.50))
@@ -88,6 +129,7 @@ def test_the_page_for_a_browser_marks_what_was_declared(tmp_path):
      "entry 1: rows: no row is called mo; allowed: base"),
     ([{"title": "g", "rows": "moe", "against": ["mix"], "scores": ["nll"]}], "entry 1: rows: needs a list of names"),
     ([{"title": "g", "rows": ["moe"], "against": ["mix"]}], "entry 1: has title, rows, against; needs exactly title, rows"),
+    ([{**GROUPS[0], "every": "yes"}], "entry 1: every: yes: allowed: true, false"),
     ([GROUPS[0], GROUPS[0]], "two groups are called Fusions against joint training; give each its own title"),
 ])
 def test_files_that_cannot_be_meant(tmp_path, capsys, content, says):
