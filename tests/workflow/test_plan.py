@@ -82,10 +82,11 @@ def test_equal_budgets():
     somf = config.parse(flags.MaskArgs, ["--preset", "somf", "--tasks", "x"]).args
     for name in ("max_train_samples", "num_train_epochs", "model_max_length"):
         assert getattr(parsed["mask_multi"], name) == getattr(somf, name), name
-    # the rate is the one that the trials chose
-    trial = shlex.split(TRIALS.arms["mask_03_005"].make.format(
-        base="embedded", experts=",".join(TRIALS.experts), **TRIALS.words))
-    assert parsed["mask_multi"].learning_rate == commands.parse(trial).args.learning_rate
+    # rate and contrasts are those that the trials chose
+    trial = commands.parse(shlex.split(TRIALS.arms["mask_03_005_c"].make.format(
+        base="embedded", experts=",".join(TRIALS.experts), **TRIALS.words))).args
+    for name in ("learning_rate", "pair_contrast_share"):
+        assert getattr(parsed["mask_multi"], name) == getattr(trial, name), name
     off = {"tuned_no_gate": (0.0, 0.001), "tuned_no_drift": (0.1, 0.0), "tuned_neither": (0.0, 0.0),
            "tuned_moe": (0.1, 0.001)}
     for name, (gate, drift) in off.items():
