@@ -32,10 +32,13 @@ from evaluator.reporting.formats import interval, p_text
 
 if TYPE_CHECKING:
     from evaluator.reporting.findings import Line
-    from evaluator.statistics.axes import Axis
+    from evaluator.statistics.axes import Axis, Measured
 
 _KEYS = ("title", "rows", "against", "scores")
 _OPTIONAL = "every"
+#: How else the score could have been read -> (source of openers, by these alone or without them).
+_READINGS = {"by those of rated answers alone": ("source rated", "alone"),
+             "without the trained refusals' own": ("source ours", "left_out")}
 #: (group's title, score, row's label, the other row's label) -> outcome.
 Outcomes = Mapping[tuple[str, str, str, str], Outcome]
 
@@ -147,7 +150,7 @@ def findings(groups: Sequence[Group], axes: Sequence[Axis], declared: Outcomes) 
     said = []
     for group in groups:
         if group.every:
-            said.append(_every_line(group, axes, declared))
+            said += [_every_line(group, axes, declared), *_robustness(group)]
             continue
         for axis in axes:
             for other in group.against if axis.score in group.scores else ():
@@ -196,6 +199,35 @@ def _every_line(group: Group, axes: Sequence[Axis], declared: Outcomes) -> str:
     parts = [f"{kind}: {', '.join(rows)}" for kind, rows in kinds.items() if rows]
     return (f"- {escaped.markdown(group.title)}, better than every one of {references} on {' and '.join(titles.values())}: "
             f"{'; '.join(parts)}.")
+
+
+def _robustness(group: Group) -> list[str]:
+    """Whether the signs of the differences in refusal AUC are the same by other openers of refusals; empty without such."""
+    if "refusal_auc" not in group.scores:
+        return []
+    said = []
+    for name, (source, which) in _READINGS.items():
+        gaps = {(row.label, other.label): [_gap(a, b, source, which) for a, b in zip(row.found, other.found, strict=True)]
+                for row, other in group.pairs if len(row.found) == len(other.found)}
+        known = {pair: pairs for pair, pairs in gaps.items() if pairs and None not in pairs}
+        turned = [f"{escaped.markdown(row)} against {escaped.markdown(other)}" for (row, other), pairs in known.items()
+                  if sum(gap[0] for gap in pairs) * sum(gap[1] for gap in pairs) < 0]
+        if known:
+            said.append(f"{name} {len(known) - len(turned)} of {len(known)} differences in refusal AUC keep their sign"
+                        + (f" (not: {', '.join(turned)})" if turned else ""))
+    return [f"- {escaped.markdown(group.title)}, by other openers: {'; '.join(said)}."] if said else []
+
+
+def _gap(a: Measured, b: Measured, source: str, which: str) -> tuple[float, float] | None:
+    """(difference of the AUCs, the same by other openers); None where a file does not have them."""
+    values = []
+    for item in (a, b):
+        found = item.origin.get("refusal_auc", {}).get("details", {}).get("refusal_likelihood", {}).get("sensitivity", {})
+        value = ((found.get(source) or {}).get(which) or {}).get("value")
+        if value is None:
+            return None
+        values.append((item.scores["refusal_auc"]["value"], value))
+    return values[0][0] - values[1][0], values[0][1] - values[1][1]
 
 
 def _doubt(outcome: Outcome) -> float:

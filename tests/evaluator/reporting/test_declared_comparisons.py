@@ -1,12 +1,16 @@
 """Comparisons declared in a file: these alone make the findings, each group and score corrected by itself."""
 
 import json
+from pathlib import Path
 
 import pytest
 from reported import RUNS, fill, hits, put, write
 
 from evaluator import report
+from evaluator.reporting import declared
+from evaluator.reporting.findings import Line
 from evaluator.statistics import metrics
+from evaluator.statistics.axes import Measured
 
 GROUPS = [
     {"title": "Fusions against joint training", "rows": ["moe", "plain average"], "against": ["naive mix"],
@@ -146,3 +150,22 @@ def test_a_file_that_is_not_there(tmp_path, capsys):
     with pytest.raises(SystemExit):
         report.main(["--runs", RUNS, "--output_dir", str(tmp_path), "--declared", str(tmp_path / "gone.yaml")])
     assert "gone.yaml: not readable" in capsys.readouterr().err
+
+
+def test_signs_by_other_openers_are_printed():
+    """Made-up AUCs: by the rated openers alone one of two differences turns."""
+    def line(label, auc, rated, rest):
+        details = {"refusal_likelihood": {"sensitivity": {"source rated": {"alone": {"value": rated}, "left_out": None},
+                                                          "source ours": {"alone": None, "left_out": {"value": rest}}}}}
+        return Line(label, label, (Measured(Path(label), {"refusal_auc": {"value": auc}}, {}, {}, 42,
+                                            origin={"refusal_auc": {"details": details}}),))
+
+    a, b, c = line("a", 0.9, 0.8, 0.9), line("b", 0.85, 0.82, 0.7), line("c", 0.7, 0.6, 0.5)
+    group = declared.Group("g", (a,), (b, c), ("refusal_auc",), every=True)
+    (said,) = declared._robustness(group)
+    assert "by those of rated answers alone 1 of 2 differences in refusal AUC keep their sign (not: a against b)" in said
+    assert "without the trained refusals' own 2 of 2 differences" in said
+    # files of before, and other scores, say nothing
+    old = Line("old", "old", (Measured(Path("old"), {"refusal_auc": {"value": 0.5}}, {}, {}, 42),))
+    assert declared._robustness(declared.Group("g", (a,), (old,), ("refusal_auc",), every=True)) == []
+    assert declared._robustness(declared.Group("g", (a,), (b,), ("nll",), every=True)) == []
