@@ -1,8 +1,8 @@
 """How well one number a prompt tells harmful prompts from harmless ones, whatever threshold is put on it.
 
 A rate of refusals mixes two things: whom a model refuses, and how readily it refuses at all. The area under the ROC curve
-(AUC) depends on no threshold; the refusal rate at a fixed over-refusal has it taken out. Neither is all that a model knows of
-a prompt: they say what the number tells.
+(AUC) depends on no threshold; the refusal rate at a fixed over-refusal has it taken out. Neither is all that a model knows
+of a prompt: they say what the number tells.
 """
 
 from __future__ import annotations
