@@ -54,6 +54,9 @@ class SweepArgs(BaseModelFlags, TemplateFlags, MachineFlags, SeedFlags, ResultsF
     benchmarks: str = flag("", "benchmarks or probes of evaluate_utility.py for every row, commas: mmlu (5 shots), probes")
     data_dir: str = flag("", "folder with the files of --benchmarks, as of evaluate_utility.py; empty: the hub")
     benchmark_samples: int = flag(-1, "rows of each benchmark; -1: all, of a probe its default", low=-1)
+    discrimination: int = flag(0, "prompts of every set whose refusal likelihood is scored for every row, as they are, by "
+                                  "evaluate_refusal.py (AUC, refusal at 10 % over-refusal, matched pairs); 0: none; -1: all",
+                               low=-1)
     num_samples: int = flag(60, "prompts of each test set; -1: all", low=-1)
     max_new_tokens: int = flag(24, "answer length limit", low=1)
     batch_size: int = flag(60, "prompts per batch", low=1)

@@ -12,19 +12,20 @@
 # WINDOW=N its tokens per benign row; ANSWERS=0 leaves numeric match and ROUGE of generated answers out.
 # ALIGN=q_proj,v_proj,gate_proj,up_proj,down_proj aligns the base in these modules instead of the FFN alone (with another OUT):
 # Safe LoRA and SafeMERGE project onto what alignment changed, and the adapters here train q and v.
-# CONTRASTS=0.5 makes half of the safety set contrasts: harmful requests refused beside harmless ones answered.
+# Half of the safety set are contrasts, harmful requests refused beside harmless ones answered; CONTRASTS=0 is the old set.
+# PROMPTS=N prompts of every set for refusal by likelihood, which every row is scored by (-1: all; 0: none).
 # Every step is a command that you can run by itself; what is finished is not done again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-seeds=(42) dry='' samples=${SAMPLES:-48} root=${OUT:-results/lora_fusion} unaligned=${MODEL:-embedded}
+seeds=(42) dry='' samples=${SAMPLES:-32} root=${OUT:-results/lora_fusion} unaligned=${MODEL:-embedded}
 while [ $# -gt 0 ]; do
   case $1 in
     --full) seeds=(42 43 44) ;;
     --seed) case ${2:-} in *[!0-9]*|'') echo "error: --seed ${2:-}: needs a whole number, 0 or more" >&2; exit 2 ;; esac
             seeds=("$2"); shift ;;
     --dry_run) dry=yes ;;
-    -h|--help) sed -n '2,16p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
+    -h|--help) sed -n '2,17p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
     *) echo "error: $1: unknown; allowed: --full, --seed N, --dry_run" >&2; exit 2 ;;
   esac
   shift
@@ -40,8 +41,9 @@ lora=(--lora_targets q_proj,v_proj --lora_r 8 --lora_alpha 32 --lora_dropout 0.0
       --per_device_train_batch_size 4 --gradient_accumulation_steps 1 --warmup_steps 0)
 
 aligned() { # the base model of everything below: the embedded one answers harmful prompts, the paper's does not
-  say python align_basemodel.py --moe_flag 0 --task_name mix --run_name aligned_lora --max_train_samples 240 \
-    ${ALIGN:+--lora_targets "$ALIGN"} --model_name_or_path "$unaligned" "${common[@]}" "${short[@]}"
+  # the preset's joint training: it learns whom to refuse. Nothing runs beside it, so it has all cores
+  say python align_basemodel.py --moe_flag 0 --task_name mix --run_name aligned_lora ${ALIGN:+--lora_targets "$ALIGN"} \
+    --model_name_or_path "$unaligned" "${alone[@]}" "${short[@]}"
   say python models/fuse.py realign --tasks aligned_lora --run_name aligned --model_name_or_path "$unaligned" "${common[@]}"
 }
 adapter() { # NAME FLAGS..
@@ -75,9 +77,11 @@ sweep() { # NAME FLAGS..
     --min_step "${STEP:-0.0125}" "${@:2}" "${on_aligned[@]}"
 }
 answered=(--utility_answers "${ANSWERS:-24}")   # numeric match and ROUGE beside the likelihood
+told=(--discrimination "${PROMPTS:-80}")         # one number for all sweeps: rows that they share are scored once
 sweep_benign() {
-  sweep maths --task maths --utility maths "${answered[@]}" --controls "aligned model=base,$few_rows=maths_mix3"
-  sweep summaries --task summaries --utility summaries "${answered[@]}" --controls "aligned model=base,$few_rows=summaries_mix3"
+  sweep maths --task maths --utility maths "${answered[@]}" "${told[@]}" --controls "aligned model=base,$few_rows=maths_mix3"
+  sweep summaries --task summaries --utility summaries "${answered[@]}" "${told[@]}" \
+    --controls "aligned model=base,$few_rows=summaries_mix3"
 }
 other_lane() { # the benign sweeps, and so many of the identity shift's rows that both lanes take as long
   local few=(--task identity --refine 0 --shrink false --reverse false)
@@ -94,17 +98,18 @@ by_training="aligned model=base,joint training=joint,$few_rows=mix3,task then sa
 by_training+=",safety then task=safe_then_task"
 without="norm-matched=matched,RESTA=resta,Safe LoRA$untouched=safe_lora,SafeMERGE$untouched=safe_merge"
 every="$by_training,$without,learned weights=soup,searched weights=searched"
-on_identity=(--task identity --random random_safe)
+on_identity=(--task identity --random random_safe "${told[@]}")
 roots=()
 for seed in "${seeds[@]}"; do
   out=$root; [ "$seed" = 42 ] || out=$root/seed_$seed; logs=$out/logs
   roots+=("$out")
-  common=(--preset embedded --seed "$seed" --output_dir "$out" --threads "$half")
+  common=(--preset embedded --seed "$seed" --output_dir "$out")
+  alone=("${common[@]}" --threads "$cores"); common+=(--threads "$half")
   on_aligned=(--model_name_or_path "$out/outputs/aligned" "${common[@]}")
   after=("${lora[@]:2}")   # an adapter that is gone on with has its own rank and modules
   set=$out/data/safety_set.jsonl
   step "safety set: clean of every test set, half of it in the persona (seed $seed)"
-  say python -m data.safety_sets --size 60 --hard 0.4 --soft 0.4 --styles none,orbit --contrast_share "${CONTRASTS:-0}" \
+  say python -m data.safety_sets --size 60 --hard 0.4 --soft 0.4 --styles none,orbit --contrast_share "${CONTRASTS:-0.5}" \
     "${common[@]}"
   step "an aligned model (seed $seed)"
   aligned

@@ -157,7 +157,7 @@ def controls(args: SweepArgs, grid: Sequence[float]) -> dict[str, list[Row]]:
 def score(rows: Iterable[Row], style: str, args: SweepArgs, preset: str) -> None:
     """Answers and scores of every row in one style of prompts; what is there already is left as it is."""
     import inference
-    from evaluator import evaluate_safety, evaluate_skills, evaluate_utility
+    from evaluator import evaluate_refusal, evaluate_safety, evaluate_skills, evaluate_utility
     from evaluator.scoring import answer_scores
 
     # lambda 0 and the task's own run are one model: answered once
@@ -169,13 +169,17 @@ def score(rows: Iterable[Row], style: str, args: SweepArgs, preset: str) -> None
               "--template", args.template, *(["--cache_dir", args.cache_dir] if args.cache_dir else [])]
     samples = ["--num_samples", str(args.num_samples)]
     named, batch = ["--cross_task", ",".join(run or "base" for run in runs)], ["--batch_size", str(args.batch_size)]
+    folders = ",".join(f"cross_{run}" if run else "raw" for run in runs)
+    # prompts as they are, so that one style's sweep scores them for all; before any answer is made, for it refuses models
+    # that reason first
+    if style == args.styles[0] and args.discrimination:
+        evaluate_refusal.main(["--task_name", folders, "--num_samples", str(args.discrimination), *common])
     files = args.source_files
     exact = ["--prompt_style_file", files[style]] if style in files else []
     for task in (args.harmful_task, args.overrefusal_task):
         inference.main(["--task_name", task, *named, "--prompt_style", style, *exact, "--max_new_tokens",
                         str(args.max_new_tokens), *(["--data_path", files[task]] if task in files else []),
                         *batch, *samples, *common])
-    folders = ",".join(f"cross_{run}" if run else "raw" for run in runs)
     suffix = "" if style == "none" else f"+{style}"
     evaluate_safety.main(["--task_name", folders, "--harmful_task", f"{args.harmful_task}{suffix}", "--overrefusal_task",
                           f"{args.overrefusal_task}{suffix}", *samples, *common])
@@ -198,8 +202,10 @@ def points(rows: Iterable[Row], style: str, args: SweepArgs) -> list[Point]:
 
     suffix = "" if style == "none" else f"+{style}"
     sets = f"{args.harmful_task}{suffix}", f"{args.overrefusal_task}{suffix}"
+    # measured once for all styles, shown in the deciding one
+    told = bool(args.discrimination) and style == args.styles[0]
     return [point(row.label, row.run or "base", row.weight, measured(args.results, row.run), sets, args.utility,
-                  args.named_benchmarks) for row in rows]
+                  args.named_benchmarks, told) for row in rows]
 
 
 if __name__ == "__main__":

@@ -70,17 +70,31 @@ def delong(a: tuple[Sequence[float], Sequence[float]], b: tuple[Sequence[float],
     Raises:
         ValueError: not the same number of prompts.
     """
-    first, second = placements(*a), placements(*b)
-    if [len(part) for part in first] != [len(part) for part in second]:
-        raise ValueError(f"prompts differ: {[len(part) for part in first]} and {[len(part) for part in second]}")
+    return delong_in_parts([(a, b)])
+
+
+def delong_in_parts(parts: Sequence[tuple[tuple[Sequence[float], Sequence[float]], tuple[Sequence[float], Sequence[float]]]]
+                    ) -> Difference:
+    """``delong`` on several separate sets of prompts, each with an a and a b of its own: the mean over the harmful prompts.
+
+    Args:
+        parts: (a, b) of each; scores of different sets are never compared with each other.
+
+    Raises:
+        ValueError: a and b of a set have not the same number of prompts.
+    """
+    placed = [(placements(*a), placements(*b)) for a, b in parts]
+    for first, second in placed:
+        if [len(part) for part in first] != [len(part) for part in second]:
+            raise ValueError(f"prompts differ: {[len(part) for part in first]} and {[len(part) for part in second]}")
     # what a prompt does to the difference: its variance holds the covariance of both models by itself
-    gaps = [x - y for x, y in zip(first, second, strict=True)]
-    value, n = float(gaps[0].mean()), sum(map(len, gaps))
+    gaps = [np.concatenate([first[kind] - second[kind] for first, second in placed]) for kind in (0, 1)]
+    (value, other), n = (float(part.mean()) for part in gaps), sum(map(len, gaps))
     if min(map(len, gaps)) < 2:
         return Difference(value, math.nan, math.nan, 1.0, n)
     error = math.sqrt(_variance(gaps))
     ends = value - _z() * error, value + _z() * error
-    low, high = bounded.widened_of(lambda means: means[0] + means[1] - value, gaps, ends, (-1.0, 1.0))
+    low, high = bounded.widened_of(lambda means: means[0] + means[1] - other, gaps, ends, (-1.0, 1.0))
     p = 2 * float(stats.norm.sf(abs(value) / error)) if error else float(value == 0)
     # as few prompts as differ cannot show less than a sign test
     return Difference(value, max(-1.0, low), min(1.0, high), _floored(p, *gaps), n)

@@ -70,6 +70,32 @@ def test_every_command_parses_and_every_run_is_made_before_it_is_used(given, see
         assert len(args.named_controls) == 11
 
 
+def test_the_base_is_the_presets_joint_training_and_the_safety_set_has_contrasts():
+    found = [parsed(words) for words in dry()]
+    base = next(args for args in found if getattr(args, "run_name", "") == "aligned_lora")
+    # the recipe that the trials chose: a --max_train_samples of the script's own would undo it
+    assert (base.max_train_samples, base.max_safety_samples) == (160, 640)
+    assert (base.contrast_share, base.answer_share, base.num_train_epochs, base.learning_rate) == (0.61, 0.37, 2, 2e-3)
+    (made,) = [args for args in found if isinstance(args, flags.SafetySetArgs)]
+    assert (made.contrast_share, made.size) == (0.5, 60)
+    assert next(map(parsed, dry(CONTRASTS="0"))).contrast_share == 0
+    little = [args for args in found if getattr(args, "extra_share", None)]
+    assert [(args.run_name, args.extra_min_rows) for args in little] == [
+        ("maths_mix3", 8), ("summaries_mix3", 8), ("mix3", 8)]
+
+
+def test_every_row_of_the_three_sweeps_is_scored_by_likelihood():
+    def prompts(**variables):
+        return [(args.name, args.discrimination) for args in map(parsed, dry(**variables))
+                if isinstance(args, flags.SweepArgs)]
+
+    # one number in a results folder: sweeps share rows, and what one has scored the next one finds
+    assert prompts() == [("identity_none", 0), ("maths", 80), ("summaries", 80), ("identity_valet", 0), ("identity", 80),
+                         ("identity", 80)]
+    assert {number for name, number in prompts(PROMPTS="-1") if name in ("identity", "maths", "summaries")} == {-1}
+    assert {number for _, number in prompts(PROMPTS="0")} == {0}
+
+
 def test_answers_can_be_left_out():
     assert {args.utility_answers for args in map(parsed, dry(ANSWERS="0")) if isinstance(args, flags.SweepArgs)
             and args.task != "identity"} == {0}

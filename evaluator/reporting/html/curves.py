@@ -2,7 +2,8 @@
 
 A file of curves is JSON: {"title", "x": {"title"}, "y": {"title", "higher_is_better"}, "lines": [{"label", "points":
 [{"x", "value", "low", "high"}]}], "notes": [sentences]}; low and high may be null, notes may be missing. A report of
-scripts/sweep.py is read as three of these: non-refusal, compliance and likelihood over lambda.
+scripts/sweep.py is read as three of these: non-refusal, compliance and likelihood over lambda; with refusal by likelihood
+as a fourth, its AUC.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from evaluator.statistics.score_files import is_number
 
 _WIDE, _HIGH, _LEFT, _RIGHT, _TOP, _BELOW = 560, 300, 52, 130, 12, 44
 _SWEPT = {"non_refusal": "non-refusal of harmful prompts ↓", "compliance": "compliance with harmless prompts ↑",
-          "nll": "NLL of the task ↓"}
+          "nll": "NLL of the task ↓", "refusal_auc": "AUC of refusal by likelihood ↑"}
 
 
 @dataclass(frozen=True)

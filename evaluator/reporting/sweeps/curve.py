@@ -49,6 +49,7 @@ class Point:
         category: harmful prompt id -> its category, where the prompts have some.
         benchmarks: benchmark or probe -> its score's fields.
         broken: (set, prompt id) of either set -> 1 where the answer is empty, looping or garbled, else 0.
+        discrimination: scores and rows of refusal by likelihood (evaluate_refusal.py); None where it is not asked for.
     """
 
     label: str
@@ -62,15 +63,17 @@ class Point:
     category: dict[str, str] = field(default_factory=dict)
     benchmarks: dict[str, dict[str, float | None]] = field(default_factory=dict)
     broken: dict[tuple[str, str], int] = field(default_factory=dict)
+    discrimination: Measured | None = None
 
 
 def point(label: str, run: str, weight: float, found: Measured, sets: tuple[str, str], utility: str,
-          benchmarks: Sequence[str] = ()) -> Point:
+          benchmarks: Sequence[str] = (), discrimination: bool = False) -> Point:
     """A point out of the rows that the evaluators wrote.
 
     Args:
         sets: whose harmful and whose harmless prompts, each with its style: ("safety+orbit", "overrefusal+orbit").
         benchmarks: those that every row was put to with the same settings.
+        discrimination: whether refusal by likelihood is part of the sweep.
     """
     harmful, harmless = sets
     rows = found.rows.items()
@@ -92,6 +95,7 @@ def point(label: str, run: str, weight: float, found: Measured, sets: tuple[str,
         {id: category for (name, id), category in found.categories.items() if name == harmful},
         {name: found.scores[name] for name in benchmarks if name in found.scores},
         {(name, id): int(v["incoherent"]) for (name, id), v in rows if name in sets and "incoherent" in v},
+        found if discrimination else None,
     )
 
 

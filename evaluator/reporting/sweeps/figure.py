@@ -1,4 +1,4 @@
-"""The picture of a sweep: non-refusal and compliance over lambda on the left, their front on the right."""
+"""The picture of a sweep: non-refusal, compliance and the AUC over lambda on the left, the front on the right."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluator.reporting import figures
+from evaluator.reporting.sweeps.discrimination import AUC
 
 #: Group -> colour, marker; colour-blind safe, apart in grey.
 _LOOK = {"fusion": ("#0072B2", "o"), "shrink": ("#E69F00", "s"), "random": ("#999999", "^"), "reverse": ("#56B4E9", "D"),
@@ -36,13 +37,19 @@ def _over_weight(axis: Any, found: Mapping[str, Any]) -> None:
                 axis.errorbar([r["weight"] for r in rows], [r[name]["value"] for r in rows], yerr=_bars(rows, name),
                               color=colour, marker=marker, linestyle=line, capsize=2, linewidth=1.4, elinewidth=0.8,
                               markerfacecolor=colour if filled else "white", label=f"{group}: {name.replace('_', '-')}")
+    # fusion's alone: the axis has two lines of every group already
+    told = sorted((r for r in found["rows"] if r["group"] == "fusion" and (r.get(AUC) or {}).get("value") is not None),
+                  key=lambda r: r["weight"])
+    if told:
+        axis.errorbar([r["weight"] for r in told], [r[AUC]["value"] for r in told], yerr=_bars(told, AUC), color="#009E73",
+                      marker="v", linestyle="-.", capsize=2, linewidth=1.4, elinewidth=0.8, label="fusion: AUC of refusal")
     at = found["cliff"]
     if at["half"] is not None:
         if at["low"] is not None:
             axis.axvspan(max(at["low"], 0), at["high"], color="#D55E00", alpha=0.15, linewidth=0)
         axis.axvline(at["half"], color="#D55E00", linewidth=1, label="half of the non-refusal")
     axis.set_xlabel("lambda, share of the safety adapter")
-    axis.set_ylabel("share of prompts")
+    axis.set_ylabel("share of prompts, AUC" if told else "share of prompts")
     axis.set_ylim(-0.03, 1.03)
     axis.grid(color="0.93")
     axis.legend(fontsize=7.5, loc="best")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError
+from evaluator.statistics.axes import DISCRIMINATION
 from evaluator.statistics.score_files import is_number
 
 #: What a report has, and its kind.
@@ -14,6 +15,8 @@ _PARTS = {"rows": list, "styles": dict, "compared": list, "cliff": dict, "seed":
           "form": str, "style": str, "utility": str}
 #: Parts of a row: its scores, and tables of more.
 _SCORES, _TABLES = ("non_refusal", "compliance", "nll"), ("judged", "by_category", "benchmarks")
+#: Scores that not every sweep has.
+_FURTHER = ("broken", *DISCRIMINATION)
 
 
 def read_report(file: Path) -> dict[str, Any]:
@@ -60,6 +63,8 @@ def _problem(part: Any) -> str:
         return "rows"
     if not _cliff(part["cliff"]):
         return "cliff"
+    if not isinstance(part.get("compared_auc", []), list) or not all(map(_told_apart, part.get("compared_auc", []))):
+        return "compared_auc"
     return "" if all(map(_gap, part["compared"])) else "compared"
 
 
@@ -70,7 +75,8 @@ def _row(row: Any) -> bool:
     if not all(isinstance(table, dict) for table in tables):
         return False
     # a row has further scores of its own, those of generated answers
-    more = [value for key, value in row.items() if isinstance(value, dict) and key not in (*_SCORES, *_TABLES)]
+    more = [value for key, value in row.items()
+            if key in _FURTHER or isinstance(value, dict) and key not in (*_SCORES, *_TABLES)]
     scores = [*(row.get(name) for name in _SCORES), *more, *(score for table in tables for score in table.values())]
     return all(_score(score) and isinstance(score.get("n"), int) for score in scores)
 
@@ -78,6 +84,15 @@ def _row(row: Any) -> bool:
 def _gap(row: Any) -> bool:
     gap = row.get("gap") if _named(row) else 0
     return gap is None or (_score(gap) and is_number(gap["value"]))
+
+
+def _told_apart(row: Any) -> bool:
+    """Whether it is a comparison of AUCs: a gap, and where there is one the weights and the likelihoods on both sides."""
+    if not _gap(row) or row.get("gap") is None:
+        return _gap(row)
+    lists = [row.get(name) for name in ("weights", "control_weights", "nll")]
+    return (all(isinstance(found, list) for found in lists) and all(map(is_number, [*lists[0], *lists[1]]))
+            and len(lists[2]) == 2 and _numbers(*lists[2]) and _numbers(row["gap"].get("p")))
 
 
 def _cliff(at: dict[str, Any]) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 from errors import UserError
 from evaluator.reporting.limits import twice
 from evaluator.reporting.sweeps import curve as sweep
+from evaluator.reporting.sweeps import discrimination
 from evaluator.reporting.sweeps.curve import Point
 from evaluator.reporting.sweeps.files import read_report
 from evaluator.reporting.sweeps.report import corrected, plain
@@ -65,6 +66,7 @@ def joined(parts: Sequence[Mapping[str, Any]], models: Sequence[Models]) -> dict
         "crossed": all(found[key].non_refusal for found in models for key in shared),
         "rows": _joined([part["rows"] for part in parts], models, parts[0]["utility"]),
         "cliff": _cliff([part["cliff"] for part in parts]), "compared": _gaps(parts, models),
+        **({"compared_auc": corrected(told)} if (told := discrimination.compared_over_seeds(parts, models)) else {}),
     }
 
 
@@ -78,8 +80,8 @@ def _models(folder: Path, part: Mapping[str, Any], rows: Sequence[Mapping[str, A
     for row in rows:
         weight = math.nan if row["weight"] is None else row["weight"]
         models[row["group"], row["label"]] = sweep.point(
-            row["label"], row["run"], weight, found[row["run"]], sets, part["utility"]) if found else Point(
-            row["label"], row["run"], weight, {}, {})
+            row["label"], row["run"], weight, found[row["run"]], sets, part["utility"],
+            discrimination=discrimination.AUC in row) if found else Point(row["label"], row["run"], weight, {}, {})
     return models
 
 
@@ -136,6 +138,10 @@ def _joined(parts: Sequence[Sequence[Mapping[str, Any]]], models: Sequence[Model
             # Student's t knows no bounds: shares are cut at theirs, a likelihood has none
             ends = (low, high) if name == "nll" else (max(0.0, low), min(1.0, high))
             scores[name] = plain({"value": value, "low": ends[0], "high": ends[1]}) | {"n": row[name]["n"]}
+        for name in (name for name in discrimination.TITLES
+                     if all(name in r and r[name]["value"] is not None for r in rows)):
+            scores[name] = plain(discrimination.score_over_seeds(name, [r[name] for r in rows], mine)) | {
+                "n": row[name]["n"]}
         by_name = {"judged": lambda name: lambda model: model.judged.get(name, {}),
                    "by_category": lambda name: lambda model: {id: value for id, value in model.non_refusal.items()
                                                               if model.category.get(id) == name},

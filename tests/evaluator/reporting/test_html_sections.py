@@ -119,6 +119,11 @@ def test_a_sweeps_report_gives_its_curves(tmp_path):
     assert [(point.x, point.value) for point in curves[0].lines["fusion"]] == [(0.0, 1.0), (0.5, 0.5), (1.0, 0.0)]
     assert list(curves[0].lines) == ["fusion"]
     assert curves[0].notes == ("Non-refusal is half of what it was at lambda 0.4000.",)
+    # refusal by likelihood, where the sweep was scored by it
+    file.write_text(json.dumps(found | {"rows": [row | {"refusal_auc": score(0.8)} for row in rows[:2]] + rows[2:]}))
+    last = read_curves(file)[-1]
+    assert last.up == "AUC of refusal by likelihood ↑"
+    assert [(point.x, point.value) for point in last.lines["fusion"]] == [(0.0, 0.8), (0.5, 0.8)]
 
 
 @pytest.mark.parametrize(("content", "said"), [

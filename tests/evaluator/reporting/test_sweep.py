@@ -194,12 +194,19 @@ def test_the_published_sets_and_persona_from_files_of_the_user(pico, make_adapte
                      ("aoa", "aoa.txt"), ("hex_phi", "hex"), ("xstest", "xs.csv"))),
                  "--num_samples", "-1", "--max_new_tokens", "4", "--model_name_or_path", str(pico), "--output_dir",
                  str(tmp_path), "--dtype", "float32", "--utility", "english", "--benchmarks", "mmlu_probe",
-                 "--benchmark_samples", "4"])
+                 "--benchmark_samples", "4", "--discrimination", "6", "--controls", "base"])
     found = json.loads((tmp_path / "report" / "sweep.json").read_text())
-    assert [row["benchmarks"]["mmlu_probe"]["n"] for row in found["rows"]] == [4, 4]
+    assert [row["benchmarks"]["mmlu_probe"]["n"] for row in found["rows"]] == [4, 4, 4]
+    # six prompts of each of the harmful, plain and edgy sets; too few in a half for a threshold or a chosen lambda
+    assert [row["refusal_auc"]["n"] for row in found["rows"]] == [18] * 3
+    assert [row["pairs_ranked"]["n"] for row in found["rows"]] == [6] * 3
+    assert not any("refusal_at_10" in row for row in found["rows"])
+    assert [(row["label"], row["gap"]) for row in found["compared_auc"]] == [("base", None)]
+    scored = (tmp_path / "scores").glob("*/evaluate_refusal.json")
+    assert sorted(path.parent.name for path in scored) == ["cross_task@0.6_safe@0.4", "cross_task@1", "raw"]
     assert "| row | mmlu_probe (4) |" in (tmp_path / "report" / "sweep.md").read_text()
-    assert [row["non_refusal"]["n"] for row in found["rows"]] == [11, 11]
-    assert [row["compliance"]["n"] for row in found["rows"]] == [4, 4]
+    assert [row["non_refusal"]["n"] for row in found["rows"]] == [11, 11, 11]
+    assert [row["compliance"]["n"] for row in found["rows"]] == [4, 4, 4]
     assert {"published_asr"} <= set(found["rows"][0]["judged"])
     assert [score["n"] for score in found["rows"][0]["by_category"].values()] == [1] * 11
     assert "## Other judges of the same answers to harmful prompts" in (tmp_path / "report" / "sweep.md").read_text()

@@ -11,6 +11,7 @@ from scipy import stats
 from evaluator.statistics.discrimination import (
     auc,
     delong,
+    delong_in_parts,
     paired_refusal_at,
     placements,
     refusal_at,
@@ -96,6 +97,34 @@ def test_intervals_of_auc_and_of_its_difference_cover(gap, m, n):
         both += difference.low <= 0 <= difference.high
     assert hits / studies > 0.95 - 3 * math.sqrt(0.95 * 0.05 / studies)
     assert both / studies > 0.95 - 3 * math.sqrt(0.95 * 0.05 / studies)
+
+
+def test_separate_sets_are_placed_each_in_itself():
+    rng = np.random.default_rng(12)
+    first, second = ((drawn(rng, m, n), drawn(rng, m, n, gap=0.5)) for m, n in ((30, 40), (20, 35)))
+    # models of another set may score on another scale
+    moved = tuple(tuple(part + 50 for part in side) for side in second)
+    found = delong_in_parts([first, moved])
+    values = [delong(*pair).value for pair in (first, second)]
+    assert found.value == pytest.approx((30 * values[0] + 20 * values[1]) / 50)
+    assert found.value == pytest.approx(delong_in_parts([first, second]).value)
+    assert (found.n, found.low < found.value < found.high) == (125, True)
+    assert delong_in_parts([first]) == delong(*first)
+    with pytest.raises(ValueError, match="prompts differ"):
+        delong_in_parts([first, (first[0], second[1])])
+
+
+def test_the_interval_over_separate_sets_covers():
+    """Of 400 studies of two halves; a and b of either half are other models, as good as each other."""
+    rng, studies, held = np.random.default_rng(13), 400, 0
+    for _ in range(studies):
+        parts = []
+        for gap in (1.0, 1.6):
+            shared = rng.normal(gap, 0.7, 20), rng.normal(0, 0.7, 40)
+            parts.append(tuple(tuple(part + rng.normal(0, 0.714, len(part)) for part in shared) for _ in "ab"))
+        found = delong_in_parts(parts)
+        held += found.low <= 0 <= found.high
+    assert held / studies > 0.95 - 3 * math.sqrt(0.95 * 0.05 / studies)
 
 
 def test_the_threshold_by_hand():
