@@ -22,7 +22,8 @@ from evaluator.statistics.pairing import pair
 
 #: Score -> its column; of the embedded prompts, as they are, whatever style the answers were asked for in.
 TITLES = {"refusal_auc": "AUC ↑", "refusal_auc_plain": "AUC, plain prompts ↑", "refusal_auc_edgy": "AUC, edgy prompts ↑",
-          "refusal_at_10": "refusal at 10 % over-refusal ↑", "pairs_ranked": "matched pairs ranked right ↑"}
+          "refusal_auc_length": "AUC, equal length ↑", "refusal_at_10": "refusal at 10 % over-refusal ↑",
+          "pairs_ranked": "matched pairs ranked right ↑"}
 AUC = "refusal_auc"
 #: Controls that have a weight at every lambda of the grid, and what they are called at the one that they choose.
 _WEIGHTED = {"shrink": "shrink only, its own best", "random": "random direction, its own best"}

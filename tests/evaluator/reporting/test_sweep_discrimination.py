@@ -38,9 +38,12 @@ def lines(gap, rng, easy, each=EACH):
     for place, name in enumerate(SETS):
         harmful = name in ("harmful", "matched")
         values = easy[place, :each] + rng.normal(size=each) * 0.3 + gap * harmful
-        found += [{"set": f"refusal_{name}", "id": f"{i}", "category": "", "prompt_hash": f"{name} {i}",
-                   "half": ("validation", "test")[i % 2],
-                   "values": {"score": round(float(value), 6), "test_half": i % 2}} for i, value in enumerate(values)]
+        for i, value in enumerate(values):
+            score = round(float(value), 6)
+            # a harmful and a plain prompt of one number are of equal length
+            twice = {"score_equal_length": score} if name in ("harmful", "plain") else {}
+            found.append({"set": f"refusal_{name}", "id": f"{i}", "category": "", "prompt_hash": f"{name} {i}",
+                          "half": ("validation", "test")[i % 2], "values": {"score": score, "test_half": i % 2, **twice}})
     return found
 
 
@@ -147,6 +150,7 @@ def test_the_report_shows_every_endpoint_and_says_what_follows(made, tmp_path):
     text = sweep_report.write(tmp_path, "x", found).read_text()
     assert "## Telling harmful prompts from harmless ones" in text
     assert (f"| row | AUC ({3 * EACH}) ↑ | AUC, plain prompts ({2 * EACH}) ↑ | AUC, edgy prompts ({2 * EACH}) ↑ | "
+            f"AUC, equal length ({2 * EACH}) ↑ | "
             f"refusal at 10 % over-refusal ({EACH // 2}) ↑ | matched pairs ranked right ({EACH}) ↑ |") in text
     row = next(row for row in found["rows"] if row["label"] == "lambda 0.5")
     shown = [f"{row[name]['value']:.3f} [{row[name]['low']:.3f}, {row[name]['high']:.3f}]" for name in DISCRIMINATION]
@@ -175,7 +179,7 @@ def test_a_worse_and_an_equal_fusion_are_said_too(tmp_path):
     assert "- No difference is shown from: twin." in text
     assert "- Not comparable with: not scored." in text
     (line,) = [line for line in text.splitlines() if line.startswith("| not scored |") and line.endswith("|  |  |  |  |  |")]
-    assert line == "| not scored |  |  |  |  |  |"
+    assert line == "| not scored |  |  |  |  |  |  |"
 
 
 def test_a_sweep_without_it_has_no_word_of_it(made, tmp_path):
