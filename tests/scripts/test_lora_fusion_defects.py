@@ -192,7 +192,7 @@ def test_b10_summaries_are_compared_with_summaries_and_numbers_as_numbers(tmp_pa
 def test_b11_every_figure_has_its_number_of_answers_and_an_interval_that_50_prompts_deserve():
     marks = {str(i): int(i < 29) for i in range(50)}  # 0.58 of 50, the published XSTest size
     curve = [Point(f"lambda {w}", "run", w, marks, marks, {str(i): (3.0 + i, 3) for i in range(50)}) for w in (0.0, 0.2)]
-    row, _ = sweep_report.summary({"fusion": curve}, {}, {"utility": "english"}, 42)["rows"]
+    row, _ = sweep_report.summary({"fusion": curve}, {}, {"utility": "english", "form": "convex"}, 42)["rows"]
     for name in ("non_refusal", "compliance", "nll"):
         found = row[name]
         assert found["n"] == 50
