@@ -1,16 +1,24 @@
 """The one error that a user can mend: it names the flag or file, the value, what is allowed and the next step.
 
 Commands run inside ``exit_on_user_error``: bad input, a full disk or an unwritable folder end with exit code 2 and a
-plain sentence instead of a traceback. A bug keeps its traceback and exit code 1.
+plain sentence instead of a traceback. A bug keeps its traceback and exit code 1. Of several processes one says it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import re
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+
+#: Asked before an error is said whether another process of the launch has said one; models/base/processes.py adds to it.
+TELLS: list[Callable[[], bool]] = []
+#: Seconds that a process waits with an error where they cannot ask each other yet. An error of all is said by the first,
+#: whose end makes the launcher end the others.
+_GRACE = 5.0
 
 
 class UserError(Exception):
@@ -34,16 +42,28 @@ def exit_on_user_error() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
+        if _first_to_tell():
+            for problem in error.problems:
+                print(f"error: {problem}", file=sys.stderr)
         raise SystemExit(2) from None
     except Exception as error:
         # of system errors only those that the user can mend: the others are bugs and keep their traceback
         number = _os_error(error)
+        if not _first_to_tell():
+            raise SystemExit(2 if number in _OS_ADVICE else 1) from None
         if number not in _OS_ADVICE:
             raise
         print(f"error: {getattr(error, 'filename', None) or 'a file'}: {_OS_ADVICE[number]}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _first_to_tell() -> bool:
+    """Whether this process says what is wrong: the only one, or of several the first that comes to it."""
+    if TELLS:
+        return TELLS[0]()
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(_GRACE)
+    return True
 
 
 def _os_error(error: Exception) -> int | None:

@@ -6,7 +6,7 @@
 
 Writes results/inference/TASK[+ATTACK]/SPLIT/cross_RUN/outputs_final.csv (prompts, outputs) and outputs_final.jsonl. Batched,
 seeded, resumable by batch; the same decoding for every model. Fused models also get their router's shares as .npy and
-heat-map in results/observation.
+heat-map in results/observation. Under torchrun or accelerate launch every process answers its share of the batches.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import csv
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,11 +32,12 @@ if TYPE_CHECKING:
     from data.prompt_styles import Style
     from data.sets.attacks import Attack
     from models.generation.backends import Answerer, Backend
+    from models.generation.kept import KeptAnswers
     from models.runs import Loaded
 
 log = logging.getLogger(__name__)
-#: Flags that choose among runs; the rest identifies one run's answers.
-_SELECT = ("cross_task", "adapters", "aligned_flag")
+#: Flags that choose among runs, and where they lie; the rest identifies one run's answers.
+_SELECT = ("cross_task", "adapters", "aligned_flag", "device_map")
 #: Flags that came later than the first answers: left out of the settings where they change nothing.
 _NEUTRAL = {"attack": "none", "prompt_style": "none", "unique_prompts": False, "backend": "hf"}
 #: About how many answers' routing is looked at, spread over the set; each costs a further forward pass.
@@ -49,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         config.short_waits()
         if problems := _problems(args):
             raise UserError(*problems)
+        from models.base import processes
+
+        # first of all: a process that is not the first shall not say what transformers says at its start
+        processes.join()
         from models.generation.backends import backend_of
         from models.runs import keeping_base
 
@@ -65,44 +71,66 @@ def answer_run(run: str, args: InferenceArgs, backend: Backend) -> Path:
     """Answer the prompts with one run ("" is the base) and return the folder of its answers."""
     from data.prompt_styles import style
     from data.sets.attacks import attack
+    from models.base import processes
+    from models.generation.kept import keeping
 
     folder = answers_root(args) / sub_folder(run, args.checkpoint_number)
     wrapper, form = attack(args.attack, args.attack_file), style(args.prompt_style, args.prompt_style_file)
-    settings = _settings(args, wrapper, form) | {"run": run, "model": _model_hash(run, args, folder)}
     # before prompts and model are loaded: a finished run is told in a second
-    # answers from before the dtype was resolved say auto: for a call that says auto too they are finished, for others not
-    absent, meant = _absent(args), {"dtype": "auto"} if args.dtype == "auto" else {}
-    if not args.overwrite and manifest.finished(folder, settings, absent, meant):
-        log.info("%s: already answered", folder)
-        if (was := manifest.read(folder)["config"].get("dtype")) != settings["dtype"]:
-            log.info("%s: says --dtype %s and not what that was; taken for %s, as this call says auto too", folder, was,
-                     settings["dtype"])
+    settings, done = processes.agreed(lambda: _asked(run, args, wrapper, form, folder))
+    if done:
         return folder
     # prompts before the model: what is wrong with them shows at once
     records, reduction = prompts_of(args)
+    with keeping(folder) as kept:
+        answerer = backend.open(run)
+        # one process writes; the others only answer
+        with _writing(folder, settings, args) if processes.rank() == 0 else nullcontext() as out:
+            rows = answer_all(answerer, records, args, kept, settings, wrapper, form)
+            if out:
+                _finish(out, rows, answerer.loaded, args, run, reduction)
+        # only now: the answers are safe under their final name
+        kept.remove()
+    if out:
+        manifest.register(args.results, {"kind": "answers", "command": "inference", "run": run or "base",
+                                         "task": args.answers_name, "split": args.dataset_type, "seed": args.seed,
+                                         **out.metrics})
+        log.info("%s: %d answers, %d of them cut at %d tokens", folder, len(rows), out.metrics["at_limit"],
+                 args.max_new_tokens)
+    processes.wait()
+    return folder
+
+
+def _asked(run: str, args: InferenceArgs, wrapper: Attack, form: Style, folder: Path) -> tuple[dict[str, Any], bool]:
+    """The settings of the answers, and whether they lie there already."""
+    settings = _settings(args, wrapper, form) | {"run": run, "model": _model_hash(run, args, folder)}
+    if args.overwrite or not manifest.finished(folder, settings, _absent(args), _meant(args)):
+        return settings, False
+    log.info("%s: already answered", folder)
+    if (was := manifest.read(folder)["config"].get("dtype")) != settings["dtype"]:
+        log.info("%s: says --dtype %s and not what that was; taken for %s, as this call says auto too", folder, was,
+                 settings["dtype"])
+    return settings, True
+
+
+def _writing(folder: Path, settings: dict[str, Any], args: InferenceArgs) -> AbstractContextManager[manifest.Run]:
+    return manifest.writing(folder, "inference", settings, overwrite=args.overwrite, absent=_absent(args),
+                            meant=_meant(args))
+
+
+def _finish(out: manifest.Run, rows: Sequence[dict], loaded: Loaded, args: InferenceArgs, run: str,
+            reduction: dict[str, Any]) -> None:
+    """Write the answers and what the manifest says of them."""
     from models.moe.files import moe_layers
 
-    answerer = backend.open(run)
-    # beside the folder, not in it: the folder is made anew at each start, and what was answered must outlast that
-    partial = folder.with_name(f".{folder.name}.answers.jsonl")
-    with manifest.writing(folder, "inference", settings, overwrite=args.overwrite, absent=absent,
-                          meant=meant) as out:
-        rows = answer_all(answerer, records, args, partial, settings, wrapper, form)
-        write_rows(out.folder, rows)
-        stopped = sum(row["finish"] == "stop" for row in rows)
-        out.metrics.update(prompts=len(rows), stopped=stopped, at_limit=len(rows) - stopped)
-        if reduction:
-            out.metrics["protocol"] = reduction
-        out.parents.append(run or "base")
-        if moe_layers(answerer.loaded.model):
-            observe(answerer.loaded, rows, args, run)
-    # only now: the answers are safe under their final name
-    partial.unlink(missing_ok=True)
-    manifest.register(args.results, {"kind": "answers", "command": "inference", "run": run or "base",
-                                     "task": args.answers_name, "split": args.dataset_type, "seed": args.seed,
-                                     **out.metrics})
-    log.info("%s: %d answers, %d of them cut at %d tokens", folder, len(rows), len(rows) - stopped, args.max_new_tokens)
-    return folder
+    write_rows(out.folder, rows)
+    stopped = sum(row["finish"] == "stop" for row in rows)
+    out.metrics.update(prompts=len(rows), stopped=stopped, at_limit=len(rows) - stopped)
+    if reduction:
+        out.metrics["protocol"] = reduction
+    out.parents.append(run or "base")
+    if moe_layers(loaded.model):
+        observe(loaded, rows, args, run)
 
 
 def answers_root(args: InferenceArgs) -> Path:
@@ -139,9 +167,12 @@ def _drawn(records: list[Record], n: int) -> list[Record]:
     return [records[i] for i in sorted(drawn)]
 
 
-def answer_all(answerer: Answerer, records: Sequence[Record], args: InferenceArgs, partial: Path, settings: dict,
+def answer_all(answerer: Answerer, records: Sequence[Record], args: InferenceArgs, kept: KeptAnswers, settings: dict,
                wrapper: Attack, form: Style) -> list[dict]:
-    """Answer every record, unit by unit (a batch, or several), keeping finished units in ``partial`` for a resume.
+    """Answer every record, unit by unit (a batch, or several), keeping finished units for a resume.
+
+    Of several processes each takes one unit after the other: units are the same and as large as with one process, so their
+    padding and their seed are too. All processes return all rows.
 
     A row keeps the prompt as it was written; ``rendered`` is what the model read. An answer that was begun for the model
     counts from its beginning, which the row repeats as ``prefill``.
@@ -149,6 +180,7 @@ def answer_all(answerer: Answerer, records: Sequence[Record], args: InferenceArg
     from tqdm import tqdm
 
     from data.encode import render
+    from models.base import processes
     from models.generation import Decoding
 
     loaded = answerer.loaded
@@ -160,26 +192,27 @@ def answer_all(answerer: Answerer, records: Sequence[Record], args: InferenceArg
     batches = [order[i : i + answerer.unit] for i in range(0, len(order), answerer.unit)]
     # units are found again by their number
     size = {} if answerer.unit == args.batch_size else {"unit": answerer.unit}
-    finished = _read_partial(partial, settings | {"batch_size": args.batch_size} | size)
+    finished = kept.begin(settings | {"batch_size": args.batch_size} | size)
+    todo = [number for number in range(len(batches)) if number not in finished]
     decoding = Decoding(args.max_new_tokens, args.do_sample, args.temperature, args.top_p)
-    with partial.open("a", encoding="utf-8") as file:
-        for number, batch in enumerate(tqdm(batches, desc=f"{args.answers_name} {loaded.name}", unit="batch")):
-            if str(number) in finished:
-                continue
+    with tqdm(total=len(batches), initial=len(finished), desc=f"{args.answers_name} {loaded.name}", unit="batch",
+              disable=not manifest.is_main()) as bar:
+        for place in processes.claimed(len(todo)):
+            number, batch = todo[place], batches[todo[place]]
             begun = [rendered[i] + wrapper.start for i in batch]
             # a seed for each batch, so that a resumed run samples what an uninterrupted one would have
             answers = answerer.answer(begun, decoding, args.seed * 100_003 + number)
-            finished[str(number)] = [
+            kept.add(number, [
                 {"index": i, "id": records[i].id, "prompt": records[i].prompt, "input": records[i].input,
                  "reference": records[i].answer, "category": records[i].category, "rendered": rendered[i],
                  "output": wrapper.answer(answer.text), "finish": answer.finish, **wrapper.marks}
                 for i, answer in zip(batch, answers, strict=True)
-            ]
-            file.write(json.dumps({number: finished[str(number)]}, ensure_ascii=False) + "\n")
-            # a kill loses the unit under way and no other
-            file.flush()
-    # back in the order of the prompts: batches were made by length
-    return sorted((row for rows in finished.values() for row in rows), key=lambda row: row["index"])
+            ])
+            # what the other processes took counts too
+            bar.update(len(finished) + place + 1 - bar.n)
+        rows = kept.all_rows(len(batches))
+        bar.update(len(batches) - bar.n)
+    return rows
 
 
 def write_rows(folder: Path, rows: Sequence[dict]) -> None:
@@ -271,6 +304,11 @@ def _absent(args: InferenceArgs) -> dict[str, Any]:
     return _NEUTRAL | {"batch_size": args.batch_size}
 
 
+def _meant(args: InferenceArgs) -> dict[str, Any]:
+    """Answers from before the dtype was resolved say auto: for a call that says auto too they are finished."""
+    return {"dtype": "auto"} if args.dtype == "auto" else {}
+
+
 def _missing(run: str, args: InferenceArgs) -> list[str]:
     from models.run_folders import run_files
 
@@ -298,25 +336,6 @@ def _model_hash(run: str, args: InferenceArgs, folder: Path) -> str:
         return fingerprint_like(recorded, base_path(args.model_name_or_path, args.cache_dir))
     # whole files, not samples as of a base: adapters are small, and two may differ in a few values
     return ",".join(manifest.sha256(file)[:16] for file in run_files(args.results, run, args.checkpoint_number))
-
-
-def _read_partial(path: Path, settings: dict) -> dict[str, list[dict]]:
-    """Finished batches of an interrupted run with the same settings; a torn last line is dropped."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # the first line tells whose answers these are; with other flags, or another batch size, they are begun anew
-    head = json.dumps(settings, sort_keys=True)
-    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-    finished: dict[str, list[dict]] = {}
-    if lines and lines[0] == head:
-        for line in filter(None, lines[1:]):
-            try:
-                finished |= json.loads(line)
-            except ValueError:
-                log.info("%s: dropping a line that was cut off", path)
-    body = "".join(json.dumps({number: rows}, ensure_ascii=False) + "\n" for number, rows in finished.items())
-    # written anew: a torn line must not stay in front of what is appended
-    path.write_text(f"{head}\n{body}", encoding="utf-8")
-    return finished
 
 
 if __name__ == "__main__":

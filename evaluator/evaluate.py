@@ -37,9 +37,10 @@ log = logging.getLogger(__name__)
 _PASSED = {"output_dir": True, "template": True, "dtype": True, "max_new_tokens": True, "batch_size": True, "device": False,
            "threads": False, "seed": False, "cache_dir": False, "overwrite": False, "num_samples": False, "do_sample": False,
            "temperature": False, "top_p": False, "backend": False, "data_source": False, "batch_tokens": False,
-           "lite": False, "title": False, "published": False}
+           "lite": False, "title": False, "published": False, "device_map": False}
 #: What every step of a model is told, and what inference.py is.
-_ALL = ("num_samples", "output_dir", "template", "device", "dtype", "threads", "seed", "cache_dir", "overwrite")
+_ALL = ("num_samples", "output_dir", "template", "device", "device_map", "dtype", "threads", "seed", "cache_dir",
+        "overwrite")
 _ANSWERS = ("max_new_tokens", "batch_size", "do_sample", "temperature", "top_p", "backend")
 #: Lines of a failed step that are repeated at the end.
 _REPEATED = 3

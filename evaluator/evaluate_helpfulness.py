@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import config
+import manifest
 from errors import UserError, exit_on_user_error
 from flags import EvaluateHelpfulnessArgs
 
@@ -36,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             alpaca.check(args)
         # after the check above: a command that is not installed must not show after an hour of scoring
         engine.evaluate(args, engine.command_of("evaluate_helpfulness", (args.answers_task, "helpfulness")), plan)
+        if not manifest.is_main():
+            return
         for subject in engine.subjects(args):
             if engine.has_answers(args, args.answers_task, subject):
                 print(f"alpaca_eval: {export(args, subject)} answers of {subject.name} exported")
@@ -121,7 +124,6 @@ def score(args: EvaluateHelpfulnessArgs, subject: Subject, records: list, choice
 
 def export(args: EvaluateHelpfulnessArgs, subject: Subject) -> int:
     """Write alpaca_eval.json (and reference_model.json where references are known); returns the number of answers."""
-    import manifest
     from evaluator.scoring import alpaca, engine
 
     rows = engine.subset(engine.answers(args, args.answers_task, subject), args.num_samples, lambda row: row["prompt"])

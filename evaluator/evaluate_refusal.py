@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import config
+import manifest
 from errors import exit_on_user_error
 from flags.refusal import EvaluateRefusalArgs
 
@@ -37,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         command = ".".join(filter(None, ("evaluate_refusal", args.set_prefix[:-1])))
         paths = engine.evaluate(args, command, plan)
-        logging.getLogger(__name__).info("ROC curves: %s", draw(args, command, paths))
+        if manifest.is_main():
+            logging.getLogger(__name__).info("ROC curves: %s", draw(args, command, paths))
 
 
 def plan(args: EvaluateRefusalArgs, subject: Subject) -> Work:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -171,6 +172,30 @@ class MachineFlags(DeviceFlags):
     heading, general = "Machine", True
     dtype: str = flag("auto", "weights and matrix products; auto: bfloat16 where the processor computes in it",
                       choices=("auto", "float32", "bfloat16", "float16"))
+
+
+@dataclass(frozen=True)
+class DeviceMapFlags(DeviceFlags):
+    """Over how many devices one model may lie."""
+
+    heading, general = "Machine", True
+    device_map: str = flag("", "auto: one model over all GPUs, layer by layer, for a model larger than one of them; empty: "
+                               "on one device", choices=("", "auto"))
+
+    def problems(self) -> list[str]:
+        return [*super().problems(), *device_map_problems(self.device_map, self.device)]
+
+
+def device_map_problems(device_map: str, device: str) -> list[str]:
+    """Where it makes no sense to spread a model."""
+    found = []
+    if device_map and device == "cpu":
+        found.append(f"--device_map {device_map}: spreads a model over GPUs, and --device cpu uses none; drop one of both")
+    if device_map and os.environ.get("WORLD_SIZE", "1") != "1":
+        found.append(f"--device_map {device_map}: one process uses all GPUs, and {os.environ['WORLD_SIZE']} processes were "
+                     "started, each with a whole model on a GPU of its own; start it without torchrun or accelerate launch, "
+                     "or drop it")
+    return found
 
 
 @dataclass(frozen=True)

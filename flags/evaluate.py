@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from config import flag
-from flags.base import ModelCommand, ResultsFlags, name_problems
+from flags.base import DeviceMapFlags, ModelCommand, ResultsFlags, name_problems
 from flags.inference import answers_problems
 from flags.judges import JudgeFlags
 
@@ -37,7 +37,7 @@ def format_problems(text: str, known: tuple[str, ...] = FORMATS) -> list[str]:
 
 
 @dataclass(frozen=True)
-class EvaluateArgs(ModelCommand):
+class EvaluateArgs(ModelCommand, DeviceMapFlags):
     """Flags that the evaluators share."""
 
     heading, general = "What is scored", False

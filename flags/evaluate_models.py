@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from config import flag
-from flags.base import PROTOCOLS, ModelCommand, known, name_problems
+from flags.base import PROTOCOLS, DeviceMapFlags, ModelCommand, known, name_problems
 from flags.evaluate import COLUMNS, PAPERS, REPORT_FORMATS, format_problems
 from flags.inference import BACKENDS
 from flags.judges import JudgeFlags
@@ -23,7 +23,7 @@ def words_of(text: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class EvaluateModelsArgs(ModelCommand, JudgeFlags):
+class EvaluateModelsArgs(ModelCommand, JudgeFlags, DeviceMapFlags):
     """Answers and scores of several models, and one table of them.
 
     python evaluator/evaluate.py --models "base,mine=/path/to/folder,other=org/name,RUN" --suite safety

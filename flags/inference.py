@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from config import flag
-from flags.base import ATTACKS, PROTOCOLS, SKILLS, STYLES, ModelCommand, name_problems
+from flags.base import ATTACKS, PROTOCOLS, SKILLS, STYLES, DeviceMapFlags, ModelCommand, name_problems
 from flags.mixture import mixture_run, read_mixture
 
 #: Tasks with a test set of prompts of their own; the rest of --task_name are published protocols and SKILLS.
@@ -33,7 +33,7 @@ def answers_problems(name: str, value: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class InferenceArgs(ModelCommand):
+class InferenceArgs(ModelCommand, DeviceMapFlags):
     """Answer a test set with one or several trained runs.
 
     python inference.py --task_name safety --cross_task mix_moe_reg_00000_00000_00000_gate_00100 --dataset_type test
@@ -87,7 +87,7 @@ class InferenceArgs(ModelCommand):
         return tuple("" if name in ("base", "raw") else name for name in names)
 
     def problems(self) -> list[str]:
-        found = []
+        found = [*super().problems()]
         if self.task_name in PROTOCOLS and self.dataset_type != "test":
             found.append(f"--dataset_type {self.dataset_type}: {self.task_name} is a test set only; use --dataset_type test")
         try:
@@ -102,6 +102,9 @@ class InferenceArgs(ModelCommand):
         if self.prompt_style != "none" and self.template in ("alpaca", "wizardlm"):
             found.append(f"--prompt_style {self.prompt_style}: --template {self.template} has no place for a system text; "
                          "use --template chat or llama2")
+        if self.device_map and self.backend not in ("auto", "hf"):
+            found.append(f"--device_map {self.device_map}: goes with --backend hf alone"
+                         + (" (vLLM spreads models in its own way)" if self.backend == "vllm" else "; drop one of the two"))
         if self.attack_file and self.attack == "none":
             found.append("--attack_file: says how, but not which; add --attack cot, cou, suffix or prefill")
         return found

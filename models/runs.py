@@ -17,8 +17,9 @@ from models.adapters.apply import check_fit
 from models.adapters.files import read_adapter
 from models.adapters.mixture import load_mix
 from models.adapters.resident import ResidentBase
+from models.base import spread
 from models.base.folders import check_folder
-from models.base.loading import base_path, check_base, load_tokenizer, skeleton
+from models.base.loading import base_path, check_base, load_tokenizer
 from models.base.placement import set_up_torch
 from models.moe.files import load_moe
 from models.run_folders import ADAPTER, MOE, parts_of, run_folder
@@ -93,6 +94,7 @@ class RunLoader:
         Raises:
             UserError: no such run, or it was trained on another base than the one given.
         """
+        spread.check(args)
         device, dtype = set_up_torch(args)
         place = located(run, args)
         # before the weights: what is wrong with it shows at once
@@ -105,12 +107,14 @@ class RunLoader:
             self.release()
             model = load_moe(place.folder, args, dtype, device)
         elif place.kind == "sum":
-            model = load_mix(args.results, place.parts, self._base(place.base, dtype, device))
+            model = load_mix(args.results, place.parts, self._base(place.base, dtype, device, args))
         elif place.kind == "adapter":
-            model = load_adapter(place.folder, self._base(place.base, dtype, device))
+            model = load_adapter(place.folder, self._base(place.base, dtype, device, args))
         else:
-            model = self._base(place.base, dtype, device).plain()
-        self._last = Loaded(model, tokenizer, shape, run or "base", device)
+            model = self._base(place.base, dtype, device, args).plain()
+        # of a model on several devices the first one takes the tokens
+        self._last = Loaded(model, tokenizer, shape, run or "base",
+                            spread.device_of(model) if spread.wanted(args) else device)
         return self._last
 
     def release(self) -> None:
@@ -121,11 +125,12 @@ class RunLoader:
             self._resident.release()
         self._resident = self._last = None
 
-    def _base(self, base: Path, dtype: torch.dtype, device: torch.device) -> ResidentBase:
-        if self._resident is None or not self._resident.serves(base, dtype, device):
+    def _base(self, base: Path, dtype: torch.dtype, device: torch.device, args: Any) -> ResidentBase:
+        held = base, dtype, device, spread.wanted(args)
+        if self._resident is None or not self._resident.serves(*held):
             # before the next is loaded: two need not fit
             self.release()
-            self._resident = ResidentBase(base, dtype, device)
+            self._resident = ResidentBase(*held)
         return self._resident
 
 
@@ -165,5 +170,5 @@ def load_adapter(folder: Path, resident: ResidentBase) -> PreTrainedModel:
     # unscaled: the scale is applied where PEFT applies it
     adapter = read_adapter(folder, scaled=False)
     check_base(folder, resident.base)
-    check_fit([adapter], skeleton(resident.base))
+    check_fit([adapter], resident.shapes())
     return resident.changed(adapter.modules, adapter.scales)

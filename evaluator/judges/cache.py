@@ -6,15 +6,16 @@ import hashlib
 import json
 import sqlite3
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
 
 from errors import UserError
-from evaluator.judges.protocol import Item, Judge, Verdict
+from evaluator.judges.protocol import Item, Judge, Verdict, divides
+from models.base import processes
 
 #: Seconds to wait for another process that is writing to the same file.
 _PATIENCE = 60
@@ -82,17 +83,40 @@ def key(judge: Judge, item: Item) -> bytes:
     return digest.digest()
 
 
-def verdicts(judge: Judge, items: Sequence[Item], cache: Cache) -> list[Verdict]:
-    """A verdict for every item: cached ones are read, equal items are judged once, the rest is judged and kept at once."""
-    by_position = {i: verdict for i, item in enumerate(items) if (verdict := cache.get(judge, item))}
+@contextmanager
+def opened(path: Path) -> Iterator[Cache | None]:
+    """The cache in the first process of a launch, None in the others: one process reads and writes the file."""
+    if processes.rank():
+        yield None
+        return
+    with Cache(path) as cache:
+        yield cache
+
+
+def verdicts(judge: Judge, items: Sequence[Item], cache: Cache | None) -> list[Verdict]:
+    """A verdict for every item: cached ones are read, equal items are judged once, the rest is judged and kept at once.
+
+    Of several processes all have a share in what a local judge reads; other judges are asked by the first alone.
+    """
+    def known() -> dict[int, Verdict]:
+        return {i: verdict for i, item in enumerate(items) if (verdict := cache.get(judge, item))}
+
+    if divides(judge):
+        return _verdicts(judge, items, cache, processes.agreed(known))
+    return processes.agreed(lambda: _verdicts(judge, items, cache, known()))
+
+
+def _verdicts(judge: Judge, items: Sequence[Item], cache: Cache | None, by_position: dict[int, Verdict]) -> list[Verdict]:
     same: dict[bytes, list[int]] = {}
     for i, item in enumerate(items):
         if i not in by_position:
             same.setdefault(key(judge, item), []).append(i)
     groups = list(same.values())
     todo = [items[group[0]] for group in groups]
-    for position, verdict in tqdm(judge.judge(todo), total=len(todo), desc=judge.name, unit="answer", disable=not todo):
-        cache.put(judge, todo[position], verdict)
+    for position, verdict in tqdm(judge.judge(todo), total=len(todo), desc=judge.name, unit="answer",
+                                  disable=not todo or cache is None):
+        if cache is not None:
+            cache.put(judge, todo[position], verdict)
         by_position |= dict.fromkeys(groups[position], verdict)
     # a judge that skips a position is a bug: scores must not be made of fewer answers in silence
     missing = [i for i in range(len(items)) if i not in by_position]

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from errors import UserError
 from evaluator.judges.judged_text import RULES
+from models.base import spread
 from models.base.folders import CAUSAL, CLASSIFIER
 from models.base.heads import LogitRule, answer_logits, logit_rule
 from models.base.loading import base_path, load_tokenizer
@@ -160,13 +161,23 @@ def _load(kind: Any, source: Source, dtype: torch.dtype, device: torch.device) -
     # the fused kernel keeps no table of scores, and without a backward pass it is the faster one on a CPU too; it knows no
     # soft-capped scores (Gemma 2), which would be left out in silence
     capped = source.config.get("attn_logit_softcapping")
-    extra = {"attn_implementation": "eager"} if capped else {}
+    extra: dict[str, Any] = {"attn_implementation": "eager"} if capped else {}
+    if spread.wanted(source.args):
+        extra["device_map"] = _spread(kind, source, dtype)
+    elif device.type != "cpu":
+        extra["device_map"] = {"": device}
     model, report = kind.from_pretrained(source.folder, dtype=dtype, trust_remote_code=False, use_safetensors=True,
                                          output_loading_info=True, **extra)
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{source.flag}: {source.folder} lacks {len(missing)} weights of {type(model).__name__}: "
                         f"{', '.join(missing[:5])}")
-    return model.to(device).eval()
+    return model.eval()
+
+
+def _spread(kind: Any, source: Source, dtype: torch.dtype) -> dict[str, int]:
+    with torch.device("meta"):
+        empty = kind.from_config(AutoConfig.from_pretrained(source.folder, trust_remote_code=False))
+    return spread.over_devices(empty, dtype, source.flag)
 
 
 @dataclass
@@ -181,7 +192,7 @@ class Classifier:
     def load(cls, source: Source) -> Classifier:
         device, dtype = set_up_torch(source.args)
         model = _load(AutoModelForSequenceClassification, source, dtype, device)
-        return cls(model, device, source.tokenizer.pad_token_id or 0)
+        return cls(model, spread.device_of(model), source.tokenizer.pad_token_id or 0)
 
     @torch.inference_mode()
     def logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -193,7 +204,7 @@ class Classifier:
         body = getattr(self.model, self.model.base_model_prefix)
         pad_id = self.model.config.get_text_config().pad_token_id
         # without the class's own forward, which would run its head in the model's dtype
-        hidden = _at(body, rows, [_pooled(row, pad_id) for row in rows], self.device)
+        hidden = _at(body, rows, [_pooled(row, pad_id) for row in rows], self.device).to(self.model.score.weight.device)
         # the head in fp32: bfloat16 has steps of 0.004 around a probability of 0.5
         head = self.model.score
         bias = None if head.bias is None else head.bias.float()
@@ -217,7 +228,7 @@ class Reader:
     def load(cls, source: Source) -> Reader:
         device, dtype = set_up_torch(source.args)
         model = _load(AutoModelForCausalLM, source, dtype, device)
-        return cls(model, device, logit_rule(model))
+        return cls(model, spread.device_of(model), logit_rule(model))
 
     @torch.inference_mode()
     def next_logprobs(self, rows: Sequence[Sequence[int]], tokens: Sequence[int]) -> Tensor:
@@ -240,7 +251,8 @@ def _at(body: Any, rows: Sequence[Sequence[int]], ends: Sequence[int], device: t
     # no mask: nothing to the right of a token reaches it, so neither does a pad
     ids, _ = _right_pad(rows, 0, device)
     hidden = body(input_ids=ids, use_cache=False).last_hidden_state
-    return hidden[torch.arange(len(rows), device=device), torch.tensor(ends, device=device)]
+    # of a model on several devices they are on the last
+    return hidden[torch.arange(len(rows), device=hidden.device), torch.tensor(ends, device=hidden.device)]
 
 
 def _right_pad(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from evaluator.judges.judged_text import cues, token_ids
 from evaluator.judges.local import Classifier, Source, batches, find
 from evaluator.judges.prompts import Encoded, fill, load_prompts, pieces_of
 from evaluator.judges.protocol import Item, Verdict
+from models.base.processes import in_turns
 
 LABELS = 14
 THRESHOLD = 0.5
@@ -44,8 +45,9 @@ class ModerationJudge:
     def judge_with(self, model: Classifier, items: Sequence[Item]) -> Iterator[tuple[int, Verdict]]:
         """The same with a model in memory."""
         encoded = [self.encode(item) for item in items]
-        for positions in batches([len(row.ids) for row in encoded], self.source.args.judge_batch_tokens):
-            probabilities = model.logits([encoded[i].ids for i in positions]).sigmoid().tolist()
+        groups = list(batches([len(row.ids) for row in encoded], self.source.args.judge_batch_tokens))
+        for positions, probabilities in in_turns(
+                groups, lambda group: model.logits([encoded[i].ids for i in group]).sigmoid().tolist()):
             yield from ((i, self.verdict(row, encoded[i].cut)) for i, row in zip(positions, probabilities, strict=True))
 
     def encode(self, item: Item) -> Encoded:

@@ -60,3 +60,11 @@ class Judge(Protocol):
     def judge(self, items: Sequence[Item]) -> Iterator[tuple[int, Verdict]]:
         """Yield (position in ``items``, verdict) as verdicts come, in any order, each position once."""
         ...
+
+
+def divides(judge: Judge) -> bool:
+    """Whether it is a model on disk (its ``source``), whose batches the processes of a launch share (``in_turns``).
+
+    All of them then see every verdict. Rules take no time, and an endpoint is asked once.
+    """
+    return hasattr(judge, "source")

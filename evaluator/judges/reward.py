@@ -10,6 +10,7 @@ from evaluator.judges.judged_text import pair_ids, token_ids
 from evaluator.judges.local import Classifier, Source, batches, find
 from evaluator.judges.prompts import fit_length, load_prompts, renderer
 from evaluator.judges.protocol import Item, Verdict
+from models.base.processes import in_turns
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,9 @@ class RewardJudge:
         rewards: dict[int, float] = {}
         yielded: set[int] = set()
         model = Classifier.load(self.source)
-        for positions in batches([len(row.ids) for row in encoded], self.source.args.judge_batch_tokens):
-            batch_rewards = model.logits([encoded[i].ids for i in positions])[:, 0].tolist()
+        groups = list(batches([len(row.ids) for row in encoded], self.source.args.judge_batch_tokens))
+        for positions, batch_rewards in in_turns(
+                groups, lambda group: model.logits([encoded[i].ids for i in group])[:, 0].tolist()):
             rewards |= zip(positions, batch_rewards, strict=True)
             for i in dict.fromkeys(i for position in positions for i in waiting[position]):
                 mine, other = needs[i]

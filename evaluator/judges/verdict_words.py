@@ -11,6 +11,7 @@ from evaluator.judges.judged_text import Piece
 from evaluator.judges.local import Reader, Source, batches
 from evaluator.judges.prompts import Encoded, Prompt, fit_length, renderer, token_ids
 from evaluator.judges.protocol import Item
+from models.base.processes import in_turns
 
 #: Any item will do: how a verdict word is cut into tokens depends on the prompt's end alone.
 PROBE = Item("Why is the sky blue?", "Because it scatters blue light.", "Because it is.")
@@ -80,8 +81,9 @@ def next_word(source: Source, encode: Callable[[Item], list[int]], tokens: Seque
         return
     encoded = [fit_length(item, encode, source.limit) for item in items]
     model = model or Reader.load(source)
-    for positions in batches([len(row.ids) for row in encoded], source.args.judge_batch_tokens):
-        logprobs = model.next_logprobs([encoded[i].ids for i in positions], tokens).tolist()
+    groups = list(batches([len(row.ids) for row in encoded], source.args.judge_batch_tokens))
+    for positions, logprobs in in_turns(
+            groups, lambda group: model.next_logprobs([encoded[i].ids for i in group], tokens).tolist()):
         yield from ((i, row, encoded[i]) for i, row in zip(positions, logprobs, strict=True))
 
 

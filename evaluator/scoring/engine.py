@@ -32,7 +32,7 @@ Args = TypeVar("Args", bound=EvaluateArgs)
 _SHARED = ("run", "sub", "command", "scores", "seed", "split", "inputs", "rows_sha256")
 #: Flags that choose among subjects or decide how fast, not what, is measured.
 _SELECT = ("task_name", "aligned_flag", "checkpoint_number", "batch_tokens", "output_dir", "cache_dir", "threads",
-           "overwrite", "device", "answers", "overrefusal_answers", "name",
+           "overwrite", "device", "device_map", "answers", "overrefusal_answers", "name",
            "judge_batch_tokens", "judge_concurrency", "judge_retries", "judge_timeout",
            "judge_key_variable", "judge_prices", "max_cost", "alpaca_eval", "alpaca_annotator",
            "data_dir", "harness_batch_size", "harmful", "harmless", "pairs", "openers", "set_name")
@@ -114,6 +114,13 @@ def evaluate_all(asked: Sequence[tuple[Args, str]], plan: Callable[[Args, Subjec
     Args:
         asked: (flags, command) of each; the flags name the same subjects.
     """
+    from models.base import processes
+
+    processes.join()
+    if asked and asked[0][0].device_map:
+        from models.base import spread
+
+        spread.check(asked[0][0])
     # all plans before the first model: a folder that is missing must not show after an hour of scoring
     planned, problems = [], []
     # subject by subject, so that a model that several commands share need be loaded once
@@ -139,18 +146,36 @@ def command_of(command: str, *tasks: tuple[str, str]) -> str:
 
 
 def _evaluate_one(args: EvaluateArgs, command: str, subject: Subject, work: Work) -> Path:
+    from models.base import processes
+
     path = args.results / "scores" / subject.sub / f"{command}.json"
     # the model's own scores depend on dtype and batches; judges of answers have versions of their own
     model = computed.settings(args) if "model" in work.inputs else {}
     settings = _settings(args) | model
+    if not processes.agreed(lambda: _scored(args, path, settings, work)):
+        start = time.time()
+        # all processes have a share in it, one writes
+        result = work.compute()
+        if processes.rank() == 0:
+            _write(args, command, subject, work, path, settings, model, result, start)
+        processes.wait()
+    return path
+
+
+def _scored(args: EvaluateArgs, path: Path, settings: dict[str, Any], work: Work) -> bool:
+    """Whether the scores are there already; a line that they lack in the registry is added."""
     # rows are part of a score: without them no difference can be computed
+    if args.overwrite or not path.with_suffix(".rows.jsonl").is_file() or not _same(path, settings, work.inputs, args.dtype):
+        return False
+    log.info("%s: already scored with these answers and settings", path)
+    _register_missing(args.results, _line(json.loads(path.read_text(encoding="utf-8"))))
+    return True
+
+
+def _write(args: EvaluateArgs, command: str, subject: Subject, work: Work, path: Path, settings: dict[str, Any],
+           model: dict[str, Any], result: Result, start: float) -> None:
+    """Write scores and rows, and the line of the registry."""
     rows_path = path.with_suffix(".rows.jsonl")
-    if not args.overwrite and rows_path.is_file() and _same(path, settings, work.inputs, args.dtype):
-        log.info("%s: already scored with these answers and settings", path)
-        _register_missing(args.results, _line(json.loads(path.read_text(encoding="utf-8"))))
-        return path
-    start = time.time()
-    result = work.compute()
     # rows first, their hash in the scores: a kill between both files is noticed at the next call
     _write_rows(rows_path, result.rows)
     made = computed.made_with(args, subject.sub, (row["set"] for row in result.rows), model)
@@ -167,7 +192,6 @@ def _evaluate_one(args: EvaluateArgs, command: str, subject: Subject, work: Work
     log.info("%s  (%.0f s)  %s", subject.name, time.time() - start, path)
     for score in result.scores:
         log.info("  %-18s %7.3f  [%.3f, %.3f]  n=%d", score.name, score.value, score.low, score.high, score.n)
-    return path
 
 
 def _settings(args: EvaluateArgs) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from errors import UserError
 from evaluator.scoring import code_sandbox
 from evaluator.statistics import metrics
 from flags.utility import BENCHMARKS, EvaluateUtilityArgs
+from models.base import processes
 
 if TYPE_CHECKING:
     from models.runs import Loaded
@@ -173,8 +174,51 @@ def wrapped(loaded: Loaded, batch_size: int) -> Any:
     """lm-eval's wrapper around our model object, which already holds adapter, experts or mask."""
     from lm_eval.models.huggingface import HFLM
 
+    class Divided(HFLM):
+        """Its batches, whole, divided among the processes of a launch; each of them then has all results."""
+
+        def _loglikelihood_tokens(self, requests: list, disable_tqdm: bool = False, override_bs: int | None = None) -> list:
+            # as lm-eval composes its batches: requests that differ in the last token alone are one row
+            rows: dict[tuple, list[int]] = {}
+            for i, (_, context, ending) in enumerate(requests):
+                rows.setdefault((*context, *ending[:-1]), []).append(i)
+
+            def tokens(places: list[int]) -> tuple:
+                _, context, ending = max((requests[i] for i in places), key=lambda request: len(request[2]))
+                return -len(context) - len(ending), (*context, *ending)
+
+            ask = super()._loglikelihood_tokens
+            return _by_batch(requests, sorted(rows.values(), key=tokens), batch_size,
+                             lambda batch: ask(batch, True, override_bs))
+
+        def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
+            # and as it composes these: by settings, then the longest first
+            settings = list(dict.fromkeys(repr(request.args[1]) for request in requests))
+            sizes = {context: len(self.tok_encode(context)) for context in {request.args[0] for request in requests}}
+            ask, found = super().generate_until, {}
+            for one in settings:
+                some = [i for i, request in enumerate(requests) if repr(request.args[1]) == one]
+                order = sorted(some, key=lambda i: (-sizes[requests[i].args[0]], requests[i].args[0]))
+                found |= zip(order, _by_batch([requests[i] for i in order], [[i] for i in range(len(order))], batch_size,
+                                              lambda batch: ask(batch, True)), strict=True)
+            return [found[i] for i in range(len(requests))]
+
     with _quiet():
-        return HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, backend="causal", batch_size=batch_size)
+        kind = HFLM if processes.count() == 1 else Divided
+        return kind(pretrained=loaded.model, tokenizer=loaded.tokenizer, backend="causal", batch_size=batch_size)
+
+
+def _by_batch(requests: Sequence[Any], rows: Sequence[list[int]], size: int, ask: Callable[[list[Any]], list[Any]]
+              ) -> list[Any]:
+    """What ``ask`` says of each request, asked ``size`` rows at a time.
+
+    Args:
+        rows: the requests of each row of a batch, in the order in which batches are made.
+    """
+    batches = [sorted(i for row in rows[start : start + size] for i in row) for start in range(0, len(rows), size)]
+    said = processes.divided(batches, lambda batch: ask([requests[i] for i in batch]))
+    found = {i: one for batch, of_batch in zip(batches, said, strict=True) for i, one in zip(batch, of_batch, strict=True)}
+    return [found[i] for i in range(len(requests))]
 
 
 def _said(benchmark: Benchmark, sample: dict[str, Any]) -> dict[str, Any]:
@@ -269,6 +313,9 @@ def _embedded_human_eval(**_: Any) -> dict[str, Any]:
 def _executed(args: EvaluateUtilityArgs) -> dict[str, Any]:
     """HumanEval's scoring, ours: the function in a confined process, its tests in another, one sample, greedy (pass@1)."""
     def score(row: dict[str, str], answers: Sequence[str]) -> dict[str, float]:
+        # one process writes scores, and a program runs once
+        if processes.rank():
+            return {"pass_at_1": 0.0}
         outcome = code_sandbox.run(row["prompt"], answers[0], row["test"], row["entry_point"], args.code_seconds,
                                    args.code_memory_mb, unsafe=args.unsafe_code == "yes")
         return {"pass_at_1": float(outcome.passed)}

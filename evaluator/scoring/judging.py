@@ -16,7 +16,7 @@ from data.prompts import END_MARKER
 from data.readers.answer_text import counted
 from data.sets.protocols import task_of
 from errors import UserError
-from evaluator.judges.cache import Cache, verdicts
+from evaluator.judges.cache import opened, verdicts
 from evaluator.judges.protocol import Item, Judge, Verdict
 from evaluator.judges.table import JUDGES, Row
 from evaluator.statistics import metrics
@@ -162,7 +162,7 @@ def judge_answers(args: JudgeFlags, judges: Sequence[Named], set_name: str, rows
         if named.row.question not in COMPARING:
             # these judges read no other answer: the same one is judged once, whatever stands beside it
             items = [replace(item, other="") for item in items]
-        with Cache(args.results / "scores" / CACHE) as cache:
+        with opened(args.results / "scores" / CACHE) as cache:
             add(judged, named, set_name, verdicts(named.judge, items, cache), args.seed)
         if texts := counted(rows):
             # what was taken off before this judge read the answers

@@ -161,14 +161,14 @@ def fitted_rule(judge: Any) -> Callable[[Sequence[Labelled]], list[bool | None]]
 
 def asked(args: Any, named: Named) -> Callable[[Sequence[Labelled]], list[bool | None]]:
     """A judge of --judges, for ``Rate.judge``; where it reads prompts too, an answer without its prompt gets no verdict."""
-    from evaluator.judges.cache import Cache, verdicts
+    from evaluator.judges.cache import opened, verdicts
     from evaluator.scoring import judging
 
     def judge(rows: Sequence[Labelled]) -> list[bool | None]:
         whole = [replace(row, prompt="-") for row in rows] if named.name in _ANSWER_ALONE else with_prompts(rows)
         items = [judging.item_of({"prompt": row.prompt, "input": "", "output": row.output, "reference": "", "id": row.id})
                  for row in whole if row.prompt]
-        with Cache(args.results / "scores" / judging.CACHE) as cache:
+        with opened(args.results / "scores" / judging.CACHE) as cache:
             said = iter(verdicts(named.judge, items, cache))
         found = [next(said) if row.prompt else None for row in whole]
         return [judging.outcome(v) > 0 if v and judging.is_usable(v, named.row.question) else None for v in found]

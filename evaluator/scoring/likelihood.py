@@ -8,7 +8,7 @@ its layer's window. Where that cannot be promised, the model's own forward reads
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from data.encode import prompt_ids
 from errors import UserError
+from models.base import processes
 from models.base.attention import additive, within
 from models.base.families import FAMILIES
 from models.base.heads import LogitRule, answer_logits, logit_rule
@@ -103,8 +104,22 @@ def answer_logprobs(
     if any(not prompt for prompt, _ in rows):
         raise ValueError("a prompt without tokens: the first token of its answer has nothing to condition on")
     if not shareable(loaded.model, max((len(prompt) + len(answer) for prompt, answer in rows), default=0)):
-        return [(_alone(loaded, prompt, answer), len(answer)) for prompt, answer in rows]
+        alone = processes.divided(rows, lambda row: _alone(loaded, *row))
+        return [(total, len(answer)) for total, (_, answer) in zip(alone, rows, strict=True)]
     sums = [0.0] * len(rows)
+    # whole passes are divided among processes: what shares a pass moves the last bits of a sum
+    for found in processes.divided(_passes(rows, batch_tokens), lambda one: _score(loaded, *one)):
+        for i, total in found.items():
+            sums[i] = total
+    return [(total, len(answer)) for total, (_, answer) in zip(sums, rows, strict=True)]
+
+
+#: Rows of a pass: (number, nodes at which its answer's tokens are predicted, those tokens).
+Members = list[tuple[int, list[int], list[int]]]
+
+
+def _passes(rows: Sequence[tuple[list[int], list[int]]], batch_tokens: int) -> Iterator[tuple[Tree, Members]]:
+    """(prompt, answer) rows as trees of at most ``batch_tokens`` nodes; rows without an answer stand in none."""
     # neighbours in this order share the longest prefixes; the last answer token predicts nothing and is left out
     order = sorted((i for i, (_, a) in enumerate(rows) if a), key=lambda i: (rows[i][0], rows[i][1]))
     tree, members = Tree(), []
@@ -113,14 +128,13 @@ def answer_logprobs(
         ids = [*prompt, *answer[:-1]]
         # 512 nodes, though 1,024 would be faster: the tables were made so, and bfloat16 moves with it (docs/lab-log.md)
         if members and len(tree.tokens) + tree.new_nodes(ids) > batch_tokens:
-            _score(loaded, tree, members, sums)
+            yield tree, members
             tree, members = Tree(), []
         # the prompt's last node predicts the answer's first token
         path = tree.add(ids)
         members.append((i, path[len(prompt) - 1 :], answer))
     if members:
-        _score(loaded, tree, members, sums)
-    return [(total, len(answer)) for total, (_, answer) in zip(sums, rows, strict=True)]
+        yield tree, members
 
 
 def shareable(model: PreTrainedModel, longest: int) -> bool:
@@ -167,23 +181,22 @@ def _masks(model: PreTrainedModel, seen: Tensor, depths: Tensor) -> Tensor | dic
     return cut if windows == "all" else {"full_attention": whole, "sliding_attention": cut}
 
 
-def _score(loaded: Loaded, tree: Tree, members: list[tuple[int, list[int], list[int]]], sums: list[float]) -> None:
-    """Put the members' sums into ``sums``: one row (1, nodes), mask (1, 1, nodes, nodes), hidden states (1, nodes, d)."""
+def _score(loaded: Loaded, tree: Tree, members: Members) -> dict[int, float]:
+    """The members' sums by their numbers: one row (1, nodes), mask (1, 1, nodes, nodes), hidden states (1, nodes, d)."""
     model, device = loaded.model, loaded.device
     # depth, not place: a token stands where it would in its own sequence
     depths = torch.tensor(tree.depths, device=device)
     hidden = model.base_model(
         input_ids=torch.tensor([tree.tokens], device=device), attention_mask=_masks(model, tree.mask().to(device), depths),
         position_ids=depths[None], use_cache=False,
-    ).last_hidden_state[0]
+    ).last_hidden_state[0].to(device)
     where = torch.tensor([node for _, path, _ in members for node in path], device=device)
     targets = torch.tensor([token for _, _, answer in members for token in answer], device=device)
     logprobs = _target_logprobs(model, hidden, where, targets)
-    start = 0
-    for i, path, _ in members:
-        # summed in double: hundreds of fp32 terms would lose the digits that tell two answers apart
-        sums[i] = float(logprobs[start : start + len(path)].double().sum())
-        start += len(path)
+    # summed in double: hundreds of fp32 terms would lose the digits that tell two answers apart
+    # on the device, and fetched together: a row at a time would wait for it once for every row
+    parts = logprobs.double().split([len(path) for _, path, _ in members])
+    return dict(zip((i for i, _, _ in members), torch.stack([part.sum() for part in parts]).tolist(), strict=True))
 
 
 def _target_logprobs(model: PreTrainedModel, hidden: Tensor, where: Tensor, targets: Tensor) -> Tensor:

@@ -35,17 +35,18 @@ def score_choices(loaded: Loaded, name: str, rows: Sequence[Choice], batch_token
 def score_numbers(loaded: Loaded, name: str, rows: Sequence[Problem], max_new_tokens: int, batch_size: int, seed: int
                   ) -> tuple[metrics.Score, list[dict[str, Any]]]:
     """The rate of a word-problem probe and its rows, each with the answer and the number read from it."""
+    from models.base import processes
     from models.generation import Decoding, answer_batch
 
     prompts = [loaded.template.render(f"{row.prompt}\n{ASK}", "") for row in rows]
     # neighbours in length make the least padding; the order of the rows file stays
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
-    texts: dict[int, str] = {}
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        # greedy: the seed decides nothing but is asked for
-        answers = answer_batch(loaded, [prompts[i] for i in batch], Decoding(max_new_tokens), seed)
-        texts |= {i: answer.text for i, answer in zip(batch, answers, strict=True)}
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    # greedy: the seed decides nothing but is asked for
+    answers = processes.divided(
+        batches, lambda batch: answer_batch(loaded, [prompts[i] for i in batch], Decoding(max_new_tokens), seed))
+    texts = {i: answer.text for batch, made in zip(batches, answers, strict=True)
+             for i, answer in zip(batch, made, strict=True)}
     hits = [int(same_number(texts[i], row.answer)) for i, row in enumerate(rows)]
     lines = [{"set": name, "id": row.id, "category": "", "prompt_hash": prompt_hash(row.prompt), "output": texts[i],
               "read": _text(texts[i]), "wanted": row.answer, "values": {name: hit}}

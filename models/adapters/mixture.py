@@ -19,7 +19,7 @@ from models.adapters.files import Adapter, read_adapter
 from models.adapters.fuse import check, common_base, fuse
 from models.adapters.methods import ADAPTER_METHODS, Cat
 from models.adapters.resident import ResidentBase
-from models.base.loading import check_base, skeleton
+from models.base.loading import check_base
 from models.run_folders import run_folder
 
 
@@ -53,6 +53,6 @@ def load_mix(results: Path, parts: Parts, resident: ResidentBase) -> PreTrainedM
     adapters = read_parts(results, parts)
     for adapter in adapters:
         check_base(adapter.folder, resident.base)
-    check_fit(adapters, skeleton(resident.base))
+    check_fit(adapters, resident.shapes())
     fused = fuse(adapters, ADAPTER_METHODS["cat"], Cat(), [weight for _, weight in parts], {}, 0)
     return resident.changed({module: change.pair for module, change in fused.items()})

@@ -63,7 +63,8 @@ def answer_logits(model: PreTrainedModel, hidden: Tensor, rule: LogitRule | None
         rule: the model's, where the caller has asked for it before.
     """
     # fp32 before scale and cap: bfloat16 logits of 10 have steps of 0.06
-    return (rule or logit_rule(model))(model.get_output_embeddings()(hidden).float())
+    # and back to where its caller works: a model may be spread over several devices
+    return (rule or logit_rule(model))(model.get_output_embeddings()(hidden).float()).to(hidden.device)
 
 
 def head_weight(head: nn.Module) -> Tensor:
@@ -99,7 +100,7 @@ def _asked(model: PreTrainedModel) -> LogitRule:
                                 "head that can be run apart, as training and judging do; known: "
                                 f"{', '.join(sorted(FAMILIES))}")
             wanted = model(input_ids=ids, use_cache=False).logits[0].float()
-            plain = head(hidden[0]).float()
+            plain = head(hidden[0]).float().to(wanted.device)
     finally:
         model.train(training)
     # both ran the same products; what is left is the rounding of scale and cap in the model's own precision

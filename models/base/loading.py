@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import logging as hf_logging
 
 from errors import UserError
-from models.base import attention, tokenizers
+from models.base import attention, spread, tokenizers
 from models.base.asked import check_forward
 from models.base.folders import CAUSAL, check_folder, gguf_advice, quantisation, read_config
 from models.checkpoints.fingerprints import fingerprint, fingerprint_like, same_base
@@ -89,15 +89,19 @@ def _rows(folder: Path) -> int | None:
     return content.get("vocab_size") or (inner.get("vocab_size") if isinstance(inner, dict) else None)
 
 
-def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load_base(folder: Path, dtype: torch.dtype, device: torch.device, spread_out: bool = False) -> PreTrainedModel:
     """A causal LM in evaluation mode; its generation settings are reset so that every model decodes alike.
+
+    Args:
+        spread_out: over all GPUs (``models/base/spread.py``) instead of ``device``.
 
     Raises:
         UserError: its weights are not those of its config.json: some are missing, left over, or of other shapes; it computes
             NaN, or its tokens look ahead.
     """
     # names and shapes first: what no class can be made of is told in a moment
-    config = skeleton(folder).config
+    empty = skeleton(folder)
+    config = empty.config
     kernel = attention.implementation_for(config, device)
     try:
         skeleton(folder, kernel)
@@ -105,9 +109,13 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrai
         kernel = "eager"
     # a kernel that config.json names (flash_attention_2) wins over the argument, and may not be installed
     config._attn_implementation = kernel
-    named = {"config": config} if "_attn_implementation" in _config(folder) else {}
-    model = read_weights(folder, dtype=dtype, attn_implementation=kernel, **named)
-    model = model.to(device).eval()
+    named: dict[str, Any] = {"config": config} if "_attn_implementation" in _config(folder) else {}
+    # read to where it will live: the host's memory need not hold it, least of all once for every process
+    if spread_out:
+        named["device_map"] = spread.over_devices(empty, dtype, str(folder))
+    elif device.type != "cpu":
+        named["device_map"] = {"": device}
+    model = read_weights(folder, dtype=dtype, attn_implementation=kernel, **named).eval()
     check_forward(model, str(folder))
     return model
 
@@ -181,9 +189,16 @@ def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMod
     return model
 
 
-def settled(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def settled(model: PreTrainedModel, dtype: torch.dtype, device: torch.device, spread_out: bool = False) -> PreTrainedModel:
     """A model that was put together on the CPU, cast and moved to where it answers."""
-    cast_parameters(model, dtype).to(device)
+    cast_parameters(model, dtype)
+    if spread_out:
+        from accelerate import dispatch_model
+
+        # keys and values stay with their layers
+        dispatch_model(model, spread.over_devices(model, dtype, "the model"), skip_keys=model._skip_keys_device_placement)
+    else:
+        model.to(device)
     # it was put together with the CPU's attention
     if device.type != "cpu":
         model.set_attn_implementation(attention.implementation_for(model.config, device))

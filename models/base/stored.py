@@ -1,7 +1,8 @@
 """A loaded model's weights as their files have them, for changing a model that was loaded in fewer bits.
 
 W + B A is summed in fp32 and rounded once. Read matrix by matrix, that takes the memory of one matrix; a whole model in
-fp32 to sum in takes 27 GB of a 7B one.
+fp32 to sum in takes 27 GB of a 7B one. On a CPU a further reading comes from the file system's cache, which is memory; what
+goes to a GPU stays there where there is room (``keeps``).
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from models.checkpoints.header import TensorInfo
 from models.checkpoints.reader import Checkpoint
 
 _FLOATING = ("F64", "F32", "F16", "BF16")
+#: The part of a GPU's free memory that matrices as they were may take beside the model.
+_SHARE = 0.25
 
 
 class StoredWeights:
-    """Matrices of a model in a folder, fp32, on the device of the model that was loaded from it.
+    """Matrices of a model in a folder, as stored, on the device where the model that was loaded from it has each.
 
     Args:
         model: as it was loaded from ``folder``, before anything changed it.
@@ -45,7 +48,7 @@ class StoredWeights:
                    and info.shape == tuple(there[name].weight.shape) for name in modules)
 
     def read(self, module: str) -> Tensor | None:
-        """A module's weight in fp32; None where the model was loaded with other values than the file's.
+        """A module's weight as it is stored; None where the model was loaded with other values than the file's.
 
         The first reading compares, so the weight must be as it was loaded: a name and a shape may fit and values stand in
         another order.
@@ -60,7 +63,13 @@ class StoredWeights:
                 return None
             self._same.add(module)
         # never the buffer itself: the next reading fills it anew
-        return values.to(torch.float32, copy=values.data_ptr() == self._buffer.data_ptr())
+        return values.clone() if values.data_ptr() == self._buffer.data_ptr() else values
+
+    def exact(self, dtype: torch.dtype) -> bool:
+        """Whether the model, held in ``dtype``, has every stored value as it is: nothing was rounded on the way in."""
+        kept = {"F64"} if dtype == torch.float64 else set()
+        kept |= {torch.float32: {"F32", "F16", "BF16"}, torch.float16: {"F16"}, torch.bfloat16: {"BF16"}}.get(dtype, set())
+        return {info.dtype for info in self._file.tensors.values() if info.dtype in _FLOATING} <= kept
 
     def _info(self, module: str) -> TensorInfo | None:
         tensors, name = self._file.tensors, f"{module}.weight"
@@ -71,6 +80,15 @@ class StoredWeights:
             name = next(f"{n}.weight" for n, found in self.model.named_modules() if found is embedding)
         # a model saved from its base class has names without the first word
         return tensors.get(name) or tensors.get(name.partition(".")[2])
+
+
+def keeps(device: torch.device, size: int, held: int) -> bool:
+    """Whether ``size`` more bytes of a model's own matrices may stay on a device, so that a sweep reads its factors alone.
+
+    Args:
+        held: bytes of them that stay there already.
+    """
+    return device.type == "cuda" and held + size <= _SHARE * (torch.cuda.mem_get_info(device)[0] + held)
 
 
 def stored_weights(model: PreTrainedModel, folder: Path) -> StoredWeights | None:

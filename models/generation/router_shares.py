@@ -26,7 +26,8 @@ def router_shares(loaded: Loaded, texts: Sequence[str], batch_size: int = 16) ->
         for start in range(0, len(rows), batch_size):
             ids, mask = left_pad(rows[start : start + batch_size], pad_id(loaded.tokenizer), loaded.device)
             loaded.model.model(input_ids=ids, attention_mask=mask, use_cache=False)
-            means = mean_probabilities([layer.probabilities for layer in layers], mask)  # (layers, batch, experts)
+            probabilities = [layer.probabilities.to(mask.device) for layer in layers]
+            means = mean_probabilities(probabilities, mask)  # (layers, batch, experts)
             total += means.sum(1).float().cpu().numpy()
     finally:
         # what a layer recorded would live as long as the model

@@ -18,6 +18,7 @@ from data.prompts import template
 from errors import UserError
 from models.adapters.apply import check_fit
 from models.adapters.files import VLLM_RANKS, read_adapter
+from models.base import processes
 from models.base.loading import check_base, keep_ends, skeleton
 from models.base.placement import resolved_dtype, set_up_torch
 from models.generation.answers import Answer, Decoding, answer_of, check_lengths, encoded, stop_ids
@@ -56,6 +57,9 @@ class VllmBackend:
             return ["--backend vllm: the package vllm is not installed here; pip install vllm (in an environment of its "
                     "own: it pins another torch), or use --backend hf"]
         found = []
+        if processes.count() > 1:
+            found.append(f"--backend vllm: spreads its work over GPUs itself, and {processes.count()} processes were "
+                         "started; start it without torchrun or accelerate launch, or use --backend hf")
         for run in runs:
             try:
                 place = located(run, self.args)

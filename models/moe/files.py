@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from errors import UserError
 from manifest import write_json
 from models.adapters.resident import ResidentBase
+from models.base import spread
 from models.base.families import decoder_layers, family_of
 from models.base.loading import base_path, load_base, skeleton
 from models.base.quantised import load_quantised
@@ -76,12 +77,12 @@ def install(model: PreTrainedModel, factors: list[dict[str, tuple[Tensor, Tensor
         the same model, changed in place: its attention, norms and embeddings are the base's own tensors.
     """
     family = family_of(model.config)
-    device = next(model.parameters()).device
     for layer, layer_factors, router in zip(decoder_layers(model, family), factors, routers, strict=True):
         ffn = getattr(layer, family.ffn)
         moe = SharedMoe(*family.ffn_parts(lambda name, ffn=ffn: getattr(ffn, name), halves), getattr(ffn, family.activation),
                         layer_factors, router, top_k)
-        setattr(layer, family.ffn, moe.to(device))
+        # where its layer is: a model may be spread over several devices
+        setattr(layer, family.ffn, moe.to(next(ffn.parameters()).device))
     return model
 
 
@@ -153,7 +154,7 @@ def load_moe(folder: Path, args: Any, dtype: torch.dtype, device: torch.device, 
         packed: layers as ``PackedMoe``, which answer at about the cost of one dense FFN; else as they train.
     """
     config, base, tensors = _opened(folder, args, None)
-    resident = ResidentBase(base, dtype, device)
+    resident = ResidentBase(base, dtype, device, spread.wanted(args))
     if config.attention:
         pairs = _attention_pairs(folder, tensors)
         model = resident.changed(pairs, dict.fromkeys(pairs, config.attention.scale))

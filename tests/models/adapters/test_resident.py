@@ -16,7 +16,8 @@ import models.adapters.resident as resident_module
 from models.adapters.apply import add_to
 from models.adapters.files import read_adapter
 from models.adapters.resident import ResidentBase
-from models.base.loading import load_base, settled
+from models.base.loading import load_base, settled, skeleton
+from models.base.stored import keeps
 from models.runs import keeping_base, load_run, release_base
 
 CPU, IDS = torch.device("cpu"), torch.tensor([[5, 17, 60, 99]])
@@ -111,6 +112,82 @@ def test_weights_that_are_loaded_as_others_are_summed_whole(pico, monkeypatch, c
     with caplog.at_level("INFO"):
         assert same(ResidentBase(pico, torch.bfloat16, CPU).changed(pairs, scales), want)
     assert "summed in fp32 on the CPU" in caplog.text
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("odd", ["names", "values"])
+def test_joined_weights_that_were_not_rounded_are_summed_in_place(pico, tmp_path, monkeypatch, stored, odd):
+    base = tmp_path / "base"
+    load_base(pico, torch.float32, CPU).to(stored).save_pretrained(base)
+    flipped = "model.layers.1.mlp.up_proj"
+
+    def turned(*words):
+        model = load_base(*words)
+        if odd == "values":
+            weight = model.get_submodule(flipped).weight
+            weight.data = weight.data.flip(0)
+        return model
+
+    pairs, scales = changes_of(base, 7)
+    want = {}
+    for seed in (7, 8):
+        model = turned(base, torch.float32, CPU)
+        add_to(model, changes_of(base, seed)[0], scales)
+        want[seed] = settled(model, stored, CPU)
+    plain = turned(base, stored, CPU)
+    monkeypatch.setattr(resident_module, "load_base", turned)
+    if odd == "names":
+        monkeypatch.setattr(resident_module.StoredWeights, "hold", lambda *_: False)
+    monkeypatch.setattr(resident_module, "settled", lambda *_: pytest.fail("summed in a whole fp32 model"))
+    resident = ResidentBase(base, stored, CPU)
+    # one change after the other, each from the matrices as they were
+    for seed in (7, 8, 7):
+        assert same(resident.changed(changes_of(base, seed)[0], scales), want[seed])
+    assert same(resident.plain(), plain)
+
+
+def test_a_sweep_reads_its_factors_alone_where_matrices_may_stay(pico, monkeypatch):
+    pairs, scales = changes_of(pico, 9)
+    reads, skeletons, sizes = [], [], []
+    real = resident_module.StoredWeights.read
+    monkeypatch.setattr(resident_module.StoredWeights, "read", lambda self, name: reads.append(name) or real(self, name))
+    monkeypatch.setattr(resident_module, "skeleton", lambda *words: skeletons.append(words) or skeleton(*words))
+
+    def room(device, size, held):
+        # all but one of the largest
+        sizes.append(held + size)
+        return name_of[len(sizes)] != "model.layers.1.mlp.up_proj"
+
+    name_of = dict(enumerate(pairs, 1))
+    monkeypatch.setattr(resident_module, "keeps", room)
+    resident = ResidentBase(pico, torch.bfloat16, CPU)
+    for weight in (0.1, 0.2, 0.3):
+        resident.shapes()
+        now = {name: scale * weight for name, scale in scales.items()}
+        assert same(resident.changed(pairs, now), whole(pico, pairs, now, torch.bfloat16))
+        if weight == 0.1:
+            assert sorted(reads) == sorted(pairs)
+            name_of |= dict.fromkeys(range(len(pairs), 99), "model.layers.1.mlp.up_proj")
+    assert reads[len(pairs) :] == ["model.layers.1.mlp.up_proj"] * 2
+    assert len(skeletons) == 1
+    # what stays is counted: fp32 here, as the file has it
+    model = load_base(pico, torch.float32, CPU)
+    assert sizes[0] == model.get_submodule(next(iter(pairs))).weight.nbytes
+    assert max(sizes) <= sum(model.get_submodule(name).weight.nbytes for name in pairs)
+    resident.release()
+    assert not resident._kept
+
+
+def test_what_may_stay_on_a_gpu(monkeypatch):
+    gpu = torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (800, 1000))
+    assert keeps(gpu, 200, 0)
+    assert not keeps(gpu, 201, 0)
+    # 100 stay already, so 900 were free before
+    assert keeps(gpu, 125, 100)
+    assert not keeps(gpu, 126, 100)
+    # the file system's cache is a CPU's memory
+    assert not keeps(CPU, 1, 0)
 
 
 def test_runs_of_one_base_share_it(tmp_path, pico, monkeypatch):
