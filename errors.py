@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 
 
@@ -28,12 +30,17 @@ _OS_ADVICE = {
 }
 
 
+#: Seconds; a launcher looks after its processes ten times a second.
+_MOMENT = 3.0
+
+
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Print each problem of a UserError (or of a full disk, a read-only folder) and exit with code 2."""
     try:
         yield
     except UserError as error:
+        _let_the_first_speak()
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -42,8 +49,19 @@ def exit_on_user_error() -> Iterator[None]:
         number = _os_error(error)
         if number not in _OS_ADVICE:
             raise
+        _let_the_first_speak()
         print(f"error: {getattr(error, 'filename', None) or 'a file'}: {_OS_ADVICE[number]}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _let_the_first_speak() -> None:
+    """Wait in all processes of a launch but a machine's first.
+
+    Most errors come to all of them alike: the first one tells it, and the launcher ends the others. What comes to another
+    one alone is told all the same.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(_MOMENT)
 
 
 def _os_error(error: Exception) -> int | None:
