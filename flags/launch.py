@@ -47,7 +47,7 @@ def local_processes() -> int:
 
 def sharding(training: Mapping[str, Any]) -> Sharding | None:
     """FSDP2 as accelerate's configuration file or --fsdp asks for it; None: every process holds the whole model."""
-    if training.get("fsdp"):
+    if _asks(training):
         config = _fsdp_config(training)
         return Sharding(_true(config.get("reshard_after_forward", True)),
                         _true(config.get("cpu_offload", config.get("offload_params", False))))
@@ -60,7 +60,7 @@ def sharding(training: Mapping[str, Any]) -> Sharding | None:
 def launch_problems(training: Mapping[str, Any]) -> list[str]:
     """What is wrong with the way in which processes shall share a training."""
     found = []
-    if training.get("fsdp"):
+    if _asks(training):
         if "RANK" not in os.environ:
             found.append(f"--fsdp {training['fsdp']}: shards over processes, and there is one; start several: "
                          + LAUNCH.format("fsdp2.yaml", 2))
@@ -95,6 +95,11 @@ def _fsdp_config(training: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise ValueError("no object")
     return {key.removeprefix("fsdp_"): value for key, value in content.items()}
+
+
+def _asks(training: Mapping[str, Any]) -> bool:
+    # bare, it is true; earlier versions of transformers took names of strategies
+    return str(training.get("fsdp") or "").lower() not in ("", "false", "0", "no")
 
 
 def _true(value: Any) -> bool:

@@ -334,7 +334,8 @@ def load_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
     content = json.loads((folder / STATE).read_text(encoding="utf-8"))
     state: dict[int, dict[str, Any]] = {}
     place = held(folder, OPTIMIZER, parts.OPTIMIZER)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    # by their numbers, which are those of the state
+    parameters = dict(enumerate(p for group in getattr(optimizer, "param_groups", ()) for p in group["params"]))
     tensors = {name: _room(name, shape, dtype, parameters) for name, (shape, dtype) in place.stored().items()}
     place.load(tensors)
     for name, value in (*tensors.items(), *content["plain"].items()):
@@ -349,9 +350,9 @@ def load_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
     scheduler.load_state_dict(content["scheduler"])
 
 
-def _room(name: str, shape: torch.Size, dtype: torch.dtype, parameters: list[torch.Tensor]) -> torch.Tensor:
+def _room(name: str, shape: torch.Size, dtype: torch.dtype, parameters: Mapping[int, torch.Tensor]) -> torch.Tensor:
     """A tensor for a value of the optimiser, parted as its parameter is where it has that one's shape."""
-    parameter = parameters[int(name.partition(".")[0])]
+    parameter = parameters.get(int(name.partition(".")[0]))
     if hasattr(parameter, "full_tensor") and parameter.shape == shape:
         return torch.zeros_like(parameter.detach(), dtype=dtype)
     return torch.empty(shape, dtype=dtype)

@@ -34,12 +34,12 @@ def test_sigterm_saves_on_all_processes_and_the_command_goes_on(pico, tmp_path):
              "29533", str(config.ROOT / "align_basemodel.py"), *line(pico, tmp_path, data, 4, "--save_on_signal")],
             env=os.environ | {"PYTHONPATH": str(config.ROOT)}, stdout=stream, stderr=subprocess.STDOUT)
     try:
-        end = time.time() + 300
+        end = time.time() + 900
         # the first logged step: from here on there is something to save
         while b"'loss_lm'" not in log.read_bytes() and launch.poll() is None and time.time() < end:
             time.sleep(0.2)
         launch.send_signal(signal.SIGTERM)
-        launch.wait(timeout=120)
+        launch.wait(timeout=300)
     finally:
         launch.kill()
     said = log.read_text(errors="replace")

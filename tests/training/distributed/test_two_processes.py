@@ -87,7 +87,7 @@ def two(pico, place, one, tmp_path_factory):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29531",
          str(config.ROOT / "tests" / "two_processes.py"), str(file)],
-        env=os.environ | {"PYTHONPATH": str(config.ROOT)}, capture_output=True, text=True, timeout=900, check=False)
+        env=os.environ | {"PYTHONPATH": str(config.ROOT)}, capture_output=True, text=True, timeout=1500, check=False)
     both = [json.loads((out / f"runs.json.{rank}").read_text()) if (out / f"runs.json.{rank}").is_file() else []
             for rank in (0, 1)]
     assert [len(found) for found in both] == [len(todo) - 1] * 2, done.stderr[-4000:]
