@@ -6,6 +6,7 @@ The files are safetensors whose headers say where a part lies in the whole; no p
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -37,7 +38,10 @@ def load(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     Under a launcher every process must ask.
     """
     alone = not (dist.is_available() and dist.is_initialized())
-    dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
+    with warnings.catch_warnings():
+        # that there is one process alone, which is what was said
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
 
 
 def stored(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
