@@ -61,5 +61,5 @@ class SaveOnSignal(TrainerCallback):
             # now and not before: the checkpoint would say that its training had been stopped
             control.should_training_stop, control.should_save, self.saved = True, False, True
             if state.is_world_process_zero:
-                log.warning("SIGTERM: stopped behind step %d, whose checkpoint is whole; the same command goes on from there",
-                            state.global_step)
+                log.warning("SIGTERM: stopped behind step %d, whose checkpoint is whole; the same command goes on from "
+                            "there", state.global_step)
