@@ -41,7 +41,6 @@ from models.base.placement import set_up_torch
 from models.base.positions import check_rows
 from models.checkpoints.fingerprints import fingerprint
 from training.checkpoints import SafeCheckpoints
-from training.distributed.pairs import own_pairs, part_of
 from training.distributed.sharding import is_sharded
 from training.packing import check_padded, pack_forward, refuse_head_lora
 from training.samples import VALIDATION_ROWS, contrast_inputs, source_of
@@ -56,8 +55,6 @@ log = logging.getLogger(__name__)
 MEASURED = {"loss": False, "rewards/accuracies": True, "rewards/margins": True, "rewards/chosen": True,
             "rewards/rejected": False, "logps/chosen": True, "logps/rejected": False}
 _REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
-#: What a batch's loss counts, beside its rows.
-_WEIGHT = "pair_weight"
 
 
 class SafeDPOTrainer(WholeMeans, SafeCheckpoints, DPOTrainer):
@@ -137,22 +134,6 @@ class SafeDPOTrainer(WholeMeans, SafeCheckpoints, DPOTrainer):
         with torch.random.fork_rng([self.args.device.index or 0] if self.args.device.type == "cuda" else []):
             found = [self.accelerator.gather_for_metrics(self.compute_ref_log_probs(model, batch)) for batch in loader]
         return {column: torch.cat([pair[i].float().cpu() for pair in found]) for i, column in enumerate(_REFERENCE)}
-
-    def get_batch_samples(self, epoch_iterator, num_batches, device):  # noqa: ANN001 - transformers' signature
-        samples, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        settings = self.args
-        if settings.world_size > 1 and not settings.dataloader_drop_last:
-            for micro, inputs in enumerate(samples):
-                part = part_of(len(self.train_dataset), settings.per_device_train_batch_size, settings.world_size,
-                               settings.gradient_accumulation_steps, self.state.global_step, micro, settings.process_index)
-                if part:
-                    samples[micro] = own_pairs(inputs, part.real) | {_WEIGHT: part.weight}
-        return samples, count
-
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        weight = inputs.get(_WEIGHT, 1.0)
-        loss = super().compute_loss(model, {k: v for k, v in inputs.items() if k != _WEIGHT}, *args, **kwargs)
-        return loss if weight == 1.0 else loss * weight
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)

@@ -154,36 +154,3 @@ def test_a_parted_tensor_is_made_whole_by_whoever_parted_it(monkeypatch):
     assert is_parted(held)
     assert torch.equal(whole(held), full)
     assert held.numel() == 0
-
-
-@pytest.mark.parametrize(("rows", "batch", "processes", "accumulation"), [
-    (14, 4, 2, 1), (13, 2, 3, 2), (9, 2, 4, 1), (8, 2, 2, 2)])
-def test_pairs_of_a_short_step_count_once(rows, batch, processes, accumulation):
-    """What accelerate deals out of an epoch, weighted: the mean over a step's pairs, whichever process has them."""
-    from accelerate.data_loader import BatchSamplerShard
-    from torch.utils.data import BatchSampler
-
-    from training.distributed.pairs import own_pairs, part_of
-
-    epoch = -(-rows // (batch * processes * accumulation))
-    dealt = [list(BatchSamplerShard(BatchSampler(range(rows), batch, False), processes, rank)) for rank in range(processes)]
-    assert len({len(batches) for batches in dealt}) == 1
-    for step, start in enumerate(range(0, len(dealt[0]), accumulation)):
-        taken = range(start, min(start + accumulation, len(dealt[0])))
-        total, seen = 0.0, []
-        for rank in range(processes):
-            for micro, number in enumerate(taken):
-                ids = torch.tensor(dealt[rank][number] * 2)[:, None]
-                # of the sixth epoch
-                part = part_of(rows, batch, processes, accumulation, step + 5 * epoch, micro, rank)
-                if part:
-                    ids = own_pairs({"input_ids": ids}, part.real)["input_ids"]
-                mine = ids[: len(ids) // 2, 0].tolist()
-                assert mine == ids[len(ids) // 2 :, 0].tolist()
-                seen += mine if part is None or part.real else []
-                # transformers takes the mean of micro-batches, DDP that of processes
-                total += (part.weight if part else 1.0) * sum(mine) / len(mine) / len(taken) / processes
-        group = batch * processes * accumulation
-        own = list(range(rows))[step * group : (step + 1) * group]
-        assert sorted(seen) == own
-        assert total == pytest.approx(sum(own) / len(own))

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 import config
 import manifest
 
-#: Method -> rows of a step, those of both processes together. Of 16, 56 and 14 rows the second step gets the rest: 4, 16, 6
-#: or 2, which a process alone has. The mask's three steps are full ones.
-ROWS = {"sft": 12, "full": 12, "moe": 40, "soup": 8, "dpo": 8, "dpo_full": 12, "mask": 4}
+#: Method -> rows of a step, those of both processes together. Of 16, 56 and 14 rows the second step gets the rest: 4, 16, 6;
+#: steps of pairs are full ones.
+ROWS = {"sft": 12, "full": 12, "moe": 40, "soup": 8, "dpo": 4, "dpo_full": 4, "mask": 4}
 SHARDED = tuple(kind for kind in ROWS if kind != "mask")
 STRATEGIES = [(kind, "ddp") for kind in ROWS] + [(kind, "fsdp2") for kind in SHARDED]
 
