@@ -31,18 +31,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
         parsed = config.parse(AlignArgs, argv)
         args: AlignArgs = parsed.args
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        # of the processes of a launch one tells how it goes; all tell what is wrong
+        logging.basicConfig(level=logging.INFO if manifest.is_main() else logging.WARNING, format="%(message)s")
         config.short_waits()
         config.keep_freed_memory()
         settings = args.settings(parsed.training)
         target = args.results / "outputs" / args.name
         if not args.overwrite and manifest.finished(target, settings):
-            print(f"{target}: already trained")
+            if manifest.is_main():
+                print(f"{target}: already trained")
             return
         with manifest.writing(target, "align_basemodel", settings, overwrite=args.overwrite) as run:
             # torch is imported only now
             importlib.import_module(TRAINERS[type(args)]).train(args, parsed.training, run)
-        _finish(args, run)
+        if manifest.is_main():
+            _finish(args, run)
 
 
 def _finish(args: AlignArgs, run: manifest.Run) -> None:

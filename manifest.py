@@ -155,7 +155,7 @@ def finished(target: Path, config: dict[str, Any], absent: Mapping[str, Any] | N
     if old is None:
         raise UserError(f"{target}: holds a checkpoint, not a finished run; move it away{_or_rename(config)}")
     told = {k: config.get(k) if (meant or {}).get(k, object()) == v else v for k, v in old.items()}
-    differ = _differing({**(absent or {}), **told}, {**(absent or {}), **config})
+    differ = differing({**(absent or {}), **told}, {**(absent or {}), **config})
     if differ:
         listed = "; ".join(f"{k}: {old.get(k)} there, {config.get(k)} here" for k in differ)
         raise UserError(f"{target}: holds a run with another configuration ({listed}); "
@@ -171,7 +171,7 @@ def _or_rename(config: Mapping[str, Any]) -> str:
 
 def same_settings(path: Path, config: dict[str, Any]) -> bool:
     """Whether the JSON file ``path`` records this configuration (places and thread counts do not matter)."""
-    return path.is_file() and not _differing(json.loads(path.read_text(encoding="utf-8")), config)
+    return path.is_file() and not differing(json.loads(path.read_text(encoding="utf-8")), config)
 
 
 def same_plan(path: Path, plan: dict[str, Any]) -> bool:
@@ -305,7 +305,8 @@ def peak_memory_mb() -> float:
     return peak / (1 << 20) if sys.platform == "darwin" else peak / 1024
 
 
-def _differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Names of the settings of ``new`` that ``old`` has otherwise; places and thread counts do not matter."""
     # what only the old run recorded decides nothing: an older version wrote down flags that its command did not read
     # through JSON as the old ones went: tuples become lists, paths would raise here
     new = json.loads(json.dumps(new))

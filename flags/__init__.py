@@ -25,7 +25,7 @@ _FILES: dict[str, tuple[str, ...]] = {
     "evaluate": ("EvaluateArgs", "EvaluateHelpfulnessArgs", "EvaluateSafetyArgs", "EvaluateTruthArgs", "ReportArgs",
                  "ScoredAnswersArgs"),
     "evaluate_models": ("EvaluateModelsArgs",),
-    "export": ("ExportArgs", "ImportArgs"),
+    "export": ("ExportArgs", "GatherArgs", "ImportArgs"),
     "fuse": ("ExtractArgs", "FuseAdaptersArgs", "FuseMoeArgs"),
     "inference": ("InferenceArgs",),
     "leaderboard": ("LeaderboardArgs",),
@@ -46,8 +46,8 @@ _ALL = ("AgreementArgs", "AlignArgs", "FuseMoeArgs", "FuseAdaptersArgs", "Extrac
         "EvaluateUtilityArgs", "ReportArgs", "SafetySetArgs", "SweepArgs")
 #: Commands that do nothing without a flag of their own.
 _MORE = ("AttackTableArgs", "CompareArgs", "DurabilityArgs", "EqualUtilityArgs", "EvaluateModelsArgs", "ExportArgs",
-         "ExportScoresArgs", "ImportArgs", "LeaderboardArgs", "ListArgs", "MaskFiguresArgs", "MergeArgs", "PaperTableArgs",
-         "PaperTablesArgs", "RealignArgs", "ShowArgs")
+         "ExportScoresArgs", "GatherArgs", "ImportArgs", "LeaderboardArgs", "ListArgs", "MaskFiguresArgs", "MergeArgs",
+         "PaperTableArgs", "PaperTablesArgs", "RealignArgs", "ShowArgs")
 
 __all__ = ["ALL", "COMMANDS", *_PLACES]  # noqa: PLE0604, F822 - names of __getattr__
 

@@ -100,8 +100,12 @@ class AlignArgs(ModelCommand):
     def settings(self, training: dict[str, Any]) -> dict[str, Any]:
         """What identifies a run: every resolved flag and every extra training argument."""
         own = {k: v for k, v in asdict(self).items() if k not in _UNSAID or v != _UNSAID[k]}
+        # how a run ends early does not make it another one
+        own.pop("save_on_signal", None)
         # whether an interrupted run goes on or starts anew does not make it another run; from where (a path) does
-        kept = {k: v for k, v in training.items() if k != "resume_from_checkpoint" or not isinstance(v, bool)}
+        # nor does how its model is parted among processes
+        kept = {k: v for k, v in training.items() if k not in ("fsdp", "fsdp_config")
+                and (k != "resume_from_checkpoint" or not isinstance(v, bool))}
         # who is told of the losses does not either
         if trackers_of(kept):
             del kept["report_to"]

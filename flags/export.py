@@ -1,4 +1,4 @@
-"""Flags of models/fuse.py export and import."""
+"""Flags of models/fuse.py export, import and gather."""
 
 from __future__ import annotations
 
@@ -96,3 +96,27 @@ class ImportArgs(BaseModelFlags, SeedFlags, RunFlags):
         if len(set(self.expert_names)) < len(self.expert_names):
             found.append(f"--experts {self.experts}: the same name twice")
         return found
+
+
+@dataclass(frozen=True)
+class GatherArgs(RunFlags):
+    """Make a plain folder of a training's checkpoint, also of one that several processes wrote in parts.
+
+    python models/fuse.py gather results/checkpoints/safety/checkpoint-100 --run_name safety_100
+    """
+
+    heading, general = "Gathering", False
+    positional = "folder"
+    folder: str = flag("", "a checkpoint's folder: results/checkpoints/RUN/checkpoint-N")
+    shard_gb: float = flag(5.0, "largest output file of a whole model", low=1e-6)
+    run_name: str | None = flag(None, "name of the result under results/outputs; empty: RUN_checkpoint-N")
+
+    @property
+    def name(self) -> str:
+        """The result's name."""
+        run, _, checkpoint = self.folder.rstrip("/").rpartition("/")
+        return self.run_name if self.run_name is not None else "_".join(filter(None, (run.rpartition("/")[2], checkpoint)))
+
+    def problems(self) -> list[str]:
+        return [*super().problems(), *name_problems("--run_name", self.name)] if self.folder else [
+            "FOLDER: name a checkpoint, e.g. models/fuse.py gather results/checkpoints/safety/checkpoint-100"]

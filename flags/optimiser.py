@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from config import flag
 from flags.base import Flags
+from flags.launch import launch_problems
 
 #: Fields of transformers.TrainingArguments that our trainers do not read or that would break them: what stands for nothing
 #: asked, and what to do instead. Taken in silence, each would make another run than the one asked for.
@@ -79,6 +80,8 @@ class OptimiserFlags(BatchFlags):
     gradient_accumulation_steps: int = flag(1, "micro-batches per step", low=1)
     save_steps: int = flag(5000, "steps between checkpoints", low=1)
     logging_steps: int = flag(100, "steps between log lines", low=1)
+    save_on_signal: bool = flag(False, "on SIGTERM save a checkpoint behind the step and exit with 143; the same command "
+                                       "goes on from there")
 
     takes_training_arguments: ClassVar[bool] = True
 
@@ -98,9 +101,7 @@ class OptimiserFlags(BatchFlags):
                          "--adam_epsilon, --weight_decay")
         if (level := training.get("log_level")) is not None and level not in _LEVELS:
             found.append(f"--log_level {level}: not known; allowed: {', '.join(_LEVELS)}")
-        if training.get("fsdp") and "RANK" not in os.environ:
-            found.append(f"--fsdp {training['fsdp']}: shards over processes, and there is one; start them: torchrun "
-                         "--nproc_per_node N align_basemodel.py ..")
+        found += launch_problems(training)
         for tracker in trackers_of(training):
             packages = _TRACKERS.get(tracker)
             if not packages:

@@ -4,6 +4,7 @@
     python models/fuse.py adapters --adapters helpfulness,safety,truthfulness --run_name average
     python models/fuse.py extract --tuned merged --rank 16 --run_name extracted
     python models/fuse.py export raw_moe --layout mixtral
+    python models/fuse.py gather results/checkpoints/safety/checkpoint-100
     python models/fuse.py realign --model_name_or_path ALIGNED --tasks english --method wise_ft --parameters "alpha=0.5"
 """
 
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 import config
 from errors import exit_on_user_error
 from flags import ExtractArgs, FuseAdaptersArgs, sub_commands
-from flags.export import ExportArgs, ImportArgs
+from flags.export import ExportArgs, GatherArgs, ImportArgs
 from flags.merge import MergeArgs
 from flags.realign import RealignArgs
 
@@ -28,6 +29,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "realign": (RealignArgs, "models.realign.realign:realign"),
     "export": (ExportArgs, "models.export.export:export"),
     "import": (ImportArgs, "models.export.read_back:import_moe"),
+    "gather": (GatherArgs, "models.export.gather:gather"),
 }
 
 

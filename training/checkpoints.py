@@ -1,7 +1,8 @@
 """Trainer checkpoints without pickle: trainable weights, optimiser, scheduler, random states, and how far the training is.
 
-Tensors go into safetensors, the rest into JSON. A checkpoint is written aside and renamed when it is whole. Sharded back
-ends (DeepSpeed, FSDP) keep their own formats.
+Tensors go into safetensors, the rest into JSON. A checkpoint is written aside and renamed when it is whole. What FSDP2 has
+in parts goes there in parts (models/checkpoints/parts.py); either kind is read by any number of processes, parted or
+not. DeepSpeed keeps its own format.
 """
 
 from __future__ import annotations
@@ -12,18 +13,24 @@ import logging
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import _getdtype as safetensors_dtype
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.trainer_callback import ExportableState
 
 import manifest
 from errors import UserError
+from models.checkpoints import parts
+from training.distributed.processes import ManyProcesses
+from training.distributed.sharding import is_sharded
 from training.resume import fault, rotate
 
 log = logging.getLogger(__name__)
@@ -31,7 +38,7 @@ TRAINABLE, OPTIMIZER, STATE = "trainable.safetensors", "optimizer.safetensors", 
 PROGRESS, SCALER = "progress.json", "scaler.json"
 
 
-class SafeCheckpoints:
+class SafeCheckpoints(ManyProcesses):
     """Mix into a ``transformers.Trainer``: set ``save_artifact`` to write what inference loads."""
 
     save_artifact: Callable[[Path], None]
@@ -45,14 +52,13 @@ class SafeCheckpoints:
     @property
     def checkpoint_files(self) -> list[str]:
         """What a whole checkpoint holds, beside what transformers notes."""
-        if self._sharded:
-            return []
-        ranks = [f"rng_{rank}.safetensors" for rank in range(self.args.world_size)]
-        return [self.weights_file, OPTIMIZER, STATE, *ranks]
+        # the random states of one process at least: another number of them may go on from there
+        return [] if self.is_deepspeed_enabled else [STATE, "rng_0.safetensors"]
 
     @property
-    def _sharded(self) -> bool:
-        return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
+    def weight_places(self) -> list[tuple[str, str]]:
+        """What holds (weights, optimiser) of a checkpoint: files, or folders of parts."""
+        return [] if self.is_deepspeed_enabled else [(self.weights_file, parts.WEIGHTS), (OPTIMIZER, parts.OPTIMIZER)]
 
     # ---- making
 
@@ -74,7 +80,7 @@ class SafeCheckpoints:
         staging = folder / f".{final.name}.partial"
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
-            self._refuse_broken_weights()
+        self._refuse_broken_weights()
         self.accelerator.wait_for_everyone()
         self.store_flos()
         self.save_model(str(staging), _internal_call=True)
@@ -104,24 +110,48 @@ class SafeCheckpoints:
 
     def _refuse_broken_weights(self) -> None:
         # the loss of a step is finite before its gradient breaks the weights; a run that resumes there never recovers
-        if not self._sharded and (name := next((n for n, p in self.model.named_parameters() if p.requires_grad
-                                                and not torch.isfinite(p).all()), None)):
-            raise UserError(f"{name} is no longer finite at step {self.state.global_step}, so no checkpoint of it is kept; "
-                            f"lower --learning_rate (now {self.args.learning_rate}), or use --dtype float32")
+        if self.is_deepspeed_enabled:
+            return
+        mine = self._trained()
+        names = list(mine)
+        broken = next((i for i, name in enumerate(names)
+                       if not torch.isfinite(getattr(mine[name], "_local_tensor", mine[name])).all()), None)
+        # by number: of a parted weight one process alone may hold what is broken
+        if found := self.first_of_all(0 if broken is None else broken + 1, 0.0):
+            raise UserError(f"{names[found[0] - 1]} is no longer finite at step {self.state.global_step}, so no checkpoint "
+                            f"of it is kept; lower --learning_rate (now {self.args.learning_rate}), or use --dtype float32")
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.args.should_save:
-            return
         folder = Path(output_dir or self.args.output_dir)
+        if not (self.args.should_save or self._all_save):
+            return
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(trainable(self.model), folder / TRAINABLE)
+        if is_sharded(self.model):
+            parts.save(folder / parts.WEIGHTS, self._trained())
+        elif not self.is_deepspeed_enabled:
+            save_file(trainable(self.model), folder / TRAINABLE)
         self.save_artifact(folder)
 
+    @property
+    def _all_save(self) -> bool:
+        """Whether every process has something to write, or a part to give."""
+        return is_sharded(self.model) or self.is_deepspeed_enabled
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        # transformers asks the first process alone where it sees no FSDP; all have parts to write
+        if self._all_save:
+            self._save(output_dir)
+        else:
+            super().save_model(output_dir, _internal_call)
+
+    def _trained(self) -> dict[str, torch.Tensor]:
+        return {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self._sharded:
+        if self.is_deepspeed_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
         # one process writes for all: under DDP they hold the same moments
-        elif self.args.should_save:
+        elif self.args.should_save or is_sharded(self.model):
             save_optimizer(Path(output_dir), self.optimizer, self.lr_scheduler)
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -146,22 +176,21 @@ class SafeCheckpoints:
     # ---- loading
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        saved = load_file(Path(resume_from_checkpoint, TRAINABLE))
-        mine = {n: p for n, p in (model or self.model).named_parameters() if p.requires_grad}
+        place, mine = held(Path(resume_from_checkpoint), TRAINABLE, parts.WEIGHTS), self._trained()
+        shapes = {n: shape for n, (shape, _) in place.stored().items()}
         # all or nothing: a tensor left at its start would train on from there without a word
-        if {n: t.shape for n, t in saved.items()} != {n: p.shape for n, p in mine.items()}:
+        if shapes != {n: p.shape for n, p in mine.items()}:
             raise UserError(f"{resume_from_checkpoint}: its trainable tensors are not this model's; give a checkpoint of "
                             "the same model and the same kind of training")
         with torch.no_grad():
-            for name, parameter in mine.items():
-                parameter.copy_(saved[name])
+            place.load(mine)
 
     def _load_best_model(self) -> None:
-        if self._sharded:
+        if self.is_deepspeed_enabled:
             super()._load_best_model()
             return
         best = self.state.best_model_checkpoint
-        if wrong := fault(Path(best), self.checkpoint_files):
+        if wrong := fault(Path(best), self.checkpoint_files, self.weight_places):
             raise UserError(f"--load_best_model_at_end: the best checkpoint, {best}, cannot be read again: {wrong}; run the "
                             "command again with --overwrite")
         log.info("taking the best of the validated weights, those of step %s: %s %.5g", self.state.best_global_step,
@@ -177,14 +206,19 @@ class SafeCheckpoints:
         return found
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint and self._sharded:
+        if checkpoint and self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
         elif checkpoint:
             load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint:
-            load_rng(Path(checkpoint, f"rng_{self.args.process_index}.safetensors"))
+        file = Path(checkpoint or "", f"rng_{self.args.process_index}.safetensors")
+        if checkpoint and file.is_file():
+            load_rng(file)
+        elif checkpoint:
+            # started on fewer processes: this one draws as the seed says
+            log.info("%s: has no random states of process %d, which draws its dropout anew", checkpoint,
+                     self.args.process_index)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         file = Path(checkpoint or "", SCALER)
@@ -235,26 +269,61 @@ def _refused(flag: str) -> Iterator[None]:
         raise UserError(f"{flag}: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
 
 
+@dataclass(frozen=True)
+class Held:
+    """Where tensors of a checkpoint lie: a file of whole ones, or a folder of parts."""
+
+    path: Path
+
+    def stored(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        if self.path.is_dir():
+            return parts.stored(self.path)
+        with safe_open(self.path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            return {name: (torch.Size(s.get_shape()), safetensors_dtype(s.get_dtype())) for name, s in slices.items()}
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Fill tensors, parted or whole, in place."""
+        if self.path.is_dir():
+            parts.load(self.path, tensors)
+            return
+        with safe_open(self.path, "pt") as file:
+            for name, tensor in tensors.items():
+                parts.copy_whole(tensor, file.get_tensor(name))
+
+
+def held(checkpoint: Path, file: str, folder: str) -> Held:
+    return Held(checkpoint / folder if (checkpoint / folder).is_dir() else checkpoint / file)
+
+
 def trainable(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of the parameters that train, on the CPU."""
     return {n: p.detach().to("cpu", copy=True).contiguous() for n, p in model.named_parameters() if p.requires_grad}
 
 
 def save_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
-    """Write optimiser moments and both states' plain values."""
+    """Write optimiser moments and both states' plain values; where moments are parted, every process must ask."""
     state = optimizer.state_dict()
-    tensors, plain = {}, {}
+    tensors, parted, plain = {}, {}, {}
     for index, values in state["state"].items():
         for key, value in values.items():
             # bitsandbytes keeps the tables of its 8-bit moments one level deeper, and all parameters share them: copied
             deeper = isinstance(value, dict)
             leaves = {f"{key}.{k}": v for k, v in value.items()} if deeper else {key: value}
             for name, leaf in ((f"{index}.{k}", v) for k, v in leaves.items()):
-                if torch.is_tensor(leaf):
-                    tensors[name] = leaf.detach().to("cpu", copy=deeper).contiguous()
-                else:
+                if not torch.is_tensor(leaf):
                     plain[name] = leaf
-    save_file(tensors, folder / OPTIMIZER)
+                elif hasattr(leaf, "full_tensor"):
+                    parted[name] = leaf.detach()
+                else:
+                    tensors[name] = leaf.detach().to("cpu", copy=deeper).contiguous()
+    if parted:
+        # counts of steps are whole, and the same everywhere
+        parts.save(folder / parts.OPTIMIZER, parted | tensors)
+        if not manifest.is_main():
+            return
+    else:
+        save_file(tensors, folder / OPTIMIZER)
     # Adam's rates and betas, and where the schedule stands, are plain numbers: JSON needs no pickle for them
     content = {"plain": plain, "param_groups": state["param_groups"], "scheduler": scheduler.state_dict()}
     (folder / STATE).write_text(json.dumps(content), encoding="utf-8")
@@ -264,7 +333,12 @@ def load_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
     """Restore what ``save_optimizer`` wrote."""
     content = json.loads((folder / STATE).read_text(encoding="utf-8"))
     state: dict[int, dict[str, Any]] = {}
-    for name, value in (*load_file(folder / OPTIMIZER).items(), *content["plain"].items()):
+    place = held(folder, OPTIMIZER, parts.OPTIMIZER)
+    # by their numbers, which are those of the state
+    parameters = dict(enumerate(p for group in getattr(optimizer, "param_groups", ()) for p in group["params"]))
+    tensors = {name: _room(name, shape, dtype, parameters) for name, (shape, dtype) in place.stored().items()}
+    place.load(tensors)
+    for name, value in (*tensors.items(), *content["plain"].items()):
         index, key, *inner = name.split(".")
         # the optimiser numbers its parameters by int; file names and JSON know text only
         values = state.setdefault(int(index), {})
@@ -274,6 +348,14 @@ def load_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
             values[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": content["param_groups"]})
     scheduler.load_state_dict(content["scheduler"])
+
+
+def _room(name: str, shape: torch.Size, dtype: torch.dtype, parameters: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    """A tensor for a value of the optimiser, parted as its parameter is where it has that one's shape."""
+    parameter = parameters.get(int(name.partition(".")[0]))
+    if hasattr(parameter, "full_tensor") and parameter.shape == shape:
+        return torch.zeros_like(parameter.detach(), dtype=dtype)
+    return torch.empty(shape, dtype=dtype)
 
 
 def save_rng(path: Path) -> None:
@@ -291,8 +373,6 @@ def save_rng(path: Path) -> None:
 
 def load_rng(path: Path) -> None:
     """Restore what ``save_rng`` wrote."""
-    from safetensors import safe_open
-
     tensors = load_file(path)
     with safe_open(path, "pt") as file:
         plain = json.loads(file.metadata()["plain"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,10 +41,11 @@ from models.base.placement import set_up_torch
 from models.base.positions import check_rows
 from models.checkpoints.fingerprints import fingerprint
 from training.checkpoints import SafeCheckpoints
+from training.distributed.sharding import is_sharded
 from training.packing import check_padded, pack_forward, refuse_head_lora
 from training.samples import VALIDATION_ROWS, contrast_inputs, source_of
 from training.sft import adapter_folder, save_adapter, started_from, to_train
-from training.trainer import fit, training_arguments, validates_on_the_way
+from training.trainer import fit, loaded_on, training_arguments, validates_on_the_way
 from training.validation import WholeMeans, divide
 
 log = logging.getLogger(__name__)
@@ -89,7 +91,9 @@ class SafeDPOTrainer(WholeMeans, SafeCheckpoints, DPOTrainer):
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """The rows with the reference's log-probabilities, from disk where they were computed before."""
-        # by now TRL's own scoring forward is in place; a reference read in another way would round in another way
+        # by now TRL's own scoring forward and its copy of an adapter are in place
+        self.shard()
+        # a reference read in another way would round in another way
         self.pack()
         file = self.results / "cache" / "reference" / f"{self._reference_key(dataset)}.safetensors"
         # asked by all before one of them writes it
@@ -134,8 +138,9 @@ class SafeDPOTrainer(WholeMeans, SafeCheckpoints, DPOTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         # transformers leaves a NaN out of the losses that it logs and trains on, into Adam's moments and checkpoints
-        if not torch.isfinite(loss):
-            raise UserError(f"the loss became {float(loss)} at step {self.state.global_step + 1}; lower --learning_"
+        value = float(loss)
+        if found := self.first_of_all(0 if math.isfinite(value) else self.state.global_step + 1, value):
+            raise UserError(f"the loss became {found[1]} at step {found[0]}; lower --learning_"
                             f"rate (now {self.args.learning_rate}), or use --dtype float32")
         return loss
 
@@ -179,7 +184,7 @@ def train(args: DpoArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     validation = encode_pairs(held_out, tokenizer, form, args.model_max_length, base) if held_out else []
     device, dtype = set_up_torch(args)
     arguments = preference_arguments(args, extra, dtype, len(rows), validates=bool(validation))
-    model = to_train(base, args, dtype, device)
+    model = to_train(base, args, dtype, loaded_on(arguments, device))
     refuse_head_lora(model)
     base_hash = fingerprint(base)
     trainer = SafeDPOTrainer(
@@ -188,7 +193,7 @@ def train(args: DpoArgs, extra: dict[str, Any], run: manifest.Run) -> None:
         reference=_reference_facts(args, base_hash, dtype, device), results=args.results)
 
     def save(folder: Path) -> None:
-        save_adapter(model, tokenizer, base_hash, folder)
+        save_adapter(model, tokenizer, base_hash, folder, weights=folder == run.folder or not is_sharded(trainer.model))
 
     trainer.save_artifact = save
     run.metrics.update(fit(trainer, args, extra), pairs=len(rows))

@@ -8,12 +8,12 @@ depend on; only the published random-mask reference runs beside the training.
 from __future__ import annotations
 
 import logging
-import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from datasets import Dataset
 from torch import Tensor, nn
 
@@ -21,6 +21,7 @@ import manifest
 from data.prompts import template
 from errors import UserError
 from flags import MaskArgs
+from flags.launch import sharding
 from models.base.loading import load_tokenizer
 from models.base.placement import set_up_torch
 from models.mask.bank import Draw, MaskBank
@@ -105,7 +106,22 @@ class MaskTrainer(SafeDPOTrainer):
             scaler = self.accelerator.scaler
             self.bank.add_prior_gradient(self.flags.keep_prior, self.flags.keep_weight * (
                 scaler.get_scale() if scaler else 1.0) / self.current_gradient_accumulation_steps)
+        if self.args.world_size > 1 and self.accelerator.sync_gradients:
+            self._average_gradients()
         return total / self.flags.mask_draws
+
+    @property
+    def _reduces_itself(self) -> bool:
+        # DDP would send every gradient of a live weight round, which the bank has turned into the logits' by then
+        return self.args.world_size > 1
+
+    def _average_gradients(self) -> None:
+        """Of the logits, behind a step's last micro-batch. All processes drew the same mask: its key names none of them."""
+        logits = self.bank.logits
+        sent = [dist.all_reduce(parameter.grad, async_op=True) for parameter in logits]
+        for work in sent:
+            work.wait()
+        torch._foreach_div_([parameter.grad for parameter in logits], float(self.args.world_size))
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
                      num_items_in_batch: Any = None) -> Tensor:
@@ -153,8 +169,9 @@ class MaskTrainer(SafeDPOTrainer):
 
 def train(args: MaskArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     """Train a mask and write it (mask.safetensors, mask.json, diagnostics.json) and the run's facts into ``run``."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("--method mask: trains in one process; start it without torchrun (masks are drawn per process)")
+    if sharding(extra):
+        raise UserError("--method mask: every process holds the whole model and its mask, FSDP parts neither; start it with "
+                        "--config_file scripts/accelerate/ddp.yaml")
     with ExitStack() as stack:
         aligned, tasks = open_models(args, args.aligned, args.task_names, args.trust_base, stack)
         settings, specs = settings_for(args, aligned, tasks)

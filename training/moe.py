@@ -19,6 +19,7 @@ from data.records import OBJECTIVES
 from errors import UserError
 from flags import FusedMoeArgs
 from models.base.loading import base_path, load_tokenizer
+from models.base.parted import whole
 from models.base.placement import set_up_torch
 from models.base.quantised import whole_weight
 from models.moe.files import MoeConfig, add_tuning, assemble, moe_layers, read_config, save_moe
@@ -26,8 +27,9 @@ from models.moe.layer import PROJECTIONS, SharedMoe, TuningConfig
 from models.moe.router import drift, gate_loss, low_rank_norm, mean_probabilities, published_weight_norm
 from models.run_folders import run_folder
 from training.answers import AnswerModel
+from training.distributed.batches import BLANK
 from training.samples import contrast_inputs, training_rows
-from training.trainer import LOSS, FusionTrainer, fit, training_arguments
+from training.trainer import LOSS, FusionTrainer, fit, loaded_on, training_arguments
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +63,10 @@ class MoeLoss(AnswerModel):
         if not self.gate_weight:
             # a term of weight 0 is told, and pulls no graph behind it
             means = means.detach()
-        parts["gate"] = gate_loss(means, objectives, per_layer=self.per_layer, published=self.published).sum()
-        parts["share_right"] = means.detach().mean(0).gather(1, objectives[:, None]).sum()
+        # a blank row, with which several processes fill a short batch up, counts for nothing
+        counts, right = (objectives != BLANK).float(), objectives.clamp_min(0)
+        parts["gate"] = (gate_loss(means, right, per_layer=self.per_layer, published=self.published) * counts).sum()
+        parts["share_right"] = (means.detach().mean(0).gather(1, right[:, None])[:, 0] * counts).sum()
         parts |= self.drifts(self.held if self.training else self.experts)
         return parts
 
@@ -90,7 +94,7 @@ class MoeLoss(AnswerModel):
         of = {name: self.experts.index(name) for name in names}
         if self.published:
             factors = [layer.experts[name] for layer in self.moe for name in PROJECTIONS]
-            return {f"drift_{name}": published_weight_norm([[f.tuned_a[i], f.tuned_b[i]] for f in factors],
+            return {f"drift_{name}": published_weight_norm([[whole(f.tuned_a)[i], whole(f.tuned_b)[i]] for f in factors],
                                                            self.aligned_norms[i].tolist(), len(self.moe))
                     for name, i in of.items()}
         norms = change_norms(self.moe)
@@ -118,7 +122,8 @@ def change_norms(layers: Sequence[SharedMoe]) -> Tensor:
     norms = []
     for name in PROJECTIONS:
         factors = [layer.experts[name] for layer in layers]
-        a, b = torch.stack([f.tuned_a for f in factors]), torch.stack([f.tuned_b for f in factors])
+        # outside of the layers' own passes FSDP2 has them in parts
+        a, b = (torch.stack([whole(getattr(f, part)) for f in factors]) for part in ("tuned_a", "tuned_b"))
         norms.append(factors[0].scale * low_rank_norm(a, b))  # (layers, experts)
     return torch.stack(norms, 1).flatten(0, 1).T.contiguous()
 
@@ -131,7 +136,7 @@ def aligned_norms(layer: SharedMoe) -> list[Tensor]:
     """
     norms = []
     for name, linear in zip(PROJECTIONS, (layer.gate_proj, layer.up_proj, layer.down_proj), strict=True):
-        factors, weight = layer.experts[name], whole_weight(linear).float()
+        factors, weight = layer.experts[name], whole(whole_weight(linear)).float()
         a, b = factors.a.float(), factors.b.float()
         # ||W + B A||^2 = ||W||^2 + 2 <B' W, A> + <B' B, A A'>; fp32, for these are sums of millions of squares
         cross = ((b.mT @ weight) * a).sum((-1, -2))
@@ -154,7 +159,8 @@ def train(args: FusedMoeArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     gammas = {f"drift_{name}": gamma for name, gamma in zip(config.experts, args.gammas, strict=False)}
     arguments = training_arguments(args, extra, rows=len(train_rows), validates=bool(validation), measured={
         **LOSS, "gate": False, **dict.fromkeys(gammas, False), "share_right": True})
-    model, config = assemble(raw, args, dtype, device, top_k=args.expert_topk, bits=args.base_quantization)
+    model, config = assemble(raw, args, dtype, loaded_on(arguments, device), top_k=args.expert_topk,
+                             bits=args.base_quantization)
     experts = TuningConfig(args.lora_r, args.lora_alpha, args.lora_dropout)
     attention = experts if args.attention_lora else None
     config = dataclasses.replace(config, top_k=args.expert_topk, tuning=experts, attention=attention)

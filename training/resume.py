@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -24,12 +25,14 @@ def checkpoint_folder(args: AlignArgs) -> Path:
 
 
 def resume_point(args: AlignArgs, settings: dict[str, Any], asked: str | bool | None,
-                 files: Sequence[str]) -> str | None:
+                 files: Sequence[str], places: Sequence[tuple[str, str]] = (), processes: int = 1) -> str | None:
     """The checkpoint to go on from; None to start anew, where older checkpoints are removed.
 
     Args:
         asked: --resume_from_checkpoint: a folder; True, there must be one; False, start anew; None, go on where one is.
         files: what a checkpoint of this training holds beside its state.
+        places: as ``fault`` takes them.
+        processes: how many train; another number may go on where a step has as many rows.
 
     Raises:
         UserError: there are checkpoints of another configuration under this name and ``--overwrite`` is off; what was
@@ -43,7 +46,8 @@ def resume_point(args: AlignArgs, settings: dict[str, Any], asked: str | bool | 
         for hidden in folder.glob(".checkpoint-*"):
             manifest.remove(hidden)
     given = Path(asked).expanduser().resolve() if isinstance(asked, str) and asked else None
-    if given is not None and (wrong := fault(given, files)):
+    settings = _of_a_step(settings, processes)
+    if given is not None and (wrong := fault(given, files, places)):
         raise UserError(f"--resume_from_checkpoint {asked}: {wrong}; give the folder of a whole checkpoint of this "
                         "training, or true for this run's newest")
     own = given is not None and given.parent == folder.resolve()
@@ -52,13 +56,13 @@ def resume_point(args: AlignArgs, settings: dict[str, Any], asked: str | bool | 
         kept = {k: v for k, v in settings["training_arguments"].items() if k != _PATH}
         settings = {**settings, "training_arguments": kept}
     if checkpoints and not args.overwrite:
-        if not manifest.same_settings(record, settings):
-            raise UserError(f"{folder}: holds checkpoints of another configuration; use another --run_name, or --overwrite")
+        if problem := _another(record, settings):
+            raise UserError(f"{folder}: {problem}")
         if own:
             return _resuming(given)
         if asked is not False:
             for path in reversed(checkpoints):
-                if not (wrong := fault(path, files)):
+                if not (wrong := fault(path, files, places)):
                     return _resuming(path)
                 log.warning("%s: %s; passed over", path, wrong)
             if asked is not True:
@@ -73,6 +77,35 @@ def resume_point(args: AlignArgs, settings: dict[str, Any], asked: str | bool | 
         # before the first step, so that the checkpoints of a run that was killed at any moment can be told from another's
         manifest.write_json(record, settings)
     return _resuming(given) if given else None
+
+
+#: Together with the number of processes they say how many rows a step has, however these are shared out.
+_SHARED_OUT = ("per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+def _of_a_step(settings: dict[str, Any], processes: int) -> dict[str, Any]:
+    """The settings of a run on several processes: with their number. One process needs none, and its records had none."""
+    return settings if processes == 1 else {**settings, "processes": processes}
+
+
+def _another(record: Path, settings: dict[str, Any]) -> str:
+    """Why checkpoints with this record are not of this configuration; empty: they are."""
+    if not record.is_file():
+        return "holds checkpoints of another configuration; use another --run_name, or --overwrite"
+    old = json.loads(record.read_text(encoding="utf-8"))
+    if any(name not in settings or name not in old for name in _SHARED_OUT):
+        rows = 1, 1
+    else:
+        rows = tuple(math.prod(int(s.get(name, 1)) for name in (*_SHARED_OUT, "processes")) for s in (old, settings))
+    # how the rows of a step are shared out changes nothing: what they are together does
+    same = {name: settings[name] for name in _SHARED_OUT if name in settings} | {"processes": settings.get("processes", 1)}
+    if manifest.differing({**old, **same}, settings):
+        return "holds checkpoints of another configuration; use another --run_name, or --overwrite"
+    if rows[0] != rows[1]:
+        return (f"holds checkpoints of steps of {rows[0]} rows (--per_device_train_batch_size x --gradient_accumulation_"
+                f"steps x processes), and these would have {rows[1]}; give values that make {rows[0]}, or use another "
+                "--run_name, or --overwrite")
+    return ""
 
 
 def _resuming(path: Path) -> str:
@@ -100,13 +133,23 @@ def rotate(folder: Path, limit: int | None, kept: Collection[str]) -> None:
         shutil.rmtree(hidden)
 
 
-def fault(folder: Path, files: Sequence[str]) -> str | None:
-    """What is wrong with a checkpoint, in a few words; None: it is whole. Headers and JSON are read, no values."""
+def fault(folder: Path, files: Sequence[str], places: Sequence[tuple[str, str]] = ()) -> str | None:
+    """What is wrong with a checkpoint, in a few words; None: it is whole. Headers and JSON are read, no values.
+
+    Args:
+        places: pairs of which one must be there: a file of whole tensors, or a folder of parts.
+    """
     if not folder.is_dir():
         return "no such folder"
     if missing := [name for name in (_STATE, *files) if not (folder / name).is_file()]:
         return f"{', '.join(missing)} missing"
-    for path in sorted(folder.iterdir()):
+    if missing := [file for file, parts in places if not (folder / file).is_file() and not any((folder / parts).glob("*"))]:
+        return f"{', '.join(missing)} missing"
+    # as many processes wrote parts as wrote random states
+    writers = len(list(folder.glob("rng_*.safetensors")))
+    if short := [parts for _, parts in places if 0 < len(list((folder / parts).glob("*.safetensors"))) < writers]:
+        return f"parts of {', '.join(short)} missing"
+    for path in sorted(folder.rglob("*")):
         try:
             if path.suffix == ".json":
                 json.loads(path.read_text(encoding="utf-8"))

@@ -23,8 +23,9 @@ from models.base.quantised import load_quantised
 from models.checkpoints.fingerprints import fingerprint
 from models.run_folders import run_folder
 from training.answers import AnswerModel
+from training.distributed.sharding import gathered_state, is_sharded
 from training.samples import contrast_inputs, training_rows
-from training.trainer import FusionTrainer, fit, training_arguments
+from training.trainer import FusionTrainer, fit, loaded_on, training_arguments
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ def train(args: ExpertArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     train_rows, validation = training_rows(args, tokenizer, base)
     device, dtype = set_up_torch(args)
     arguments = training_arguments(args, extra, rows=len(train_rows), validates=bool(validation))
-    model = to_train(base, args, dtype, device)
+    model = to_train(base, args, dtype, loaded_on(arguments, device))
     trainer = FusionTrainer(
         model=AnswerModel(model, dtype), args=arguments, train_dataset=train_rows,
         eval_dataset=validation or None, processing_class=tokenizer,
@@ -45,7 +46,8 @@ def train(args: ExpertArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     base_hash = fingerprint(base)
 
     def save(folder: Path) -> None:
-        save_adapter(model, tokenizer, base_hash, folder)
+        # beside a checkpoint's parts no whole copy: models/fuse.py gather makes one
+        save_adapter(model, tokenizer, base_hash, folder, weights=folder == run.folder or not is_sharded(trainer.model))
 
     trainer.save_artifact = save
     run.metrics.update(fit(trainer, args, extra))
@@ -132,13 +134,27 @@ def with_lora(model: Any, args: ExpertArgs | DpoArgs) -> PeftModel:
     ))
 
 
-def save_adapter(model: PreTrainedModel | PeftModel, tokenizer: Any, base_hash: str, folder: Path) -> None:
-    """Adapter or full model, with tokenizer and the fingerprint of the base beside it: a checkpoint can be fused too."""
-    if isinstance(model, PeftModel):
+def save_adapter(model: PreTrainedModel | PeftModel, tokenizer: Any, base_hash: str, folder: Path,
+                 weights: bool = True) -> None:
+    """Adapter or full model, with tokenizer and the fingerprint of the base beside it: a checkpoint can be fused too.
+
+    Every process must ask, and the first one writes.
+
+    Args:
+        weights: write a full model's; without, its configuration alone. An adapter's are small and always written.
+    """
+    adapter = isinstance(model, PeftModel)
+    state = gathered_state(model, trained=adapter) if weights or adapter else None
+    if not manifest.is_main():
+        return
+    if adapter:
         # the vocabulary never grows here, so no copy of the embeddings belongs into an adapter; TRL adds a second
         # adapter, its reference
-        model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=["default"])
+        model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=["default"], state_dict=state)
+    elif weights:
+        model.save_pretrained(folder, state_dict=state)
     else:
-        model.save_pretrained(folder)
+        model.config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     manifest.write_json(folder / manifest.MANIFEST, {"status": "checkpoint", "inputs": {"base": base_hash}})

@@ -24,16 +24,18 @@ from data.collate import pad_rows
 from data.records import OBJECTIVES
 from errors import UserError
 from flags import SearchArgs
+from flags.launch import processes
 from models.adapters.apply import check_fit
 from models.adapters.files import Adapter, in_order, layer_of, read_adapter, targets_of, write_adapter
 from models.adapters.fuse import common_base, fuse
 from models.adapters.methods import ADAPTER_METHODS, Cat
 from models.base.loading import base_path, check_base, load_base, load_tokenizer, skeleton
+from models.base.parted import whole
 from models.base.placement import set_up_torch
 from models.run_folders import run_folder
 from training.answers import AnswerModel
 from training.samples import contrast_inputs, training_rows
-from training.trainer import FusionTrainer, fit, training_arguments
+from training.trainer import FusionTrainer, fit, loaded_on, training_arguments
 
 log = logging.getLogger(__name__)
 WEIGHTS = "weights.json"
@@ -47,9 +49,11 @@ class MixedModel(AnswerModel):
     Args:
         adapters: scale applied to B; a module that only some of them train gets those.
         per_layer: a softmax over logits per layer (soup); else the plain ``weights`` (search).
+        device: where the model answers, to which the adapters go; None: where its weights are.
     """
 
-    def __init__(self, lm: nn.Module, dtype: torch.dtype, adapters: Sequence[Adapter], per_layer: bool) -> None:
+    def __init__(self, lm: nn.Module, dtype: torch.dtype, adapters: Sequence[Adapter], per_layer: bool,
+                 device: torch.device | None = None) -> None:
         super().__init__(lm.requires_grad_(False), dtype)
         modules = in_order(adapters)
         self.layers = sorted({layer_of(module) for module in modules} - {None}) or [None]
@@ -61,8 +65,8 @@ class MixedModel(AnswerModel):
             raise UserError(f"--adapters: this base has no module {absent[0]}; give the adapters' own base with "
                             "--model_name_or_path")
         for module in modules:
-            device = there[module].weight.device
-            parts = [tuple(t.to(device) for t in adapter.modules[module]) if module in adapter.modules else None
+            place = device or there[module].weight.device
+            parts = [tuple(t.to(place) for t in adapter.modules[module]) if module in adapter.modules else None
                      for adapter in adapters]
             there[module].register_forward_hook(self._hook(layer_of(module), parts))
 
@@ -90,6 +94,8 @@ class MixedModel(AnswerModel):
 
 def train(args: SearchArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     """Find the weights, write the fused adapter, its weights and the run's facts into ``run``."""
+    if args.method == "search" and processes() > 1:
+        raise UserError("--method search: searches in one process; start it without a launcher")
     base = base_path(args.model_name_or_path, args.cache_dir)
     folders = [Path(n).expanduser() if "/" in n else run_folder(args.results, n) for n in args.adapter_names]
     adapters = [read_adapter(folder, name) for folder, name in zip(folders, args.adapter_names, strict=True)]
@@ -103,10 +109,13 @@ def train(args: SearchArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     arguments = None
     if args.method == "soup":
         arguments = training_arguments(args, extra, rows=len(rows), validates=bool(validation))
-    model = MixedModel(load_base(base, dtype, device), dtype, adapters, per_layer=args.method == "soup")
+    where = loaded_on(arguments, device) if arguments else device
+    model = MixedModel(load_base(base, dtype, where), dtype, adapters, args.method == "soup", device)
 
     def save(folder: Path) -> None:
         save_fused(model, adapters, args, folder)
+        if not manifest.is_main():
+            return
         tokenizer.save_pretrained(folder)
         manifest.write_json(folder / manifest.MANIFEST, {"status": "checkpoint", "inputs": {"base": base_hash}})
 
@@ -119,7 +128,7 @@ def train(args: SearchArgs, extra: dict[str, Any], run: manifest.Run) -> None:
         run.metrics.update(search(model.to(device), rows, tokenizer.pad_token_id, args, len(adapters)))
     save(run.folder)
     run.metrics["weights"] = {name: round(float(value), 5) for name, value in zip(
-        args.adapter_names, model.shares().detach().mean(0), strict=True)}
+        args.adapter_names, whole(model.shares().detach()).mean(0), strict=True)}
     run.parents.extend(map(str, folders))
     run.inputs.update(base=base_hash, **{adapter.name: adapter.sha256 for adapter in adapters},
                       **contrast_inputs(args.contrast_share))
@@ -170,7 +179,9 @@ def mean_loss(model: MixedModel, rows: Sequence[dict[str, Any]], pad_id: int, ba
 def save_fused(model: MixedModel, adapters: Sequence[Adapter], args: SearchArgs, folder: Path) -> None:
     """The adapter that the weights make of the others, exactly, and the weights layer by layer."""
     folder.mkdir(parents=True, exist_ok=True)
-    shares = model.shares().detach().cpu().tolist()
+    shares = whole(model.shares().detach()).cpu().tolist()
+    if not manifest.is_main():
+        return
     by_layer = {layer: row for layer, row in zip(model.layers, shares, strict=True) if layer is not None}
     fused = fuse(adapters, ADAPTER_METHODS["cat"], Cat(), shares[0], by_layer, args.seed)
     write_adapter(folder, {m: done.pair for m, done in fused.items()}, targets_of(adapters), adapters[0].config)

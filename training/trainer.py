@@ -6,8 +6,10 @@ accumulation gives the same losses however it is split.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,10 +23,13 @@ import manifest
 from data.collate import pad_rows
 from errors import UserError
 from flags import AlignArgs
+from flags.launch import LAUNCH, sharding
 from flags.optimiser import OWN_TRACKERS, trackers_of
 from models.base.placement import compute_dtype
 from training.answers import predicting_places
 from training.checkpoints import SafeCheckpoints
+from training.distributed.batches import BLANK, BucketSampler, with_blank
+from training.distributed.signals import EXIT, SaveOnSignal
 from training.resume import checkpoint_folder, resume_point
 from training.tracking.trackers import tracking
 from training.validation import EarlyStopping, WholeMeans
@@ -32,48 +37,6 @@ from training.validation import EarlyStopping, WholeMeans
 log = logging.getLogger(__name__)
 #: What validation of language-model losses can tell -> whether more is better.
 LOSS = {"loss": False}
-#: Batches whose rows are sorted by length together, then shuffled as batches.
-_BUCKET = 16
-
-
-class BucketSampler(Sampler):
-    """Batches of rows of similar length, in an order that depends on (seed, epoch) alone.
-
-    Args:
-        lengths: tokens of each row.
-        group: rows of one optimiser step over all devices and micro-batches.
-    """
-
-    def __init__(self, lengths: Sequence[int], group: int, seed: int) -> None:
-        self.lengths, self.group, self.seed, self.epoch = lengths, group, seed, 0
-
-    # accelerate's data loader calls this before each epoch, also when a resumed run skips what it has seen
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self):
-        # so far apart that no epoch of one seed draws the stream of another's
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        bucket = self.group * _BUCKET
-        batches = []
-        for start in range(0, len(order), bucket):
-            # like lengths beside each other: a batch is padded to its longest row
-            rows = sorted(order[start : start + bucket], key=lambda i: self.lengths[i])
-            batches += [rows[i : i + self.group] for i in range(0, len(rows), self.group)]
-        # a short batch must come last: the data loader cuts the stream into equal groups
-        short = [batch for batch in batches if len(batch) < self.group]
-        full = [batch for batch in batches if len(batch) == self.group]
-        # shuffled once more, else every bucket would train from its shortest rows to its longest
-        for i in torch.randperm(len(full), generator=generator).tolist():
-            yield from full[i]
-        for batch in short:
-            yield from batch
-
-
 class FusionTrainer(WholeMeans, SafeCheckpoints, Trainer):
     """A Trainer for loss modules that return named sums.
 
@@ -93,7 +56,14 @@ class FusionTrainer(WholeMeans, SafeCheckpoints, Trainer):
             # here labels are on the host yet: what a step asks of them later would make it wait for the device
             return batch | {"predicting": predicting_places(batch["labels"])}
 
+        self._rows = len(kwargs["train_dataset"])
+        if (many := kwargs["args"].world_size > 1):
+            kwargs["train_dataset"] = with_blank(kwargs["train_dataset"], tokenizer.pad_token_id)
+        if kwargs["args"].ddp_find_unused_parameters is None:
+            # every parameter that trains is used in every pass: nothing has to be searched for after each
+            kwargs["args"].ddp_find_unused_parameters = False if many else None
         super().__init__(*args, data_collator=collate, **kwargs)
+        self.shard()
         # our loss is already divided by the tokens of the whole accumulated batch
         # (transformers looks for **kwargs in forward; finding none it would divide once more, by the accumulation steps)
         self.model_accepts_loss_kwargs = True
@@ -109,10 +79,14 @@ class FusionTrainer(WholeMeans, SafeCheckpoints, Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):  # noqa: ANN001 - transformers' signature
         samples, tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
-        # this process's counts will do: gradients are averaged over processes, and so are these means
         self._group = (sum(len(s["labels"]) for s in samples), len(samples))
         self._steps += 1
         self._tokens = self._tokens + sum(s["attention_mask"].sum() for s in samples)
+        if self.args.world_size > 1:
+            # blank rows of a short last batch are no samples. A process's share of all of them, since gradients are averaged
+            real = sum((s["objectives"] != BLANK).sum() for s in samples).double().to(self.args.device)
+            self._tokens = self._tokens - sum((s["objectives"] == BLANK).sum() for s in samples)
+            self._group = (self.accelerator.reduce(real, "mean"), len(samples))
         return samples, tokens
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool = False,
@@ -145,14 +119,16 @@ class FusionTrainer(WholeMeans, SafeCheckpoints, Trainer):
         step, value = self._broken or (torch.zeros((), dtype=torch.long, device=loss.device), torch.zeros_like(loss))
         new = (step == 0) & ~torch.isfinite(loss)
         self._broken = torch.where(new, self.state.global_step + 1, step), torch.where(new, loss, value)
-        if loss.device.type == "cpu":
+        # of several processes one alone must not stop: the others would wait for it
+        if loss.device.type == "cpu" and self.args.world_size == 1:
             self._refuse_broken_loss()
 
     def _refuse_broken_loss(self) -> None:
         # transformers leaves a NaN out of the losses that it logs and trains on, into Adam's moments and checkpoints
-        if self._broken and (step := int(self._broken[0])):
+        step, value = self._broken or (0, 0.0)
+        if found := self.first_of_all(int(step), float(value)):
             raise UserError(
-                f"the loss became {float(self._broken[1])} at step {step}; lower "
+                f"the loss became {found[1]} at step {found[0]}; lower "
                 f"--learning_rate (now {self.args.learning_rate}) or the loss weights, or use --dtype float32"
             )
 
@@ -161,7 +137,7 @@ class FusionTrainer(WholeMeans, SafeCheckpoints, Trainer):
             return super().create_scheduler(num_training_steps, optimizer)
         # steps of an epoch, the short last batch included; the sampler drops no row
         group = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        per_epoch = math.ceil(len(self.train_dataset) / group)
+        per_epoch = math.ceil(self._rows / group)
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer or self.optimizer, lambda step: self.epoch_decay ** (step // per_epoch))
         # as transformers' own method leaves it: a further train() then makes a new one
@@ -177,16 +153,18 @@ class FusionTrainer(WholeMeans, SafeCheckpoints, Trainer):
 
     @property
     def tokens_seen(self) -> int:
-        """Tokens of this process's rows so far, pads left out."""
-        return int(self._tokens)
+        """Tokens of the rows so far, of all processes, pads left out; every process must ask."""
+        return round(self.mean_of_all({"tokens": self._tokens})["tokens"] * self.args.world_size)
 
     def progress(self) -> dict[str, Any]:
         return super().progress() | {"tokens": self.tokens_seen, "steps_since_log": self._steps,
-                                     "parts": {name: float(value) for name, value in self._parts.items()}}
+                                     "parts": self.mean_of_all(self._parts)}
 
     def restore(self, progress: dict[str, Any]) -> None:
         super().restore(progress)
-        self._tokens, self._parts, self._steps = progress["tokens"], progress["parts"], progress["steps_since_log"]
+        # of all processes: one of them counts on from there
+        self._tokens = progress["tokens"] if self.args.process_index == 0 else 0
+        self._parts, self._steps = progress["parts"], progress["steps_since_log"]
 
     def _refuse_broken_weights(self) -> None:
         self._refuse_broken_loss()
@@ -196,7 +174,8 @@ class FusionTrainer(WholeMeans, SafeCheckpoints, Trainer):
         self._refuse_broken_loss()
         if "loss" in logs and self._steps:
             # each part was divided by what the whole batch holds, so its sum over micro-batches is a step's value
-            logs |= {f"loss_{name}": round(float(value) / self._steps, 5) for name, value in sorted(self._parts.items())}
+            parts = self.mean_of_all(self._parts)
+            logs |= {f"loss_{name}": round(value / self._steps, 5) for name, value in sorted(parts.items())}
             self._parts, self._steps = {}, 0
         super().log(logs, *args, **kwargs)
 
@@ -204,7 +183,8 @@ class FusionTrainer(WholeMeans, SafeCheckpoints, Trainer):
         rows = train_dataset if train_dataset is not None else self.train_dataset
         # micro-batches of one step share a group, so all devices pad alike and none waits for another's long rows
         group = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return BucketSampler([len(row["input_ids"]) for row in rows], group, self.args.seed)
+        lengths = [len(row["input_ids"]) for row in rows[: self._rows]]
+        return BucketSampler(lengths, group, self.args.seed, filled=self.args.world_size > 1)
 
 
 def training_arguments(args: AlignArgs, extra: dict[str, Any], kind: type[TrainingArguments] = TrainingArguments, *,
@@ -249,6 +229,11 @@ def training_arguments(args: AlignArgs, extra: dict[str, Any], kind: type[Traini
         # the last one wins: what the user gave stands over what an objective needs
         **extra,
     }
+    # FSDP is ours (training/distributed), and --dtype says in what is computed, whatever accelerate's file says of both
+    for name in ("fsdp", "fsdp_config"):
+        values.pop(name, None)
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+    os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
     # those of ours are opened for the training itself (fit)
     others = [name for name in trackers_of(extra) if name not in OWN_TRACKERS]
     values |= {"report_to": others or "none"} | ({"run_name": args.name} if others and "run_name" not in extra else {})
@@ -264,16 +249,25 @@ def training_arguments(args: AlignArgs, extra: dict[str, Any], kind: type[Traini
     # a package that lacks or a mapping of another shape shows itself in any of these
     except (TypeError, ValueError, ImportError, KeyError, AttributeError) as error:
         raise UserError(f"a training argument was refused by {kind.__name__}: {error}") from None
+    made.sharding = sharding(extra)
+    if made.sharding and (bits := getattr(args, "base_quantization", None)):
+        raise UserError(f"--base_quantization {bits}: a base in few bits cannot be parted by FSDP2; drop the flag, or start "
+                        "with --config_file scripts/accelerate/ddp.yaml")
     steps = _steps(made, rows)
     if made.load_best_model_at_end and made.eval_strategy.value == "steps" and made.eval_steps > steps:
         raise UserError(f"--eval_steps {made.eval_steps}: this training takes {steps} steps, so there would be no best "
                         "checkpoint; lower --eval_steps, or use --eval_strategy epoch")
     if made.n_gpu > 1:
         # transformers would copy the model to all of them for every step (DataParallel), which our losses do not survive
-        log.info("%d GPUs are visible and one trains; to use them all: torchrun --nproc_per_node %d align_basemodel.py ...",
-                 made.n_gpu, made.n_gpu)
+        log.info("%d GPUs are visible and one trains; to use them all: %s", made.n_gpu,
+                 LAUNCH.format("ddp.yaml", made.n_gpu))
         made._n_gpu = 1
     return made
+
+
+def loaded_on(made: TrainingArguments, device: torch.device) -> torch.device:
+    """Where a model is loaded: where it trains, but for one that is parted among the processes, which starts on the CPU."""
+    return torch.device("cpu") if made.sharding else device
 
 
 def _steps(made: TrainingArguments, rows: int) -> int:
@@ -352,11 +346,18 @@ def fit(trainer: Any, args: AlignArgs, extra: dict[str, Any]) -> dict[str, Any]:
     if args.early_stopping_patience is not None:
         trainer.add_callback(EarlyStopping(args.early_stopping_patience, args.early_stopping_threshold or 0.0))
     # one process looks and removes what is outdated; the others must not look while it does
-    start = [resume_point(args, args.settings(extra), extra.get("resume_from_checkpoint"), trainer.checkpoint_files)
+    start = [resume_point(args, args.settings(extra), extra.get("resume_from_checkpoint"), trainer.checkpoint_files,
+                          trainer.weight_places, trainer.args.world_size)
              if manifest.is_main() else None]
     broadcast_object_list(start)
-    with tracking(trainer, args, extra):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(tracking(trainer, args, extra))
+        if args.save_on_signal:
+            trainer.add_callback(signals := SaveOnSignal(trainer.args.world_size))
+            stack.enter_context(signals.listening())
         trainer.train(resume_from_checkpoint=start[0])
+    if args.save_on_signal and signals.saved:
+        raise SystemExit(EXIT)
     steps, state = trainer.state.global_step, trainer.state
     if not steps:
         raise UserError(f"run '{args.name}': no training step was taken; raise --num_train_epochs or --max_steps")
@@ -376,6 +377,8 @@ def fit(trainer: Any, args: AlignArgs, extra: dict[str, Any]) -> dict[str, Any]:
     if tokens := getattr(trainer, "tokens_seen", 0):
         metrics["tokens"] = tokens
         metrics["tokens_per_second"] = round(tokens / seconds, 1)
+    if trainer.args.world_size > 1:
+        metrics |= {"processes": trainer.args.world_size, "held_bytes_per_process": trainer.held_bytes()}
     if validated := [entry for entry in state.log_history if "eval_loss" in entry]:
         metrics["validation_history"] = validated
     if trainer.args.load_best_model_at_end:

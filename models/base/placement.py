@@ -9,18 +9,26 @@ import torch
 from transformers.utils import logging as hf_logging
 
 from errors import UserError
+from flags.launch import local_processes, local_rank, processes
 
 
 def set_up_torch(args: Any) -> tuple[torch.device, torch.dtype]:
     """Threads, seed, device and compute dtype of a command; returns (device, dtype)."""
-    # not os.cpu_count(): that counts cores on which this process may not run
-    torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
+    # not os.cpu_count(): that counts cores on which this process may not run; neighbours on the machine share them
+    torch.set_num_threads(args.threads or max(1, len(os.sched_getaffinity(0)) // local_processes()))
     torch.manual_seed(args.seed)
     # bars of weight loading would stand between the lines of a log
     hf_logging.disable_progress_bar()
     device = _device(args)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device; use --device cpu or install the CUDA build of torch")
+    if device.index is not None:
+        # asked before anything is loaded: a bare "cuda" is device 0, and every process would fill that one
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"{local_processes()} processes were started on this machine, and torch sees "
+                            f"{torch.cuda.device_count()} CUDA devices; start one for each (--num_processes of accelerate "
+                            "launch, --nproc_per_node of torchrun)")
+        torch.cuda.set_device(device)
     return device, compute_dtype(args.dtype, device)
 
 
@@ -30,8 +38,9 @@ def resolved_dtype(args: Any) -> str:
 
 
 def _device(args: Any) -> torch.device:
-    return torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else
-                        "cpu" if args.device == "auto" else args.device)
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    # one device for each process of a launcher; without one the first that is visible
+    return torch.device(kind, local_rank()) if kind == "cuda" and processes() > 1 else torch.device(kind)
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -20,11 +20,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from errors import UserError
-from manifest import write_json
+from manifest import is_main, write_json
 from models.adapters.resident import ResidentBase
 from models.base import spread
 from models.base.families import decoder_layers, family_of
 from models.base.loading import base_path, load_base, skeleton
+from models.base.parted import whole
 from models.base.quantised import load_quantised
 from models.checkpoints.fingerprints import fingerprint_like, same_base
 from models.moe.layer import PROJECTIONS, SharedMoe, TuningConfig, halves
@@ -101,9 +102,11 @@ def add_tuning(model: PreTrainedModel, experts: TuningConfig | None, attention: 
 
 
 def save_moe(folder: Path, model: PreTrainedModel, config: MoeConfig) -> None:
-    """Write routers, experts, attention LoRA and configuration into ``folder``."""
+    """Write routers, experts, attention LoRA and configuration into ``folder``; every process must ask, the first writes."""
     # fp32 whatever the run computed in: a step of the optimiser is smaller than bfloat16 can tell
-    tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in _saved_tensors(model)}
+    tensors = {name: whole(tensor).detach().to("cpu", torch.float32).contiguous() for name, tensor in _saved_tensors(model)}
+    if not is_main():
+        return
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     # last, so that a folder with a configuration is whole
     write_json(folder / CONFIG, {"format": FORMAT, **asdict(config)})

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from runs import MOE, align, build_moe, common, data_flag, losses, write_data
+from runs import MOE, align, build_moe, common, losses, write_data
 from safetensors.torch import load_file
 
 import config
@@ -119,14 +119,3 @@ def test_pairs_validated_by_two_processes_count_once(pico, tmp_path):
     assert {"validation_loss", "validation_rewards/margins", "validation_logps/chosen"} <= set(names)
     assert one["validation_loss"] < 0.69
     assert [two[name] for name in names] == pytest.approx([one[name] for name in names], rel=1e-4)
-
-
-def test_two_processes_give_the_losses_of_one(pico, fused, data, tmp_path):
-    one = _run(pico, fused, tmp_path / "one", data, "sft", "--per_device_train_batch_size", "8")
-    _in_two_processes("29531", "--task_name", "helpfulness", *data_flag(data, "helpfulness"),
-                      *common(pico, tmp_path / "two"), "--moe_flag", "0", "--per_device_train_batch_size", "4")
-    import manifest
-
-    two = manifest.read(tmp_path / "two" / "outputs" / "helpfulness")
-    assert [e["loss"] for e in two["metrics"]["history"]] == pytest.approx(
-        [e["loss"] for e in one["metrics"]["history"]], abs=1e-4)
