@@ -88,6 +88,11 @@ class Flags:
         return "this command does not read it; drop it" if known(name) else None
 
     @classmethod
+    def planned_by(cls) -> type[Flags] | None:
+        """The flags that ask for the command's plan (--plan); None where it loads no model and fuses none."""
+        return None
+
+    @classmethod
     def without_effect(cls) -> dict[str, str]:
         """Flags that are taken and not read -> why."""
         return WITHOUT_EFFECT.get(cls.__name__, {})
@@ -207,7 +212,19 @@ class RunFlags(ResultsFlags):
 
 
 @dataclass(frozen=True)
-class ModelCommand(BaseModelFlags, TemplateFlags, MachineFlags, SeedFlags, RunFlags):
+class Planned(Flags):
+    """What a command is that tells with --plan what it would hold in memory."""
+
+    @classmethod
+    def planned_by(cls) -> type[Flags] | None:
+        # imported when asked for: it is a group like those that build on this file
+        from flags.plan import PlanFlags
+
+        return PlanFlags
+
+
+@dataclass(frozen=True)
+class ModelCommand(BaseModelFlags, TemplateFlags, MachineFlags, SeedFlags, RunFlags, Planned):
     """What a command reads that puts prompts to a model and writes a run."""
 
 
