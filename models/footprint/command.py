@@ -37,21 +37,14 @@ def told(parsed: Parsed) -> Iterator[str]:
         UserError: the size of the base is not known; or, after the last line, that it does not fit, with the nearest setting
             that does.
     """
-    args, asked = parsed.args, parsed.plan
     if not manifest.is_main():
         return
-    trains = isinstance(args, AlignArgs)
-    strategy, devices = launched(asked) if trains else ("one", 1)
-    if not trains and asked.strategy:
-        raise UserError(f"--plan_strategy {asked.strategy}: this command runs whole on each device; drop it, and "
-                        "--plan_devices with it")
-    place, dtype = _place(args, asked)
-    shape = _shape(args)
-    whole = footprint(args, parsed.training, shape, place, asked.plan_tokens)
-    if whole is None:
+    args, asked, trains = parsed.args, parsed.plan, isinstance(parsed.args, AlignArgs)
+    mine = per_device(parsed)
+    if mine is None:
         yield "plan: no model is loaded; answers are read as text"
         return
-    mine = divided(whole, strategy, devices)
+    (strategy, devices), (place, dtype), shape = _divided_by(parsed), _place(args, asked), _shape(args)
     yield (f"plan: {mine.parameters / 1e9:.3f}e9 parameters" + (f", {mine.trained / 1e6:,.2f}e6 train" if trains else "")
            + f"; {TABLE[strategy].called}{f' on {devices} devices' if devices > 1 else ''}, "
            f"{'cuda' if place.cuda else 'cpu'}, {dtype}{_batch(args, asked.plan_tokens)}")
@@ -71,6 +64,28 @@ def told(parsed: Parsed) -> Iterator[str]:
 
     raise UserError(f"--plan: {mine.peak / 1e9:.1f} GB of each device, and {limit / 1e9:.1f} GB is there ({found}); "
                     + _nearest(args, parsed.training, place, peak, strategy, devices, limit))
+
+
+def per_device(parsed: Parsed) -> Footprint | None:
+    """What each device holds of a command line with --plan; None where no model is loaded.
+
+    Raises:
+        UserError: the size of the base is not known, or the command is not divided.
+    """
+    strategy, devices = _divided_by(parsed)
+    place, _ = _place(parsed.args, parsed.plan)
+    whole = footprint(parsed.args, parsed.training, _shape(parsed.args), place, parsed.plan.plan_tokens)
+    return whole and divided(whole, strategy, devices)
+
+
+def _divided_by(parsed: Parsed) -> tuple[str, int]:
+    """(strategy, devices) of a command."""
+    if isinstance(parsed.args, AlignArgs):
+        return launched(parsed.plan)
+    if parsed.plan.strategy:
+        raise UserError(f"--plan_strategy {parsed.plan.strategy}: this command runs whole on each device; drop it, and "
+                        "--plan_devices with it")
+    return "one", 1
 
 
 def _nearest(args: Any, extra: dict[str, Any], place: Place, peak: Any, strategy: str, devices: int, limit: float) -> str:
