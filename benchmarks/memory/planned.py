@@ -1,4 +1,4 @@
-"""What --plan says beside what a training holds: every objective, a step or two of the real command, on made-up rows.
+"""What --plan says beside what a command holds: every training and answers, a step or two of the real one, on made-up rows.
 
     python -m benchmarks.memory.planned                       # a Llama of a few thousand weights, a minute on one core
     python -m benchmarks.memory.planned --base embedded       # the 135M model; resident memory too
@@ -38,9 +38,10 @@ CASES: dict[str, tuple[str, ...]] = {
     "search": ("--moe_flag", "0", "--method", "search", "--adapters", "helpfulness,safety", "--task_name", "dialogs"),
     "mask on factors": ("--method", "mask", "--aligned", "helpfulness", "--tasks", "later"),
     "mask on weights": ("--method", "mask", "--mask_on", "weights", "--aligned", "helpfulness", "--tasks", "later"),
+    "answers": ("inference.py", "--task_name", "helpfulness", "--cross_task", "base", "--max_new_tokens", "32"),
 }
 _PAIRS = ("dpo", "mask on factors", "mask on weights")
-_TRAINERS = ("training.sft", "training.dpo", "training.moe", "training.mask", "training.soup")
+_LIBRARIES = ("training.sft", "training.dpo", "training.moe", "training.mask", "training.soup", "models.generation.hf")
 _EXPERTS = ("helpfulness", "safety", "truthfulness")
 
 
@@ -78,7 +79,7 @@ def compared(home: Path, args: Any, names: Sequence[str]) -> list[dict[str, Any]
     print("| training | plan, GB | tensors, GB | plan off by | resident, GB |\n|---|---|---|---|---|", flush=True)
     for name in names:
         words = command_line(name, home, base, args)
-        plan = planned(words)
+        plan = planned(words, args.tokens)
         found = _in_a_process(words, args.device)
         grown = _in_a_process(words, args.device, True)["resident"] if args.base and args.device == "cpu" else None
         rows.append({"training": name, "plan": plan, "tensors": found["tensors"], "off": plan / found["tensors"] - 1,
@@ -89,26 +90,29 @@ def compared(home: Path, args: Any, names: Sequence[str]) -> list[dict[str, Any]
 
 
 def command_line(name: str, home: Path, base: str, args: Any) -> list[str]:
-    """The words of align_basemodel.py for an objective."""
+    """The words of align_basemodel.py for an objective; of inference.py they begin with its name."""
+    here = ("--preset", "own", "--model_name_or_path", base, "--device", args.device, "--dtype", args.dtype, "--threads",
+            "1", "--output_dir", str(home), "--overwrite")
+    if name == "answers":
+        return [*CASES[name], "--data_path", str(home / "prompts.jsonl"), "--batch_size", str(args.rows), *here]
     data = home / ("pairs.jsonl" if name in _PAIRS else "rows.jsonl")
     # without a warm-up the first step changes something: experts that are equal are refused
     steps = () if name == "search" else (
         "--max_steps", str(args.steps), "--save_strategy", "no", "--gradient_accumulation_steps", "1", "--logging_steps",
         "1000", "--lr_scheduler_type", "constant")
     again = () if name == "search" or "--gradient_checkpointing" in CASES[name] else ("--gradient_checkpointing", "false")
-    return [*CASES[name], *again, *steps, "--data_path", str(data), "--preset", "own", "--model_name_or_path", base,
-            "--device", args.device, "--dtype", args.dtype, "--threads", "1", "--model_max_length", str(args.tokens),
-            "--per_device_train_batch_size", str(args.rows), "--output_dir", str(home), "--overwrite",
-            "--run_name", "measured"]
+    return [*CASES[name], *again, *steps, "--data_path", str(data), "--model_max_length", str(args.tokens),
+            "--per_device_train_batch_size", str(args.rows), *here, "--run_name", "measured"]
 
 
-def planned(words: Sequence[str]) -> float:
-    """Bytes of tensors that --plan tells for a command line."""
+def planned(words: Sequence[str], tokens: int) -> float:
+    """Bytes of tensors that --plan tells for a command line and rows of so many tokens."""
     import config
-    from flags import AlignArgs
+    from flags import AlignArgs, InferenceArgs
     from models.footprint.command import per_device
 
-    return per_device(config.parse(AlignArgs, [*words, "--plan"])).tensors
+    command, words = (InferenceArgs, words[1:]) if words[0] == "inference.py" else (AlignArgs, words)
+    return per_device(config.parse(command, [*words, "--plan", "--plan_tokens", str(tokens)])).tensors
 
 
 def measured(words: Sequence[str], device: str, resident: bool = False) -> dict[str, float]:
@@ -116,17 +120,19 @@ def measured(words: Sequence[str], device: str, resident: bool = False) -> dict[
     import torch
 
     import align_basemodel
+    import inference
 
+    run, words = (inference.main, words[1:]) if words[0] == "inference.py" else (align_basemodel.main, words)
     # libraries are no part of a run
-    for name in _TRAINERS:
+    for name in _LIBRARIES:
         importlib.import_module(name)
     start = _resident("VmRSS")
     if resident or device == "cuda":
-        align_basemodel.main(words)
+        run(words)
         grown = _resident("VmHWM") - start
         return {"resident": grown} if resident else {"tensors": float(torch.cuda.max_memory_allocated())}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        align_basemodel.main(words)
+        run(words)
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -176,15 +182,16 @@ def make_inputs(home: Path, base: str, args: Any, names: Sequence[str]) -> None:
         return "".join(draw.choice("0123456789") for _ in range(count))
 
     long = 2 * args.tokens + 8
-    for file, keys in (("rows", ("prompt", "completion")), ("pairs", ("prompt", "chosen", "rejected"))):
-        lines = [json.dumps({key: digits(8 if key == "prompt" else long) for key in keys}) for _ in range(4 * args.rows)]
+    for file, asked, keys in (("rows", 8, ("prompt", "completion")), ("pairs", 8, ("prompt", "chosen", "rejected")),
+                              ("prompts", args.tokens - 16, ("prompt", "completion"))):
+        lines = [json.dumps({key: digits(asked if key == "prompt" else long) for key in keys}) for _ in range(4 * args.rows)]
         (home / f"{file}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     import align_basemodel
     from models import llama_moe
 
-    asked = {"moe": _EXPERTS, "soup": _EXPERTS[:2], "search": _EXPERTS[:2], "mask on factors": (_EXPERTS[0], "later"),
-             "mask on weights": (_EXPERTS[0], "later")}
-    for name in dict.fromkeys(adapter for case in names for adapter in asked.get(case, ())):
+    needed = {"moe": _EXPERTS, "soup": _EXPERTS[:2], "search": _EXPERTS[:2], "mask on factors": (_EXPERTS[0], "later"),
+              "mask on weights": (_EXPERTS[0], "later")}
+    for name in dict.fromkeys(adapter for case in names for adapter in needed.get(case, ())):
         goes_on = ("--init_adapter", _EXPERTS[0]) if name == "later" else ("--seed", str(len(name)))
         words = command_line("sft", home, base, args)
         align_basemodel.main([*words[:-1], name, *goes_on, "--max_steps", "1", "--model_max_length", "64"])

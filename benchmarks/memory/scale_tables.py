@@ -18,7 +18,7 @@ from functools import cache
 import config
 from config import ROOT, Parsed
 from flags import AlignArgs, InferenceArgs
-from models.footprint.command import per_device
+from models.footprint.command import held_whole, per_device
 from models.footprint.fitting import more_devices
 
 PAGE = ROOT / "docs" / "scale.md"
@@ -104,14 +104,19 @@ def peak(words: Sequence[str], base: str, strategy: str = "one", devices: int = 
     return per_device(plan(words, base, strategy, devices)).peak / 1e9
 
 
+def parted(words: Sequence[str]) -> bool:
+    """Whether a stage's weights can be parted among devices."""
+    return words[0] != "inference.py" and not held_whole(plan(words, BASES["7B"]).args)
+
+
 def _table(system: str) -> Iterator[str]:
-    yield f"**{system}**: GB of one device; of each of {DEVICES} under FSDP2\n"
+    yield f"**{system}**: GB of one device; of each of {DEVICES} under FSDP2, where weights can be parted\n"
     yield f"| stage | {' | '.join(BASES)} |"
     yield f"|---{'|---' * len(BASES)}|"
     for stage, words in SYSTEMS[system]:
         cells = []
         for base in BASES.values():
-            each = "" if words[0] == "inference.py" else f"; {peak(words, base, 'fsdp2', DEVICES):.0f}"
+            each = f"; {peak(words, base, 'fsdp2', DEVICES):.0f}" if parted(words) else ""
             cells.append(f"{peak(words, base):.0f}{each}")
         yield f"| {stage} | {' | '.join(cells)} |"
 
@@ -130,7 +135,7 @@ def _strategies() -> Iterator[str]:
 
 
 def _devices() -> Iterator[str]:
-    yield f"**Devices of {CARD} GB** that a stage takes as it stands (FSDP2; answers: one)\n"
+    yield f"**Devices of {CARD} GB** that a stage takes as it stands, by FSDP2 where weights can be parted\n"
     yield f"| stage | {' | '.join(BASES)} |"
     yield f"|---{'|---' * len(BASES)}|"
     for system, stages in SYSTEMS.items():
@@ -142,6 +147,8 @@ def _devices() -> Iterator[str]:
 def _count(words: Sequence[str], base: str) -> str:
     if peak(words, base) <= CARD:
         return "1"
+    if not parted(words):
+        return "larger ones"
     found = more_devices(lambda name, count: peak(words, base, name, count), "fsdp2", 1, CARD)
     return str(found[1]) if found else "more than 64"
 

@@ -110,8 +110,8 @@ def head(shape: Shape, step: Pass) -> float:
         rows = min(answers, CHUNK_PAIRS)
         tiles = rows * (CHUNK_WORDS * step.compute + (0 if step.cuda else 7 * 4 * min(words, CHUNK_WORDS)))
         return tiles + 4 * shape.hidden * (answers + (words if step.every else 0))
-    # logits in fp32, the temporary of logsumexp, the products; and the hidden states' gradient
-    return min(answers, CHUNK_ROWS) * words * (4 + 4 + step.compute) + answers * shape.hidden * step.compute * 2
+    # logits in fp32, and the products or logsumexp's temporary; and the hidden states' gradient
+    return min(answers, CHUNK_ROWS) * words * (4 + 4) + answers * shape.hidden * step.compute * 2
 
 
 def attention(shape: Shape, step: Pass) -> float:

@@ -18,6 +18,7 @@ from flags import (
     FuseAdaptersArgs,
     FuseMoeArgs,
     InferenceArgs,
+    MaskArgs,
 )
 from flags.export import ImportArgs
 from flags.realign import RealignArgs
@@ -80,12 +81,24 @@ def per_device(parsed: Parsed) -> Footprint | None:
 
 def _divided_by(parsed: Parsed) -> tuple[str, int]:
     """(strategy, devices) of a command."""
-    if isinstance(parsed.args, AlignArgs):
-        return launched(parsed.plan)
-    if parsed.plan.strategy:
-        raise UserError(f"--plan_strategy {parsed.plan.strategy}: this command runs whole on each device; drop it, and "
-                        "--plan_devices with it")
-    return "one", 1
+    args, asked = parsed.args, parsed.plan
+    if not isinstance(args, AlignArgs):
+        if asked.strategy:
+            raise UserError(f"--plan_strategy {asked.strategy}: this command runs whole on each device; drop it, and "
+                            "--plan_devices with it")
+        return "one", 1
+    strategy, devices = launched(asked)
+    if whole := held_whole(args):
+        if TABLE[strategy].weights and asked.plan_strategy:
+            raise UserError(f"--plan_strategy {strategy}: {whole} is held whole by every process; use one, or ddp")
+        strategy = "ddp" if TABLE[strategy].weights else strategy
+    return strategy, devices
+
+
+def held_whole(args: Any) -> str:
+    """What of a training no strategy parts; empty where all of it can be."""
+    bits = getattr(args, "base_quantization", None)
+    return "a mask with its model" if isinstance(args, MaskArgs) else f"a base in {bits}" if bits else ""
 
 
 def _nearest(args: Any, extra: dict[str, Any], place: Place, peak: Any, strategy: str, devices: int, limit: float) -> str:
@@ -95,7 +108,7 @@ def _nearest(args: Any, extra: dict[str, Any], place: Place, peak: Any, strategy
         if (size := peak(one, more)) <= limit:
             ways.append(f"{words} ({size / 1e9:.1f} GB)")
             break
-    if isinstance(args, AlignArgs) and (
+    if isinstance(args, AlignArgs) and not held_whole(args) and (
             found := more_devices(lambda name, count: peak(args, extra, name, count), strategy, devices, limit)):
         name, count = found
         ways.append(f"--plan_strategy {name} --plan_devices {count} ({peak(args, extra, name, count) / 1e9:.1f} GB each)")

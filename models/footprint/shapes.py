@@ -112,7 +112,8 @@ def _usual(parameters: float) -> Shape:
 
 def counted(folder: Path) -> bool:
     """Whether a folder's config.json is of a family whose parameters ``shape_of`` counts exactly."""
-    return _read(folder).get("model_type") in _COUNTED
+    content = _read(folder)
+    return content.get("model_type") in _COUNTED and not any(content.get(name) for name in ("attention_bias", "mlp_bias"))
 
 
 def _read(folder: Path) -> dict[str, Any]:

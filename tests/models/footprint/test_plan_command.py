@@ -109,6 +109,8 @@ def test_a_base_that_no_setting_saves_is_said(capsys):
     (("--plan", "--plan_strategy", "fsdp"), "--plan_strategy fsdp: not known (did you mean fsdp2?)"),
     (("--plan", "--plan_devices", "-1"), "--plan_devices -1: must be 0 or more"),
     (("--plan", "--plan_strategy", "zero3"), "over how many devices? add --plan_devices N"),
+    (("--plan", "--plan_devices", "2", "--plan_strategy", "fsdp2", "--base_quantization", "nf4"),
+     "--plan_strategy fsdp2: a base in nf4 is held whole by every process; use one, or ddp"),
     (("--plan", "--model_name_or_path", "somebody/thing"), "--plan knows a base by its folder or by a name"),
 ])
 def test_wrong_words_end_with_a_sentence(words, said, capsys):
@@ -170,6 +172,17 @@ def test_the_launcher_says_the_strategy(monkeypatch):
     # what is asked for wins
     named = config.parse(AlignArgs, [*EXPERT, "--plan_devices", "2", "--plan_strategy", "zero2"]).plan
     assert command.launched(named) == ("zero2", 2)
+
+
+def test_what_no_strategy_parts_is_copied(capsys):
+    align_basemodel.main([*EXPERT, "--base_quantization", "nf4", "--plan_devices", "8", "--plan_gb", "80"])
+    assert "DDP on 8 devices" in capsys.readouterr().out
+    # and more devices are no way out
+    with pytest.raises(SystemExit):
+        align_basemodel.main(["--preset", "somf_tinyllama", "--method", "mask", "--tasks", "a", "--plan", "--plan_gb", "16"])
+    said = capsys.readouterr().err
+    assert "nearest that fits: --storage bfloat16" in said
+    assert "--plan_devices" not in said
 
 
 def test_strategies_divide_what_they_say():
