@@ -223,8 +223,8 @@ class PlanFlags(Flags):
                                   "else one process", choices=("", *STRATEGIES))
     plan_devices: int = flag(0, "with --plan: number of devices; 0: the processes that were launched, else 1", low=0)
     plan_gb: float = flag(0.0, "with --plan: memory of each device in GB (1e9 bytes); 0: what is found here", low=0)
-    plan_tokens: int = flag(0, "with --plan: tokens of the longest row, or prompt; 0: --model_max_length, prompts of 256",
-                            low=0)
+    plan_tokens: int = flag(0, "with --plan: tokens of the longest row (of a pair half of prompt and both answers), or "
+                               "prompt; 0: --model_max_length, prompts of 256", low=0)
 
     @property
     def strategy(self) -> str:

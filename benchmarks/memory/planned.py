@@ -75,11 +75,12 @@ def compared(home: Path, args: Any, names: Sequence[str]) -> list[dict[str, Any]
     """A row for each objective, printed as it comes."""
     base = args.base or str(made_up(home / "base"))
     make_inputs(home, base, args, names)
-    rows = []
+    rows, asked = [], prompt_tokens(base) if set(names) & set(_PAIRS) else 0
     print("| training | plan, GB | tensors, GB | plan off by | resident, GB |\n|---|---|---|---|---|", flush=True)
     for name in names:
         words = command_line(name, home, base, args)
-        plan = planned(words, args.tokens)
+        # a pair is counted as two rows, and its prompt is read once
+        plan = planned(words, args.tokens - asked // 2 if name in _PAIRS else args.tokens)
         found = _in_a_process(words, args.device)
         grown = _in_a_process(words, args.device, True)["resident"] if args.base and args.device == "cpu" else None
         rows.append({"training": name, "plan": plan, "tensors": found["tensors"], "off": plan / found["tensors"] - 1,
@@ -103,6 +104,15 @@ def command_line(name: str, home: Path, base: str, args: Any) -> list[str]:
     again = () if name == "search" or "--gradient_checkpointing" in CASES[name] else ("--gradient_checkpointing", "false")
     return [*CASES[name], *again, *steps, "--data_path", str(data), "--model_max_length", str(args.tokens),
             "--per_device_train_batch_size", str(args.rows), *here, "--run_name", "measured"]
+
+
+def prompt_tokens(base: str) -> int:
+    """Tokens of a prompt of eight digits in the base's chat template, whose system text may be most of it."""
+    from models.base.loading import base_path, load_tokenizer
+
+    ids = load_tokenizer(base_path(base)).apply_chat_template([{"role": "user", "content": "0" * 8}],
+                                                             add_generation_prompt=True, return_dict=False)
+    return len(ids)
 
 
 def planned(words: Sequence[str], tokens: int) -> float:

@@ -29,6 +29,8 @@ from models.footprint.strategies import TABLE, Footprint, divided
 from models.footprint.training import Place
 
 _ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
+#: Commands that fuse files on the CPU, in fp32.
+_FILES = (ExtractArgs, FuseAdaptersArgs, ImportArgs, RealignArgs)
 
 
 def told(parsed: Parsed) -> Iterator[str]:
@@ -169,7 +171,9 @@ def _batch(args: Any, tokens: int) -> str:
 
 def _place(args: Any, asked: Any) -> tuple[Place, str]:
     """Where the command would compute, and the name of its type; torch is asked only where the flags leave it open."""
-    device, dtype = getattr(args, "device", "cpu"), getattr(args, "dtype", "float32")
+    if isinstance(args, _FILES):
+        return Place(False, 4), "float32"
+    device, dtype = args.device, args.dtype
     if device == "auto":
         # a cluster is planned on a laptop: whoever names devices or their memory means GPUs
         elsewhere = asked.plan_gb or asked.plan_devices > 1

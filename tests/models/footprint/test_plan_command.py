@@ -53,6 +53,7 @@ def test_every_command_tells_and_writes_nothing(module, words, tmp_path, capsys)
     said = capsys.readouterr().out
     assert said.startswith("plan: 6.738e9 parameters")
     assert peak(said) > 0
+    assert ("; one process, cpu, float32" if module is fuse else "; one process, cuda, bfloat16") in said
     assert not list(tmp_path.iterdir())
 
 
