@@ -4,15 +4,17 @@
     python -m benchmarks.memory.planned --base embedded       # the 135M model; resident memory too
     python -m benchmarks.memory.planned --base FOLDER --device cuda --only sft,moe
 
-Measured are the bytes that torch's allocator gave out at the highest point of a whole command, loading included (on a GPU
-``max_memory_allocated``), beside the plan without the process itself; ``resident`` is the growth of the process beyond its
-libraries, in a run of its own. Rows are as long as --tokens, so that the plan's longest row is there. Exit code 1 where a
-plan is off by more than 15 %.
+Measured are the bytes that torch's allocator gave out at the highest point of a whole command, loading included, and those
+of weight files that stand in for weights (on a GPU ``max_memory_allocated``), beside the plan without the process itself;
+``resident`` is the growth of the process beyond its libraries, in a run of its own. Rows are as long as --tokens, so that
+the plan's longest row is there. Exit code 1 where a plan is off by more than 15 %.
 """
 
 from __future__ import annotations
 
 import argparse
+import bisect
+import contextlib
 import importlib
 import json
 import os
@@ -21,7 +23,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,14 +145,36 @@ def measured(words: Sequence[str], device: str, resident: bool = False) -> dict[
         run(words)
         grown = _resident("VmHWM") - start
         return {"resident": grown} if resident else {"tensors": float(torch.cuda.max_memory_allocated())}
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with _mapped() as samples, torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
+                                                      profile_memory=True) as profile:
         run(words)
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = most = 0
+    times, now, most = [moment for moment, _ in samples], 0, 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
-        most = max(most, now)
+        most = max(most, now + samples[max(bisect.bisect(times, event.start_ns()) - 1, 0)][1])
     return {"tensors": float(most)}
+
+
+@contextlib.contextmanager
+def _mapped() -> Iterator[list[tuple[int, int]]]:
+    """(time, bytes of weight files that are mapped), about every 50 ms: weights that need no cast are the file itself, and
+    torch's allocator does not know of them."""
+    samples, ended = [(0, 0)], threading.Event()
+
+    def sample() -> None:
+        while not ended.wait(0.05):
+            spans = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+                     if line.endswith(".safetensors")]
+            samples.append((time.time_ns(), sum(int(end, 16) - int(start, 16) for start, end in spans)))
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _in_a_process(words: Sequence[str], device: str, resident: bool = False) -> dict[str, float]:
