@@ -4,17 +4,15 @@
     python -m benchmarks.memory.planned --base embedded       # the 135M model; resident memory too
     python -m benchmarks.memory.planned --base FOLDER --device cuda --only sft,moe
 
-Measured are the bytes that torch's allocator gave out at the highest point of a whole command, loading included, and those
-of weight files that stand in for weights (on a GPU ``max_memory_allocated``), beside the plan without the process itself;
-``resident`` is the growth of the process beyond its libraries, in a run of its own. Rows are as long as --tokens, so that
-the plan's longest row is there. Exit code 1 where a plan is off by more than 15 %.
+Measured are the bytes that torch's allocator gave out at the highest point of a whole command, loading included (on a GPU
+``max_memory_allocated``), beside the plan without the process itself; ``resident`` is the growth of the process beyond its
+libraries, in a run of its own. Rows are as long as --tokens, so that the plan's longest row is there. Exit code 1 where a
+plan is off by more than 15 %.
 """
 
 from __future__ import annotations
 
 import argparse
-import bisect
-import contextlib
 import importlib
 import json
 import os
@@ -23,9 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +75,11 @@ def compared(home: Path, args: Any, names: Sequence[str]) -> list[dict[str, Any]
     """A row for each objective, printed as it comes."""
     base = args.base or str(made_up(home / "base"))
     make_inputs(home, base, args, names)
-    rows, asked = [], prompt_tokens(base) if set(names) & set(_PAIRS) else 0
+    rows = []
     print("| training | plan, GB | tensors, GB | plan off by | resident, GB |\n|---|---|---|---|---|", flush=True)
     for name in names:
         words = command_line(name, home, base, args)
-        # a pair is counted as two rows, and its prompt is read once
-        plan = planned(words, args.tokens - asked // 2 if name in _PAIRS else args.tokens)
+        plan = planned(words, args.tokens)
         found = _in_a_process(words, args.device)
         grown = _in_a_process(words, args.device, True)["resident"] if args.base and args.device == "cpu" else None
         rows.append({"training": name, "plan": plan, "tensors": found["tensors"], "off": plan / found["tensors"] - 1,
@@ -108,15 +103,6 @@ def command_line(name: str, home: Path, base: str, args: Any) -> list[str]:
     again = () if name == "search" or "--gradient_checkpointing" in CASES[name] else ("--gradient_checkpointing", "false")
     return [*CASES[name], *again, *steps, "--data_path", str(data), "--model_max_length", str(args.tokens),
             "--per_device_train_batch_size", str(args.rows), *here, "--run_name", "measured"]
-
-
-def prompt_tokens(base: str) -> int:
-    """Tokens of a prompt of eight digits in the base's chat template, whose system text may be most of it."""
-    from models.base.loading import base_path, load_tokenizer
-
-    ids = load_tokenizer(base_path(base)).apply_chat_template([{"role": "user", "content": "0" * 8}],
-                                                             add_generation_prompt=True, return_dict=False)
-    return len(ids)
 
 
 def planned(words: Sequence[str], tokens: int) -> float:
@@ -145,36 +131,14 @@ def measured(words: Sequence[str], device: str, resident: bool = False) -> dict[
         run(words)
         grown = _resident("VmHWM") - start
         return {"resident": grown} if resident else {"tensors": float(torch.cuda.max_memory_allocated())}
-    with _mapped() as samples, torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
-                                                      profile_memory=True) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run(words)
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    times, now, most = [moment for moment, _ in samples], 0, 0
+    now = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
-        most = max(most, now + samples[max(bisect.bisect(times, event.start_ns()) - 1, 0)][1])
+        most = max(most, now)
     return {"tensors": float(most)}
-
-
-@contextlib.contextmanager
-def _mapped() -> Iterator[list[tuple[int, int]]]:
-    """(time, bytes of weight files that are mapped), about every 50 ms: weights that need no cast are the file itself, and
-    torch's allocator does not know of them."""
-    samples, ended = [(0, 0)], threading.Event()
-
-    def sample() -> None:
-        while not ended.wait(0.05):
-            spans = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
-                     if line.endswith(".safetensors")]
-            samples.append((time.time_ns(), sum(int(end, 16) - int(start, 16) for start, end in spans)))
-
-    thread = threading.Thread(target=sample, daemon=True)
-    thread.start()
-    try:
-        yield samples
-    finally:
-        ended.set()
-        thread.join()
 
 
 def _in_a_process(words: Sequence[str], device: str, resident: bool = False) -> dict[str, float]:
