@@ -30,6 +30,12 @@ TRAINERS: dict[type[AlignArgs], str] = {
 def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
         parsed = config.parse(AlignArgs, argv)
+        if parsed.plan:
+            from models.footprint.command import told
+
+            for line in told(parsed):
+                print(line)
+            return
         args: AlignArgs = parsed.args
         # of the processes of a launch one tells how it goes; all tell what is wrong
         logging.basicConfig(level=logging.INFO if manifest.is_main() else logging.WARNING, format="%(message)s")

@@ -83,12 +83,14 @@ class Parsed:
         training: flags and preset keys that are fields of ``transformers.TrainingArguments`` and not ours.
         preset: the preset's name or path, as given.
         given: names of the flags on the command line (not from the preset).
+        plan: what --plan and its kin asked for, where they did.
     """
 
     args: Any
     training: dict[str, Any]
     preset: str
     given: frozenset[str]
+    plan: Any = None
 
 
 def parse(command: type, argv: Sequence[str] | None = None) -> Parsed:
@@ -105,7 +107,9 @@ def parse(command: type, argv: Sequence[str] | None = None) -> Parsed:
     words = sys.argv[1:] if argv is None else argv
     choice = preset_choice.choose(words)
     path, content, preset = choice.path, choice.content, choice.name
+    plan, words, wrong = _planned(command, words)
     command, problems = _chosen(command, words, content)
+    problems += wrong
     known, rest = _parser(command).parse_known_args(_words(command, words))
     given = {k: v for k, v in vars(known).items() if k not in ("preset", "help")}
     extra = _extra_flags(command, rest, problems)
@@ -141,13 +145,28 @@ def parse(command: type, argv: Sequence[str] | None = None) -> Parsed:
         sys.stderr.write(f"{said}\n")
     for name in command.without_effect().keys() & given.keys():
         _say_without_effect(command, name)
-    return Parsed(args, training, preset, frozenset(given))
+    return Parsed(args, training, preset, frozenset(given), plan if plan and plan.plan else None)
 
 
 @functools.cache
 def group_of(command: type, name: str) -> type:
     """The group that declares a flag of a command: a command that only changes its default does not own it."""
     return [kind for kind in command.__mro__ if name in inspect.get_annotations(kind)][-1]
+
+
+def _planned(command: type, words: Sequence[str]) -> tuple[Any, Sequence[str], list[str]]:
+    """What is asked of a command's plan, the words that are left, and what is wrong; no setting: it makes no other run."""
+    group = command.planned_by()
+    if group is None:
+        return None, words, []
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    for name in _fields(group):
+        switch = {"nargs": "?", "const": "true"} if _kind(group, name) is bool else {}
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, **switch)
+    known, rest = parser.parse_known_args(_words(group, words))
+    problems: list[str] = []
+    asked = group(**_convert(group, vars(known), "--", problems))
+    return asked, rest, [*problems, *_range_problems(asked), *asked.problems()]
 
 
 def _chosen(command: type, words: Sequence[str], content: dict[str, Any]) -> tuple[type, list[str]]:
@@ -178,8 +197,10 @@ def _parser(command: type, values: dict[str, Any] | None = None, training: dict[
     general.add_argument("--preset", default=argparse.SUPPRESS, help=f"name or .yaml path ({chosen})".replace("%", "%%"))
     groups: dict[str, Any] = {}
     order = {kind: (kind.general, i) for i, kind in enumerate(command.__mro__[:-1])}
-    for name, item in sorted(_fields(command).items(), key=lambda pair: order[group_of(command, pair[0])]):
-        kind, owner = _kind(command, name), group_of(command, name)
+    listed = [(command, *row) for row in sorted(_fields(command).items(), key=lambda row: order[group_of(command, row[0])])]
+    listed += [(plan, *row) for plan in filter(None, [command.planned_by()]) for row in _fields(plan).items()]
+    for source, name, item in listed:
+        kind, owner = _kind(source, name), group_of(source, name)
         extra = {"nargs": "?", "const": "true"} if kind is bool else {}
         choices = item.metadata["choices"]
         listed = f"; one of {', '.join(str(c) for c in choices if c != '')}" if choices else ""
@@ -306,7 +327,8 @@ def _extra_flags(command: type, rest: Sequence[str], problems: list[str]) -> dic
         elif said := command.elsewhere(name):
             problems.append(f"--{name}{f' {value}' if value else ''}: {said}")
         else:
-            allowed = [*_fields(command), *(training_fields() if command.takes_training_arguments else ())]
+            allowed = [*_fields(command), *(training_fields() if command.takes_training_arguments else ()),
+                       *(_fields(plan) if (plan := command.planned_by()) else ())]
             problems.append(f"--{name}: unknown flag{_nearest(name, allowed)}; see --help")
     return found
 

@@ -46,7 +46,14 @@ _OBSERVED = 96
 
 def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
-        args: InferenceArgs = config.parse(InferenceArgs, argv).args
+        parsed = config.parse(InferenceArgs, argv)
+        args: InferenceArgs = parsed.args
+        if parsed.plan:
+            from models.footprint.command import told
+
+            for line in told(parsed):
+                print(line)
+            return
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         config.short_waits()
         if problems := _problems(args):

@@ -28,7 +28,14 @@ HHH = "HHH-helpful: share of pairs whose preferred answer has the higher mean lo
 
 def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
-        args: EvaluateHelpfulnessArgs = config.parse(EvaluateHelpfulnessArgs, argv).args
+        parsed = config.parse(EvaluateHelpfulnessArgs, argv)
+        args: EvaluateHelpfulnessArgs = parsed.args
+        if parsed.plan:
+            from models.footprint.command import told
+
+            for line in told(parsed):
+                print(line)
+            return
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         config.short_waits()
         from evaluator.scoring import alpaca, engine

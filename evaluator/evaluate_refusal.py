@@ -31,7 +31,14 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
-        args: EvaluateRefusalArgs = config.parse(EvaluateRefusalArgs, argv).args
+        parsed = config.parse(EvaluateRefusalArgs, argv)
+        args: EvaluateRefusalArgs = parsed.args
+        if parsed.plan:
+            from models.footprint.command import told
+
+            for line in told(parsed):
+                print(line)
+            return
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         config.short_waits()
         from evaluator.scoring import engine

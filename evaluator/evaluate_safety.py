@@ -42,7 +42,14 @@ HHH = "HHH-harmless: share of pairs whose preferred answer has the higher mean l
 
 def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
-        args: EvaluateSafetyArgs = config.parse(EvaluateSafetyArgs, argv).args
+        parsed = config.parse(EvaluateSafetyArgs, argv)
+        args: EvaluateSafetyArgs = parsed.args
+        if parsed.plan:
+            from models.footprint.command import told
+
+            for line in told(parsed):
+                print(line)
+            return
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         config.short_waits()
         from evaluator.scoring import engine

@@ -28,7 +28,14 @@ NLL = "mean negative log-likelihood per token (nats) of held-out {} answers, end
 
 def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
-        args: EvaluateSkillsArgs = config.parse(EvaluateSkillsArgs, argv).args
+        parsed = config.parse(EvaluateSkillsArgs, argv)
+        args: EvaluateSkillsArgs = parsed.args
+        if parsed.plan:
+            from models.footprint.command import told
+
+            for line in told(parsed):
+                print(line)
+            return
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         config.short_waits()
         from evaluator.scoring import engine

@@ -29,7 +29,14 @@ FACTUAL = "share of statement pairs whose true one has the higher mean log-proba
 
 def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
-        args: EvaluateTruthArgs = config.parse(EvaluateTruthArgs, argv).args
+        parsed = config.parse(EvaluateTruthArgs, argv)
+        args: EvaluateTruthArgs = parsed.args
+        if parsed.plan:
+            from models.footprint.command import told
+
+            for line in told(parsed):
+                print(line)
+            return
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         config.short_waits()
         from evaluator.scoring import engine

@@ -30,7 +30,14 @@ PROBE_TEXT = "What is the capital of France? The capital of France is"
 
 def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
-        args: EvaluateUtilityArgs = config.parse(EvaluateUtilityArgs, argv).args
+        parsed = config.parse(EvaluateUtilityArgs, argv)
+        args: EvaluateUtilityArgs = parsed.args
+        if parsed.plan:
+            from models.footprint.command import told
+
+            for line in told(parsed):
+                print(line)
+            return
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         config.short_waits()
         # greedy word problems fork no tokenizer threads

@@ -55,6 +55,10 @@ class EvaluateModelsArgs(ModelCommand, JudgeFlags, DeviceMapFlags):
     dry_run: bool = flag(False, "check everything and print the commands; run none")
 
     @classmethod
+    def planned_by(cls) -> None:
+        """Its steps are commands of their own, each with a plan; --dry_run lists them."""
+
+    @classmethod
     def sections(cls, given: dict) -> tuple[str, ...]:
         return ("common", "inference", "evaluate")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from config import flag
-from flags.base import BaseModelFlags, RunFlags, SeedFlags, ThreadFlags, name_problems
+from flags.base import BaseModelFlags, Planned, RunFlags, SeedFlags, ThreadFlags, name_problems
 from flags.mixture import mixture_parts, mixture_run, read_mixture
 
 #: Rows of LAYOUTS (models/export/layouts.py); a test holds the two together.
@@ -13,7 +13,7 @@ LAYOUTS = ("mixtral", "qwen3_moe", "dense", "peft", "gguf")
 
 
 @dataclass(frozen=True)
-class ExportArgs(BaseModelFlags, ThreadFlags, RunFlags):
+class ExportArgs(BaseModelFlags, ThreadFlags, RunFlags, Planned):
     """Write a run in a layout that other software reads: transformers, vLLM, llama.cpp, PEFT. No model is loaded.
 
     python models/fuse.py export mix_moe_reg_00010_00010_00010_gate_01000 --layout mixtral
@@ -68,7 +68,7 @@ class ExportArgs(BaseModelFlags, ThreadFlags, RunFlags):
 
 
 @dataclass(frozen=True)
-class ImportArgs(BaseModelFlags, SeedFlags, RunFlags):
+class ImportArgs(BaseModelFlags, SeedFlags, RunFlags, Planned):
     """Read a Mixtral or Qwen3-MoE folder back into a fused MoE: routers and low-rank factors on --model_name_or_path.
 
     python models/fuse.py import results/outputs/raw_moe_mixtral --run_name again

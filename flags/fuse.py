@@ -16,6 +16,7 @@ from flags.base import (
     BaseModelFlags,
     MachineFlags,
     ModelCommand,
+    Planned,
     RunFlags,
     SeedFlags,
     ThreadFlags,
@@ -71,7 +72,7 @@ class FuseMoeArgs(ModelCommand):
 
 
 @dataclass(frozen=True)
-class FuseAdaptersArgs(ThreadFlags, SeedFlags, RunFlags):
+class FuseAdaptersArgs(ThreadFlags, SeedFlags, RunFlags, Planned):
     """Fuse LoRA adapters into one on their files alone, without their base model.
 
     python models/fuse.py adapters --adapters helpfulness,safety,truthfulness --run_name average
@@ -151,7 +152,7 @@ class FuseAdaptersArgs(ThreadFlags, SeedFlags, RunFlags):
 
 
 @dataclass(frozen=True)
-class ExtractArgs(BaseModelFlags, MachineFlags, SeedFlags, RunFlags):
+class ExtractArgs(BaseModelFlags, MachineFlags, SeedFlags, RunFlags, Planned):
     """Extract a LoRA adapter from a full fine-tune: its difference from its base, at a rank or an energy.
 
     python models/fuse.py extract --model_name_or_path BASE --tuned TUNED --rank 16 --run_name extracted

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from config import flag
-from flags.base import DeviceFlags, HubFlags, RunFlags, SeedFlags, name_problems
+from flags.base import DeviceFlags, HubFlags, Planned, RunFlags, SeedFlags, name_problems
 
 
 @dataclass(frozen=True)
-class MergeArgs(HubFlags, DeviceFlags, SeedFlags, RunFlags):
+class MergeArgs(HubFlags, DeviceFlags, SeedFlags, RunFlags, Planned):
     """Merge full checkpoints into one, tensor by tensor, inside a memory promise.
 
     python models/fuse.py merge --recipe recipe.yml --run_name merged --memory_gb 4

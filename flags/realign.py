@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from config import flag
-from flags.base import BaseModelFlags, MachineFlags, RunFlags, SeedFlags, name_problems
+from flags.base import BaseModelFlags, MachineFlags, Planned, RunFlags, SeedFlags, name_problems
 
 #: Rows of METHODS and RULES (models/realign/methods.py); a test holds them together.
 REALIGN_METHODS = ("merge", "mask", "random_mask", "magnitude", "wise_ft", "dare", "resta", "safe_lora", "safe_merge")
@@ -13,7 +13,7 @@ REALIGN_RULES = ("", "task_arithmetic", "ties", "dare", "average")
 
 
 @dataclass(frozen=True)
-class RealignArgs(BaseModelFlags, MachineFlags, SeedFlags, RunFlags):
+class RealignArgs(BaseModelFlags, MachineFlags, SeedFlags, RunFlags, Planned):
     """Realign models that were tuned from an aligned one: theta_aligned + what a method leaves of their task vectors.
 
     python models/fuse.py realign --model_name_or_path results/outputs/aligned --tasks english --method mask --mask m1

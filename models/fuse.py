@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import logging
 from collections.abc import Sequence
@@ -38,7 +39,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         name, words = sub_commands.chosen({name: command for name, (command, _) in COMMANDS.items()}, argv, __doc__,
                                           "python models/fuse.py adapters --help")
         command, place = COMMANDS[name]
-        args = config.parse(command, words).args
+        parsed = config.parse(command, words)
+        args = parsed.args
+        if parsed.plan and hasattr(args, "dry_run"):
+            # their budget is reckoned from the headers of their inputs
+            promise = parsed.plan.plan_gb * 1e9 / 2**30
+            args = dataclasses.replace(args, dry_run=True, **({"memory_gb": promise} if promise else {}))
+        elif parsed.plan:
+            from models.footprint.command import told
+
+            for line in told(parsed):
+                print(line)
+            return
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         module, _, function = place.partition(":")
         print(getattr(importlib.import_module(module), function)(args))

@@ -168,6 +168,12 @@ def build(args: FuseMoeArgs, run: manifest.Run) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
         parsed = config.parse(FuseMoeArgs, argv)
+        if parsed.plan:
+            from models.footprint.command import told
+
+            for line in told(parsed):
+                print(line)
+            return
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         args = parsed.args
         target, settings = args.results / "outputs" / args.run_name, asdict(args)

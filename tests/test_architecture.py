@@ -34,7 +34,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("models/mask/", "models/moe/", "models/merging/"),
     ("models/realign/", "models/export/"),
     ("models/runs.py",),
-    ("models/generation/",),
+    ("models/generation/", "models/footprint/"),
     ("models/llama_moe.py", "models/fuse.py"),
     ("training/",),
     ("evaluator/judges/", "evaluator/statistics/", "evaluator/sandbox/"),

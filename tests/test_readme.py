@@ -15,7 +15,7 @@ from models import fuse
 README = (config.ROOT / "README.md").read_text(encoding="utf-8")
 #: README, and the pages that its longer parts moved to.
 TEXT = README + "".join((config.ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
-                        for page in ("quickstart", "commands", "merging", "assets", "serving"))
+                        for page in ("quickstart", "commands", "merging", "assets", "serving", "scale"))
 COMMANDS = {
     "align_basemodel.py": flags.AlignArgs, "llama_moe.py": flags.FuseMoeArgs,
     "inference.py": flags.InferenceArgs, "evaluate_safety.py": flags.EvaluateSafetyArgs,

@@ -2,8 +2,8 @@
 
 Operations of training, per weight and token (Kaplan et al. 2020, table 1, for frozen weights without the third part): 2 for
 the forward pass, 2 for the gradient of what flows back, 2 for that of the weights where they train, 2 more where the forward
-pass is done again (--gradient_checkpointing). Memory: weights, what trains with its gradient and Adam's moments in float32,
-activations. Constants stand below, each with what it was set by; tests hold the sums to the figures that were measured.
+pass is done again (--gradient_checkpointing). Memory is that of --plan (models/footprint/). Constants stand below, each with
+what it was set by; tests hold the sums to the figures that were measured.
 """
 
 from __future__ import annotations
@@ -18,23 +18,15 @@ import flags
 from config import Parsed
 from flags.base import OBJECTIVES
 from flags.card import CardFlags
+from models.footprint import answering, training
+from models.footprint.shapes import ATTENTION, FFN, Shape, shape_of
+from models.footprint.training import Place
 from preset_choice import serves_base
 from workflow import commands
 from workflow.plan import Step
-from workflow.shapes import ATTENTION, FFN, Shape, shape_of
 
 #: Names of the base whose steps were measured (workflow/arms.yaml, costs).
 EMBEDDED = ("embedded", "HuggingFaceTB/SmolLM2-135M-Instruct")
-#: Bytes of activations per token, layer and unit of width: set by an H3Fusion expert (35 GB on an H200) and the tuning of
-#: its fused MoE (40 GB), both of 8 x 300 tokens on Llama-2-7B without checkpointing.
-HELD, HELD_MOE = 64, 84
-#: Bytes per number that trains: itself, its gradient, two moments in float32. Of a masked entry also the live, the aligned
-#: and the tuned value (scripts/presets/somf_tinyllama.yaml).
-TRAINED, MASKED = 16, 28
-#: Bytes of a CUDA context and of the products' workspace.
-CONTEXT = 1.5e9
-#: Bytes per weight of the frozen base; nf4 has its embeddings and head in more.
-_BYTES = {"": 2.0, "int8": 1.0, "nf4": 0.7}
 #: Time of a fused MoE against its dense base, to train and to answer (README, races on a CPU).
 MOE_TRAINED, MOE_ANSWERED = 1.4, 1.28
 #: Seconds to start and to load, and bytes a second from the disk.
@@ -49,6 +41,8 @@ PROMPTS = {"helpfulness": 805, "safety": 3021, "truthfulness": 409, "overrefusal
 BENCHMARK_TOKENS = {"mmlu": 14042 * 700, "gsm8k": 1319 * 1000, "copa": 200 * 25, "xcopa_zh": 1000 * 40,
                     "xnli_hi": 7500 * 60, "humaneval": 164 * 200}
 GENERATED = {"gsm8k": 1319, "humaneval": 164}
+#: What a card computes in.
+CARD = Place(cuda=True, compute=2)
 
 
 @dataclass(frozen=True)
@@ -100,8 +94,8 @@ def cost_of(parsed: Parsed, file: str, card: CardFlags, base: Shape) -> Cost:
         return _training(parsed, card, shape)
     if isinstance(args, flags.FuseMoeArgs):
         tokens = args.router_rows * len(args.expert_names) * card.row_tokens if args.router_init == "data" else 0
-        return Cost(_loaded(shape) + _passed(tokens, shape, card), _held(shape, card.row_tokens), _weights(shape),
-                    3 * shape.lora(8, FFN) * 4)
+        held = answering.building(args, shape, CARD).peak
+        return Cost(_loaded(shape) + _passed(tokens, shape, card), held, _weights(shape), 3 * shape.lora(8, FFN) * 4)
     if isinstance(args, flags.InferenceArgs):
         return _answers(args, card, shape)
     if isinstance(args, flags.EvaluateArgs):
@@ -118,49 +112,28 @@ def cost_of(parsed: Parsed, file: str, card: CardFlags, base: Shape) -> Cost:
 def _training(parsed: Parsed, card: CardFlags, shape: Shape) -> Cost:
     args = parsed.args
     given = {**parsed.training, **vars(args)}
-    rows, length = rows_of(args), args.model_max_length
-    tokens = min(card.row_tokens, length)
+    rows = rows_of(args)
+    tokens = min(card.row_tokens, args.model_max_length)
     epochs, steps = float(given.get("num_train_epochs") or 3), int(given.get("max_steps") or -1)
     micro = int(given.get("per_device_train_batch_size") or 8)
     seen = steps * micro * int(given.get("gradient_accumulation_steps") or 1) if steps > 0 else rows * epochs
     moe, mask = isinstance(args, flags.FusedMoeArgs), isinstance(args, flags.MaskArgs)
     pairs = 2 if mask or isinstance(args, flags.DpoArgs) else 1
-    whole = getattr(args, "tuning", None) == "full"
-    # a mask on factors, or where a task went on with the aligned adapter, leaves the weights alone
-    factors = mask and (args.mask_on == "factors" or args.mask_on == "auto" and bool(args.aligned))
-    trained, weights = _trained(args, shape, moe), _weights(shape, getattr(args, "base_quantization", "") or "")
-    if whole:
-        held = shape.parameters * TRAINED
-    elif mask:
-        held = weights + trained * MASKED if factors else shape.parameters * MASKED
-    else:
-        held = weights + trained * TRAINED
-    again = bool(given.get("gradient_checkpointing"))
+    held = training.training(args, given, shape, CARD)
     if isinstance(args, flags.SearchArgs) and not isinstance(args, flags.SoupArgs):
         # forward passes of 40 trials (LoraHub)
-        return Cost(_loaded(shape) + _passed(40 * rows * tokens, shape, card), _held(shape, micro * length), weights)
-    operations = 4 + 2 * (whole or mask and not factors) + 2 * again
+        return Cost(_loaded(shape) + _passed(40 * rows * tokens, shape, card), held.peak, _weights(shape))
+    whole = getattr(args, "tuning", None) == "full"
+    # a mask on factors, or where a task went on with the aligned adapter, leaves the weights alone
+    weights = whole or mask and training.on_weights(args)
+    operations = 4 + 2 * weights + 2 * bool(given.get("gradient_checkpointing"))
     seconds = operations * shape.parameters * seen * tokens * pairs / card.operations
     seconds *= MOE_TRAINED if moe else 1
     # the reference's likelihoods, once
     seconds += _passed(rows * tokens * 2, shape, card) if pairs == 2 else 0
-    # done again, a layer keeps its input alone, and one layer at a time everything
-    layer = HELD_MOE if moe else HELD
-    kept = 2 * shape.layers + layer if again else layer * shape.layers
-    held += micro * pairs * length * shape.hidden * kept + CONTEXT
-    saved = shape.parameters * 2 if whole else trained * 4
+    saved = shape.parameters * 2 if whole else held.trained * 4
     # a checkpoint holds the optimiser's state as well
-    return Cost(_loaded(shape) + seconds, held, _weights(shape) + 2e9, saved * (4 if whole or mask else 3))
-
-
-def _trained(args: Any, shape: Shape, moe: bool) -> int:
-    if moe:
-        return 3 * shape.lora(args.lora_r, FFN) + shape.lora(args.lora_r, ATTENTION) * bool(args.attention_lora)
-    if isinstance(args, flags.MaskArgs):
-        # one logit for each number of the tasks' adapters, SOMF's rank on q and v
-        return shape.lora(256, ("q_proj", "v_proj")) if args.aligned else shape.parameters
-    targets = tuple(name.strip() for name in (getattr(args, "lora_targets", None) or "").split(",") if name.strip())
-    return shape.lora(getattr(args, "lora_r", 8), targets or FFN)
+    return Cost(_loaded(shape) + seconds, held.peak, _weights(shape) + 2e9, saved * (4 if whole or mask else 3))
 
 
 def _answers(args: Any, card: CardFlags, shape: Shape) -> Cost:
@@ -172,18 +145,17 @@ def _answers(args: Any, card: CardFlags, shape: Shape) -> Cost:
     token = max(_weights(shape) / card.answering, 2 * shape.parameters * rows / card.operations)
     moe = any("moe" in run for run in args.runs)
     seconds = -(-prompts // rows) * args.max_new_tokens * token * (MOE_ANSWERED if moe else 1) * len(args.runs)
-    cache = 4 * shape.layers * shape.keys * rows * (args.max_new_tokens + card.row_tokens)
     seconds += _passed(prompts * card.row_tokens, shape, card) + _loaded(shape)
-    return Cost(seconds, _weights(shape) + cache + CONTEXT, _weights(shape), prompts * args.max_new_tokens * 12)
+    held = answering.inference(replace(args, batch_size=rows), shape, CARD, card.row_tokens).peak
+    return Cost(seconds, held, _weights(shape), prompts * args.max_new_tokens * 12)
 
 
 def _scores(args: Any, card: CardFlags, shape: Shape) -> Cost:
-    seconds = card_bytes = 0.0
+    seconds = 0.0
     many = args.num_samples if args.num_samples >= 0 else 500
     for _, model in getattr(args, "named_judges", ()):
         if model and (judge := shape_of(model)):
             seconds += _loaded(judge) + _passed(many * 2 * card.row_tokens, judge, card)
-            card_bytes = max(card_bytes, _held(judge, args.judge_batch_tokens))
     tokens = 0.0
     if isinstance(args, flags.EvaluateUtilityArgs):
         tokens = sum(BENCHMARK_TOKENS.get(name, 160 * 60) for name in args.task_names)
@@ -194,8 +166,8 @@ def _scores(args: Any, card: CardFlags, shape: Shape) -> Cost:
         tokens = many * card.row_tokens * (4 if isinstance(args, flags.EvaluateTruthArgs) else 1)
     if tokens:
         seconds += _loaded(shape) + _passed(tokens, shape, card)
-        card_bytes = max(card_bytes, _held(shape, args.batch_tokens))
-    return Cost(START + seconds, card_bytes, _weights(shape) if card_bytes else 2e9)
+    held = answering.scoring(args, shape, CARD)
+    return Cost(START + seconds, held.peak if held else 0.0, _weights(shape) if held else 2e9)
 
 
 def rows_of(args: Any) -> int:
@@ -226,13 +198,8 @@ def _counted(path: Path) -> int:
         return max(sum(1 for line in file if line.strip()), 1)
 
 
-def _weights(shape: Shape, quantised: str = "") -> float:
-    return shape.parameters * _BYTES[quantised]
-
-
-def _held(shape: Shape, tokens: float) -> float:
-    """Bytes on the card of a forward pass of so many tokens."""
-    return _weights(shape) + tokens * HELD * shape.hidden + CONTEXT
+def _weights(shape: Shape) -> float:
+    return training.base_bytes(shape, CARD)
 
 
 def _passed(tokens: float, shape: Shape, card: CardFlags) -> float:

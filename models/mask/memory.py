@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
 
 from models.mask.settings import Rule
-from models.mask.slots import Spec
+
+if TYPE_CHECKING:
+    # and torch with it, for which a plan need not wait
+    from models.mask.slots import Spec
 
 
 @dataclass(frozen=True)
@@ -59,13 +63,37 @@ def memory_plan(specs: Sequence[Spec], rule: Rule, tasks: int, storage: int, log
     logits = sum(spec.units.size for spec in specs if spec.units is not None)
     # masked factors come beside the model's weights, masked weights are some of them
     replaced = sum(sizes) if specs and specs[0].part == "weight" else 0
-    live = sum(sizes) * storage
+    most_units = max((spec.units.size for spec in specs if spec.units is not None), default=0)
+    found = Sizes(sum(sizes), sum(masked), logits, replaced, max(masked, default=0), most_units)
+    return bytes_of(found, rule, tasks, storage, logit, parameters, frozen, states)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of a mask's tensors.
+
+    Args:
+        entries: that receive task vectors; ``masked`` of them under a mask.
+        replaced: entries that are some of the model's own weights, not beside them.
+        largest, units: entries, and logits, of the largest masked tensor.
+    """
+
+    entries: int
+    masked: int
+    logits: int
+    replaced: int
+    largest: int
+    units: int
+
+
+def bytes_of(sizes: Sizes, rule: Rule, tasks: int, storage: int, logit: int, parameters: int, frozen: int,
+             states: int = 2) -> Plan:
+    """The plan for these sizes; arguments as in ``memory_plan``."""
+    live, logits = sizes.entries * storage, sizes.logits
     # a linear rule's task vectors are summed once and for all (rules.combined)
     held = {"live weights": live, "base": live, "task vectors": live * (1 if rule.linear else tasks),
             "logits": logits * logit, "their gradient": logits * logit, "optimiser": logits * logit * states,
-            "frozen weights": max(parameters - replaced, 0) * frozen}
+            "frozen weights": max(parameters - sizes.replaced, 0) * frozen}
     # one tensor at a time: its gradient and G D (fp32) by entry, mask and slope (fp32) by unit
-    most_entries = max(masked, default=0)
-    most_units = max((spec.units.size for spec in specs if spec.units is not None), default=0)
-    passing = most_entries * (storage + 4) + most_units * (4 + 4)
-    return Plan(sum(masked), logits, held, passing)
+    passing = sizes.largest * (storage + 4) + sizes.units * (4 + 4)
+    return Plan(sizes.masked, logits, held, passing)

@@ -69,7 +69,8 @@ def definitions(module: str) -> tuple[dict[str, ast.AST], dict[str, tuple[str, s
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
                 place = (inner, "") if file_of(inner) else (node.module, alias.name)
-                if file_of(place[0]) and not place[0].startswith("flags"):
+                # a plan reads flags of every command; what it alone reads decides nothing
+                if file_of(place[0]) and not place[0].startswith(("flags", "models.footprint")):
                     imports[alias.asname or alias.name] = place
         elif isinstance(node, ast.Import):
             imports |= {alias.name: (alias.name, "") for alias in node.names if file_of(alias.name)}
