@@ -30,7 +30,7 @@ MANIFEST = "manifest.json"
 REGISTRY = "registry.jsonl"
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors", "scipy")
 #: Settings that decide where, not what: a run is the same run whatever they are.
-PLACE = {"output_dir", "cache_dir", "overwrite", "threads", "memory_gb", "dry_run"}
+PLACE = {"output_dir", "cache_dir", "overwrite", "threads", "memory_gb", "dry_run", "device_map"}
 
 
 #: What stands for a secret.
