@@ -60,8 +60,10 @@ def _forked(act: Callable[[int], object], rank: int, n: int, port: int, file: Pa
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1",
                  "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in place.items()})
+        import torch
+
         # OpenMP's threads do not live on in a fork; with one there are none
-        sys.modules["torch"].set_num_threads(1)
+        torch.set_num_threads(1)
         act(rank)
         code = 0
     except SystemExit as stop:
