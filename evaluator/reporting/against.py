@@ -50,8 +50,7 @@ def findings(lines: Sequence[Line], ground: Line, axes: Sequence[Axis],
         said.append(f"- {axis.title} against {name}: {'; '.join(parts)}.")
     for line in others:
         verdicts = [outcome.verdict for (_, label), outcome in declared.items() if label == line.label]
-        open_harm = sum(outcome.uncorrected == "worse" and outcome.verdict != "worse"
-                        for (_, label), outcome in declared.items() if label == line.label)
+        open_harm = sum(outcome.hidden_harm for (_, label), outcome in declared.items() if label == line.label)
         if verdicts:
             hidden = f" ({open_harm} more worse before the correction only)" if open_harm else ""
             said.append(f"- In sum, of {len(verdicts)} axes, {escaped.markdown(line.label)} is better than {name} on "
@@ -67,9 +66,11 @@ def _sentence(label: str, outcome: Outcome | None) -> str:
     label = escaped.markdown(label)
     if outcome is None:
         return f"{label} cannot be compared"
+    word = "is worse, before the correction only" if outcome.hidden_harm else _WORDS[outcome.verdict]
+    return f"{label} {word} ({numbers(outcome)})"
+
+
+def numbers(outcome: Outcome) -> str:
+    """A comparison's difference, its interval, and p before and after the correction."""
     d = outcome.difference
-    # a correction guards against claims; of harm it must not hide the first sign
-    hidden = outcome.uncorrected == "worse" != outcome.verdict
-    word = "is worse, before the correction only" if hidden else _WORDS[outcome.verdict]
-    return (f"{label} {word} ({d.value:+.3f}{interval(d.low, d.high)}, p {p_text(d.p)}, Holm "
-            f"{p_text(outcome.corrected)})")
+    return f"{d.value:+.3f}{interval(d.low, d.high)}, p {p_text(d.p)}, Holm {p_text(outcome.corrected)}"

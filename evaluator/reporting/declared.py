@@ -27,8 +27,8 @@ import yaml
 
 from data import escaped
 from errors import UserError
+from evaluator.reporting.against import numbers
 from evaluator.reporting.findings import Outcome
-from evaluator.reporting.formats import interval, p_text
 
 if TYPE_CHECKING:
     from evaluator.reporting.findings import Line
@@ -172,11 +172,9 @@ def _line(group: Group, axis: Axis, other: Line, declared: Outcomes) -> str:
         if outcome is None:
             kinds["cannot be compared with"].append(escaped.markdown(row.label))
             continue
-        # a correction guards against claims; of harm it must not hide the first sign
-        hidden = outcome.uncorrected == "worse" != outcome.verdict
-        kind = ("worse, before the correction only, than" if hidden else
+        kind = ("worse, before the correction only, than" if outcome.hidden_harm else
                 "no difference shown from" if outcome.verdict == "no difference" else f"{outcome.verdict} than")
-        kinds[kind].append(_numbers(row.label, outcome))
+        kinds[kind].append(f"{escaped.markdown(row.label)} ({numbers(outcome)})")
     name = escaped.markdown(other.label)
     parts = [f"{kind} {name}: {', '.join(rows)}" for kind, rows in kinds.items() if rows]
     return f"- {escaped.markdown(group.title)}, {axis.title}: {'; '.join(parts)}."
@@ -194,7 +192,8 @@ def _every_line(group: Group, axes: Sequence[Axis], declared: Outcomes) -> str:
         (score, _, other), least = max(mine.items(), key=lambda item: _doubt(item[1]))
         better = all(outcome.verdict == "better" for outcome in mine.values())
         kinds["better" if better else "not shown to be"].append(
-            f"{_numbers(row.label, least, f'weakest against {escaped.markdown(other)} on {titles[score]}: ')}")
+            f"{escaped.markdown(row.label)} (weakest against {escaped.markdown(other)} on {titles[score]}: "
+            f"{numbers(least)})")
     references = ", ".join(escaped.markdown(other.label) for other in group.against)
     parts = [f"{kind}: {', '.join(rows)}" for kind, rows in kinds.items() if rows]
     return (f"- {escaped.markdown(group.title)}, better than every one of {references} on {' and '.join(titles.values())}: "
@@ -236,12 +235,6 @@ def _doubt(outcome: Outcome) -> float:
     return d.p if (d.value > 0) == outcome.higher else 2 - d.p
 
 
-def _numbers(label: str, outcome: Outcome, where: str = "") -> str:
-    d = outcome.difference
-    return (f"{escaped.markdown(label)} ({where}{d.value:+.3f}{interval(d.low, d.high)}, p {p_text(d.p)}, Holm "
-            f"{p_text(outcome.corrected)})")
-
-
 def as_data(declared: Outcomes, axes: Sequence[Axis]) -> list[dict[str, Any]]:
     """The comparisons for a program; ``p_holm_score``: corrected over all of one score, whatever group they stand in."""
     from evaluator.statistics.metrics import holm
@@ -252,7 +245,5 @@ def as_data(declared: Outcomes, axes: Sequence[Axis]) -> list[dict[str, Any]]:
         pairs = {key[2:]: o.difference.p for key, o in declared.items() if key[1] == score}
         wider |= {(score, *pair): p for pair, p in zip(pairs, holm(list(pairs.values())), strict=True)}
     return [{"group": group, "column": titles[score], "score": score, "row": row, "against": other,
-             "value": o.difference.value, "low": o.difference.low, "high": o.difference.high, "p": o.difference.p,
-             "p_holm": o.corrected, "p_holm_score": wider[score, row, other], "verdict": o.verdict,
-             "uncorrected": o.uncorrected}
-            for (group, score, row, other), o in declared.items()]
+             "p_holm_score": wider[score, row, other]} | outcome.as_data()
+            for (group, score, row, other), outcome in declared.items()]

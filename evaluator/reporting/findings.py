@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from evaluator.statistics.axes import Axis, Measured
@@ -49,6 +49,17 @@ class Outcome:
 
         # nothing is better or worse after the correction that was not before it
         return self.uncorrected if self.corrected <= 1 - CONFIDENCE else "no difference"
+
+    @property
+    def hidden_harm(self) -> bool:
+        """Whether the correction took a harm away: it guards against claims, and must not hide the first sign of harm."""
+        return self.uncorrected == "worse" != self.verdict
+
+    def as_data(self) -> dict[str, Any]:
+        """The outcome for a program."""
+        d = self.difference
+        return {"value": d.value, "low": d.low, "high": d.high, "p": d.p, "p_holm": self.corrected, "verdict": self.verdict,
+                "uncorrected": self.uncorrected}
 
 
 def roles(lines: Sequence[Line], base: str, experts: str, control: str) -> Roles | None:

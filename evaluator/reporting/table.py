@@ -136,6 +136,5 @@ def comparisons(declared: Mapping[tuple[str, str], Outcome], *, row: str = "", a
         declared: (column's title, the other row's label) -> outcome.
         row, against: the row that is in all of them, where it stands; the other one is the outcome's label.
     """
-    return [{"column": title, "row": row or label, "against": against or label, "value": o.difference.value,
-             "low": o.difference.low, "high": o.difference.high, "p": o.difference.p, "p_holm": o.corrected,
-             "verdict": o.verdict, "uncorrected": o.uncorrected} for (title, label), o in declared.items()]
+    return [{"column": title, "row": row or label, "against": against or label} | outcome.as_data()
+            for (title, label), outcome in declared.items()]
