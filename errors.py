@@ -10,7 +10,7 @@ import contextlib
 import errno
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 
 class UserError(Exception):
@@ -23,6 +23,9 @@ class UserError(Exception):
 
 _OS_ADVICE = {
     errno.ENOSPC: "the disk is full: free some space or point --output_dir at another disk, then run the same command",
+    errno.EDQUOT: "your quota is used up: free some space or point --output_dir elsewhere, then run the same command",
+    errno.EFBIG: "it may not grow that large here (ulimit -f, or a limit of the file system): raise the limit or point "
+                 "--output_dir elsewhere, then run the same command",
     errno.EACCES: "no permission: choose a folder that you may write to",
     errno.EROFS: "the file system is read-only: choose a folder that you may write to",
 }
@@ -39,11 +42,52 @@ def exit_on_user_error() -> Iterator[None]:
         raise SystemExit(2) from None
     except Exception as error:
         # of system errors only those that the user can mend: the others are bugs and keep their traceback
+        if out_of_memory(error):
+            print(f"error: out of memory ({_first_line(error)}): end other programs, or take a machine with more",
+                  file=sys.stderr)
+            raise SystemExit(2) from None
         number = _os_error(error)
         if number not in _OS_ADVICE:
             raise
         print(f"error: {getattr(error, 'filename', None) or 'a file'}: {_OS_ADVICE[number]}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+@contextlib.contextmanager
+def fits(smaller: Sequence[str]) -> Iterator[None]:
+    """Where memory runs out within the block, say which settings need less.
+
+    Args:
+        smaller: flags with such values, the most promising first (``flags.memory.smaller``).
+
+    Raises:
+        UserError: out of memory.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        way = ", or ".join(smaller) or "a machine with more"
+        raise UserError(f"out of memory ({_first_line(error)}): try {way}") from None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device's or the machine's memory ran out; torch's errors are told by their words: none is loaded here."""
+    # OutOfMemoryError: CUDA's; the CPU's allocator raises a plain RuntimeError, C++ libraries bad_alloc
+    return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+            or isinstance(error, OSError) and error.errno == errno.ENOMEM
+            or isinstance(error, RuntimeError) and bool(_MEMORY.search(str(error))))
+
+
+_MEMORY = re.compile("can't allocate memory|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED|bad_?alloc|Cannot allocate memory")
+
+
+def _first_line(error: BaseException) -> str:
+    text = (str(error).splitlines() or [""])[0] or type(error).__name__
+    # torch names the line of its own source first
+    text = text.partition("DefaultCPUAllocator: ")[2] or text
+    return text if len(text) <= 160 else f"{text[:157]}..."
 
 
 def _os_error(error: Exception) -> int | None:

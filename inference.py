@@ -23,9 +23,10 @@ import config
 import manifest
 from data.escaped import ANSWER_COLUMNS, csv_cell
 from data.records import Record, stable_hash
-from errors import UserError, exit_on_user_error
+from errors import UserError, exit_on_user_error, fits
 from flags import InferenceArgs
 from flags.base import PROTOCOLS
+from flags.memory import smaller
 
 if TYPE_CHECKING:
     from data.prompt_styles import Style
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if problems := backend.problems(args.runs):
             raise UserError(*problems)
         # base and adapters in one command: the base is loaded once
-        with keeping_base():
+        with fits(smaller(args)), keeping_base():
             for run in args.runs:
                 answer_run(run, args, backend)
 
@@ -314,8 +315,10 @@ def _read_partial(path: Path, settings: dict) -> dict[str, list[dict]]:
             except ValueError:
                 log.info("%s: dropping a line that was cut off", path)
     body = "".join(json.dumps({number: rows}, ensure_ascii=False) + "\n" for number, rows in finished.items())
-    # written anew: a torn line must not stay in front of what is appended
-    path.write_text(f"{head}\n{body}", encoding="utf-8")
+    # written anew: a torn line must not stay in front of what is appended; aside, for a kill here would lose all of them
+    aside = path.with_name(f"{path.name}.partial")
+    aside.write_text(f"{head}\n{body}", encoding="utf-8")
+    aside.replace(path)
     return finished
 
 

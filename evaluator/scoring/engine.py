@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -12,14 +13,16 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import locks
 import manifest
 from data import escaped
 from data.records import stable_hash
-from errors import UserError
+from errors import UserError, fits
 from evaluator.scoring import computed
 from flags import EvaluateArgs
 from flags.base import ATTACKS, ModelCommand
 from flags.judges import JudgeFlags
+from flags.memory import smaller
 
 if TYPE_CHECKING:
     from evaluator.statistics.metrics import Score
@@ -145,12 +148,28 @@ def _evaluate_one(args: EvaluateArgs, command: str, subject: Subject, work: Work
     settings = _settings(args) | model
     # rows are part of a score: without them no difference can be computed
     rows_path = path.with_suffix(".rows.jsonl")
-    if not args.overwrite and rows_path.is_file() and _same(path, settings, work.inputs, args.dtype):
+
+    def found() -> bool:
+        if args.overwrite or not rows_path.is_file() or not _same(path, settings, work.inputs, args.dtype):
+            return False
         log.info("%s: already scored with these answers and settings", path)
         _register_missing(args.results, _line(json.loads(path.read_text(encoding="utf-8"))))
+        return True
+
+    if found():
         return path
-    start = time.time()
-    result = work.compute()
+    with locks.alone(path) if manifest.is_main() else contextlib.nullcontext() as waited:
+        if not (waited and found()):
+            _score(args, command, subject, work, path, settings, model)
+    return path
+
+
+def _score(args: EvaluateArgs, command: str, subject: Subject, work: Work, path: Path, settings: dict[str, Any],
+           model: dict[str, Any]) -> None:
+    rows_path = path.with_suffix(".rows.jsonl")
+    start = time.monotonic()
+    with fits(smaller(args)):
+        result = work.compute()
     # rows first, their hash in the scores: a kill between both files is noticed at the next call
     _write_rows(rows_path, result.rows)
     made = computed.made_with(args, subject.sub, (row["set"] for row in result.rows), model)
@@ -159,15 +178,14 @@ def _evaluate_one(args: EvaluateArgs, command: str, subject: Subject, work: Work
         "scores": {score.name: score.as_dict() for score in result.scores}, **result.details,
         **({"made_with": made} if made else {}), "config": settings,
         "inputs": work.inputs, "rows_sha256": manifest.sha256(rows_path), "seed": args.seed,
-        "seconds": round(time.time() - start, 1),
+        "seconds": round(time.monotonic() - start, 1),
     }
     manifest.write_json(path, content)
     # last: reports read the registry, and must find the files that a line speaks of
     manifest.register(args.results, _line(content))
-    log.info("%s  (%.0f s)  %s", subject.name, time.time() - start, path)
+    log.info("%s  (%.0f s)  %s", subject.name, time.monotonic() - start, path)
     for score in result.scores:
         log.info("  %-18s %7.3f  [%.3f, %.3f]  n=%d", score.name, score.value, score.low, score.high, score.n)
-    return path
 
 
 def _settings(args: EvaluateArgs) -> dict[str, Any]:
