@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 
 import pytest
 
@@ -19,29 +20,33 @@ CONFIG = {"seed": 1}
 FORK = multiprocessing.get_context("fork")
 
 
-def writes(target, begun, go, text="one", config=CONFIG):
+def writes(target, begun, go):
     """A command in a process of its own: says when it has begun, ends when it is told to."""
-    with manifest.writing(target, "test", config) as run:
-        begun.set()
-        go.wait(60)
-        (run.folder / "file").write_text(text)
+    with manifest.writing(target, "test", CONFIG) as run:
+        begun.touch()
+        while not go.exists():
+            time.sleep(0.01)
+        (run.folder / "file").write_text("one")
 
 
 @pytest.fixture
 def writer(tmp_path):
-    """(target, the process that writes it, its start signal)."""
-    target, begun, go = tmp_path / "outputs" / "run", FORK.Event(), FORK.Event()
+    """(target, the process that writes it, the file that lets it end)."""
+    # files and no events: a process that is killed while it waits for one blocks whoever sets it
+    target, begun, go = tmp_path / "outputs" / "run", tmp_path / "begun", tmp_path / "go"
     process = FORK.Process(target=writes, args=(target, begun, go))
     process.start()
-    assert begun.wait(60)
+    while not begun.exists():
+        assert process.is_alive()
+        time.sleep(0.01)
     yield target, process, go
-    go.set()
+    go.touch()
     process.join()
 
 
 def test_the_second_command_waits_and_finds_the_run_finished(writer, caplog):
     target, process, go = writer
-    threading.Timer(0.5, go.set).start()
+    threading.Timer(0.5, go.touch).start()
     with caplog.at_level(logging.WARNING):
         assert manifest.finished(target, CONFIG)
     assert f"{target} is being written by process {process.pid} on " in caplog.text
@@ -50,7 +55,7 @@ def test_the_second_command_waits_and_finds_the_run_finished(writer, caplog):
 
 def test_two_that_began_at_once_lose_nothing(writer):
     target, process, go = writer
-    threading.Timer(0.5, go.set).start()
+    threading.Timer(0.5, go.touch).start()
     # as if both had looked before either began: this one is told, and the other's run stays whole
     with pytest.raises(UserError, match="another command finished this run while this one waited"), \
             manifest.writing(target, "test", CONFIG) as run:
