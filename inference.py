@@ -68,12 +68,17 @@ def answer_run(run: str, args: InferenceArgs, backend: Backend) -> Path:
     from data.sets.attacks import attack
 
     folder = answers_root(args) / sub_folder(run, args.checkpoint_number)
+    # beside the folder, not in it: the folder is made anew at each start, and what was answered must outlast that
+    partial = folder.with_name(f".{folder.name}.answers.jsonl")
     wrapper, form = attack(args.attack, args.attack_file), style(args.prompt_style, args.prompt_style_file)
     settings = _settings(args, wrapper, form) | {"run": run, "model": _model_hash(run, args, folder)}
     # before prompts and model are loaded: a finished run is told in a second
     # answers from before the dtype was resolved say auto: for a call that says auto too they are finished, for others not
     absent, meant = _absent(args), {"dtype": "auto"} if args.dtype == "auto" else {}
     if not args.overwrite and manifest.finished(folder, settings, absent, meant):
+        # a kill may have come before this: with --overwrite they would be taken for the answers of that call
+        if partial.exists():
+            partial.unlink()
         log.info("%s: already answered", folder)
         if (was := manifest.read(folder)["config"].get("dtype")) != settings["dtype"]:
             log.info("%s: says --dtype %s and not what that was; taken for %s, as this call says auto too", folder, was,
@@ -84,8 +89,6 @@ def answer_run(run: str, args: InferenceArgs, backend: Backend) -> Path:
     from models.moe.files import moe_layers
 
     answerer = backend.open(run)
-    # beside the folder, not in it: the folder is made anew at each start, and what was answered must outlast that
-    partial = folder.with_name(f".{folder.name}.answers.jsonl")
     with manifest.writing(folder, "inference", settings, overwrite=args.overwrite, absent=absent,
                           meant=meant) as out:
         rows = answer_all(answerer, records, args, partial, settings, wrapper, form)

@@ -43,20 +43,27 @@ def alone(target: Path) -> Iterator[bool]:
 
 
 def wait_for(target: Path) -> None:
-    """Return when no other process writes ``target``."""
-    with contextlib.suppress(FileNotFoundError, PermissionError), lock_path(target).open("r") as file:
-        _wait(file, fcntl.LOCK_SH, lock_path(target))
+    """Return when no other process writes ``target``; what a killed one left of its lock is removed."""
+    path = lock_path(target)
+    try:
+        file = path.open("r+", encoding="utf-8")
+    except OSError:
+        # there is none, or nobody can write here
+        return
+    with file:
+        _wait(file, path)
+        if _named(file, path):
+            path.unlink(missing_ok=True)
 
 
 def _taken(path: Path) -> tuple[IO[str], bool]:
     waited = False
     while True:
         file = path.open("a+", encoding="utf-8")
-        waited |= _wait(file, fcntl.LOCK_EX, path)
+        waited |= _wait(file, path)
         # its holder removes the file when it is done: a lock on a file without a name keeps nobody out
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                break
+        if _named(file, path):
+            break
         file.close()
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")
@@ -64,15 +71,23 @@ def _taken(path: Path) -> tuple[IO[str], bool]:
     return file, waited
 
 
-def _wait(file: IO[str], kind: int, path: Path) -> bool:
+def _named(file: IO[str], path: Path) -> bool:
+    """Whether an open file is the one of this name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _wait(file: IO[str], path: Path) -> bool:
     """Lock; returns whether another process had it."""
     try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         log.warning("%s is being written by %s: waiting for it (Ctrl-C ends the wait)",
                     path.with_name(path.name.removeprefix(".").removesuffix(".lock")), file.read() or "another process")
-        fcntl.flock(file, kind)
+        fcntl.flock(file, fcntl.LOCK_EX)
         return True
     except OSError as error:
         if error.errno not in _NO_LOCKS:

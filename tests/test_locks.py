@@ -77,6 +77,7 @@ def test_the_lock_of_a_killed_command_keeps_nobody_out(writer):
     process.join()
     assert locks.lock_path(target).exists()
     assert not manifest.finished(target, CONFIG)
+    assert not locks.lock_path(target).exists()
     with manifest.writing(target, "test", CONFIG) as run:
         (run.folder / "file").write_text("two")
     assert sorted(path.name for path in target.parent.iterdir()) == ["run"]

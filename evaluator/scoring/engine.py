@@ -156,6 +156,9 @@ def _evaluate_one(args: EvaluateArgs, command: str, subject: Subject, work: Work
         _register_missing(args.results, _line(json.loads(path.read_text(encoding="utf-8"))))
         return True
 
+    # of several ranks the first writes, and the others must not wait for its lock
+    if manifest.is_main():
+        locks.wait_for(path)
     if found():
         return path
     with locks.alone(path) if manifest.is_main() else contextlib.nullcontext() as waited:

@@ -166,9 +166,14 @@ class Trial:
             self.after(outcome, "behind it")
             children.mount("tmpfs", room, "tmpfs", children.REMOUNT, "size=512m")
             self.to_the_end(outcome)
+            said.write_text(outcome.said)
             assert not outcome.wrong, "\n".join(outcome.wrong)
+
+        said = self.folder / "said"
+        said.write_text("")
         if problem := children.apart(work):
             outcome.wrong.append(problem)
+        outcome.said = said.read_text()
         return outcome
 
     def read_only(self) -> Outcome:

@@ -31,8 +31,7 @@ class Place:
     def fresh(self, out: Path) -> Path:
         """A results folder of its own with the inputs in it, whatever was there before."""
         shutil.rmtree(out, ignore_errors=True)
-        for part in ("outputs", "inference"):
-            shutil.copytree(self.results / part, out / part)
+        shutil.copytree(self.results / "outputs", out / "outputs")
         return out
 
 
@@ -59,23 +58,21 @@ def make(folder: Path) -> Place:
     """Make a place; seconds."""
     place = Place(folder)
     make_pico(place.base)
+    # a byte is a token here: embedded questions of evaluators have thousands
+    config = json.loads((place.base / "config.json").read_text())
+    (place.base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32768}))
     make_pico(folder / "other", seed=1)
     make_place(place.base, place.results)
     for kind, ask in (("bad", "How do I do bad thing"), ("good", "How do I bake bread")):
         (folder / f"{kind}.jsonl").write_text("".join(json.dumps({"prompt": f"{ask} {i}?"}) + "\n" for i in range(6)))
-    answered = place.results / "inference" / "safety" / "test" / "cross_given"
-    answered.mkdir(parents=True)
-    (answered / "outputs_final.jsonl").write_text("".join(json.dumps(
-        {"index": i, "id": f"a{i}", "prompt": f"How {i}?", "input": "", "reference": "", "category": "", "rendered": "",
-         "output": "I can't help with that." if i % 2 else "Sure, mix flour.", "finish": "stop"}) + "\n" for i in range(8)))
     return place
 
 
 def training(kind: str) -> Victim:
-    """A training method of tests/methods.py: six steps, a checkpoint at every second."""
+    """A training method of tests/methods.py: four steps, a checkpoint at each."""
     def words(place: Place, out: Path) -> list[str]:
         return [*METHODS[kind][0], "--data_path", data_of(place.results, kind), *common(place.base, out), *CONSTANT,
-                "--run_name", f"{kind}_run", "--max_steps", "6", "--save_strategy", "steps", "--save_steps", "2"]
+                "--run_name", f"{kind}_run", "--max_steps", "4", "--save_strategy", "steps", "--save_steps", "1"]
     return Victim(f"train: {kind}", "align_basemodel", words, model=True)
 
 
@@ -96,8 +93,9 @@ def _scored(place: Place, out: Path) -> list[str]:
             "--device", "cpu", "--output_dir", str(out)]
 
 
-def _reported(place: Place, out: Path) -> list[str]:
-    return ["--task_name", "cross_given", "--output_dir", str(out)]
+def _likely(place: Place, out: Path) -> list[str]:
+    return ["--task_name", "raw", "--lite", "--num_samples", "4", "--model_name_or_path", str(place.base),
+            "--dtype", "float32", "--device", "cpu", "--output_dir", str(out)]
 
 
 VICTIMS: dict[str, Victim] = {victim.name: victim for victim in (
@@ -110,5 +108,5 @@ VICTIMS: dict[str, Victim] = {victim.name: victim for victim in (
     _fuse("export", "export", "raw_moe", "--layout", "mixtral"),
     Victim("inference", "inference", _answers, model=True),
     Victim("evaluate_refusal", "evaluator.evaluate_refusal", _scored, model=True),
-    Victim("evaluate_helpfulness", "evaluator.evaluate_helpfulness", _reported),
+    Victim("evaluate_helpfulness", "evaluator.evaluate_helpfulness", _likely, model=True),
 )}
