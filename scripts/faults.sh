@@ -6,7 +6,7 @@
 #   bash scripts/faults.sh                        100 kills and the other faults on every command
 #   bash scripts/faults.sh --write                the same; the table goes into docs/reliability.md
 #   bash scripts/faults.sh --kills 10             fewer kills: one of each command at least
-#   bash scripts/faults.sh --only "train: sft,graph" --seed 3 --folder /tmp/faults
+#   bash scripts/faults.sh --only "train: sft,graph" --seed 3 --folder faults_here
 set -euo pipefail
 cd "$(dirname "$0")/.."
 case " $* " in *" -h "*|*" --help "*) sed -n '2,9p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;; esac

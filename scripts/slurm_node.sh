@@ -80,7 +80,7 @@ SchedulerParameters=sched_interval=2,requeue_setup_env_fail
 NodeName=$host NodeAddr=127.0.0.1 CPUs=${CPUS:-$(nproc)} RealMemory=${MEMORY_MB:-8000} State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 CONF
-    # --force: the folder may lie below one that others write to, such as /tmp
+    # --force: the folder may lie below one that others may write to
     alive munged || munged --force --socket="$folder/munge.socket" --key-file="$folder/munge.key" \
       --pid-file="$folder/munged.pid" --log-file="$folder/munged.log" --seed-file="$folder/munge.seed"
     alive slurmctld || controller

@@ -61,7 +61,7 @@ def test_what_a_person_can_mend_is_said(outcomes):
 
 def test_the_table_tells_what_broke_and_hides_this_machines_folders():
     made = [Outcome("kill -9", "inference", 6, 2), Outcome("two at once", "inference", 2, said=(
-        "/tmp/x1/inference/results/inference/cross_a is being written by process 77 on box: waiting for it (Ctrl-C ..)")),
+        "/x1/inference/results/inference/cross_a is being written by process 77 on box: waiting for it (Ctrl-C ..)")),
         Outcome("kill -9", "fuse: merge", 8, wrong=["at the end: a: other bytes"])]
     told = table(made, seed=3, seconds=120.0)
     assert "14 kills and 2 other faults (seed 3, 2 minutes on " in told
