@@ -18,8 +18,9 @@ from collections.abc import Sequence
 
 import config
 import manifest
-from errors import exit_on_user_error
+from errors import exit_on_user_error, fits
 from flags import AlignArgs, DpoArgs, ExpertArgs, FusedMoeArgs, MaskArgs, SearchArgs, SoupArgs
+from flags.memory import smaller
 
 #: Objective -> the module that trains it; flags/align.py says which words choose the objective.
 TRAINERS: dict[type[AlignArgs], str] = {
@@ -47,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if manifest.is_main():
                 print(f"{target}: already trained")
             return
-        with manifest.writing(target, "align_basemodel", settings, overwrite=args.overwrite) as run:
+        with fits(smaller(args, parsed.training)), \
+                manifest.writing(target, "align_basemodel", settings, overwrite=args.overwrite) as run:
             # torch is imported only now
             importlib.import_module(TRAINERS[type(args)]).train(args, parsed.training, run)
         if manifest.is_main():

@@ -12,13 +12,13 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 #: Asked before an error is said whether another process of the launch has said one; models/base/processes.py adds to it.
 TELLS: list[Callable[[], bool]] = []
 #: Seconds that a process waits with an error where they cannot ask each other yet. An error of all is said by the first,
 #: whose end makes the launcher end the others.
-_GRACE = 5.0
+_GRACE = 15.0
 
 
 class UserError(Exception):
@@ -29,8 +29,15 @@ class UserError(Exception):
         self.problems = problems
 
 
+class SharedError(UserError):
+    """What all processes of a launch find at the same moment: the first one says it."""
+
+
 _OS_ADVICE = {
     errno.ENOSPC: "the disk is full: free some space or point --output_dir at another disk, then run the same command",
+    errno.EDQUOT: "your quota is used up: free some space or point --output_dir elsewhere, then run the same command",
+    errno.EFBIG: "it may not grow that large here (ulimit -f, or a limit of the file system): raise the limit or point "
+                 "--output_dir elsewhere, then run the same command",
     errno.EACCES: "no permission: choose a folder that you may write to",
     errno.EROFS: "the file system is read-only: choose a folder that you may write to",
 }
@@ -42,18 +49,22 @@ def exit_on_user_error() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if _first_to_tell():
+        if _alone_or_first() if isinstance(error, SharedError) else _first_to_tell():
             for problem in error.problems:
-                print(f"error: {problem}", file=sys.stderr)
+                _say(problem)
         raise SystemExit(2) from None
     except Exception as error:
         # of system errors only those that the user can mend: the others are bugs and keep their traceback
+        if out_of_memory(error):
+            # of no other process: each says what became of its own memory
+            _say(f"out of memory ({_first_line(error)}): end other programs, or take a machine with more")
+            raise SystemExit(2) from None
         number = _os_error(error)
         if not _first_to_tell():
             raise SystemExit(2 if number in _OS_ADVICE else 1) from None
         if number not in _OS_ADVICE:
             raise
-        print(f"error: {getattr(error, 'filename', None) or 'a file'}: {_OS_ADVICE[number]}", file=sys.stderr)
+        _say(f"{getattr(error, 'filename', None) or 'a file'}: {_OS_ADVICE[number]}")
         raise SystemExit(2) from None
 
 
@@ -61,9 +72,59 @@ def _first_to_tell() -> bool:
     """Whether this process says what is wrong: the only one, or of several the first that comes to it."""
     if TELLS:
         return TELLS[0]()
-    if os.environ.get("RANK", "0") != "0":
+    if not _alone_or_first():
         time.sleep(_GRACE)
     return True
+
+
+def _alone_or_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say(problem: str) -> None:
+    text = f"error: {problem}"
+    # a progress bar leaves the cursor behind itself; where there is none, nothing is imported
+    if "tqdm" in sys.modules:
+        sys.modules["tqdm"].tqdm.write(text, file=sys.stderr)
+    else:
+        print(text, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def fits(smaller: Sequence[str]) -> Iterator[None]:
+    """Where memory runs out within the block, say which settings need less.
+
+    Args:
+        smaller: flags with such values, the most promising first (``flags.memory.smaller``).
+
+    Raises:
+        UserError: out of memory.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        way = ", or ".join(smaller) or "a machine with more"
+        raise UserError(f"out of memory ({_first_line(error)}): try {way}") from None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device's or the machine's memory ran out; torch's errors are told by their words: none is loaded here."""
+    # OutOfMemoryError: CUDA's; the CPU's allocator raises a plain RuntimeError, C++ libraries bad_alloc
+    return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+            or isinstance(error, OSError) and error.errno == errno.ENOMEM
+            or isinstance(error, RuntimeError) and bool(_MEMORY.search(str(error))))
+
+
+_MEMORY = re.compile("can't allocate memory|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED|bad_?alloc|Cannot allocate memory")
+
+
+def _first_line(error: BaseException) -> str:
+    text = (str(error).splitlines() or [""])[0] or type(error).__name__
+    # torch names the line of its own source first
+    text = text.partition("DefaultCPUAllocator: ")[2] or text
+    return text if len(text) <= 160 else f"{text[:157]}..."
 
 
 def _os_error(error: Exception) -> int | None:

@@ -24,9 +24,10 @@ import config
 import manifest
 from data.escaped import ANSWER_COLUMNS, csv_cell
 from data.records import Record, stable_hash
-from errors import UserError, exit_on_user_error
+from errors import UserError, exit_on_user_error, fits
 from flags import InferenceArgs
 from flags.base import PROTOCOLS
+from flags.memory import smaller
 
 if TYPE_CHECKING:
     from data.prompt_styles import Style
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if problems := backend.problems(args.runs):
             raise UserError(*problems)
         # base and adapters in one command: the base is loaded once
-        with keeping_base():
+        with fits(smaller(args)), keeping_base():
             for run in args.runs:
                 answer_run(run, args, backend)
 
@@ -79,17 +80,23 @@ def answer_run(run: str, args: InferenceArgs, backend: Backend) -> Path:
     from data.prompt_styles import style
     from data.sets.attacks import attack
     from models.base import processes
-    from models.generation.kept import keeping
+    from models.generation.kept import keeping, remove_left
 
     folder = answers_root(args) / sub_folder(run, args.checkpoint_number)
     wrapper, form = attack(args.attack, args.attack_file), style(args.prompt_style, args.prompt_style_file)
     # before prompts and model are loaded: a finished run is told in a second
     settings, done = processes.agreed(lambda: _asked(run, args, wrapper, form, folder))
     if done:
+        # a kill may have come before this: with --overwrite they would be taken for the answers of that call
+        if processes.rank() == 0:
+            remove_left(folder)
         return folder
     # prompts before the model: what is wrong with them shows at once
     records, reduction = prompts_of(args)
     with keeping(folder) as kept:
+        # who waited for another command may find the answers done
+        if processes.agreed(lambda: kept.waited and _asked(run, args, wrapper, form, folder)[1]):
+            return folder
         answerer = backend.open(run)
         # one process writes; the others only answer
         with _writing(folder, settings, args) if processes.rank() == 0 else nullcontext() as out:
@@ -109,7 +116,7 @@ def answer_run(run: str, args: InferenceArgs, backend: Backend) -> Path:
 
 
 def _asked(run: str, args: InferenceArgs, wrapper: Attack, form: Style, folder: Path) -> tuple[dict[str, Any], bool]:
-    """The settings of the answers, and whether they lie there already."""
+    """The settings of the answers, and whether they lie there already; waits for a command that is writing them."""
     settings = _settings(args, wrapper, form) | {"run": run, "model": _model_hash(run, args, folder)}
     if args.overwrite or not manifest.finished(folder, settings, _absent(args), _meant(args)):
         return settings, False

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import locks
 from errors import UserError
 
 log = logging.getLogger(__name__)
@@ -62,24 +63,41 @@ def writing(target: Path, command: str, config: dict[str, Any], *, overwrite: bo
     With ``resume`` the block finds what a killed run left behind (hidden, as ``.NAME.partial``) and what it leaves behind
     itself when it is interrupted; the block must check that it fits. A UserError clears it away.
 
+    One command at a time writes a run: another one waits here.
+
     Raises:
-        UserError: ``target`` holds a run with another configuration and ``overwrite`` is off.
+        UserError: ``target`` holds a run with another configuration and ``overwrite`` is off, or another command finished
+            it while this one waited.
     """
+    with contextlib.ExitStack() as stack:
+        if is_main():
+            try:
+                waited = stack.enter_context(locks.alone(target))
+            except OSError as error:
+                raise _unwritable(target, error) from None
+            if waited and not overwrite and finished(target, config, absent, meant, wait=False):
+                raise UserError(f"{target}: another command finished this run while this one waited for it; nothing is "
+                                "lost, and the same command again takes it as it is")
+        yield from _written(target, command, config, overwrite, resume, absent, meant)
+
+
+def _written(target: Path, command: str, config: dict[str, Any], overwrite: bool, resume: bool,
+             absent: Mapping[str, Any] | None, meant: Mapping[str, Any] | None) -> Iterator[Run]:
     # beside the target, so that the rename stays within one file system; a name of its own for every rank
     staging = target.with_name(f".{target.name}.partial" + ("" if is_main() else f".{os.environ['RANK']}"))
     _settle(target)
     # raises here, before any work, where another configuration holds the name
     if not overwrite:
-        finished(target, config, absent, meant)
+        finished(target, config, absent, meant, wait=False)
     if not resume:
         shutil.rmtree(staging, ignore_errors=True)
     try:
         staging.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output_dir: {staging.parent} cannot hold a run ({error.strerror or error}); give a folder that "
-                        "can be written to") from None
+        raise _unwritable(target, error) from None
     run = Run(staging, command, config)
-    start = time.time()
+    # a clock that is set while a run is under way must not make its seconds wrong
+    start = time.monotonic()
     try:
         yield run
         # last of all files: a folder with a manifest is whole
@@ -93,6 +111,11 @@ def writing(target: Path, command: str, config: dict[str, Any], *, overwrite: bo
         if not resume or isinstance(error, UserError):
             shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def _unwritable(target: Path, error: OSError) -> UserError:
+    return UserError(f"--output_dir: {target.parent} cannot hold a run ({error.strerror or error}); give a folder that can "
+                     "be written to")
 
 
 def swap(new: Path, target: Path) -> None:
@@ -136,16 +159,20 @@ def is_main() -> bool:
 
 
 def finished(target: Path, config: dict[str, Any], absent: Mapping[str, Any] | None = None,
-             meant: Mapping[str, Any] | None = None) -> bool:
-    """Whether ``target`` already holds this run, finished.
+             meant: Mapping[str, Any] | None = None, wait: bool = True) -> bool:
+    """Whether ``target`` already holds this run, finished; of a run that another process writes it is told when that ends.
 
     Args:
         absent: settings that a configuration leaves out where they have these values.
         meant: values that an earlier version wrote down where this one writes what they stood for; they count as ours.
+        wait: whether a run that another process writes is waited for.
 
     Raises:
         UserError: it holds a run of the same name with another configuration: names every setting that differs.
     """
+    # of several ranks the first writes, under a lock that the others must not wait for
+    if wait and is_main():
+        locks.wait_for(target)
     _settle(target)
     if not (target / MANIFEST).is_file():
         if target.exists() and any(target.iterdir()):
@@ -326,7 +353,7 @@ def _manifest(run: Run, start: float) -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
-        "seconds": round(time.time() - start, 2),
+        "seconds": round(time.monotonic() - start, 2),
         "peak_memory_mb": round(peak_memory_mb(), 1),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

@@ -16,9 +16,10 @@ import logging
 from collections.abc import Sequence
 
 import config
-from errors import exit_on_user_error
+from errors import exit_on_user_error, fits
 from flags import ExtractArgs, FuseAdaptersArgs, sub_commands
 from flags.export import ExportArgs, GatherArgs, ImportArgs
+from flags.memory import smaller
 from flags.merge import MergeArgs
 from flags.realign import RealignArgs
 
@@ -53,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         module, _, function = place.partition(":")
-        print(getattr(importlib.import_module(module), function)(args))
+        with fits(smaller(args)):
+            said = getattr(importlib.import_module(module), function)(args)
+        print(said)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from launched import RAISED, launched
@@ -153,14 +155,33 @@ def test_an_error_of_all_is_said_once_before_and_after_they_meet(asked, monkeypa
     assert "2 processes were started" in said[0]
 
 
-def test_a_second_command_on_the_folder_is_refused(asked, tmp_path, capsys):
+def test_a_second_command_on_the_folder_waits_and_takes_what_is_there(asked, tmp_path, caplog, monkeypatch):
+    done = asked("done", "--cross_task", "one")
     folder = tmp_path / "whole" / "inference" / "safety" / "test"
-    with keeping(folder / "cross_one"), pytest.raises(SystemExit) as stop:
+    monkeypatch.setattr(hf, "answer_batch", lambda *_: 1 / 0)
+    with ThreadPoolExecutor() as pool:
+        with keeping(folder / "cross_one"):
+            second = pool.submit(asked, "whole", "--cross_task", "one")
+            until = time.monotonic() + 120
+            while "cross_one: another command is answering into this folder" not in caplog.text:
+                assert time.monotonic() < until
+                assert not second.done()
+                time.sleep(0.02)
+            shutil.copytree(done / "cross_one", folder / "cross_one")
+        assert second.result() == folder
+    assert files(folder) == files(done)
+    assert [path.name for path in folder.iterdir()] == ["cross_one"]
+
+
+def test_answers_that_a_kill_left_beside_finished_ones_are_removed(asked):
+    folder = asked("whole", "--cross_task", "one")
+    for name in (".cross_one.answers.jsonl", ".cross_one.answers.1.jsonl"):
+        (folder / name).write_text("{}\n")
+    # those of a command that is answering anew are its own
+    with (folder / ".cross_one.answers.jsonl").open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
         asked("whole", "--cross_task", "one")
-    assert stop.value.code == 2
-    assert "cross_one: another command is answering into this folder" in capsys.readouterr().err
-    # the other one had begun nothing, and its lock ended with it
-    assert not list(folder.iterdir())
+        assert len(list(folder.iterdir())) == 3
     asked("whole", "--cross_task", "one")
     assert [path.name for path in folder.iterdir()] == ["cross_one"]
 

@@ -171,7 +171,7 @@ class SafeCheckpoints(ManyProcesses):
     @property
     def seconds(self) -> float:
         """Seconds of training so far, in all sessions of the run."""
-        return self.seconds_before + time.time() - self._started
+        return self.seconds_before + time.monotonic() - self._started
 
     # ---- loading
 
@@ -226,7 +226,8 @@ class SafeCheckpoints(ManyProcesses):
             scaler.load_state_dict(json.loads(file.read_text(encoding="utf-8")))
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        self._started = time.time()
+        # a clock that is set on the way must not count
+        self._started = time.monotonic()
         if resume_from_checkpoint is not None:
             file = Path(resume_from_checkpoint, PROGRESS)
             if file.is_file():

@@ -33,7 +33,7 @@ from data.collate import mix
 from data.prompts import Template, template
 from data.records import SAFETY, Pair
 from data.sets import contrasts
-from errors import UserError
+from errors import SharedError, UserError
 from flags import DpoArgs, MaskArgs
 from models.adapters.files import CONFIG, WEIGHTS
 from models.base.loading import base_path, load_tokenizer
@@ -140,7 +140,7 @@ class SafeDPOTrainer(WholeMeans, SafeCheckpoints, DPOTrainer):
         # transformers leaves a NaN out of the losses that it logs and trains on, into Adam's moments and checkpoints
         value = float(loss)
         if found := self.first_of_all(0 if math.isfinite(value) else self.state.global_step + 1, value):
-            raise UserError(f"the loss became {found[1]} at step {found[0]}; lower --learning_"
+            raise SharedError(f"the loss became {found[1]} at step {found[0]}; lower --learning_"
                             f"rate (now {self.args.learning_rate}), or use --dtype float32")
         return loss
 

@@ -21,7 +21,7 @@ from transformers import Trainer, TrainingArguments
 
 import manifest
 from data.collate import pad_rows
-from errors import UserError
+from errors import SharedError, UserError
 from flags import AlignArgs
 from flags.launch import LAUNCH, sharding
 from flags.optimiser import OWN_TRACKERS, trackers_of
@@ -127,7 +127,7 @@ class FusionTrainer(WholeMeans, SafeCheckpoints, Trainer):
         # transformers leaves a NaN out of the losses that it logs and trains on, into Adam's moments and checkpoints
         step, value = self._broken or (0, 0.0)
         if found := self.first_of_all(int(step), float(value)):
-            raise UserError(
+            raise SharedError(
                 f"the loss became {found[1]} at step {found[0]}; lower "
                 f"--learning_rate (now {self.args.learning_rate}) or the loss weights, or use --dtype float32"
             )

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
-import math
 import os
 import shlex
 import subprocess
@@ -30,7 +29,7 @@ import preset_choice
 from config import ROOT
 from errors import UserError, exit_on_user_error
 from flags.leaderboard import LeaderboardArgs
-from workflow import commands, comparisons, durability, estimate, plan, records
+from workflow import cluster, commands, comparisons, durability, estimate, plan, records
 
 log = logging.getLogger(__name__)
 #: Lanes that the hours of a plan are told for, and run in unless snakemake's words say otherwise.
@@ -66,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(f"$ {shlex.join(('python', *words))}")
             return
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
-            failed = run(steps, states, folder, theirs)
+        with locked(folder) as lock:
+            failed = run(steps, states, folder, theirs, lock, args.gpu_gb)
             sys.exit(finish(args, table, names, results, failed, steps))
 
 
@@ -83,8 +82,8 @@ def preset_word(choice: preset_choice.Choice) -> str:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One run of a graph at a time.
+def locked(folder: Path) -> Iterator[int]:
+    """One run of a graph at a time; gives the lock's file descriptor, for ``run``.
 
     Raises:
         UserError: another one is under way.
@@ -95,7 +94,7 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError:
             raise UserError(f"{folder}: another run of this graph is under way; wait for it, or choose another --name"
                             ) from None
-        yield
+        yield lock.fileno()
 
 
 def _table_path(args: LeaderboardArgs) -> Path:
@@ -153,15 +152,30 @@ def cost_line(steps: Sequence[plan.Step], states: dict[str, str], costs: str, gp
                    "--per_device_train_batch_size in a preset of yours make them smaller" if tight else "")
 
 
-def run(steps: Sequence[plan.Step], states: dict[str, str], folder: Path, theirs: Sequence[str]) -> bool:
-    """Write the plan down and let snakemake run it; whether anything failed."""
-    words = prepare(steps, states, folder, theirs)
-    return subprocess.run(words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False).returncode != 0
+def run(steps: Sequence[plan.Step], states: dict[str, str], folder: Path, theirs: Sequence[str], lock: int,
+        card_gb: float) -> bool:
+    """Write the plan down and let snakemake run it; whether anything failed.
+
+    Args:
+        lock: of ``locked``. snakemake holds it too: where this process alone is killed, the steps under way go on with it.
+    """
+    if cluster.asked(theirs):
+        theirs = [*cluster.words(theirs, folder), *theirs]
+        if cluster.cancel_orphans(folder):
+            # what they finished while nobody looked
+            states = {name: new if states[name] == records.NEW else states[name]
+                      for name, new in records.states(steps, folder).items()}
+    words = prepare(steps, states, folder, theirs, card_gb)
+    return subprocess.run(words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False, pass_fds=(lock,)
+                          ).returncode != 0
 
 
-def prepare(steps: Sequence[plan.Step], states: dict[str, str], folder: Path, theirs: Sequence[str]) -> list[str]:
+def prepare(steps: Sequence[plan.Step], states: dict[str, str], folder: Path, theirs: Sequence[str],
+            card_gb: float = 80.0) -> list[str]:
     """Write the plan that workflow/Snakefile reads; returns snakemake's command line."""
     logs, path = folder / "logs", folder / "plan.json"
+    marks = {step.makes: str(records.mark_path(folder, step.name)) for step in steps}
+    records.mark(steps, states, folder)
     written = []
     for step in steps:
         # what has no such flag writes its files anew whenever it is run
@@ -169,21 +183,21 @@ def prepare(steps: Sequence[plan.Step], states: dict[str, str], folder: Path, th
         words = (sys.executable, *step.words, *(["--overwrite"] if anew else []))
         record = (sys.executable, "-m", "workflow.records", "--plan", str(path), "--step", step.name)
         written.append(asdict(step) | {
-            "makes": str(step.makes), "needs": [str(need) for need in step.needs], "log": str(logs / f"{step.name}.log"),
+            "makes": str(step.makes), "made_of": [str(need) for need in step.needs], "mark": marks[step.makes],
+            "needs": [marks.get(need, str(need)) for need in step.needs], "log": str(logs / f"{step.name}.log"),
             "command": f"cd {shlex.quote(str(ROOT))} && {shlex.join(words)} && {shlex.join(record)}",
-            # four times as long as measured: for a cluster, which ends what takes longer
-            "minutes": max(10, math.ceil(step.seconds * 4 / 60)),
+            **cluster.resources(step, card_gb),
             # braces are snakemake's own
             "message": shlex.join(("python", *step.words)).replace("{", "{{").replace("}", "}}")})
-    manifest.write_json(path, {"targets": [step["makes"] for step in written], "steps": written})
-    again = [step.name for step in steps if states[step.name] in (records.UNRECORDED, records.OUTDATED)]
-    lanes = any(word.partition("=")[0] in ("--cores", "-c", "--jobs", "-j") for word in theirs)
-    # its own ways to tell what is finished are switched off: --forcerun names what our records say is not
+    manifest.write_json(path, {"targets": [step["mark"] for step in written], "steps": written})
+    # a profile of a cluster has its own number
+    lanes = cluster.asked(theirs) or any(word.partition("=")[0] in ("--cores", "-c", "--jobs", "-j") for word in theirs)
+    # its own ways to tell what is finished are switched off: a step without its mark runs
     return [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "workflow" / "Snakefile"),
             "--directory", str(folder), "--config", f"plan={path}", "--rerun-triggers", "params", "--drop-metadata",
             "--ignore-incomplete", "--nolock", "--scheduler", "greedy", "--keep-going", "--quiet", "progress",
             "--show-failed-logs",
-            *([] if lanes else ["--cores", str(lanes_of(steps))]), *theirs, *(["--forcerun", *again] if again else [])]
+            *([] if lanes else ["--cores", str(lanes_of(steps))]), *theirs]
 
 
 def finish(args: LeaderboardArgs, table: plan.Table, names: Sequence[str], results: Path, failed: bool,

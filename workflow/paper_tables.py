@@ -127,8 +127,8 @@ def make(args: PaperTablesArgs, track: paper_arms.Track, tables: Sequence[str], 
         return 0
     base = plan.base_of(preset) if preset != track.preset else ""
     folder.mkdir(parents=True, exist_ok=True)
-    with leaderboard.locked(folder):
-        failed = leaderboard.run(steps, states, folder, theirs) if steps else False
+    with leaderboard.locked(folder) as lock:
+        failed = leaderboard.run(steps, states, folder, theirs, lock, args.gpu_gb) if steps else False
         for name in tables:
             manifest.write_json(folder / f"{name}.json", spec(args, track, name, names, results, base))
             words = report_words(args, name, results)

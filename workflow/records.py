@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Container, Iterable, Sequence
+import shutil
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,29 @@ def write(plan: Path, name: str) -> Path:
     if not Path(step["makes"]).is_file():
         raise UserError(f"--step {name}: its command ended without {step['makes']}")
     path = record_path(plan.parent, name)
-    manifest.write_json(path, _content(step["settings"], map(Path, step["needs"]), Path(step["makes"]), plan.parent))
+    manifest.write_json(path, _content(step["settings"], map(Path, step["made_of"]), Path(step["makes"]), plan.parent))
+    # behind the record: what snakemake takes for finished is so
+    _set(Path(step["mark"]))
     return path
+
+
+def mark_path(folder: Path, name: str) -> Path:
+    """The empty file by which snakemake tells that a step has ended well."""
+    return folder / "marks" / name
+
+
+def mark(steps: Iterable[Step], states: Mapping[str, str], folder: Path) -> None:
+    """Set the marks of the finished steps, remove all others: at each start they follow from manifests and records."""
+    shutil.rmtree(folder / "marks", ignore_errors=True)
+    (folder / "marks").mkdir(parents=True)
+    for step in steps:
+        if states[step.name] == DONE:
+            _set(mark_path(folder, step.name))
+
+
+def _set(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

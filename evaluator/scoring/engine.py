@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -12,14 +13,16 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import locks
 import manifest
 from data import escaped
 from data.records import stable_hash
-from errors import UserError
+from errors import UserError, fits
 from evaluator.scoring import computed
 from flags import EvaluateArgs
 from flags.base import ATTACKS, ModelCommand
 from flags.judges import JudgeFlags
+from flags.memory import smaller
 
 if TYPE_CHECKING:
     from evaluator.statistics.metrics import Score
@@ -152,12 +155,17 @@ def _evaluate_one(args: EvaluateArgs, command: str, subject: Subject, work: Work
     # the model's own scores depend on dtype and batches; judges of answers have versions of their own
     model = computed.settings(args) if "model" in work.inputs else {}
     settings = _settings(args) | model
-    if not processes.agreed(lambda: _scored(args, path, settings, work)):
-        start = time.time()
-        # all processes have a share in it, one writes
-        result = work.compute()
-        if processes.rank() == 0:
-            _write(args, command, subject, work, path, settings, model, result, start)
+    if processes.agreed(lambda: locks.wait_for(path) or _scored(args, path, settings, work)):
+        return path
+    # of several processes the first writes, and the others must not wait for its lock
+    with locks.alone(path) if processes.rank() == 0 else contextlib.nullcontext() as waited:
+        if not processes.agreed(lambda: bool(waited) and _scored(args, path, settings, work)):
+            start = time.monotonic()
+            # all processes have a share in it
+            with fits(smaller(args)):
+                result = work.compute()
+            if processes.rank() == 0:
+                _write(args, command, subject, work, path, settings, model, result, start)
         processes.wait()
     return path
 
@@ -184,12 +192,12 @@ def _write(args: EvaluateArgs, command: str, subject: Subject, work: Work, path:
         "scores": {score.name: score.as_dict() for score in result.scores}, **result.details,
         **({"made_with": made} if made else {}), "config": settings,
         "inputs": work.inputs, "rows_sha256": manifest.sha256(rows_path), "seed": args.seed,
-        "seconds": round(time.time() - start, 1),
+        "seconds": round(time.monotonic() - start, 1),
     }
     manifest.write_json(path, content)
     # last: reports read the registry, and must find the files that a line speaks of
     manifest.register(args.results, _line(content))
-    log.info("%s  (%.0f s)  %s", subject.name, time.time() - start, path)
+    log.info("%s  (%.0f s)  %s", subject.name, time.monotonic() - start, path)
     for score in result.scores:
         log.info("  %-18s %7.3f  [%.3f, %.3f]  n=%d", score.name, score.value, score.low, score.high, score.n)
 

@@ -2,7 +2,7 @@
 
 Beside the folder of answers, not in it: that is made anew at each start. Every process of a launch appends to a file of its
 own, ``.NAME.answers.jsonl`` or ``.NAME.answers.RANK.jsonl``; the first one collects what earlier starts left, of however
-many processes, and holds the lock that keeps a second command away.
+many processes, and holds the lock for which a second command waits.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from errors import UserError
 from models.base import processes
 
 log = logging.getLogger(__name__)
@@ -29,10 +28,11 @@ class KeptAnswers:
     Args:
         path: the first process's file.
         file: it, open and locked; None in the other processes.
+        waited: whether another command held it: the answers may be finished now.
     """
 
-    def __init__(self, path: Path, file: TextIO | None) -> None:
-        self._path, self._file = path, file
+    def __init__(self, path: Path, file: TextIO | None, waited: bool = False) -> None:
+        self._path, self._file, self.waited = path, file, waited
         #: Batch number -> its rows: those of earlier starts (in the first process), and those of this process.
         self.rows: dict[int, list[dict]] = {}
 
@@ -62,7 +62,7 @@ class KeptAnswers:
     def remove(self) -> None:
         """Delete the files; called once the answers are safe under their final name."""
         if processes.rank() == 0:
-            for path in (*self._others(), self._path):
+            for path in (*_others(self._path), self._path):
                 path.unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -85,7 +85,7 @@ class KeptAnswers:
             # behind a torn line a new one begins
             if lines[-1]:
                 self._file.write("\n")
-        for other in self._others():
+        for other in _others(self._path):
             lines = other.read_text(encoding="utf-8").split("\n")
             for number, rows in _batches(lines[1:], other) if lines[0] == head else ():
                 if number not in self.rows:
@@ -94,10 +94,6 @@ class KeptAnswers:
             other.unlink()
         return set(self.rows)
 
-    def _others(self) -> list[Path]:
-        own = re.compile(re.escape(self._path.stem) + r"\.\d+\.jsonl")
-        return sorted(path for path in self._path.parent.iterdir() if own.fullmatch(path.name))
-
     def _write(self, line: str) -> None:
         self._file.write(f"{line}\n")
         self._file.flush()
@@ -105,33 +101,59 @@ class KeptAnswers:
 
 @contextmanager
 def keeping(folder: Path) -> Iterator[KeptAnswers]:
-    """The kept batches of a folder of answers, for this command alone.
-
-    Raises:
-        UserError: another command is answering into this folder.
-    """
-    path = folder.with_name(f".{folder.name}.answers.jsonl")
-    kept = KeptAnswers(path, _locked(path, folder) if processes.rank() == 0 else None)
+    """The kept batches of a folder of answers, for this command alone; waits for another one that answers into it."""
+    path = _path(folder)
+    kept = KeptAnswers(path, *(_locked(path, folder) if processes.rank() == 0 else (None,)))
     try:
         yield kept
     finally:
         kept.close()
 
 
-def _locked(path: Path, folder: Path) -> TextIO:
+def remove_left(folder: Path) -> None:
+    """Delete what a kill left beside finished answers; another command that is answering anew keeps its own."""
+    path = _path(folder)
+    try:
+        file = path.open("a+", encoding="utf-8") if path.exists() else None
+    except OSError:  # read-only: nothing can be answered anew here either
+        return
+    if file is None:
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        with suppress(OSError):
+            for old in (*_others(path), path):
+                old.unlink(missing_ok=True)
+
+
+def _path(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.answers.jsonl")
+
+
+def _others(path: Path) -> list[Path]:
+    """The files of the other processes."""
+    own = re.compile(re.escape(path.stem) + r"\.\d+\.jsonl")
+    return sorted(entry for entry in path.parent.iterdir() if own.fullmatch(entry.name))
+
+
+def _locked(path: Path, folder: Path, waited: bool = False) -> tuple[TextIO, bool]:
+    """The open file under its lock, and whether another command had it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.close()
-        raise UserError(f"{folder}: another command is answering into this folder; wait until it is done, or give another "
-                        "--output_dir") from None
+        log.warning("%s: another command is answering into this folder: waiting for it (Ctrl-C ends the wait)", folder)
+        waited = True
+        fcntl.flock(file, fcntl.LOCK_EX)
     if not os.fstat(file.fileno()).st_nlink:
-        # the other command ended between both lines, and took its file along
+        # the other command ended in between, and took its file along
         file.close()
-        return _locked(path, folder)
-    return file
+        return _locked(path, folder, waited)
+    return file, waited
 
 
 def _batches(lines: list[str], path: Path) -> Iterator[tuple[int, list[dict]]]:

@@ -130,3 +130,24 @@ def test_a_run_that_somebody_made_by_hand_is_taken_as_its_command_takes_it(place
     assert done.returncode == 0, done.stderr
     assert made(folder) == before
     assert [path.name for path in (folder / "leaderboard" / "workflow" / "records").iterdir()] == ["s7_one.json"]
+
+
+def test_a_graph_whose_head_was_killed_alone_is_not_run_twice(place):
+    folder, arms = place
+    write(folder, {name: arm for name, arm in arms.items() if name != "broken"})
+    alone = (*words(folder, "--name", "alone"), "--", "--cores", "1")
+    head = subprocess.Popen(alone, cwd=config.ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    logs, deadline = folder / "alone" / "workflow" / "logs", time.time() + 120
+    while not list(logs.glob("*.log")) and time.time() < deadline:
+        time.sleep(0.05)
+    head.kill()
+    head.wait()
+    # snakemake, which runs on, holds the lock
+    second = graph(folder, "--name", "alone")
+    assert second.returncode == 2
+    assert "another run of this graph is under way" in second.stderr
+    while second.returncode == 2 and time.time() < deadline + 300:
+        time.sleep(0.5)
+        second = graph(folder, "--name", "alone")
+    assert second.returncode == 0, second.stderr
+    assert "4 steps, 0 to do" in second.stdout
