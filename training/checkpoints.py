@@ -27,7 +27,7 @@ from torch import nn
 from transformers.trainer_callback import ExportableState
 
 import manifest
-from errors import UserError
+from errors import SharedError, UserError
 from models.checkpoints import parts
 from training.distributed.processes import ManyProcesses
 from training.distributed.sharding import is_sharded
@@ -118,8 +118,9 @@ class SafeCheckpoints(ManyProcesses):
                        if not torch.isfinite(getattr(mine[name], "_local_tensor", mine[name])).all()), None)
         # by number: of a parted weight one process alone may hold what is broken
         if found := self.first_of_all(0 if broken is None else broken + 1, 0.0):
-            raise UserError(f"{names[found[0] - 1]} is no longer finite at step {self.state.global_step}, so no checkpoint "
-                            f"of it is kept; lower --learning_rate (now {self.args.learning_rate}), or use --dtype float32")
+            raise SharedError(
+                f"{names[found[0] - 1]} is no longer finite at step {self.state.global_step}, so no checkpoint of it is "
+                f"kept; lower --learning_rate (now {self.args.learning_rate}), or use --dtype float32")
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
