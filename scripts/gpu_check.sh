@@ -95,7 +95,7 @@ check race_moe 60 python benchmarks/moe.py --device "$device" "${moe[@]+"${moe[@
 check race_generate 75 python benchmarks/generate.py --device "$device" "${generate[@]}" \
   --sides hf,continuous,generate_batch --json "$out/race_generate.json"
 check race_mask 60 python benchmarks/mask.py --device "$device" "${mask[@]}" --json "$out/race_mask.json"
-# what compiles comes last
-check race_static 60 python benchmarks/generate.py --device "$device" "${generate[@]}" "${compiled[@]}" --sides hf,static \
+# what compiles comes last, and gets what time is left
+check race_static 120 python benchmarks/generate.py --device "$device" "${generate[@]}" "${compiled[@]}" --sides hf,static \
   --json "$out/race_static.json"
 python -m benchmarks.gpu_check.table "$out"

@@ -22,6 +22,7 @@ step reads the weights and the keys and values so far, after the prompts went th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -30,6 +31,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,15 @@ def speeds(device: str) -> tuple[float, float, str]:
     # asked here: a context of the parent's would lie on the device in every part
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {len(os.sched_getaffinity(0))} cores"
     return *limits(torch.float32 if device == "cpu" else torch.bfloat16, device), name
+
+
+def versions() -> dict[str, str]:
+    """What the figures depend on beside the device; a package that is not there is left out."""
+    found = {}
+    for name in ("torch", "triton", "transformers", "trl", "peft", "accelerate"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def apart(function: Callable[..., Any], *words: Any, device: str, limit_s: float, start: str = "") -> Any:
@@ -158,7 +169,7 @@ def main() -> None:
 def run(args: argparse.Namespace, parts: Sequence[str]) -> dict[str, Any]:
     """Every part's rows, or why it has none; written to ``args.json`` as they come."""
     end, start = time.monotonic() + args.total_s, ""
-    found: dict[str, Any] = {"device": args.device, "shape": args.shape, "rows": []}
+    found: dict[str, Any] = {"device": args.device, "shape": args.shape, "versions": versions(), "rows": []}
 
     def one(function: Callable[..., Any], *words: Any) -> Any:
         left = min(args.limit_s, end - time.monotonic())

@@ -53,6 +53,8 @@ def mask_race(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def steps(found: dict[str, Any]) -> list[dict[str, Any]]:
     """benchmarks/gpu_check/steps.py: a row for each part; TRL's stands in the row of the race against it."""
     rows, measured = [], {row["part"]: row for row in found["rows"] if not row["error"]}
+    if found.get("versions"):
+        rows.append(_row("versions", measured=", ".join(f"{name} {number}" for name, number in found["versions"].items())))
     if "gemm_flops" in found:
         rows.append(_row("limits", found["device"], f"GEMM {found['gemm_flops'] / 1e12:.3g} TFLOP/s, "
                          f"copy {found['bytes_per_second'] / 1e9:.4g} GB/s"))

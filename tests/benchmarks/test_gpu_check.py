@@ -104,7 +104,8 @@ def test_parts_are_measured_without_a_gemm_and_told_where_no_time_is_left(tmp_pa
         ("GEMM and bandwidth", "OutOfMemoryError: 80 GiB"), ("SFT", None),
         ("DPO", "not run: the parts before it took the 20 s of all")]
     rows = table.steps(found)
-    assert [row["of the limit"] for row in rows] == [None] * 3  # no GEMM, no limit
+    assert [row["of the limit"] for row in rows] == [None] * 4  # no GEMM, no limit
+    assert f"torch {torch.__version__.partition('+')[0]}" in rows[0]["measured"]
 
 
 def _raises():
@@ -160,7 +161,7 @@ def test_the_table_of_a_good_run(folder, capsys):
     place = folder(tests=(0, "", {"passed": 2, "skipped": 0, "failed": [], "seconds": 3.2, "processes": 8}),
                    race_moe=(0, "", {"rows": [MOE]}),
                    steps=(0, "", {"device": "H100", "shape": "7b", "gemm_flops": 7e14, "bytes_per_second": 3e12,
-                                  "rows": parts}),
+                                  "versions": {"torch": "2.11.0", "triton": "3.6.0"}, "rows": parts}),
                    processes=(0, "", {"rows": [{"name": "DDP, full", "measured": "3 losses", "error": None}]}),
                    race_generate=(0, "", {"shape": "7b", "rows": [GENERATED, {"batch": 1, "side": "hf", "error": None}
                                                                   | GENERATED]}))
@@ -171,6 +172,7 @@ def test_the_table_of_a_good_run(folder, capsys):
     assert said == (place / "gpu_check.md").read_text()
     for line in ("| tests |  | 2 passed, 0 skipped; 3 s, 8 processes |  |  |  |",
                  "| MoE layer | 4 tokens, forward | 2 ms, 1.50 x dense (bar 1.2), eager 2.00 x ours | 2,000 | 1.00 | 25% |",
+                 "| versions |  | torch 2.11.0, triton 3.6.0 |  |  |  |",
                  "| limits | H100 | GEMM 700 TFLOP/s, copy 3000 GB/s |  |  |  |",
                  "| SFT, 7b |  | 2 s | 1,200 | 30.50 | 50% |",
                  "| generation, 7b | batch 32 | 2 s | 1,200 | 30.50 | 50% |",
@@ -182,9 +184,9 @@ def test_the_table_of_a_good_run(folder, capsys):
                  "| SFT, 7b |  | 33.00 | 30.00 | +10.0% | yes | 36.00 | 35.00 | 37.50 | 36.00 | +4.2% |",
                  "| generation, 7b | batch 32 | 24.00 | 20.00 | +20.0% | NO | 24.00 | 21.00 | 25.50 | 22.00 | +15.9% |"):
         assert line in said
-    assert said.rstrip().endswith("10 rows in 35 s; none failed")
+    assert said.rstrip().endswith("11 rows in 35 s; none failed")
     rows = json.loads((place / "gpu_check.json").read_text())["rows"]
-    assert len(rows) == 10
+    assert len(rows) == 11
     assert [row["held_bytes"]["reserved"] for row in rows if row.get("held_bytes")] == [35e9, 21e9]
 
 
