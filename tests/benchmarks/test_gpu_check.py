@@ -307,6 +307,7 @@ def test_rows_of_launched_runs(tmp_path, monkeypatch):
     found = {row["name"]: row["error"] for row in processes.rows(tmp_path, {"launched": "took too long: x"})}
     assert {name for name, error in found.items() if error is None} == {
         "alone, LoRA", "alone, full", "alone, resumed, full", "DDP, LoRA", "FSDP2 by accelerate launch, LoRA"}
+    assert found["alone, LoRA, bf16"] == "was not reached"
     assert found["DDP, full"] == "RuntimeError: NCCL"
     assert found["FSDP2, resumed, full"] == "took too long: x"
     assert found["answers of two processes"] == "outputs_final.csv: not the bytes of one process"
