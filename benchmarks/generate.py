@@ -23,12 +23,14 @@ Bars: >= 5 x the pipeline, >= 1.2 x lm-eval, on a GPU >= 1 x generate_batch, and
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,20 +42,43 @@ PROMPTS = {"embedded": 200, "7b": 64, "7b-moe": 64}
 GROWTH = (1, 2, 4, 8, 16, 32, 64)
 
 
-def race(sides: dict[str, Callable[[], list[str]]], rounds: int, device: str) -> dict[str, dict[str, Any]]:
-    """Run the sides in turn: seconds of every round, texts, most memory."""
+def race(sides: dict[str, Callable[[], list[str]]], rounds: int, device: str,
+         failed: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Run the sides in turn: seconds of every round, texts, most memory.
+
+    Args:
+        failed: name -> why, of sides that cannot run here; they are left out.
+    """
     from generate_sides import peak_above
 
     found: dict[str, dict[str, Any]] = {name: {"all": [], "peak_bytes": 0} for name in sides}
     for number in range(rounds):
         for name, side in sides.items():
+            if name in failed:
+                continue
             start = time.perf_counter()
-            texts, peak = peak_above(side, device)
+            with or_left_out(name, failed):
+                texts, peak = peak_above(side, device)
+            if name in failed:
+                found.pop(name)
+                continue
             found[name]["all"].append(time.perf_counter() - start)
             found[name]["texts"] = texts
             found[name]["peak_bytes"] = max(peak, found[name]["peak_bytes"])
             print(f"round {number + 1}: {name} {found[name]['all'][-1]:.1f} s", file=sys.stderr, flush=True)
     return found
+
+
+@contextlib.contextmanager
+def or_left_out(name: str, failed: dict[str, str]) -> Iterator[None]:
+    """A side that cannot run here loses; what it raises is its libraries' affair. Without hf there is no race."""
+    try:
+        yield
+    except Exception as error:
+        if name == "hf":
+            raise
+        traceback.print_exc()
+        failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def rows(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -67,13 +92,17 @@ def rows(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]
     made = []
     for batch in args.batches:
         # one row at a time takes as long as 32 rows: fewer prompts
-        texts = sides.prompts(loaded, min(args.prompts, max(8, 8 * batch)))
+        texts = sides.prompts(loaded, min(args.prompts, args.most * batch))
         few = texts if args.device == "cuda" else texts[:batch]
-        run = {name: _sides(loaded, texts, name, batch, args.new) for name in args.sides}
-        for name in run:
-            # what a back end compiles belongs to its own object, so on a GPU it is the one of the race
-            (run[name] if args.device == "cuda" else _sides(loaded, few, name, batch, args.new))()
-        found = race(run, args.pairs, args.device)
+        run: dict[str, Callable[[], list[str]]] = {}
+        failed: dict[str, str] = {}
+        for name in args.sides:
+            with or_left_out(name, failed):
+                side = _sides(loaded, texts, name, batch, args.new)
+                # what a back end compiles belongs to its own object, so on a GPU it is the one of the race
+                (side if args.device == "cuda" else _sides(loaded, few, name, batch, args.new))()
+                run[name] = side
+        found = race(run, args.pairs, args.device, failed)
         ours = found["hf"]
         tokens = sides.new_tokens(loaded, ours["texts"], args.new)
         most = sides.limit(loaded, texts, batch, args.new, gemm, bandwidth)
@@ -87,7 +116,11 @@ def rows(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]
                 "bar": bar if args.device == "cuda" or not gpu else None, "prompts": len(texts), "tokens": tokens,
                 "same_text": same, "peak_bytes": side["peak_bytes"], "limit_tokens_per_second": most,
                 "of_limit": tokens / seconds / most})
-    facts["outputs_equal"] = all(row["same_text"] == row["prompts"] for row in made)
+        made += [{"batch": batch, "side": name, "error": why} for name, why in failed.items()]
+        facts["outputs_equal"] = all(row["same_text"] == row["prompts"] for row in made if "error" not in row)
+        # what was measured survives what comes after
+        if args.json:
+            args.json.write_text(json.dumps(facts | {"rows": made}, indent=2) + "\n")
     return made, facts
 
 
@@ -116,6 +149,9 @@ def table(found: list[dict[str, Any]], facts: dict[str, Any]) -> str:
     lines = ["| batch | side | s | tokens/s | hf is x faster | bar | same text | peak MB | of limit |",
              "|---|---|---|---|---|---|---|---|---|"]
     for row in found:
+        if "error" in row:
+            lines.append(f"| {row['batch']} | {row['side']} | failed: {row['error']} | | | | | | |")
+            continue
         lines.append(f"| {row['batch']} | {row['side']} | {row['seconds']:.2f} | {row['tokens_per_second']:.0f} | "
                      f"{row['hf_is_faster']:.2f} | {row['bar'] or ''} | {row['same_text']} of {row['prompts']} | "
                      f"{row['peak_bytes'] / 1e6:.0f} | {row['of_limit']:.0%} |")
@@ -142,7 +178,7 @@ def growth(args: argparse.Namespace) -> dict[str, Any]:
         run = {name: sides.ours(loaded, texts, name, batch, args.new) for name in args.sides if name in sides.OURS}
         for side in run.values():
             side()
-        found = race(run, args.pairs, args.device)
+        found = race(run, args.pairs, args.device, {})
         tokens = sides.new_tokens(loaded, found["hf"]["texts"], args.new)
         points.append({"batch": batch, **{name: tokens / statistics.median(side["all"]) for name, side in found.items()},
                        "limit": sides.limit(loaded, texts, batch, args.new, gemm, bandwidth)})
@@ -175,7 +211,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=tuple(BATCHES), default="embedded", help="7b, 7b-moe: random weights")
     parser.add_argument("--model", default="embedded", help="another model for --shape embedded: a folder or a hub name")
     parser.add_argument("--prompts", type=int, default=0,
-                        help="default: 200, at 7b shapes 64; of each size at most 8 batches")
+                        help="default: 200, at 7b shapes 64; of each size at most --most batches")
+    parser.add_argument("--most", type=int, default=8, help="batches of a size at most (default: 8)")
     parser.add_argument("--new", type=int, default=64, help="new tokens at most (default: 64)")
     parser.add_argument("--batches", default="", help="rows at a time, e.g. 1,32 (default: 32; at 7b shapes 1,32)")
     parser.add_argument("--sides", default="", help="some of: hf, static, continuous, pipeline, lm-eval, generate_batch; hf "
@@ -192,8 +229,8 @@ def main() -> None:
     if odd := set(filter(None, args.sides.split(","))) - set(known):
         parser.error(f"--sides {','.join(sorted(odd))}: no such side; allowed: {', '.join(known)}")
     args.sides = [name for name in known if not args.sides or name in ("hf", *args.sides.split(","))]
-    if min(args.pairs, args.threads, args.prompts, args.new, *args.batches) < 1:
-        parser.error("--pairs, --threads, --prompts, --new, --batches must be at least 1")
+    if min(args.pairs, args.threads, args.prompts, args.most, args.new, *args.batches) < 1:
+        parser.error("--pairs, --threads, --prompts, --most, --new, --batches must be at least 1")
     from config import short_waits
 
     short_waits()  # as the commands do
@@ -208,10 +245,7 @@ def main() -> None:
         plot(found, args.growth.with_suffix(".png"))
         print(*(f"{name} {slope:.2f}" for name, slope in found["slopes"].items()))
         return
-    made, facts = rows(args)
-    if args.json:
-        args.json.write_text(json.dumps(facts | {"rows": made}, indent=2) + "\n")
-    print(table(made, facts))
+    print(table(*rows(args)))
 
 
 if __name__ == "__main__":

@@ -304,7 +304,7 @@ def run(side: str, mode: str, args: argparse.Namespace) -> dict[str, Any]:
              "--steps", str(args.steps), "--batch", str(args.batch), "--threads", str(args.threads), "--keep", args.keep,
              "--cut", str(args.cut), "--device", args.device, *(["--tokens", str(args.tokens)] if args.tokens else [])]
     done = subprocess.run(words, capture_output=True, text=True, check=False,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+                          env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])})
     if done.returncode:
         raise SystemExit(f"{' '.join(words)}\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])

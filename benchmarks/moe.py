@@ -100,7 +100,15 @@ def rows(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]
                 calls |= {"ours": backward(tuned, trained, x), "dense": backward(*lora, x)}
                 guard = torch.enable_grad()
             with guard:
-                peaks = {name: peak_bytes(call, device) for name, call in calls.items()}
+                peaks = {}
+                for name, call in list(calls.items()):
+                    try:
+                        peaks[name] = peak_bytes(call, device)
+                    except RuntimeError as error:  # a peer that cannot run here loses; out of memory is such an error too
+                        if name in SIDES:
+                            raise
+                        del calls[name]
+                        print(f"{tokens} tokens {direction}: {name} left out: {error}", file=sys.stderr, flush=True)
                 if device == "cuda" and direction == "forward":
                     calls = {name: captured(call) for name, call in calls.items()}
                 seconds = race(calls, args.pairs, device)
@@ -109,12 +117,16 @@ def rows(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]
             backend = min((name for name in BACKENDS if name in seconds), key=seconds.get)
             row = {"tokens": tokens, "direction": direction, "seconds": seconds, "peak_bytes": peaks,
                    "ours_to_dense": seconds["ours"] / seconds["dense"], "best_backend": backend,
-                   "backend_to_ours": seconds[backend] / seconds["ours"], "loop_to_ours": seconds["loop"] / seconds["ours"],
+                   "backend_to_ours": seconds[backend] / seconds["ours"],
+                   "loop_to_ours": seconds["loop"] / seconds["ours"] if "loop" in seconds else None,
                    "limit_seconds": limit, "of_limit": limit / seconds["ours"], "error": errors[direction],
                    "outputs_equal": errors[direction] <= tolerance}
             most, least = BARS.get((device, direction), {}).get(tokens, (None, None))
             row |= {"bar_to_dense": most, "bar_backend": least}
             made.append(row)
+            # what was measured survives what comes after
+            if args.json:
+                args.json.write_text(json.dumps(facts | {"rows": made}, indent=2) + "\n")
             print(f"{tokens} tokens {direction}: ours {1e3 * seconds['ours']:.2f} ms, dense {1e3 * seconds['dense']:.2f}",
                   file=sys.stderr, flush=True)
     return made, facts
@@ -214,8 +226,6 @@ def main() -> None:
         print(told(found["axes"]))
         return
     found, facts = rows(args)
-    if args.json:
-        args.json.write_text(json.dumps(facts | {"rows": found}, indent=2) + "\n")
     print(table(found, facts))
 
 

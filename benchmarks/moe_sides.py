@@ -165,16 +165,26 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int:
 
 def captured(call: Callable[[], Any]) -> Callable[[], Any]:
     """The call as a CUDA graph; the call itself where it cannot be captured (it asks the device for numbers)."""
-    stream = torch.cuda.Stream()
+    stream, own = torch.cuda.Stream(), torch.cuda.current_stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.synchronize()
     try:
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                call()
+        # a capture that breaks off leaves its stream and its memory behind: what waits for the device is found before
+        torch.cuda.set_sync_debug_mode("error")
+        call()
+    except RuntimeError:
+        return call
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
+    try:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             call()
     except RuntimeError:
+        torch.cuda.set_stream(own)
         torch.cuda.synchronize()
         return call
     return graph.replay

@@ -5,17 +5,20 @@
 #   bash scripts/gpu_check.sh                            one GPU with 80 GB
 #   bash scripts/gpu_check.sh --device cpu --shape pico  all of it small, without a GPU
 #   bash scripts/gpu_check.sh --out FOLDER               where table, JSON and logs go (results/gpu_check)
-#   bash scripts/gpu_check.sh --only tests,steps         some of: tests race_moe race_mask race_generate steps
+#   bash scripts/gpu_check.sh --only tests,steps         some of: tests processes steps race_moe race_generate race_mask
+#                                                        race_static
+#   bash scripts/gpu_check.sh --seconds 540              time for all of them (590)
 #   bash scripts/gpu_check.sh --no_install               with the python that is first on the PATH, instead of .venv
 #
-# Each check has a time limit, all of them together 590 s. One that fails is a line "failed: why"; the others go on, and the
-# exit code is 1 at the end.
+# Each check has a time limit of its own, and none begins that is not left enough of --seconds. One that fails is a line
+# "failed: why", with the end of its log behind the table; the others go on, and the exit code is 1 at the end.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-device=cuda shape=7b out=results/gpu_check install=yes all=tests,race_moe,race_mask,race_generate,steps
+device=cuda shape=7b out=results/gpu_check install=yes total=590
+all=tests,processes,steps,race_moe,race_generate,race_mask,race_static
 only=$all
-usage="--device cuda or cpu, --shape 7b or pico, --out FOLDER, --only CHECK,CHECK, --no_install"
+usage="--device cuda or cpu, --shape 7b or pico, --out FOLDER, --only CHECK,CHECK, --seconds N, --no_install"
 while [ $# -gt 0 ]; do
   case $1 in
     --device) case ${2:-} in cuda|cpu) device=$2 ;;
@@ -28,48 +31,71 @@ while [ $# -gt 0 ]; do
               [[ ,$all, = *,$one,* ]] || { echo "error: --only $one: no check; allowed: $all" >&2; exit 2; }
             done
             [ -n "${only//,/}" ] || { echo "error: --only: names no check; allowed: $all" >&2; exit 2; }; shift ;;
+    --seconds) [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || { echo "error: --seconds ${2:-}: needs a number" >&2; exit 2; }
+               total=$2; shift ;;
     --no_install) install='' ;;
-    -h|--help) sed -n '2,12p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
+    -h|--help) sed -n '2,15p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
     *) echo "error: $1: unknown; allowed: $usage" >&2; exit 2 ;;
   esac
   shift
 done
 [ -z "$install" ] || . scripts/environment.sh
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-# kernels are compiled; tests/conftest.py asks for the interpreter itself where there is no GPU
-unset TRITON_INTERPRET
+# kernels are compiled; tests/conftest.py asks for the interpreter itself where it is not said and it sees no GPU
+if [ "$device" = cuda ]; then export TRITON_INTERPRET=0; else unset TRITON_INTERPRET; fi
 if [ "$device" = cuda ] && ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   echo "error: torch sees no GPU here; run this where one is, or all of it small with --device cpu --shape pico" >&2
   exit 2
 fi
 
 mkdir -p "$out"
-rm -f "$out"/{tests,race_moe,race_mask,race_generate,steps}.{log,json} "$out"/gpu_check.{json,md}
+rm -f "$out"/{tests,processes,steps,race_moe,race_generate,race_mask,race_static}.{log,json} "$out"/gpu_check.{json,md}
 : >"$out/ended.tsv"
-# check NAME SECONDS COMMAND..: its output to NAME.log; how it ended is a line of ended.tsv
+# a processor takes longer, and its figures are nobody's
+times=1 for_table=5
+[ "$device" = cuda ] || times=8
+# check NAME SECONDS COMMAND..: its output to NAME.log; how it ended is a line of ended.tsv. @limit in the command becomes a
+# little less than the seconds it is given: it ends by itself and tells what it has
 check() {
-  local name=$1 limit=$2 code=0 start=$SECONDS; shift 2
+  local name=$1 limit=$(($2 * times)) code=0 start=$SECONDS left; shift 2
   [[ ,$only, = *,$name,* ]] || return 0
-  # a processor takes longer, and its figures are nobody's
-  [ "$device" = cuda ] || limit=$((limit * 8))
+  left=$((total * times - SECONDS - for_table))
+  # most take half of their limit; what is cut off far below has measured nothing
+  if [ "$left" -lt $((limit / 3)) ]; then
+    printf '%s\t-\t%s\t%s\n' "$name" "$limit" "$((left > 0 ? left : 0))" >>"$out/ended.tsv"
+    return 0
+  fi
+  [ "$left" -ge "$limit" ] || limit=$left
   printf '== [%4d s] %s\n' "$SECONDS" "$name"
-  timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1 || code=$?
+  timeout --kill-after=3 "$limit" "${@//@limit/$((limit - 4))}" >"$out/$name.log" 2>&1 || code=$?
   printf '%s\t%s\t%s\t%s\n' "$name" "$code" $((SECONDS - start)) "$limit" >>"$out/ended.tsv"
 }
 
-tests=(-m cuda) moe=() mask=(--modes lora --pairs 2 --steps 4) part=45
+tests=() moe=() mask=(--modes lora --pairs 2 --steps 4) part=50
+# one row at a time takes as long as 32: of each size one batch
+generate=(--shape 7b --pairs 2 --most 1) compiled=(--batches 1)
 if [ "$shape" = pico ]; then
   # one test of the kernels, one row of each race
-  tests+=(-k same_bits) moe=(--hidden 64 --width 96 --tokens 4 --pairs 1 --dtype float32) part=300
+  tests=(--processes 1 -k same_bits) moe=(--hidden 64 --width 96 --tokens 4 --pairs 1 --dtype float32) part=300
   mask=(--modes lora --pairs 1 --steps 1 --layers 1 --batch 1 --tokens 16)
+  generate=(--shape embedded --pairs 1 --prompts 2 --new 4) compiled=(--batches 2)
 fi
-mapfile -t marked < <(grep -rlE 'mark\.cuda' tests --include='*.py')
-check tests 75 python -m pytest -q -p no:cacheprovider "${tests[@]}" "${marked[@]}"
-check race_moe 75 python benchmarks/moe.py --device "$device" "${moe[@]+"${moe[@]}"}" --json "$out/race_moe.json"
-check race_mask 75 python benchmarks/mask.py --device "$device" "${mask[@]}" --json "$out/race_mask.json"
-if [ -f benchmarks/generate.py ]; then
-  check race_generate 75 python benchmarks/generate.py --device "$device" --shape "$shape" --json "$out/race_generate.json"
-fi
-check steps 290 python -m benchmarks.gpu_check.steps --device "$device" --shape "$shape" --limit_s "$part" \
+suites() {
+  check tests 90 python -m benchmarks.gpu_check.suite "${tests[@]+"${tests[@]}"}" --limit_s @limit --json "$out/tests.json" &
+  # neither of the two measures time: side by side where there are cores for both
+  [ "$(nproc)" -gt 4 ] || wait
+  check processes 75 python -m benchmarks.gpu_check.processes --device "$device" --limit_s @limit \
+    --json "$out/processes.json" &
+  wait
+}
+suites
+check steps 270 python -m benchmarks.gpu_check.steps --device "$device" --shape "$shape" --limit_s "$part" --total_s @limit \
   --json "$out/steps.json"
+check race_moe 60 python benchmarks/moe.py --device "$device" "${moe[@]+"${moe[@]}"}" --json "$out/race_moe.json"
+check race_generate 75 python benchmarks/generate.py --device "$device" "${generate[@]}" \
+  --sides hf,continuous,generate_batch --json "$out/race_generate.json"
+check race_mask 60 python benchmarks/mask.py --device "$device" "${mask[@]}" --json "$out/race_mask.json"
+# what compiles comes last, and gets what time is left
+check race_static 120 python benchmarks/generate.py --device "$device" "${generate[@]}" "${compiled[@]}" --sides hf,static \
+  --json "$out/race_static.json"
 python -m benchmarks.gpu_check.table "$out"

@@ -5,6 +5,7 @@ What a ``train`` function does beside this is reading files and writing them; th
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from datasets import Dataset
 from trl import DPOTrainer
 from trl.trainer import dpo_trainer
 
+from benchmarks.gpu_check import memory
 from benchmarks.gpu_check.place import WARM, Place, wait
 from benchmarks.preference_pairs import shortened
 from data.prompts import template
@@ -39,29 +41,37 @@ from training.trainer import FusionTrainer, training_arguments
 EXPERTS = ("helpfulness", "safety", "truthfulness")
 
 
-def _trained(place: Place, seconds: float, tokens: int, answers: int, gemm: float) -> dict[str, Any]:
-    limit = place.shape.training_operations(tokens, answers) / gemm
-    return {"tokens_per_second": tokens / seconds, "seconds": seconds, "limit_seconds": limit, "of_limit": limit / seconds}
+def _trained(place: Place, seconds: float, tokens: int, answers: int, gemm: float, every: bool = False) -> dict[str, Any]:
+    limit = place.shape.training_operations(tokens, answers, every) / gemm
+    return {"tokens_per_second": tokens / seconds, "seconds": seconds, "limit_seconds": limit, "of_limit": limit / seconds,
+            **place.memory}
 
 
-def sft(place: Place, gemm: float, bandwidth: float) -> list[dict[str, Any]]:
-    """LoRA of rank 8 on the FFN, as training/sft.py."""
+def sft(place: Place, gemm: float, bandwidth: float, checkpointing: bool = False,
+        full: bool = False) -> list[dict[str, Any]]:
+    """LoRA of rank 8 on the FFN, as training/sft.py; or every weight, held in fp32."""
     s = place.shape
     parsed = place.flags("--preset", "h3fusion", "--moe_flag", "0", "--task_name", "safety",
-                         "--per_device_train_batch_size", str(s.rows))
+                         "--per_device_train_batch_size", str(s.rows), *_again(checkpointing),
+                         *(["--tuning", "full"] if full else []))
     rows = place.rows()
     arguments = training_arguments(parsed.args, parsed.training, rows=len(rows))
-    with patch.object(sft_training, "load_base", lambda *_: place.base()):
+    with patch.object(sft_training, "load_base", place.load_base):
         model = sft_training.to_train(Path("made up"), parsed.args, place.dtype, place.device)
     trainer = FusionTrainer(model=AnswerModel(model, place.dtype), args=arguments, train_dataset=rows,
                             processing_class=place.tokenizer)
     seconds = place.fit(trainer, parsed)
-    return [_trained(place, seconds, s.rows * s.tokens, s.rows * (s.tokens - s.tokens // 2), gemm)]
+    return [_trained(place, seconds, s.rows * s.tokens, s.rows * (s.tokens - s.tokens // 2), gemm, full)]
 
 
-def dpo(place: Place, gemm: float, bandwidth: float) -> list[dict[str, Any]]:
+def _again(checkpointing: bool) -> list[str]:
+    return ["--gradient_checkpointing", str(checkpointing).lower()]
+
+
+def dpo(place: Place, gemm: float, bandwidth: float, checkpointing: bool = False) -> list[dict[str, Any]]:
     """The same LoRA on preference pairs, as training/dpo.py; the reference was asked before the first step."""
-    seconds, trainer = _dpo(place, place.pairs(), SafeDPOTrainer, reference={"kind": "dpo"}, results=place.results)
+    seconds, trainer = _dpo(place, place.pairs(), SafeDPOTrainer, *_again(checkpointing), reference={"kind": "dpo"},
+                            results=place.results)
     return [_of_pairs(place, seconds, trainer, gemm)]
 
 
@@ -91,7 +101,7 @@ def _dpo(place: Place, rows: list[dict[str, Any]], kind: type, *words: str, **ow
     parsed = place.flags("--preset", "h3fusion", "--moe_flag", "0", "--task_name", "safety", "--method", "dpo",
                          "--per_device_train_batch_size", str(place.shape.pairs), *words)
     arguments = preference_arguments(parsed.args, parsed.training, place.dtype, len(rows), validates=False)
-    with patch.object(sft_training, "load_base", lambda *_: place.base()):
+    with patch.object(sft_training, "load_base", place.load_base):
         model = sft_training.to_train(Path("made up"), parsed.args, place.dtype, place.device)
     # TRL's own constructor hashes the model in fp32: minutes at 7B, and no step's
     with patch.object(dpo_trainer, "hash_module", lambda model: ""):
@@ -100,12 +110,12 @@ def _dpo(place: Place, rows: list[dict[str, Any]], kind: type, *words: str, **ow
     return place.fit(trainer, parsed), trainer
 
 
-def _of_pairs(place: Place, seconds: float, trainer: Any, gemm: float) -> dict[str, Any]:
+def _of_pairs(place: Place, seconds: float, trainer: Any, gemm: float, every: bool = False) -> dict[str, Any]:
     if not trainer.packed:
         raise RuntimeError("the batches were padded, not packed; the tokens of a step are other ones")
     s = place.shape
     answers = s.pairs * 2 * (s.tokens - s.prompt)
-    return _trained(place, seconds, s.pairs * s.prompt + answers, answers, gemm)
+    return _trained(place, seconds, s.pairs * s.prompt + answers, answers, gemm, every)
 
 
 def fused(place: Place, rank: int) -> Any:
@@ -125,8 +135,7 @@ def moe(place: Place, gemm: float, bandwidth: float, checkpointing: bool = False
     """Experts, router and attention of the fused MoE, as training/moe.py, with the gating loss."""
     s = place.shape
     parsed = place.flags("--preset", "h3fusion", "--moe_flag", "1", "--gate_loss_weight", "0.01",
-                         "--per_device_train_batch_size", str(s.rows),
-                         *(["--gradient_checkpointing", "true"] if checkpointing else []))
+                         "--per_device_train_batch_size", str(s.rows), *_again(checkpointing))
     args, rows = parsed.args, place.rows()
     arguments = training_arguments(args, parsed.training, rows=len(rows))
     model = fused(place, args.lora_r)
@@ -144,24 +153,58 @@ def moe(place: Place, gemm: float, bandwidth: float, checkpointing: bool = False
 def mask(place: Place, gemm: float, bandwidth: float) -> list[dict[str, Any]]:
     """A Concrete mask on LoRA factors, as training/mask.py."""
     s, generator = place.shape, torch.Generator().manual_seed(2)
-    parsed = place.flags("--moe_flag", "0", "--method", "mask", "--aligned", "aligned", "--tasks", "task",
-                         "--preset", "embedded", "--per_device_train_batch_size", str(s.pairs))
-    args, rows, names = parsed.args, place.pairs(), ("q_proj", "v_proj")
+    names = ("q_proj", "v_proj")
     modules = [f"model.layers.{i}.self_attn.{name}" for i in range(s.layers) for name in names]
     aligned, task = (Model(name, Path(name), SimpleNamespace(folder=Path("made up"), config={}, tensors={}), Adapter(
         name, Path(name), {}, {m: (torch.randn(s.rank, s.hidden, generator=generator) * 0.01,
-                                   torch.randn(s.hidden, s.rank, generator=generator) * 0.01) for m in modules}))
+                                   torch.randn(s.hidden if m.endswith("q_proj") else s.keys, s.rank,
+                                               generator=generator) * 0.01) for m in modules}))
         for name in ("aligned", "task"))
+    # where --plan looks for the rank of what is masked
+    folder = place.results / "outputs" / "aligned"
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"r": s.rank, "target_modules": names}))
+    return _masked(place, gemm, aligned, task)
+
+
+class Drawn(Model):
+    """A model whose weights are drawn on the device whenever they are asked for, a little apart from each other's."""
+
+    def stored(self, name: str) -> torch.Tensor:
+        place: Place = self.checkpoint.place
+        shape = self.checkpoint.tensors[name].shape
+        own = torch.Generator(place.device).manual_seed(len(name) + 1000 * len(self.name))
+        common = torch.Generator(place.device).manual_seed(len(name))
+        if len(shape) == 1:
+            return torch.ones(shape, device=place.device)
+        drawn = torch.randn(shape, generator=common, device=place.device).mul_(0.02)
+        return drawn.add_(torch.randn(shape, generator=own, device=place.device), alpha=1e-4)
+
+
+def mask_on_weights(place: Place, gemm: float, bandwidth: float, *words: str) -> list[dict[str, Any]]:
+    """A Concrete mask on whole weights; ``words`` say what shares a logit and in which type all is held."""
+    tensors = {name: SimpleNamespace(shape=shape, dtype="F32") for name, shape in place.weights().items()}
+    aligned, task = (Drawn(name, Path(name), SimpleNamespace(folder=Path(name), config={}, tensors=tensors, place=place))
+                     for name in ("aligned", "task"))
+    return _masked(place, gemm, aligned, task, "--mask_on", "weights", *words)
+
+
+def _masked(place: Place, gemm: float, aligned: Model, task: Model, *words: str) -> list[dict[str, Any]]:
+    parsed = place.flags("--moe_flag", "0", "--method", "mask", "--aligned", "aligned", "--tasks", "task", "--preset",
+                         "embedded", "--per_device_train_batch_size", str(place.shape.pairs), *words)
+    args, rows = parsed.args, place.pairs()
     arguments = preference_arguments(args, parsed.training, place.dtype, len(rows), validates=False)
     settings, specs = mask_model.settings_for(args, aligned, [task])
-    with patch.object(mask_model, "load_base", lambda *_: place.base()):
-        model, slots = mask_model.live_model(settings, specs, aligned, [task], torch.float32, place.dtype, place.device)
+    on_weights = specs[0].part == "weight"
+    with patch.object(mask_model, "load_base", place.load_base):
+        model, slots = mask_model.live_model(settings, specs, aligned, [task], getattr(torch, args.storage), place.dtype,
+                                             place.device)
     bank = MaskBank(slots, settings, args.mask_init, getattr(torch, args.logit_dtype))
     bank.write_given(lambda spec: mask_model.reference_values("aligned", spec, aligned, [task]))
     trainer = MaskTrainer(model=model, ref_model=None, args=arguments, train_dataset=Dataset.from_list(rows),
                           processing_class=place.tokenizer, flags=args, reference={"kind": args.reference})
     trainer.add_bank(bank, None)
-    return [_of_pairs(place, place.fit(trainer, parsed), trainer, gemm)]
+    return [_of_pairs(place, place.fit(trainer, parsed), trainer, gemm, on_weights)]
 
 
 def generation(place: Place, gemm: float, bandwidth: float, experts: bool = False) -> list[dict[str, Any]]:
@@ -179,7 +222,7 @@ def generation(place: Place, gemm: float, bandwidth: float, experts: bool = Fals
         # a byte is a token: no prompt is longer than another
         prompts = [chr(97 + i % 26) * s.asked for i in range(batch)]
         answer_batch(loaded, prompts, Decoding(min(4, s.new)), 0)
-        wait(place.device)
+        memory.start(place.device)
         start = time.perf_counter()
         answers = answer_batch(loaded, prompts, Decoding(s.new), 0)
         wait(place.device)
@@ -187,20 +230,29 @@ def generation(place: Place, gemm: float, bandwidth: float, experts: bool = Fals
         if any(answer.finish != "length" for answer in answers):
             raise RuntimeError("an answer ended before its limit; the tokens of the batch are fewer")
         limit = s.generation_seconds(batch, place.dtype.itemsize, gemm, bandwidth)
+        plan = memory.planned(place.answering(batch, "fused" if experts else ""), place, s.asked)
         rows.append({"batch": batch, "tokens_per_second": batch * s.new / seconds, "seconds": seconds,
-                     "limit_seconds": limit, "of_limit": limit / seconds})
+                     "limit_seconds": limit, "of_limit": limit / seconds,
+                     **memory.compared(plan, memory.held(place.device))})
     return rows
 
 
+_BY_ROW = ("--storage", "bfloat16", "--granularity", "row")
 #: Part -> what measures it: (place, operations/s, bytes/s) -> its rows.
 MEASURES: dict[str, Callable[..., list[dict[str, Any]]]] = {
     "SFT": sft,
+    "SFT, checkpointing": lambda *a: sft(*a, checkpointing=True),
     "DPO": dpo,
+    "DPO, checkpointing": lambda *a: dpo(*a, checkpointing=True),
     "DPO, embedded lengths": dpo_race,
     "DPO, embedded lengths, TRL": lambda *a: dpo_race(*a, theirs=True),
     "MoE tuning": moe,
     "MoE tuning, checkpointing": lambda *a: moe(*a, checkpointing=True),
     "mask on factors": mask,
+    "mask on weights, by row, bf16": lambda *a: mask_on_weights(*a, *_BY_ROW),
+    "mask on weights, by element": mask_on_weights,
+    "full tuning": lambda *a: sft(*a, full=True),
+    "full tuning, checkpointing": lambda *a: sft(*a, checkpointing=True, full=True),
     "generation": generation,
     "generation, fused MoE": lambda *a: generation(*a, experts=True),
 }

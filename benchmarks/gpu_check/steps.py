@@ -5,7 +5,9 @@
 
 Weights are random, made on the device; nothing is fetched or written. Models, losses and trainers are those that
 align_basemodel.py and inference.py use, put together as they put them together; only the base does not come from files.
-Each part is a process of its own with a time limit, so that one that fails, hangs or runs out of memory is one line.
+Each part is a process of its own with a time limit, so that one that fails, hangs or runs out of memory is one line. Beside
+the peak of each stands what --plan tells of it (benchmarks/gpu_check/memory.py). Where every weight trains or is masked by
+element, the shapes are TinyLlama-1.1B's: a card of 80 GB holds no more.
 
 SFT and the fused MoE: 8 rows of 300 tokens, half of each an answer, as the preset h3fusion. DPO and masks (on factors of
 rank 256 on q and v, as the preset somf_wizardlm): 4 pairs of 100 tokens and two answers of 200, the prompt read once. The
@@ -20,67 +22,87 @@ step reads the weights and the keys and values so far, after the prompts went th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
-import resource
 import sys
 import tempfile
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-GIB = 2**30
-PARTS = ("SFT", "DPO", "MoE tuning", "MoE tuning, checkpointing", "mask on factors", "generation", "generation, fused MoE",
-         "DPO, embedded lengths", "DPO, embedded lengths, TRL")
+#: In the order of what is asked first, should the time not do for all.
+PARTS = ("SFT", "SFT, checkpointing", "DPO", "MoE tuning", "MoE tuning, checkpointing", "mask on factors", "generation",
+         "full tuning, checkpointing", "mask on weights, by row, bf16", "mask on weights, by element", "full tuning",
+         "DPO, checkpointing", "generation, fused MoE", "DPO, embedded lengths", "DPO, embedded lengths, TRL")
+#: Parts whose gradients and optimiser are as large as the model, or larger.
+SMALL = ("mask on weights, by element", "full tuning", "full tuning, checkpointing")
+#: Says torch in a process whose parent asked the driver something.
+_FORKED = "re-initialize CUDA in forked subprocess"
+#: Fewer seconds are not worth a start.
+LEAST = 8.0
 
 
 def measured(part: str, args: argparse.Namespace, gemm: float, bandwidth: float) -> list[dict[str, Any]]:
-    """The rows of a part, measured in this process; peak memory is the device's, on a CPU the process's."""
+    """The rows of a part, measured in this process."""
     import torch
 
     from benchmarks.gpu_check.parts import MEASURES
-    from benchmarks.gpu_check.place import SHAPES, Place
+    from benchmarks.gpu_check.place import SHAPES, SMALLER, Place
     from benchmarks.made_up import tokenizer
 
     device = torch.device(args.device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    size = SMALLER.get(args.shape, args.shape) if part in SMALL else args.shape
     with tempfile.TemporaryDirectory() as results:
-        shape = SHAPES[args.shape]
+        shape = SHAPES[size]
         place = Place(shape, device, torch.float32 if device.type == "cpu" else torch.bfloat16, tokenizer(shape.vocabulary),
                       Path(results))
         rows = MEASURES[part](place, gemm, bandwidth)
-    peak = (torch.cuda.max_memory_allocated() if device.type == "cuda" else
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    return [{"part": part, "error": None, "peak_gib": peak / GIB, **row} for row in rows]
+    return [{"part": part, "shape": size, "error": None, **row} for row in rows]
 
 
-def speeds(device: str) -> tuple[float, float]:
-    """(operations per second of a large GEMM, bytes per second of a large copy) in the dtype of the parts."""
+def speeds(device: str) -> tuple[float, float, str]:
+    """(operations per second of a large GEMM, bytes per second of a large copy) in the dtype of the parts; the device."""
     import torch
 
     from benchmarks.moe_sides import limits
 
-    return limits(torch.float32 if device == "cpu" else torch.bfloat16, device)
+    # asked here: a context of the parent's would lie on the device in every part
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {len(os.sched_getaffinity(0))} cores"
+    return *limits(torch.float32 if device == "cpu" else torch.bfloat16, device), name
 
 
-def apart(function: Callable[..., Any], *words: Any, device: str, limit_s: float) -> Any:
-    """What a function returns in a process of its own; for a CPU a fork of this one, which imports nothing again.
+def versions() -> dict[str, str]:
+    """What the figures depend on beside the device; a package that is not there is left out."""
+    found = {}
+    for name in ("torch", "triton", "transformers", "trl", "peft", "accelerate"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def apart(function: Callable[..., Any], *words: Any, device: str, limit_s: float, start: str = "") -> Any:
+    """What a function returns in a process of its own.
+
+    Args:
+        start: how it starts, as ``multiprocessing`` names it; empty: on a CPU a fork of this process, which imports nothing
+            again, for a GPU one of a process that has imported all and met no driver, for no driver bears a fork.
 
     Raises:
         RuntimeError: it raised, ended otherwise, or took longer than its limit; the message is one line.
     """
-    # a fork would inherit what a driver was told, and no driver bears that
-    context = multiprocessing.get_context("fork" if device == "cpu" else "spawn")
+    context = multiprocessing.get_context(start or ("fork" if device == "cpu" else "forkserver"))
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(there, function, words))
     process.start()
     # the child's end alone is left: its death ends the waiting
     there.close()
     try:
-        value, error = here.recv() if here.poll(limit_s) else (None, f"took longer than {limit_s:g} s")
+        value, error = here.recv() if here.poll(limit_s) else (None, f"took longer than {limit_s:.3g} s")
     except EOFError:
         process.join()
         value, error = None, f"its process ended by itself, exit code {process.exitcode} (-9: out of memory?)"
@@ -100,7 +122,16 @@ def _answer(there: Any, function: Callable[..., Any], words: tuple[Any, ...]) ->
         there.send((function(*words), None))
     except BaseException as error:
         traceback.print_exc()
-        there.send((None, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"))
+        there.send((None, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{_where(error)}"))
+
+
+def _where(error: BaseException) -> str:
+    """The last line of this repository that the error went through, for a table that has no room for a traceback."""
+    root = Path(__file__).resolve().parents[2]
+    own = [frame for frame in traceback.extract_tb(error.__traceback__)
+           if Path(frame.filename).is_relative_to(root) and "site-packages" not in frame.filename
+           and frame.name not in ("_answer", "measured")]
+    return f" ({Path(own[-1].filename).relative_to(root)}:{own[-1].lineno})" if own else ""
 
 
 def main() -> None:
@@ -109,6 +140,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=("7b", "pico"), default="7b")
     parser.add_argument("--parts", default=";".join(PARTS), help="some of these, ';' between them: %(default)s")
     parser.add_argument("--limit_s", type=float, default=60, help="seconds that a part may take (default: 60)")
+    parser.add_argument("--total_s", type=float, default=float("inf"), help="seconds for all of them (default: no limit)")
     parser.add_argument("--json", type=Path, required=True, help="where the rows go")
     args = parser.parse_args()
     parts = args.parts.split(";")
@@ -126,26 +158,51 @@ def main() -> None:
     if args.device == "cpu":
         # once, for all forks
         import benchmarks.gpu_check.parts  # noqa: F401
+    else:
+        # libraries that look for a GPU as they are imported ask NVML, which bears a fork, and not the driver
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+        multiprocessing.get_context("forkserver").set_forkserver_preload(["benchmarks.gpu_check.parts"])
+    found = run(args, parts)
+    sys.exit(any(row["error"] for row in found["rows"]))
 
-    name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {len(os.sched_getaffinity(0))} cores"
-    found: dict[str, Any] = {"device": name, "shape": args.shape, "rows": []}
-    try:
-        gemm, bandwidth = apart(speeds, args.device, device=args.device, limit_s=args.limit_s)
-        found |= {"gemm_flops": gemm, "bytes_per_second": bandwidth}
-    except RuntimeError as error:
-        parts = []
-        found["rows"].append({"part": "GEMM and bandwidth", "error": str(error)})
-    for part in parts:
+
+def run(args: argparse.Namespace, parts: Sequence[str]) -> dict[str, Any]:
+    """Every part's rows, or why it has none; written to ``args.json`` as they come."""
+    end, start = time.monotonic() + args.total_s, ""
+    found: dict[str, Any] = {"device": args.device, "shape": args.shape, "versions": versions(), "rows": []}
+
+    def one(function: Callable[..., Any], *words: Any) -> Any:
+        left = min(args.limit_s, end - time.monotonic())
+        if left < LEAST:
+            raise RuntimeError(f"not run: the parts before it took the {args.total_s:.0f} s of all")
+        return apart(function, *words, device=args.device, limit_s=left, start=start)
+
+    for attempt in ("", "spawn"):
+        start = attempt
         try:
-            found["rows"] += apart(measured, part, args, gemm, bandwidth, device=args.device, limit_s=args.limit_s)
+            gemm, bandwidth, found["device"] = one(speeds, args.device)
+            found |= {"gemm_flops": gemm, "bytes_per_second": bandwidth}
+            break
+        except RuntimeError as error:
+            # a library did ask the driver: then each part imports everything by itself
+            if attempt or _FORKED not in str(error):
+                found["rows"].append({"part": "GEMM and bandwidth", "error": str(error)})
+                # what parts hold is worth knowing without the limits
+                gemm = bandwidth = float("inf")
+                break
+    for part in parts:
+        begun = time.monotonic()
+        try:
+            found["rows"] += one(measured, part, args, gemm, bandwidth)
         except RuntimeError as error:
             found["rows"].append({"part": part, "error": str(error)})
         # what was measured survives what comes after
         args.json.write_text(json.dumps(found, indent=2) + "\n")
-        print(part, *(row["error"] or f"{row['tokens_per_second']:.0f} tokens/s" for row in found["rows"]
-                      if row["part"] == part), file=sys.stderr, flush=True)
+        print(f"{part} [{time.monotonic() - begun:.0f} s]", *(
+            row["error"] or f"{row['tokens_per_second']:.0f} tokens/s" for row in found["rows"] if row["part"] == part),
+            file=sys.stderr, flush=True)
     args.json.write_text(json.dumps(found, indent=2) + "\n")
-    sys.exit(any(row["error"] for row in found["rows"]))
+    return found
 
 
 if __name__ == "__main__":

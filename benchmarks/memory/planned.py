@@ -145,7 +145,8 @@ def _in_a_process(words: Sequence[str], device: str, resident: bool = False) -> 
     root = Path(__file__).resolve().parents[2]
     run = subprocess.run([sys.executable, "-m", "benchmarks.memory.planned", "--device", device, "--measure",
                           json.dumps(words), *(["--resident"] if resident else [])], capture_output=True, text=True,
-                         cwd=root, env={**os.environ, "PYTHONPATH": str(root)})
+                         cwd=root, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get(
+                             "PYTHONPATH", "")])})
     if run.returncode:
         sys.exit(f"error: {' '.join(words)}: {run.stderr.strip()[-600:]}")
     return json.loads(run.stdout.splitlines()[-1])

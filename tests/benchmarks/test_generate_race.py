@@ -67,6 +67,27 @@ def test_another_text_is_told(small, tmp_path, monkeypatch):
     assert not found["outputs_equal"]
 
 
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_a_side_that_cannot_run_is_left_out_and_told(small, tmp_path, monkeypatch, capsys, rounds):
+    """Before the race begins, or in its second round."""
+    calls = []
+
+    def failing():
+        calls.append(1)
+        if len(calls) > rounds:
+            raise ImportError("no such kernel")
+        return [""] * 3
+
+    file = tmp_path / "race.json"
+    monkeypatch.setattr(sides, "one_by_one", lambda loaded, texts, new: failing)
+    start(monkeypatch, small, "--most", "1", "--batches", "3", "--sides", "pipeline,static", "--json", str(file))
+    found = json.loads(file.read_text())
+    assert [(row["side"], row.get("error"), row.get("prompts")) for row in found["rows"]] == [
+        ("hf", None, 3), ("static", None, 3), ("pipeline", "ImportError: no such kernel", None)]
+    assert found["outputs_equal"]
+    assert "| 3 | pipeline | failed: ImportError: no such kernel |" in capsys.readouterr().out
+
+
 def test_tokens_and_the_limit(small):
     loaded = sides.opened(SimpleNamespace(shape="embedded", model=str(small), device="cpu", dtype="float32", threads=1))
     texts = sides.prompts(loaded, 4)
