@@ -28,6 +28,7 @@ from models.mask.bank import Draw, MaskBank
 from models.mask.diagnostics import mask_numbers
 from models.mask.files import LOGITS, identity, open_models, read_mask, save_mask
 from models.mask.memory import Plan, memory_plan
+from models.mask.optimiser import RoundedAdamW
 from models.mask.settings import Settings
 from models.task_vectors import Model
 from training.dpo import SafeDPOTrainer, drawn_pairs, encode_pairs, preference_arguments
@@ -69,6 +70,9 @@ class MaskTrainer(SafeDPOTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            if self.flags.logit_dtype == "bfloat16":
+                # rounded to the nearest most steps would be none; flags/mask.py refuses every other optimiser
+                kind, options = RoundedAdamW, {k: options[k] for k in ("lr", "betas", "eps")} | {"seed": self.flags.seed}
             group = {"params": list(self.bank.parameters()), "weight_decay": self.args.weight_decay}
             self.optimizer = kind([group], **options)
         return self.optimizer

@@ -40,8 +40,10 @@ def _training(args: Any, extra: dict[str, Any], cuda: bool) -> Iterator[tuple[st
     last = [("", args)]
     if isinstance(args, MaskArgs):
         bits = replace(args, storage="bfloat16", logit_dtype="bfloat16")
-        last = [("--storage bfloat16 --logit_dtype bfloat16 --adam_beta2 0.95", bits),
-                ("--storage bfloat16 --granularity row", replace(bits, logit_dtype=args.logit_dtype, granularity="row"))]
+        last = [("--storage bfloat16 --granularity row", replace(bits, logit_dtype=args.logit_dtype, granularity="row"))]
+        # with another optimiser than AdamW the command would refuse such logits
+        if not bits.clashes(extra):
+            last.insert(0, ("--storage bfloat16 --logit_dtype bfloat16", bits))
     elif getattr(args, "tuning", None) == "full":
         last = [("--tuning lora", replace(args, tuning="lora"))]
         if cuda:

@@ -1,0 +1,218 @@
+"""A mask's Triton kernels, run by Triton's interpreter on a CPU: against the bank's own operations on the same noise."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.mask import optimiser
+from models.mask.bank import Draw, MaskBank, make_slot
+from models.mask.fused import launch
+from models.mask.fused.launch import FusedDraws, adam_step, device_bits, grid, has_triton
+from models.mask.settings import Rule, Settings
+from models.mask.slots import Spec
+from models.mask.units import units_of
+
+# conftest.py asks for the interpreter where there is no GPU; a machine without Triton has nothing to test here
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not has_triton(), reason="Triton is not installed")]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+ROOT = Path(__file__).resolve().parents[3]
+#: A tensor of several programs, one within a block, one whose entries end within eight.
+SHAPES = {"a": (71, 60), "b": (16, 8), "c": (3, 7)}
+TYPES = {"float32": (torch.float32, torch.float32, 2e-5), "narrow": (torch.bfloat16, torch.bfloat16, 2e-2)}
+
+
+def made(settings, dtypes, excluded=(), seed=0):
+    source = torch.Generator().manual_seed(seed)
+    storage, logit_dtype, _ = dtypes
+    slots = []
+    for name, shape in SHAPES.items():
+        units = None if name in excluded else units_of(name, shape, settings.granularity, 4, {})
+        live = torch.nn.Parameter(torch.zeros(shape, dtype=storage, device=DEVICE))
+        base, delta = torch.randn(shape, generator=source), torch.randn(shape, generator=source)
+        slots.append(make_slot(Spec(name, name, "weight", shape, units), live, base, [delta], settings))
+    bank = MaskBank(slots, settings, logit_dtype=logit_dtype)
+    for p in bank.logits:
+        p.data.copy_(torch.randn(p.shape, generator=source))
+    bank.attach()
+    return bank
+
+
+def stepped(bank, draw, kernels, monkeypatch):
+    """(live weights, logit gradients, masks of nothing) of two passes whose gradients add up."""
+    monkeypatch.setattr(FusedDraws, "serves", FusedDraws.fits if kernels else lambda *_: False)
+    # the bank's own operations see the kernels' noise
+    monkeypatch.setattr("models.mask.bank.noise", lambda key, first, count, device: device_bits(
+        key, first + count, device)[first:])
+    bank.weight = 0.5
+    for turn in range(2):
+        bank.write(draw)
+        written = [slot.live.detach().float().clone() for slot in bank.slots]
+        sum(((slot.live.float() + turn) ** 2).sum() for slot in bank.slots).backward()
+        bank.finish()
+    return written, [p.grad.float() for p in bank.logits], bank.zero_masks
+
+
+@pytest.mark.parametrize("types", TYPES)
+@pytest.mark.parametrize("rescale", ["none", "tensor", "detached", "expected"])
+def test_the_kernels_draw_what_the_operations_draw(rescale, types, monkeypatch):
+    settings = Settings(rescale=rescale, rule=Rule("task_arithmetic", 0.3))
+    compared(settings, Draw("k", 0.5), TYPES[types], monkeypatch)
+
+
+@pytest.mark.parametrize("draw", [Draw("k", 0.3), Draw("k", 0.5, hard=True), Draw("k", 0.5, mirrored=True)], ids=str)
+def test_other_draws(draw, monkeypatch):
+    compared(Settings(), draw, TYPES["float32"], monkeypatch)
+
+
+def compared(settings, draw, dtypes, monkeypatch):
+    (weights, gradients, _), (mine, ours, _) = (
+        stepped(made(settings, dtypes, excluded="b"), draw, kernels, monkeypatch) for kernels in (False, True))
+    for got, want in zip((*mine, *ours), (*weights, *gradients), strict=True):
+        assert float(want.norm()) > 0
+        assert float((got - want).norm() / want.norm()) < dtypes[2]
+
+
+def test_programs_that_walk_several_blocks(monkeypatch):
+    monkeypatch.setattr(launch, "_PROGRAMS", 2)
+    monkeypatch.setattr(launch, "_SUB", 64)
+    assert grid(71 * 60, 8 * 64) == (2, 5)
+    compared(Settings(), Draw("k", 0.5), TYPES["float32"], monkeypatch)
+
+
+def test_a_mask_of_zeros_gives_the_aligned_model(monkeypatch):
+    bank = made(Settings(), TYPES["float32"])
+    for p in bank.logits:
+        p.data.fill_(-60.0)
+    written, gradients, zeros = stepped(bank, Draw("k", 0.5, hard=True), True, monkeypatch)
+    assert all(torch.equal(mine, slot.base.float()) for mine, slot in zip(written, bank.slots, strict=True))
+    assert all(torch.isfinite(g).all() for g in gradients)
+    assert zeros == 2 * len(bank.slots)
+    bank.zero_masks = 1
+    assert bank.zero_masks == 1
+
+
+def test_a_random_reference_ignores_the_logits(monkeypatch):
+    monkeypatch.setattr(FusedDraws, "serves", FusedDraws.fits)
+    one, other = (made(Settings(), TYPES["float32"]) for _ in range(2))
+    other.logits[0].data.add_(1.0)
+    for bank in (one, other):
+        bank.write(Draw("k", trained=False))
+    assert all(torch.equal(a.live, b.live) for a, b in zip(one.slots, other.slots, strict=True))
+
+
+def test_noise_is_a_function_of_key_and_index():
+    from scipy.stats import kstest
+
+    bits = device_bits("s|1|w", 5000, DEVICE)
+    assert torch.equal(device_bits("s|1|w", 3001, DEVICE), bits[:3001])
+    assert float((device_bits("s|2|w", 5000, DEVICE) == bits).float().mean()) < 0.01
+    assert kstest((bits.cpu().double() + 32768.5) / 65536, "uniform").pvalue > 1e-3
+    # neighbours share a Philox counter and must not share their bits
+    assert abs(float(torch.corrcoef(torch.stack([bits[:-1], bits[1:]]).double())[0, 1])) < 0.06
+
+
+@pytest.mark.parametrize(("settings", "draw", "does"), [
+    (Settings(), Draw("k"), True), (Settings(rescale="global"), Draw("k"), False),
+    (Settings(rule=Rule("ties", 0.4)), Draw("k"), False), (Settings(granularity="row"), Draw("k"), False),
+    (Settings(), Draw("k", expected=True), False)])
+def test_what_the_kernels_serve(settings, draw, does):
+    bank = made(settings, TYPES["float32"])
+    assert {bank.fused.fits(slot, draw) for slot in bank.slots} == {does}
+    assert {bank.fused.serves(slot, draw) for slot in bank.slots} == {does and DEVICE == "cuda"}
+
+
+def test_two_kernels_a_draw_and_two_a_gradient(monkeypatch):
+    from models.mask.fused import kernels
+
+    launched = []
+
+    class Counted:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, programs):
+            return lambda *_, **__: launched.append(self.name)
+
+    for name in ("measure", "write", "scale_gradient", "logit_gradient"):
+        monkeypatch.setattr(kernels, name, Counted(name))
+    stepped(made(Settings(), TYPES["float32"]), Draw("k"), True, monkeypatch)
+    # two passes over three tensors
+    assert launched.count("measure") == launched.count("write") == 6
+    assert launched.count("scale_gradient") == launched.count("logit_gradient") == 6
+    assert len(launched) == 24
+
+
+def test_the_step_is_adam_rounded_to_chance(monkeypatch):
+    size, source = 4003, torch.Generator().manual_seed(1)
+    group = {"betas": (0.9, 0.999), "lr": 5e-3, "eps": 1e-8, "weight_decay": 0.1}
+    gradient, values, mean = (torch.randn(size, generator=source).to(DEVICE).bfloat16() for _ in range(3))
+
+    def stepped():
+        places = [values.clone(), mean.clone(), mean.square()]
+        adam_step(places[0], gradient, *places[1:], "k", 3, group)
+        return places
+
+    exact = [values.float(), mean.float(), mean.square().float()]
+    monkeypatch.setattr(optimiser, "round_stochastically", lambda values, bits: values)
+    nothing = torch.zeros(size, dtype=torch.int16, device=DEVICE)
+    optimiser.adam_block(gradient, *exact, nothing, nothing, 3, group)
+    for got, want in zip(mine := stepped(), exact, strict=True):
+        # where terms cancel, fp32 itself differs by the order of a sum
+        places = torch.frexp(want.abs().clamp_min(0.01)).exponent - 8
+        off = (got.double() - want.double()) / torch.ldexp(torch.ones_like(want), places)
+        # up or down to a neighbour, and right in the mean: 4003 draws of half a place, at four standard deviations
+        assert float(off.abs().max()) < 1.001
+        assert float((off.abs() > 1e-3).double().mean()) > 0.5
+        assert abs(float(off.mean())) < 4 * 0.5 / size**0.5
+    assert all(torch.equal(one, two) for one, two in zip(mine, stepped(), strict=True))
+
+
+#: Compiled in a process of its own: tests run the kernels by the interpreter, which is chosen when triton is imported.
+PROGRAM = '''
+import inspect, json, sys
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from models.mask.fused import kernels
+
+sizes = dict(MIRRORED=False, TRAINED=True, SQUARE=sys.argv[1] == "0.5", HARD=False, EXPECTED=False, SCALED=True, MOVING=True,
+             ADD=True, PARTS=1024, SUB=256)
+kinds = {"parts": "*fp32", "scales": "*fp32", "zeros": "*i32", "out": "*bf16", "seed": "i64"}
+whole, made = ("n", "steps", "count", "place"), {}
+for name in ("measure", "write", "scale_gradient", "logit_gradient", "adam", "noise"):
+    signature, constants = {}, {}
+    for argument in inspect.signature(getattr(kernels, name).fn).parameters:
+        if argument in sizes:
+            signature[argument], constants[argument] = "constexpr", sizes[argument]
+        elif argument in whole:
+            signature[argument] = "i32"
+        elif argument in ("power", "weight", "beta1", "rest1", "beta2", "rest2", "eps", "decay", "rate", "correction"):
+            signature[argument] = "fp32"
+        else:
+            signature[argument] = kinds.get(argument, "*bf16")
+    if name == "noise":
+        signature["out"] = "*i16"
+    source = ASTSource(getattr(kernels, name), signature, constants)
+    binary = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    made[name] = {"stages": sorted(binary.asm), "shared": binary.metadata.shared}
+print(json.dumps(made))
+'''
+
+
+@pytest.mark.parametrize("temperature", ["0.5", "0.3"])
+def test_they_compile_for_a_gpu(temperature, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", PROGRAM, temperature], capture_output=True, text=True, cwd=ROOT,
+                         env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    made = json.loads(run.stdout)
+    assert len(made) == 6
+    assert all("cubin" in kernel["stages"] and kernel["shared"] <= 64 * 1024 for kernel in made.values())
