@@ -1,23 +1,25 @@
 """A Concrete mask's draw, its logits' gradient and their step, as Triton kernels; ``launch.py`` calls them.
 
-Formulas and names are those of ``concrete.py``, ``rescale.py`` and ``optimiser.py``, for masks with a logit per entry. What
-is different is what travels: noise, mask, slope and G D live in registers only, in fp32; each kernel reads what it needs
-once and draws the noise again, a function of (seed, index) alone. So a draw is two kernels per tensor (the mask's mean;
-the weights) and its gradient two (T = dL/da; the logits'), with no number that the host has to wait for.
+Formulas and names are those of ``concrete.py``, ``rescale.py`` and ``optimiser.py``. What is different is what travels:
+noise, mask, slope and G D live in registers only, in fp32; each kernel reads what it needs once and draws the noise again,
+a function of (seed, index) alone. With a logit per entry a draw is two kernels per tensor (the mask's mean; the weights) and
+its gradient two (T = dL/da; the logits'); with one for each ``width`` neighbours of a row the mask of the units is kept from
+kernel to kernel, and the gradient is three (the mask; sums over units and T; the logits'). The host waits for no number.
 
 Sums are split over programs, each of which writes its own part; the next kernel adds the parts up, in a fixed order: no
 atomics, hence the same bits in every run.
 
 ``TRITON_INTERPRET=1``, set before the first import of triton, runs all of it on a CPU.
 
-n entries of a tensor; a program walks ``steps`` blocks of 8 SUB entries, 4 SUB where it rounds.
+n entries of a tensor, or units; a program walks ``steps`` blocks of 8 SUB of them, 4 SUB where it rounds. A row of
+``columns`` entries has ``across`` units, of which the last may be smaller.
 """
 
 import triton
 import triton.language as tl
 
 #: Numbers whose value makes no other kernel: one compilation serves all tensors and steps.
-_PLAIN = ["seed", "count", "place", "steps"]
+_PLAIN = ["seed", "count", "place", "steps", "units", "entries", "across", "width"]
 
 
 @triton.jit
@@ -148,6 +150,109 @@ def logit_gradient(gradient, delta, logits, out, parts, count, scales, place, we
         if EXPECTED:
             keep = tl.sigmoid(tl.load(logits + at, mask=inside, other=0.0).to(tl.float32))
             value -= scale * share * (keep - keep * keep)
+        value *= weight
+        if ADD:
+            value += tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _entries_of(unit, columns, across, width):
+    """How many entries each unit has."""
+    return tl.minimum(width, columns - (unit % across) * width)
+
+
+@triton.jit(do_not_specialize=_PLAIN)
+def measure_units(logits, mask, parts, seed, n, steps, power, columns, across, width, MIRRORED: tl.constexpr,
+                  TRAINED: tl.constexpr, SQUARE: tl.constexpr, HARD: tl.constexpr, EXPECTED: tl.constexpr,
+                  SUB: tl.constexpr):
+    """The units' mask, and parts of the sum over entries of what it is divided by."""
+    program = tl.program_id(0)
+    total = tl.zeros([8 * SUB], tl.float32)
+    for step in range(steps):
+        first = (program * steps + step) * (8 * SUB)
+        at = first + tl.arange(0, 8 * SUB)
+        inside = at < n
+        value = _soft(logits, seed, first, at, inside, power, MIRRORED, TRAINED, SQUARE, SUB)
+        if HARD:
+            value = tl.where(value > 0.5, 1.0, 0.0)
+        tl.store(mask + at, value, mask=inside)
+        if EXPECTED:
+            value = tl.sigmoid(tl.load(logits + at, mask=inside, other=0.0).to(tl.float32))
+        total += tl.where(inside, value * _entries_of(at, columns, across, width), 0.0)
+    tl.store(parts + program, tl.sum(total, 0))
+
+
+@triton.jit(do_not_specialize=_PLAIN)
+def write_units(live, base, delta, mask, parts, count, scales, zeros, place, n, steps, columns, across, width,
+                SCALED: tl.constexpr, PARTS: tl.constexpr, SUB: tl.constexpr):
+    """``write``, with the units' mask."""
+    program = tl.program_id(0)
+    scale = 1.0
+    if SCALED:
+        total = _total(parts, count, PARTS)
+        scale = tl.where(total > 0, n / tl.where(total > 0, total, 1.0), 1.0)
+        if program == 0:
+            tl.store(scales + place, scale)
+            tl.store(zeros + place, tl.load(zeros + place) + (total <= 0).to(tl.int32))
+    for step in range(steps):
+        at = (program * steps + step) * (8 * SUB) + tl.arange(0, 8 * SUB)
+        inside = at < n
+        kept = tl.load(mask + (at // columns) * across + (at % columns) // width, mask=inside, other=0.0)
+        start = tl.load(base + at, mask=inside, other=0.0).to(tl.float32)
+        change = tl.load(delta + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(live + at, (start + scale * kept * change).to(live.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=_PLAIN)
+def gather_units(gradient, delta, mask, sums, parts, units, steps, columns, across, width, UNITS: tl.constexpr,
+                 COLUMNS: tl.constexpr):
+    """c_j = the sum of G delta over each unit, and parts of T = sum of c_j m_j."""
+    program = tl.program_id(0)
+    total = tl.zeros([UNITS], tl.float32)
+    for step in range(steps):
+        unit = (program * steps + step) * UNITS + tl.arange(0, UNITS)
+        there = unit < units
+        start = (unit // across) * columns + (unit % across) * width
+        size = _entries_of(unit, columns, across, width)
+        found = tl.zeros([UNITS, COLUMNS], tl.float32)
+        for first in range(0, width, COLUMNS):
+            column = first + tl.arange(0, COLUMNS)
+            inside = there[:, None] & (column[None, :] < size[:, None])
+            at = start[:, None] + column[None, :]
+            slope = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
+            found += slope * tl.load(delta + at, mask=inside, other=0.0).to(tl.float32)
+        c = tl.sum(found, 1)
+        tl.store(sums + unit, c, mask=there)
+        total += c * tl.load(mask + unit, mask=there, other=0.0)
+    tl.store(parts + program, tl.sum(total, 0))
+
+
+@triton.jit(do_not_specialize=_PLAIN)
+def unit_gradient(sums, logits, out, parts, count, scales, place, weight, entries, seed, n, steps, power, columns, across,
+                  width, MIRRORED: tl.constexpr, SQUARE: tl.constexpr, SCALED: tl.constexpr, MOVING: tl.constexpr,
+                  EXPECTED: tl.constexpr, ADD: tl.constexpr, PARTS: tl.constexpr, SUB: tl.constexpr):
+    """``logit_gradient`` from the units' sums."""
+    program = tl.program_id(0)
+    scale = 1.0
+    if SCALED:
+        scale = tl.load(scales + place)
+    share = 0.0
+    if MOVING or EXPECTED:
+        share = scale * _total(parts, count, PARTS) / entries
+    for step in range(steps):
+        first = (program * steps + step) * (8 * SUB)
+        at = first + tl.arange(0, 8 * SUB)
+        inside = at < n
+        mask = _soft(logits, seed, first, at, inside, power, MIRRORED, True, SQUARE, SUB)
+        value = tl.load(sums + at, mask=inside, other=0.0)
+        size = _entries_of(at, columns, across, width)
+        if MOVING:
+            value -= share * size
+        value *= scale * power * (mask - mask * mask)
+        if EXPECTED:
+            keep = tl.sigmoid(tl.load(logits + at, mask=inside, other=0.0).to(tl.float32))
+            value -= scale * share * size * (keep - keep * keep)
         value *= weight
         if ADD:
             value += tl.load(out + at, mask=inside, other=0.0).to(tl.float32)

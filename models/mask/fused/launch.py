@@ -1,7 +1,8 @@
-"""When a GPU's kernels serve a mask, and their launches: two a tensor for a draw, two for its gradient, one for a step.
+"""When a GPU's kernels serve a mask, and their launches: two a tensor for a draw, two or three for its gradient.
 
-They serve masks with a logit per entry on task vectors whose sum is known beforehand (``Rule.linear``); everything else goes
-by ``bank.py``'s own operations. Their noise is Triton's Philox, another stream than a CPU's and than torch's on a GPU.
+They serve masks with a logit per entry, or one that neighbours in a row share, on task vectors whose sum is known beforehand
+(``Rule.linear``); everything else goes by ``bank.py``'s own operations. A step of bfloat16 logits is one kernel. The noise
+is Triton's Philox, another stream than a CPU's and than torch's on a GPU.
 """
 
 from __future__ import annotations
@@ -63,8 +64,9 @@ class FusedDraws:
     def fits(self, slot: Slot, draw: Draw) -> bool:
         """Whether the kernels can do this slot's draw."""
         units = slot.spec.units
-        return (units is not None and units.single and self.settings.rule.linear and not self.rescaling.joint
-                and not draw.expected and slot.live.numel() < _MOST and slot.live.is_contiguous()
+        return (units is not None and units.index is None and units.rows == 1 and self.settings.rule.linear
+                and not self.rescaling.joint and not draw.expected
+                and slot.live.numel() < _MOST and slot.live.is_contiguous()
                 and slot.live.dtype in (torch.float32, torch.bfloat16, torch.float16))
 
     def serves(self, slot: Slot, draw: Draw) -> bool:
@@ -76,11 +78,20 @@ class FusedDraws:
         from models.mask.fused import kernels
 
         numbers, sizes = _numbers(slot, draw)
-        expected, trained = self.rescaling.expected, {"TRAINED": draw.trained}
+        trained = {"TRAINED": draw.trained}
+        if not slot.spec.units.single:
+            mask = self._unit_mask(slot, logits, draw)
+            programs, steps = grid(slot.live.numel(), 8 * _SUB)
+            with torch.cuda.device_of(logits):
+                kernels.write_units[programs,](
+                    slot.live, slot.base, slot.deltas[0], mask, self.parts, sizes[0], self.scales, self.zeros,
+                    slot.logits_index, slot.live.numel(), steps, *_layout(slot), SCALED=self.scaled, PARTS=_PROGRAMS,
+                    SUB=_SUB)
+            return
         with torch.cuda.device_of(logits):
             if self.scaled:
                 kernels.measure[sizes[0],](logits, self.parts, *numbers, **_kinds(draw), **trained, HARD=draw.hard,
-                                           EXPECTED=expected, SUB=_SUB)
+                                           EXPECTED=self.rescaling.expected, SUB=_SUB)
             kernels.write[sizes[0],](
                 slot.live, slot.base, slot.deltas[0], logits, self.parts, sizes[0], self.scales, self.zeros,
                 slot.logits_index, *numbers, **_kinds(draw), **trained, HARD=draw.hard, SCALED=self.scaled, PARTS=_PROGRAMS,
@@ -100,22 +111,58 @@ class FusedDraws:
         moving = self.rescaling.gradient is moving_mean
         expected = self.rescaling.gradient is moving_expectation
         gradient, delta = gradient.contiguous(), slot.deltas[0]
+        told = {**_kinds(draw), "SCALED": self.scaled, "MOVING": moving, "EXPECTED": expected, "ADD": into is not None,
+                "PARTS": _PROGRAMS, "SUB": _SUB}
+        if not slot.spec.units.single:
+            layout, sums = _layout(slot), torch.empty_like(logits, dtype=torch.float32)
+            mask = self._unit_mask(slot, logits, draw)
+            across = min(_padded(layout[2]), 8 * _SUB)
+            together = max(1, 8 * _SUB // across)
+            programs, steps = grid(logits.numel(), together)
+            with torch.cuda.device_of(logits):
+                kernels.gather_units[programs,](gradient, delta, mask, sums, self.parts, logits.numel(), steps, *layout,
+                                                UNITS=together, COLUMNS=across)
+                kernels.unit_gradient[sizes[0],](
+                    sums, logits, out, self.parts, programs, self.scales, slot.logits_index, float(weight),
+                    slot.live.numel(), *numbers, *layout, **told)
+            return out
         with torch.cuda.device_of(logits):
             if moving or expected:
                 kernels.scale_gradient[sizes[0],](gradient, delta, logits, self.parts, *numbers, **_kinds(draw),
                                                   HARD=draw.hard, SUB=_SUB)
             kernels.logit_gradient[sizes[0],](
                 gradient, delta, logits, out, self.parts, sizes[0], self.scales, slot.logits_index, float(weight), *numbers,
-                **_kinds(draw), SCALED=self.scaled, MOVING=moving, EXPECTED=expected, ADD=into is not None, PARTS=_PROGRAMS,
-                SUB=_SUB)
+                **told)
         return out
+
+    def _unit_mask(self, slot: Slot, logits: Tensor, draw: Draw) -> Tensor:
+        """A draw's mask by units, (units,) fp32; parts of the sum that it is divided by are in ``parts``."""
+        from models.mask.fused import kernels
+
+        numbers, sizes = _numbers(slot, draw)
+        mask = torch.empty_like(logits, dtype=torch.float32)
+        with torch.cuda.device_of(logits):
+            kernels.measure_units[sizes[0],](
+                logits, mask, self.parts, *numbers, *_layout(slot), **_kinds(draw), TRAINED=draw.trained, HARD=draw.hard,
+                EXPECTED=self.rescaling.expected, SUB=_SUB)
+        return mask
 
 
 def _numbers(slot: Slot, draw: Draw) -> tuple[tuple[int, int, int, float], tuple[int, int]]:
-    """(seed, n, steps, 1 / tau) as every kernel of a draw takes them, and (programs, steps)."""
-    entries = slot.live.numel()
-    sizes = grid(entries, 8 * _SUB)
-    return (device_seed(f"{draw.key}|{slot.spec.name}"), entries, sizes[1], 1 / draw.temperature), sizes
+    """(seed, units, steps, 1 / tau) as every kernel of a draw takes them, and (programs, steps)."""
+    units = slot.spec.units.size
+    sizes = grid(units, 8 * _SUB)
+    return (device_seed(f"{draw.key}|{slot.spec.name}"), units, sizes[1], 1 / draw.temperature), sizes
+
+
+def _layout(slot: Slot) -> tuple[int, int, int]:
+    """(columns, units across, columns of a unit) of a slot whose units lie in rows."""
+    units = slot.spec.units
+    return units.matrix[1], units.grid[1], units.columns
+
+
+def _padded(size: int) -> int:
+    return 1 << (size - 1).bit_length()
 
 
 def _kinds(draw: Draw) -> dict[str, bool]:

@@ -67,6 +67,17 @@ def test_the_kernels_draw_what_the_operations_draw(rescale, types, monkeypatch):
     compared(settings, Draw("k", 0.5), TYPES[types], monkeypatch)
 
 
+@pytest.mark.parametrize("granularity", ["row", "block"])
+@pytest.mark.parametrize("rescale", ["none", "tensor", "expected"])
+def test_logits_that_neighbours_share(granularity, rescale, monkeypatch):
+    """Blocks of four: the last of a row has three."""
+    compared(Settings(granularity=granularity, rescale=rescale), Draw("k", 0.5), TYPES["float32"], monkeypatch)
+
+
+def test_hard_draws_of_rows_in_bfloat16(monkeypatch):
+    compared(Settings(granularity="row"), Draw("k", 0.3, hard=True, mirrored=True), TYPES["narrow"], monkeypatch)
+
+
 @pytest.mark.parametrize("draw", [Draw("k", 0.3), Draw("k", 0.5, hard=True), Draw("k", 0.5, mirrored=True)], ids=str)
 def test_other_draws(draw, monkeypatch):
     compared(Settings(), draw, TYPES["float32"], monkeypatch)
@@ -80,11 +91,12 @@ def compared(settings, draw, dtypes, monkeypatch):
         assert float((got - want).norm() / want.norm()) < dtypes[2]
 
 
-def test_programs_that_walk_several_blocks(monkeypatch):
+@pytest.mark.parametrize("granularity", ["element", "row", "block"])
+def test_programs_that_walk_several_blocks(granularity, monkeypatch):
     monkeypatch.setattr(launch, "_PROGRAMS", 2)
-    monkeypatch.setattr(launch, "_SUB", 64)
+    monkeypatch.setattr(launch, "_SUB", 4 if granularity == "row" else 64)
     assert grid(71 * 60, 8 * 64) == (2, 5)
-    compared(Settings(), Draw("k", 0.5), TYPES["float32"], monkeypatch)
+    compared(Settings(granularity=granularity), Draw("k", 0.5), TYPES["float32"], monkeypatch)
 
 
 def test_a_mask_of_zeros_gives_the_aligned_model(monkeypatch):
@@ -121,7 +133,8 @@ def test_noise_is_a_function_of_key_and_index():
 
 @pytest.mark.parametrize(("settings", "draw", "does"), [
     (Settings(), Draw("k"), True), (Settings(rescale="global"), Draw("k"), False),
-    (Settings(rule=Rule("ties", 0.4)), Draw("k"), False), (Settings(granularity="row"), Draw("k"), False),
+    (Settings(rule=Rule("ties", 0.4)), Draw("k"), False), (Settings(granularity="layer"), Draw("k"), False),
+    (Settings(granularity="row"), Draw("k"), True), (Settings(granularity="block"), Draw("k"), True),
     (Settings(), Draw("k", expected=True), False)])
 def test_what_the_kernels_serve(settings, draw, does):
     bank = made(settings, TYPES["float32"])
@@ -129,7 +142,10 @@ def test_what_the_kernels_serve(settings, draw, does):
     assert {bank.fused.serves(slot, draw) for slot in bank.slots} == {does and DEVICE == "cuda"}
 
 
-def test_two_kernels_a_draw_and_two_a_gradient(monkeypatch):
+@pytest.mark.parametrize(("granularity", "names"), [
+    ("element", ("measure", "write", "scale_gradient", "logit_gradient")),
+    ("row", ("measure_units", "write_units", "measure_units", "gather_units", "unit_gradient"))])
+def test_few_kernels_a_draw_and_a_gradient(granularity, names, monkeypatch):
     from models.mask.fused import kernels
 
     launched = []
@@ -141,13 +157,11 @@ def test_two_kernels_a_draw_and_two_a_gradient(monkeypatch):
         def __getitem__(self, programs):
             return lambda *_, **__: launched.append(self.name)
 
-    for name in ("measure", "write", "scale_gradient", "logit_gradient"):
+    for name in set(names):
         monkeypatch.setattr(kernels, name, Counted(name))
-    stepped(made(Settings(), TYPES["float32"]), Draw("k"), True, monkeypatch)
+    stepped(made(Settings(granularity=granularity), TYPES["float32"]), Draw("k"), True, monkeypatch)
     # two passes over three tensors
-    assert launched.count("measure") == launched.count("write") == 6
-    assert launched.count("scale_gradient") == launched.count("logit_gradient") == 6
-    assert len(launched) == 24
+    assert sorted(launched) == sorted(names * 6)
 
 
 def test_the_step_is_adam_rounded_to_chance(monkeypatch):
@@ -183,10 +197,11 @@ from triton.compiler import ASTSource, compile
 from models.mask.fused import kernels
 
 sizes = dict(MIRRORED=False, TRAINED=True, SQUARE=sys.argv[1] == "0.5", HARD=False, EXPECTED=False, SCALED=True, MOVING=True,
-             ADD=True, PARTS=1024, SUB=256)
+             ADD=True, PARTS=1024, SUB=256, UNITS=32, COLUMNS=64)
 kinds = {"parts": "*fp32", "scales": "*fp32", "zeros": "*i32", "out": "*bf16", "seed": "i64"}
-whole, made = ("n", "steps", "count", "place"), {}
-for name in ("measure", "write", "scale_gradient", "logit_gradient", "adam", "noise"):
+whole, made = ("n", "steps", "count", "place", "columns", "across", "width", "units", "entries"), {}
+for name in ("measure", "write", "scale_gradient", "logit_gradient", "measure_units", "write_units", "gather_units",
+             "unit_gradient", "adam", "noise"):
     signature, constants = {}, {}
     for argument in inspect.signature(getattr(kernels, name).fn).parameters:
         if argument in sizes:
@@ -199,6 +214,8 @@ for name in ("measure", "write", "scale_gradient", "logit_gradient", "adam", "no
             signature[argument] = kinds.get(argument, "*bf16")
     if name == "noise":
         signature["out"] = "*i16"
+    if name.endswith(("units", "unit_gradient")):
+        signature |= {key: "*fp32" for key in ("mask", "sums") if key in signature}
     source = ASTSource(getattr(kernels, name), signature, constants)
     binary = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
     made[name] = {"stages": sorted(binary.asm), "shared": binary.metadata.shared}
@@ -214,5 +231,5 @@ def test_they_compile_for_a_gpu(temperature, tmp_path):
                          env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
     made = json.loads(run.stdout)
-    assert len(made) == 6
+    assert len(made) == 10
     assert all("cubin" in kernel["stages"] and kernel["shared"] <= 64 * 1024 for kernel in made.values())
