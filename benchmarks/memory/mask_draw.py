@@ -92,8 +92,9 @@ def measured(args: argparse.Namespace, granularity: str, path: str) -> dict[str,
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        free = torch.cuda.mem_get_info()[0] * _FILLED
-        layers = min(most, int(free / plan_of(specs_of(args.shape, 1, granularity), logit_dtype.itemsize).total))
+        one = plan_of(specs_of(args.shape, 1, granularity), logit_dtype.itemsize)
+        room = torch.cuda.mem_get_info()[0] * _FILLED - one.passing
+        layers = max(1, min(most, int(room / sum(one.held.values()))))
         torch.cuda.reset_peak_memory_stats()
     specs = specs_of(args.shape, layers, granularity)
     bank = bank_of(specs, Settings(granularity=granularity), logit_dtype, device)
