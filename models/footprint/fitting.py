@@ -39,8 +39,9 @@ def _training(args: Any, extra: dict[str, Any], cuda: bool) -> Iterator[tuple[st
         yield from ((f"{held[0]} {words}", one, checkpointed) for words, one in _fewer_rows(args))
     last = [("", args)]
     if isinstance(args, MaskArgs):
-        bits = replace(args, storage="bfloat16", logit_dtype="bfloat16")
-        last = [("--storage bfloat16 --granularity row", replace(bits, logit_dtype=args.logit_dtype, granularity="row"))]
+        narrow = replace(args, storage="bfloat16")
+        last = [(f"--storage bfloat16 --granularity {by}", replace(narrow, granularity=by)) for by in ("block", "row")]
+        bits = replace(narrow, logit_dtype="bfloat16")
         # with another optimiser than AdamW the command would refuse such logits
         if not bits.clashes(extra):
             last.insert(0, ("--storage bfloat16 --logit_dtype bfloat16", bits))

@@ -18,8 +18,9 @@ n entries of a tensor, or units; a program walks ``steps`` blocks of 8 SUB of th
 import triton
 import triton.language as tl
 
-#: Numbers whose value makes no other kernel: one compilation serves all tensors and steps.
-_PLAIN = ["seed", "count", "place", "steps", "units", "entries", "across", "width"]
+#: Numbers whose value makes no other kernel: one compilation serves tensors and steps alike. Sizes of rows are none of them:
+#: where they are multiples of 16, eight entries are read at once.
+_PLAIN = ["seed", "count", "place", "steps", "units", "entries"]
 
 
 @triton.jit
