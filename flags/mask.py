@@ -17,6 +17,8 @@ RESCALES = ("none", "tensor", "detached", "global", "expected")
 EXCLUDABLE = ("embeddings", "norms", "head")
 #: Values of --optim that mean AdamW, which logits in bfloat16 train with (models/mask/optimiser.py).
 ROUNDED_AS = ("adamw_torch_fused", "adamw_torch")
+#: Those whose moments several processes share out: their states are tensors by parameter.
+SHARED_OUT = ROUNDED_AS
 #: Decay of a moment from which on its rounding would be more than a twentieth of it: 2^-9 / sqrt(2 (1 - beta)) at 0.999.
 MOST_BETA = 0.999
 

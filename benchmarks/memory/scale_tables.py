@@ -136,7 +136,7 @@ def _strategies() -> Iterator[str]:
 
 
 def _devices() -> Iterator[str]:
-    yield f"**Devices of {CARD} GB** that a stage takes as it stands, by FSDP2 where weights can be parted\n"
+    yield f"**Devices of {CARD} GB** that a stage takes as it stands, by FSDP2 where weights can be parted, else by DDP\n"
     yield f"| stage | {' | '.join(BASES)} |"
     yield f"|---{'|---' * len(BASES)}|"
     for system, stages in SYSTEMS.items():
@@ -148,10 +148,8 @@ def _devices() -> Iterator[str]:
 def _count(words: Sequence[str], base: str) -> str:
     if peak(words, base) <= CARD:
         return "1"
-    if not parted(words):
-        return "larger ones"
-    found = more_devices(lambda name, count: peak(words, base, name, count), "fsdp2", 1, CARD)
-    return str(found[1]) if found else "more than 64"
+    found = more_devices(lambda name, count: peak(words, base, name, count), "fsdp2", 1, CARD, parted(words))
+    return str(found[1]) if found else "more than 64" if parted(words) else "larger ones"
 
 
 if __name__ == "__main__":

@@ -76,10 +76,15 @@ def _halves(value: int, least: int = 1) -> Iterator[int]:
         yield value
 
 
-def more_devices(peak: Callable[[str, int], float], strategy: str, devices: int, limit: float) -> tuple[str, int] | None:
-    """The fewest devices, and the strategy, whose peak fits; None where none up to 64 does."""
+def more_devices(peak: Callable[[str, int], float], strategy: str, devices: int, limit: float, parted: bool = True,
+                 ) -> tuple[str, int] | None:
+    """The fewest devices, and the strategy, whose peak fits; None where none up to 64 does.
+
+    Args:
+        parted: whether weights can be parted; else processes share out the state of a mask's optimiser at most.
+    """
     names = [strategy] if strategy in ("fsdp2", "zero2", "zero3") else ["fsdp2"]
-    for name in dict.fromkeys((*names, "fsdp2")):
+    for name in dict.fromkeys((*names, "fsdp2")) if parted else ("ddp",):
         count = max(2, devices if name != strategy else devices * 2)
         while count <= _MOST:
             if peak(name, count) <= limit:

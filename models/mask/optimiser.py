@@ -73,20 +73,22 @@ class RoundedAdamW(torch.optim.Optimizer):
                 number += 1
 
     def _step(self, parameter: Tensor, group: dict[str, Any], number: int) -> None:
+        # where it counts is on the CPU, as torch's own AdamW has it: no wait for a device
         state = self.state[parameter]
         if not state:
-            state |= {"step": 0, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
-        state["step"] = int(state["step"]) + 1
+            state |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")} | {"step": torch.zeros(())}
+        state["step"] += 1
+        step = int(state["step"])
         if adam_serves(parameter):
             adam_step(parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"],
-                      f"{group['seed']}|adam|{state['step']}|{number}", state["step"], group)
+                      f"{group['seed']}|adam|{step}|{number}", step, group)
             return
         for part, block in enumerate(_blocks(parameter)):
             # a device's stream starts at 0 only, so every block has a key of its own
-            key = f"{group['seed']}|adam|{state['step']}|{number}|{part}"
+            key = f"{group['seed']}|adam|{step}|{number}|{part}"
             noise = [random_bits(f"{key}|{name}", 0, length(block), parameter.device) for name in ("logits", "moments")]
             places = [piece(tensor, block) for tensor in (parameter, state["exp_avg"], state["exp_avg_sq"])]
-            adam_block(piece(parameter.grad, block), *places, noise[0], noise[1], state["step"], group)
+            adam_block(piece(parameter.grad, block), *places, noise[0], noise[1], step, group)
 
 
 def adam_block(gradient: Tensor, values: Tensor, mean: Tensor, square: Tensor, noise: Tensor, moment_noise: Tensor,
