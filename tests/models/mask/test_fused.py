@@ -16,7 +16,10 @@ from models.mask.slots import Spec
 from models.mask.units import units_of
 
 # conftest.py asks for the interpreter where there is no GPU; a machine without Triton has nothing to test here
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not has_triton(), reason="Triton is not installed")]
+pytestmark = pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
+#: What scripts/gpu_check.sh runs on a GPU: every kernel, not every kind of one, for each takes a second to compile.
+ON_A_GPU = pytest.mark.cuda
+PUBLISHED = pytest.param("tensor", marks=ON_A_GPU)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 #: A tensor of several programs, one within a block, one whose entries end within eight.
@@ -56,14 +59,14 @@ def stepped(bank, draw, kernels, monkeypatch):
 
 
 @pytest.mark.parametrize("types", TYPES)
-@pytest.mark.parametrize("rescale", ["none", "tensor", "detached", "expected"])
+@pytest.mark.parametrize("rescale", ["none", PUBLISHED, "detached", "expected"])
 def test_the_kernels_draw_what_the_operations_draw(rescale, types, monkeypatch):
     settings = Settings(rescale=rescale, rule=Rule("task_arithmetic", 0.3))
     compared(settings, Draw("k", 0.5), TYPES[types], monkeypatch)
 
 
 @pytest.mark.parametrize("granularity", ["row", "block"])
-@pytest.mark.parametrize("rescale", ["none", "tensor", "expected"])
+@pytest.mark.parametrize("rescale", ["none", PUBLISHED, "expected"])
 def test_logits_that_neighbours_share(granularity, rescale, monkeypatch):
     """Blocks of four: the last of a row has three."""
     compared(Settings(granularity=granularity, rescale=rescale), Draw("k", 0.5), TYPES["float32"], monkeypatch)
@@ -106,6 +109,7 @@ def test_a_mask_of_zeros_gives_the_aligned_model(monkeypatch):
     assert bank.zero_masks == 1
 
 
+@ON_A_GPU
 def test_a_random_reference_ignores_the_logits(monkeypatch):
     monkeypatch.setattr(FusedDraws, "serves", FusedDraws.fits)
     one, other = (made(Settings(), TYPES["float32"]) for _ in range(2))
@@ -115,6 +119,7 @@ def test_a_random_reference_ignores_the_logits(monkeypatch):
     assert all(torch.equal(a.live, b.live) for a, b in zip(one.slots, other.slots, strict=True))
 
 
+@ON_A_GPU
 def test_noise_is_a_function_of_key_and_index():
     from scipy.stats import kstest
 
@@ -126,6 +131,7 @@ def test_noise_is_a_function_of_key_and_index():
     assert abs(float(torch.corrcoef(torch.stack([bits[:-1], bits[1:]]).double())[0, 1])) < 0.06
 
 
+@ON_A_GPU
 @pytest.mark.parametrize(("settings", "draw", "does"), [
     (Settings(), Draw("k"), True), (Settings(rescale="global"), Draw("k"), False),
     (Settings(rule=Rule("ties", 0.4)), Draw("k"), False), (Settings(granularity="layer"), Draw("k"), False),
@@ -159,6 +165,7 @@ def test_few_kernels_a_draw_and_a_gradient(granularity, names, monkeypatch):
     assert sorted(launched) == sorted(names * 6)
 
 
+@ON_A_GPU
 def test_the_step_is_adam_rounded_to_chance(monkeypatch):
     size, source = 4003, torch.Generator().manual_seed(1)
     group = {"betas": (0.9, 0.999), "lr": 5e-3, "eps": 1e-8, "weight_decay": 0.1}
