@@ -133,7 +133,7 @@ def parse(command: type, argv: Sequence[str] | None = None) -> Parsed:
     training.update(extra)
     # what did not convert keeps its default here, so that one typo does not hide the other errors
     args = command(**values)
-    problems += [*_range_problems(args), *args.problems(), *command.training_problems(training)]
+    problems += [*_range_problems(args), *args.problems(), *command.training_problems(training), *args.clashes(training)]
     # --data_path "$MINE" without a MINE would train on the embedded data
     problems += [f"--{name}: is empty; give a place, or leave the flag out (a shell variable without a value?)"
                  for name in _PLACES if texts.get(name) == ""]

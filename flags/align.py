@@ -12,7 +12,7 @@ from config import flag, group_of, training_fields
 from flags.base import DIALOGS, SKILLS, TASKS, ModelCommand, name_problems
 from flags.data import DataFlags, FramedFlags, PaddingFlags, RecordFlags
 from flags.lora import AdapterFlags, LoraFlags, QuantisedBaseFlags
-from flags.mask import AnchorFlags, MaskFlags
+from flags.mask import AnchorFlags, MaskFlags, narrow_logit_problems
 from flags.moe import MoeFlags
 from flags.optimiser import BatchFlags, EpochDecayFlags, OptimiserFlags, trackers_of
 from flags.preferences import DpoFlags, PairFlags
@@ -200,6 +200,9 @@ class MaskArgs(_DenseArgs, MaskFlags, AnchorFlags, DpoFlags, PairFlags, DataFlag
             found.append(f"--anchor_tasks {self.anchor_tasks or '(empty)'}: name the data of each entry of --tasks, "
                          f"{len(self.task_names)} in all")
         return found
+
+    def clashes(self, training: dict[str, Any]) -> list[str]:
+        return super().clashes(training) + narrow_logit_problems(self, self.learning_rate, training)
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,10 @@ class Flags:
         """Flags that nothing reads beside these values -> why; an error where one stands on the command line."""
         return {}
 
+    def clashes(self, training: dict[str, Any]) -> list[str]:
+        """What is wrong with the values beside the fields of transformers.TrainingArguments that were given."""
+        return []
+
     def problems(self) -> list[str]:
         """What is wrong with the values; each group says what concerns itself, a command what concerns several."""
         return []

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from config import flag
 from flags.base import Flags
@@ -12,6 +15,12 @@ RULES = ("single", "task_arithmetic", "ties", "dare", "average")
 GRANULARITIES = ("element", "row", "block", "head", "layer", "rank")
 RESCALES = ("none", "tensor", "detached", "global", "expected")
 EXCLUDABLE = ("embeddings", "norms", "head")
+#: Values of --optim that mean AdamW, which logits in bfloat16 train with (models/mask/optimiser.py).
+ROUNDED_AS = ("adamw_torch_fused", "adamw_torch")
+#: Those whose moments several processes share out: their states are tensors by parameter.
+SHARED_OUT = ROUNDED_AS
+#: Decay of a moment from which on its rounding would be more than a twentieth of it: 2^-9 / sqrt(2 (1 - beta)) at 0.999.
+MOST_BETA = 0.999
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,7 @@ class MaskFlags(Flags):
     keep_weight: float = flag(0.0, "weight of KL(mask || Bernoulli(--keep_prior)), mean over entries", low=0)
     storage: str = flag("float32", "masks on weights: type of live weights, their base and task vectors; bfloat16 rounds "
                                    "small task vectors away", choices=("float32", "bfloat16"))
-    logit_dtype: str = flag("float32", "type of the logits and their optimiser state; with bfloat16 use --adam_beta2 0.95",
+    logit_dtype: str = flag("float32", "type of logits and their optimiser state; bfloat16: AdamW, rounded stochastically",
                             choices=("float32", "bfloat16"))
 
     @property
@@ -90,6 +99,31 @@ class MaskFlags(Flags):
         if self.reference == "task" and len(names) > 1:
             found.append(f"--reference task: there are {len(names)} tasks; use merge, the unmasked fusion")
         return found
+
+
+def narrow_logit_problems(args: MaskFlags, learning_rate: float, training: Mapping[str, Any]) -> list[str]:
+    """What logits in bfloat16 cannot be trained with, so that no run ends where it began."""
+    if args.logit_dtype != "bfloat16":
+        return []
+    said, found = "--logit_dtype bfloat16", []
+    if (name := str(training.get("optim") or ROUNDED_AS[0])) not in ROUNDED_AS:
+        found.append(f"--optim {name}: rounds to the nearest, which loses most steps with {said}; allowed: "
+                     f"{', '.join(ROUNDED_AS)} (AdamW, rounded stochastically), or --logit_dtype float32")
+    for flag_name in ("adam_beta1", "adam_beta2"):
+        beta = training.get(flag_name)
+        if isinstance(beta, float | int) and beta > MOST_BETA:
+            found.append(f"--{flag_name} {beta:g}: so slow a moment is more rounding than gradient with {said}; allowed: "
+                         f"up to {MOST_BETA:g}, or --logit_dtype float32")
+    if (start := abs(args.mask_init)) and 0 < learning_rate < (least := _apart(start) / 64):
+        found.append(f"--learning_rate {learning_rate:g}: bfloat16 has no number within {_apart(start):g} of --mask_init "
+                     f"{args.mask_init:g}, and 64 such steps are less with {said}; allowed: {least:.2g} and more, an init "
+                     "nearer to 0, or --logit_dtype float32")
+    return found
+
+
+def _apart(value: float) -> float:
+    """The distance of bfloat16's numbers (8 bits) around a number above 0."""
+    return 2.0 ** (math.frexp(value)[1] - 8)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import logging
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -303,8 +303,12 @@ def trainable(model: nn.Module) -> dict[str, torch.Tensor]:
     return {n: p.detach().to("cpu", copy=True).contiguous() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def save_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
-    """Write optimiser moments and both states' plain values; where moments are parted, every process must ask."""
+def save_optimizer(folder: Path, optimizer: Any, scheduler: Any, shared: bool = False) -> None:
+    """Write optimiser moments and both states' plain values; where moments are parted or shared out, every process must ask.
+
+    Args:
+        shared: whether each process has the moments of parameters of its own (``training/distributed/moments.py``).
+    """
     state = optimizer.state_dict()
     tensors, parted, plain = {}, {}, {}
     for index, values in state["state"].items():
@@ -319,7 +323,7 @@ def save_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
                     parted[name] = leaf.detach()
                 else:
                     tensors[name] = leaf.detach().to("cpu", copy=deeper).contiguous()
-    if parted:
+    if parted or shared:
         # counts of steps are whole, and the same everywhere
         parts.save(folder / parts.OPTIMIZER, parted | tensors)
         if not manifest.is_main():
@@ -331,14 +335,15 @@ def save_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
     (folder / STATE).write_text(json.dumps(content), encoding="utf-8")
 
 
-def load_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
-    """Restore what ``save_optimizer`` wrote."""
+def load_optimizer(folder: Path, optimizer: Any, scheduler: Any, own: Container[int] | None = None) -> None:
+    """Restore what ``save_optimizer`` wrote; ``own``: of the parameters of these numbers alone."""
     content = json.loads((folder / STATE).read_text(encoding="utf-8"))
     state: dict[int, dict[str, Any]] = {}
     place = held(folder, OPTIMIZER, parts.OPTIMIZER)
     # by their numbers, which are those of the state
     parameters = dict(enumerate(p for group in getattr(optimizer, "param_groups", ()) for p in group["params"]))
-    tensors = {name: _room(name, shape, dtype, parameters) for name, (shape, dtype) in place.stored().items()}
+    tensors = {name: _room(name, shape, dtype, parameters) for name, (shape, dtype) in place.stored().items()
+               if own is None or int(name.partition(".")[0]) in own}
     place.load(tensors)
     for name, value in (*tensors.items(), *content["plain"].items()):
         index, key, *inner = name.split(".")

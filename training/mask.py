@@ -22,14 +22,18 @@ from data.prompts import template
 from errors import UserError
 from flags import MaskArgs
 from flags.launch import sharding
+from flags.mask import SHARED_OUT
 from models.base.loading import load_tokenizer
 from models.base.placement import set_up_torch
 from models.mask.bank import Draw, MaskBank
 from models.mask.diagnostics import mask_numbers
 from models.mask.files import LOGITS, identity, open_models, read_mask, save_mask
 from models.mask.memory import Plan, memory_plan
+from models.mask.optimiser import RoundedAdamW
 from models.mask.settings import Settings
 from models.task_vectors import Model
+from training.checkpoints import load_optimizer, save_optimizer
+from training.distributed.moments import share_out
 from training.dpo import SafeDPOTrainer, drawn_pairs, encode_pairs, preference_arguments
 from training.mask_anchor import Anchor, anchor_rows, make_anchor
 from training.mask_model import live_model, reference_values, settings_for
@@ -49,6 +53,8 @@ class MaskTrainer(SafeDPOTrainer):
         self.bank: MaskBank | None = None
         self.anchor: Anchor | None = None
         self._place = (-1, 0)
+        # numbers of the logits that this process steps; None: all
+        self._own: frozenset[int] | None = None
         super().__init__(*args, results=flags.results, **kwargs)
 
     def add_bank(self, bank: MaskBank, anchor: Anchor | None) -> None:
@@ -69,9 +75,27 @@ class MaskTrainer(SafeDPOTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            if self.flags.logit_dtype == "bfloat16":
+                # rounded to the nearest most steps would be none; flags/mask.py refuses every other optimiser
+                kind, options = RoundedAdamW, {k: options[k] for k in ("lr", "betas", "eps")} | {"seed": self.flags.seed}
             group = {"params": list(self.bank.parameters()), "weight_decay": self.args.weight_decay}
             self.optimizer = kind([group], **options)
+            if self.args.world_size > 1 and getattr(self.args.optim, "value", self.args.optim) in SHARED_OUT and (
+                    len(group["params"]) >= self.args.world_size):
+                self._own = share_out(self.optimizer, self.args.process_index, self.args.world_size)
         return self.optimizer
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self._own is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+        else:
+            save_optimizer(Path(output_dir), self.optimizer, self.lr_scheduler, shared=True)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint and self._own is not None:
+            load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler, self._own)
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def draw(self, micro: int, number: int, trained: bool = True) -> Draw:
         """The mask of a forward pass: a function of seed, step, micro-step and number, so that resuming changes nothing."""

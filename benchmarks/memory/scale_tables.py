@@ -34,7 +34,7 @@ _EXPERT = ("--preset", "h3fusion", "--moe_flag", "0", "--task_name", "helpfulnes
 _MOE = ("--preset", "h3fusion", "--moe_flag", "1")
 _MASK = ("--method", "mask", "--tasks", "english", *_AGAIN, *_ONE)
 _ON_WEIGHTS = ("--preset", "somf_tinyllama", *_MASK, "--mask_on", "weights", "--storage")
-_NARROW = ("bfloat16", "--logit_dtype", "bfloat16", "--adam_beta2", "0.95")
+_NARROW = ("bfloat16", "--logit_dtype", "bfloat16")
 _ADAPTER = ("--preset", "lora_fusion", "--moe_flag", "0", "--task_name", "aoa", "--data_path", "a.json")
 #: System -> (stage, command line without its base).
 SYSTEMS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
@@ -56,6 +56,7 @@ SYSTEMS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
             "1024")),
         ("a mask on every weight, 1 pair, fp32", (*_ON_WEIGHTS, "float32")),
         ("the same, `--storage bfloat16 --logit_dtype bfloat16`", (*_ON_WEIGHTS, *_NARROW)),
+        ("the same, `--storage bfloat16 --granularity block`", (*_ON_WEIGHTS, "bfloat16", "--granularity", "block")),
         ("the same, `--storage bfloat16 --granularity row`", (*_ON_WEIGHTS, "bfloat16", "--granularity", "row")),
     ),
     "LoRA fusion": (
@@ -135,7 +136,7 @@ def _strategies() -> Iterator[str]:
 
 
 def _devices() -> Iterator[str]:
-    yield f"**Devices of {CARD} GB** that a stage takes as it stands, by FSDP2 where weights can be parted\n"
+    yield f"**Devices of {CARD} GB** that a stage takes as it stands, by FSDP2 where weights can be parted, else by DDP\n"
     yield f"| stage | {' | '.join(BASES)} |"
     yield f"|---{'|---' * len(BASES)}|"
     for system, stages in SYSTEMS.items():
@@ -147,10 +148,8 @@ def _devices() -> Iterator[str]:
 def _count(words: Sequence[str], base: str) -> str:
     if peak(words, base) <= CARD:
         return "1"
-    if not parted(words):
-        return "larger ones"
-    found = more_devices(lambda name, count: peak(words, base, name, count), "fsdp2", 1, CARD)
-    return str(found[1]) if found else "more than 64"
+    found = more_devices(lambda name, count: peak(words, base, name, count), "fsdp2", 1, CARD, parted(words))
+    return str(found[1]) if found else "more than 64" if parted(words) else "larger ones"
 
 
 if __name__ == "__main__":

@@ -110,8 +110,8 @@ def _nearest(args: Any, extra: dict[str, Any], place: Place, peak: Any, strategy
         if (size := peak(one, more)) <= limit:
             ways.append(f"{words} ({size / 1e9:.1f} GB)")
             break
-    if isinstance(args, AlignArgs) and not held_whole(args) and (
-            found := more_devices(lambda name, count: peak(args, extra, name, count), strategy, devices, limit)):
+    if isinstance(args, AlignArgs) and (found := more_devices(
+            lambda name, count: peak(args, extra, name, count), strategy, devices, limit, not held_whole(args))):
         name, count = found
         ways.append(f"--plan_strategy {name} --plan_devices {count} ({peak(args, extra, name, count) / 1e9:.1f} GB each)")
     return f"nearest that fits: {'; or '.join(ways)}" if ways else "no smaller setting fits; use a smaller base"

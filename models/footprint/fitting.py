@@ -39,9 +39,12 @@ def _training(args: Any, extra: dict[str, Any], cuda: bool) -> Iterator[tuple[st
         yield from ((f"{held[0]} {words}", one, checkpointed) for words, one in _fewer_rows(args))
     last = [("", args)]
     if isinstance(args, MaskArgs):
-        bits = replace(args, storage="bfloat16", logit_dtype="bfloat16")
-        last = [("--storage bfloat16 --logit_dtype bfloat16 --adam_beta2 0.95", bits),
-                ("--storage bfloat16 --granularity row", replace(bits, logit_dtype=args.logit_dtype, granularity="row"))]
+        narrow = replace(args, storage="bfloat16")
+        last = [(f"--storage bfloat16 --granularity {by}", replace(narrow, granularity=by)) for by in ("block", "row")]
+        bits = replace(narrow, logit_dtype="bfloat16")
+        # with another optimiser than AdamW the command would refuse such logits
+        if not bits.clashes(extra):
+            last.insert(0, ("--storage bfloat16 --logit_dtype bfloat16", bits))
     elif getattr(args, "tuning", None) == "full":
         last = [("--tuning lora", replace(args, tuning="lora"))]
         if cuda:
@@ -73,10 +76,15 @@ def _halves(value: int, least: int = 1) -> Iterator[int]:
         yield value
 
 
-def more_devices(peak: Callable[[str, int], float], strategy: str, devices: int, limit: float) -> tuple[str, int] | None:
-    """The fewest devices, and the strategy, whose peak fits; None where none up to 64 does."""
+def more_devices(peak: Callable[[str, int], float], strategy: str, devices: int, limit: float, parted: bool = True,
+                 ) -> tuple[str, int] | None:
+    """The fewest devices, and the strategy, whose peak fits; None where none up to 64 does.
+
+    Args:
+        parted: whether weights can be parted; else processes share out the state of a mask's optimiser at most.
+    """
     names = [strategy] if strategy in ("fsdp2", "zero2", "zero3") else ["fsdp2"]
-    for name in dict.fromkeys((*names, "fsdp2")):
+    for name in dict.fromkeys((*names, "fsdp2")) if parted else ("ddp",):
         count = max(2, devices if name != strategy else devices * 2)
         while count <= _MOST:
             if peak(name, count) <= limit:

@@ -29,6 +29,7 @@ class Footprint:
         unit, root: bytes of weights of one layer, and of embedding, head and last norm.
         data: held beside the model, on the device: task vectors, expert factors.
         allocator: what a GPU's caching allocator keeps beside the tensors.
+        shared: whether DDP's processes share the optimiser's state out, and reduce gradients where they are.
     """
 
     parameters: int
@@ -44,6 +45,7 @@ class Footprint:
     root: float = 0.0
     data: float = 0.0
     allocator: float = 0.0
+    shared: bool = False
 
     @property
     def tensors(self) -> float:
@@ -98,7 +100,8 @@ def divided(whole: Footprint, strategy: str, devices: int) -> Footprint:
         return whole
     row = TABLE[strategy]
     share = {True: 1 / devices, False: 1.0}
-    buffers = whole.gradients  # DDP's buckets: a second copy, reduced while the backward pass goes on
+    # DDP's buckets: a second copy, reduced while the backward pass goes on
+    buffers = 0.0 if whole.shared else whole.gradients
     if strategy == "fsdp2":
         # the root's own weights stay; of the layers the one at work, the next one, and a gradient on its way
         buffers = whole.root + 2 * whole.unit + (whole.gradients * whole.unit / whole.weights if whole.weights else 0)
@@ -108,5 +111,5 @@ def divided(whole: Footprint, strategy: str, devices: int) -> Footprint:
             buffers += min(whole.weights, LIVE * whole.weights / max(whole.parameters, 1))
     return replace(
         whole, weights=whole.weights * share[row.weights], data=whole.data * share[row.weights],
-        gradients=whole.gradients * share[row.gradients], optimiser=whole.optimiser * share[row.optimiser],
+        gradients=whole.gradients * share[row.gradients], optimiser=whole.optimiser * share[row.optimiser or whole.shared],
         communication=buffers)

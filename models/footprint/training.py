@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 from flags import DpoArgs, FusedMoeArgs, MaskArgs, SearchArgs, SoupArgs
 from flags.base import OBJECTIVES
+from flags.mask import SHARED_OUT
 from models.footprint.activations import Pass, answering, head, kept, passing
 from models.footprint.shapes import ATTENTION, FFN, Shape
 from models.footprint.strategies import Footprint
@@ -78,7 +79,8 @@ def training(args: Any, extra: Mapping[str, Any], shape: Shape, place: Place, to
     wide = place.compute < 4 and not (step.masked and args.storage == "bfloat16")
     activations = kept(shape, step) + place.compute * copied * wide
     moment = max(passing(shape, step), mask.passing if mask else 0.0)
-    return _whole(shape, place, trained, weights, data, gradients, optimiser, activations, moment)
+    found = _whole(shape, place, trained, weights, data, gradients, optimiser, activations, moment)
+    return replace(found, shared=bool(mask) and str(extra.get("optim") or SHARED_OUT[0]) in SHARED_OUT)
 
 
 def on_weights(args: Any) -> bool:

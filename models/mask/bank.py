@@ -8,7 +8,7 @@ logits a step holds one tensor's gradient, mask and slope, whatever the model's 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -16,61 +16,12 @@ from torch import Tensor, nn
 
 from models.mask.blocks import blocks, length, piece, spread
 from models.mask.concrete import mean_of, noise, prior_gradient, scale_for, soft_mask, soft_slope
+from models.mask.fused.launch import FusedDraws
+from models.mask.live import Draw, Slot
 from models.mask.rescale import RESCALINGS, LogitBlock, Scale, joint_mean_part
 from models.mask.rules import combined, effective, ties_thresholds
 from models.mask.settings import Settings
 from models.mask.slots import Spec
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Which mask a forward pass sees.
-
-    Args:
-        key: of the noise, e.g. seed, step and micro-step.
-        temperature: of the soft mask, and of the slope.
-        hard: zeros and ones in the forward pass, the soft mask's slope in the backward one (straight through).
-        mirrored: 1 - u instead of u.
-        trained: whether logits count; False: all 0, the published reference's random mask.
-        expected: no draw: the mask's mean sigmoid(s), as ``readout`` gives it; of a key "SEED|readout|rule" what realign
-            writes with that seed.
-    """
-
-    key: str
-    temperature: float = 0.5
-    hard: bool = False
-    mirrored: bool = False
-    trained: bool = True
-    expected: bool = False
-
-
-@dataclass
-class Slot:
-    """A tensor that lives in the model.
-
-    Args:
-        live: the model's parameter; what the bank writes.
-        base: theta_s, of the live type.
-        deltas: theta_i - theta_s, or their weighted sum where the rule is linear.
-        logits_index: place among the bank's logits, which sets it; None: not masked.
-        counts: entries per unit, (units,); None: one each.
-    """
-
-    spec: Spec
-    live: nn.Parameter
-    base: Tensor
-    deltas: list[Tensor]
-    logits_index: int | None
-    counts: Tensor | None = None
-
-    @property
-    def entries(self) -> float:
-        """How many entries of the tensor its logits govern."""
-        return float(self.spec.units.size if self.counts is None else self.counts.sum())
-
-    def counts_as(self, dtype: torch.dtype, block: slice = slice(None)) -> Tensor | float:
-        """Entries of each unit of a block of logits; 1.0: one each."""
-        return 1.0 if self.counts is None else self.counts[block].to(dtype)
 
 
 class MaskBank(nn.Module):
@@ -81,8 +32,8 @@ class MaskBank(nn.Module):
         logit_dtype: of the parameters that train.
 
     ``weight`` multiplies every gradient (1 / draws, where a step averages several); ``scales`` (tensor name -> what its mask
-    was multiplied by) and ``thresholds`` (TIES, per task) are the last ``write``'s; ``zero_masks`` counts masks that were
-    zero throughout.
+    was multiplied by) and ``thresholds`` (TIES, per task) are the last ``write``'s. On a GPU ``fused`` does what it can in a
+    few kernels a tensor (``models/mask/fused/launch.py``) and keeps their scales itself.
     """
 
     def __init__(self, slots: Sequence[Slot], settings: Settings, init: float = 0.0,
@@ -106,8 +57,18 @@ class MaskBank(nn.Module):
         self.weight = 1.0
         self.scales: dict[str, float] = {}
         self.thresholds: list[float] | None = None
-        self.zero_masks = 0
+        self._zero_masks = 0
+        self.fused = FusedDraws(self.masked, settings, self.logits[0].device) if self.masked else None
         self._joint_scale_gradient = 0.0
+
+    @property
+    def zero_masks(self) -> int:
+        """Masks that were zero throughout, so far."""
+        return self._zero_masks + (self.fused.zero_masks if self.fused else 0)
+
+    @zero_masks.setter
+    def zero_masks(self, count: int) -> None:
+        self._zero_masks = count - (self.fused.zero_masks if self.fused else 0)
 
     # ---- forward
 
@@ -142,7 +103,13 @@ class MaskBank(nn.Module):
         for slot in self.slots:
             slot.live.copy_(source(slot.spec))
 
+    def _by_kernels(self, slot: Slot, draw: Draw) -> bool:
+        return slot.logits_index is not None and self.fused.serves(slot, draw)
+
     def _write(self, slot: Slot, draw: Draw) -> None:
+        if self._by_kernels(slot, draw):
+            self.fused.write(slot, self.logits[slot.logits_index].detach(), draw)
+            return
         weights = slot.live.detach().view(-1)
         # a mask with a logit per entry is drawn where its weights will be: no second buffer
         mask, _ = self._drawn(slot, draw, room=weights if slot.spec.units and slot.spec.units.single else None)
@@ -197,14 +164,14 @@ class MaskBank(nn.Module):
         name = slot.spec.name
         if name not in self.scales:
             mean = mean_of(self.rescaling.measured(mask, self.logits[slot.logits_index].detach()), slot.counts)
-            self.zero_masks += mean == 0
+            self._zero_masks += mean == 0
             self.scales[name] = scale_for(mean)
         return self.scales[name]
 
     def _measure_joint_scale(self, draw: Draw) -> None:
         """1 / the mean over all masks, one for all tensors."""
         total = sum(mean_of(self._drawn(slot, draw)[0], slot.counts) * slot.entries for slot in self.masked)
-        self.zero_masks += total == 0
+        self._zero_masks += total == 0
         self.scales = dict.fromkeys(self.names, scale_for(total / self._masked_entries))
 
     def _measure_thresholds(self, vectors: Callable[[], Iterator[list[Tensor]]]) -> None:
@@ -240,6 +207,11 @@ class MaskBank(nn.Module):
         if draw is None or not draw.trained:
             live.grad = None
             raise RuntimeError("a backward pass needs the draw that its forward pass saw: call write() first")
+        logits = self.logits[slot.logits_index]
+        if self._by_kernels(slot, draw):
+            gradient, live.grad = live.grad, None
+            logits.grad = self.fused.backward(slot, logits.detach(), draw, gradient, self.weight, logits.grad)
+            return
         # a soft mask tells its slope, block by block; a hard one does not, and its soft draw is gone
         mask, slope = self._drawn(slot, draw, with_slope=draw.hard)
         scale = self._scale(slot, mask)
@@ -248,7 +220,6 @@ class MaskBank(nn.Module):
         gradient = self._logit_gradient(slot, mask_gradient, mask, slope, scale, draw.temperature)
         if self.weight != 1:
             gradient.mul_(self.weight)
-        logits = self.logits[slot.logits_index]
         if logits.grad is None:
             logits.grad = gradient.to(logits.dtype)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -114,34 +114,51 @@ def agreement(masks: Mapping[str, Mask], readout: Readout | None = None) -> dict
         raise UserError(f"{', '.join(odd)}: masks other tensors than {next(iter(masks))}; compare masks of one granularity "
                         "on the same weights")
     readout = readout or Readout("top", 0.5)
-    # each with noise of its own: shared uniforms would look like agreement
-    kept = {label: torch.cat([values.reshape(-1) > 0.5 for _, values in read_out(mask.logits, mask.settings, readout, seed)])
-            for seed, (label, mask) in enumerate(masks.items())}
+    kept, both = _kept(masks, tuple(sizes), readout)
+    units = sum(sizes.values())
     ranks = {label: _ranks(mask) for label, mask in masks.items()}
-    pairs = [{"one": one, "two": two, **_jaccard(kept[one], kept[two]), "spearman": _correlation(ranks[one], ranks[two])}
-             for one, two in itertools.combinations(masks, 2)]
+    pairs = [{"one": one, "two": two, **_jaccard(kept[one], kept[two], both[one, two], units),
+              "spearman": _correlation(ranks[one], ranks[two])} for one, two in itertools.combinations(masks, 2)]
     return {"readout": str(readout), "pairs": pairs}
 
 
-def _jaccard(kept: Tensor, other: Tensor) -> dict[str, float]:
-    """|A and B| / |A or B| of what two masks keep, (units,) booleans, and of independent masks; 1 for two masks of nothing.
+def _kept(masks: Mapping[str, Mask], tensors: Sequence[str], readout: Readout,
+          ) -> tuple[dict[str, int], dict[tuple[str, str], int]]:
+    """(name -> units that a mask keeps, two names -> units that both keep), from one tensor of every mask at a time."""
+    kept, both = Counter(), Counter()
+    # each with noise of its own: shared uniforms would look like agreement
+    walks = [read_out({name: mask.logits[name] for name in tensors}, mask.settings, readout, seed)
+             for seed, mask in enumerate(masks.values())]
+    for step in zip(*walks, strict=True):
+        here = {label: values.reshape(-1) > 0.5 for label, (_, values) in zip(masks, step, strict=True)}
+        kept.update({label: int(values.sum()) for label, values in here.items()})
+        both.update({(one, two): int((here[one] & here[two]).sum()) for one, two in itertools.combinations(masks, 2)})
+    return kept, both
+
+
+def _jaccard(kept: int, other: int, both: int, units: int) -> dict[str, float]:
+    """|A and B| / |A or B| of what two masks keep of so many units, and of independent masks; 1 for two masks of nothing.
 
     Independent masks that keep shares p and q meet in p q of the units and cover p + q - p q.
     """
-    either = int((kept | other).sum())
-    share, other_share = float(kept.double().mean()), float(other.double().mean())
+    either = kept + other - both
+    share, other_share = kept / units, other / units
     both_by_chance = share * other_share
-    return {"jaccard": int((kept & other).sum()) / either if either else 1.0,
+    return {"jaccard": both / either if either else 1.0,
             "chance": both_by_chance / (share + other_share - both_by_chance) if share + other_share else 1.0}
 
 
 def _ranks(mask: Mask) -> Tensor:
+    """Ranks of the logits, SAMPLE of them at most twice over, ties sharing their mean rank, fp64."""
     from scipy.stats import rankdata
 
-    """Ranks of the logits, ties sharing their mean rank, fp64."""
-    flat = torch.cat([value.float().reshape(-1) for value in mask.logits.values()])
-    step = max(1, flat.numel() // SAMPLE)
-    return torch.from_numpy(rankdata(flat[::step].numpy()))
+    step = max(1, sum(value.numel() for value in mask.logits.values()) // SAMPLE)
+    taken, place = [], 0
+    for value in mask.logits.values():
+        # every step-th of all logits side by side, which need not stand side by side for it
+        taken.append(value.reshape(-1)[-place % step::step].float())
+        place += value.numel()
+    return torch.from_numpy(rankdata(torch.cat(taken).numpy()))
 
 
 def _correlation(one: Tensor, two: Tensor) -> float | None:

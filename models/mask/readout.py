@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from models.mask.concrete import hard_mask, noise, soft_mask
 from models.mask.settings import Readout, Settings
+from models.operators.selection import descend
+from models.operators.spans import BLOCK
+
+#: Bins of the upper and of the lower half of a logit's 32 bits.
+_HALF = 1 << 16
 
 
 def read_out(logits: Mapping[str, Tensor], settings: Settings, readout: Readout, seed: int = 0,
@@ -20,7 +25,7 @@ def read_out(logits: Mapping[str, Tensor], settings: Settings, readout: Readout,
     """
     if readout.kind == "top":
         # the only read-out that no tensor can tell by itself
-        yield from _largest_share(logits, readout.value).items()
+        yield from _largest_share(logits, readout.value)
         return
     for name, values in logits.items():
         yield name, _mask(name, values, settings.temperature, readout, seed)
@@ -41,14 +46,46 @@ def _mask(name: str, logits: Tensor, temperature: float, readout: Readout, seed:
     return total / draws
 
 
-def _largest_share(logits: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
-    """Ones for exactly share x units, at least one, of the largest logits over all tensors; of equal ones, the first."""
-    flat = torch.cat([value.float().reshape(-1) for value in logits.values()])
-    wanted = max(1, round(share * flat.numel()))
-    smallest_kept = flat.kthvalue(flat.numel() - wanted + 1).values
-    kept = flat > smallest_kept
-    # an untrained mask is all ties: without this its "half" would be the whole
-    ties = (flat == smallest_kept).nonzero().squeeze(1)
-    kept[ties[:wanted - int(kept.sum())]] = True
-    pieces = kept.split([value.numel() for value in logits.values()])
-    return {name: piece.view(value.shape).float() for (name, value), piece in zip(logits.items(), pieces, strict=True)}
+def _largest_share(logits: Mapping[str, Tensor], share: float) -> Iterator[tuple[str, Tensor]]:
+    """Ones for exactly share x units, at least one, of the largest logits over all tensors; of equal ones, the first.
+
+    First in the order of tensors, within one by index; 0 and -0 are equal. Radix selection in two walks and two tables of
+    2^16 counts, so that beside one tensor's mask nothing is held, however many logits there are; no NaN among them.
+    """
+    units = sum(value.numel() for value in logits.values())
+    if not units:
+        yield from ((name, value.float()) for name, value in logits.items())
+        return
+    wanted = max(1, round(share * units))
+    upper, rest = descend(_counts(logits, lambda keys: (keys >> 16) + _HALF // 2), wanted)
+    within = upper - _HALF // 2
+    lower, ties = descend(_counts(logits, lambda keys: keys[keys >> 16 == within] & 0xFFFF), rest)
+    threshold = within << 16 | lower
+    for name, value in logits.items():
+        mask = torch.empty(value.shape, device=value.device)
+        for keys, kept in zip(_ordered(value), mask.view(-1).split(BLOCK), strict=True):
+            chosen = keys > threshold
+            # an untrained mask is all ties: without this its "half" would be the whole
+            if ties:
+                places = (keys == threshold).nonzero().squeeze(1)[:ties]
+                chosen[places] = True
+                ties -= len(places)
+            kept.copy_(chosen)
+        yield name, mask
+
+
+def _counts(logits: Mapping[str, Tensor], bins: Callable[[Tensor], Tensor]) -> Tensor:
+    """How many logits fall into each of 2^16 ``bins``, (2^16,) int64 on the CPU."""
+    counts = torch.zeros(_HALF, dtype=torch.int64)
+    for value in logits.values():
+        for keys in _ordered(value):
+            counts += torch.bincount(bins(keys), minlength=_HALF).cpu()
+    return counts
+
+
+def _ordered(logits: Tensor) -> Iterator[Tensor]:
+    """Blocks of int32 that order as the logits do as fp32."""
+    for block in logits.detach().reshape(-1).split(BLOCK):
+        # + 0 makes 0 of -0; below 0 a larger pattern is a smaller number, so all bits but the sign are turned over
+        bits = (block.float() + 0.0).view(torch.int32)
+        yield bits ^ ((bits >> 31) & 0x7FFFFFFF)

@@ -23,6 +23,11 @@ def _key(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
 
 
+def device_seed(key: str) -> int:
+    """A key's seed of 63 bits, which is what torch's and Triton's generators take."""
+    return _key(key) & (2**63 - 1)
+
+
 def uniform(seed: int, name: str, which: int, first: int, count: int) -> Tensor:
     """Draws from U[0, 1) for elements first .. first + count of a tensor, (count,) fp32, multiples of 2**-24.
 
@@ -48,8 +53,8 @@ def random_bits(key: str, first: int, count: int, device: torch.device | str = "
     if torch.device(device).type != "cpu":
         if first:
             raise ValueError("a device's stream is drawn from its start")
-        # torch takes a seed of 63 bits; drawing on the CPU instead would send two bytes a weight over the bus
-        generator = torch.Generator(device).manual_seed(_key(key) & (2**63 - 1))
+        # drawing on the CPU instead would send two bytes a weight over the bus
+        generator = torch.Generator(device).manual_seed(device_seed(key))
         return torch.empty(count, dtype=torch.int16, device=device).random_(-(1 << 15), 1 << 15, generator=generator)
     skip = first % _DRAWS_16
     word_count = -(-(skip + count) // _WORDS)  # four 16-bit draws to a word, rounded up

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -197,6 +198,9 @@ def test_strategies_divide_what_they_say():
     assert held["ddp"].communication == 4000
     assert held["fsdp2"].communication == 50 + 2 * 100 + 100
     assert all(one.activations == 500 for one in held.values())
+    # a mask's, of whose AdamW each process has a share
+    shared = divided(replace(whole, shared=True), "ddp", 4)
+    assert (shared.gradients, shared.optimiser, shared.communication) == (4000, 2000, 0)
     assert divided(whole, "fsdp2", 1) == whole
 
 

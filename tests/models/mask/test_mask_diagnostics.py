@@ -14,7 +14,7 @@ from config import PRESETS, parse
 from errors import UserError
 from flags import AlignArgs, MaskArgs, MaskFiguresArgs
 from flags.mask import EXCLUDABLE, GRANULARITIES, RESCALES, RULES
-from models.mask import rescale, settings, units
+from models.mask import diagnostics, rescale, settings, units
 from models.mask.diagnostics import agreement, mask_numbers, module_of, task_overlap
 from models.mask.files import Mask, identity, open_models, save_mask
 from models.mask.memory import memory_plan
@@ -63,6 +63,22 @@ def test_agreement_of_masks():
 
     flat = [torch.cat(list(m.logits.values())).numpy() for m in (one, other)]
     assert apart["spearman"] == pytest.approx(spearmanr(*flat).statistic, abs=1e-9)
+
+
+def test_agreement_walked_tensor_by_tensor_is_that_of_all_logits_at_once(monkeypatch):
+    from scipy.stats import spearmanr
+
+    monkeypatch.setattr(diagnostics, "SAMPLE", 100)
+    source = torch.Generator().manual_seed(8)
+    sizes = {"a": 701, "none": 0, "b": 3, "c": 400}
+    masks = {name: Mask(Settings(), {n: torch.randn(size, generator=source) for n, size in sizes.items()}, {}, (), {})
+             for name in ("one", "two")}
+    (pair,) = agreement(masks, Readout("threshold", 0.3))["pairs"]
+    one, two = (torch.cat(list(mask.logits.values())) for mask in masks.values())
+    assert pair["jaccard"] == int(((one > 0.3) & (two > 0.3)).sum()) / int(((one > 0.3) | (two > 0.3)).sum())
+    p, q = (float((flat > 0.3).double().mean()) for flat in (one, two))
+    assert pair["chance"] == p * q / (p + q - p * q)
+    assert pair["spearman"] == pytest.approx(spearmanr(one[::11], two[::11]).statistic, abs=1e-12)
 
 
 def test_untrained_masks_agree_by_chance_whatever_the_read_out():

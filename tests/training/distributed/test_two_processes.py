@@ -127,6 +127,16 @@ def test_fsdp2_holds_half_of_what_one_process_holds(two, kind):
     assert 0.45 * whole < parted <= 0.6 * whole
 
 
+def test_processes_share_a_masks_moments_out(two):
+    folder = two[0] / "ddp" / "checkpoints" / "mask" / "checkpoint-3" / "optimizer_shards"
+    shards = [{name: tensor.numel() for name, tensor in load_file(file).items()} for file in sorted(folder.iterdir())]
+    own = [{name.partition(".")[0] for name in shard} for shard in shards]
+    assert len(own) == 2
+    assert not own[0] & own[1]
+    sizes = [sum(shard.values()) for shard in shards]
+    assert max(sizes) <= 0.6 * sum(sizes)
+
+
 @pytest.mark.parametrize(("kind", "how"), [("sft", "fsdp2"), ("full", "ddp"), ("full", "fsdp2"), ("moe", "fsdp2"),
                                            ("mask", "ddp")])
 def test_two_processes_go_on_from_a_checkpoint_of_one(one, two, kind, how):

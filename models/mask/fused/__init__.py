@@ -1,0 +1,1 @@
+"""Concrete masks on a GPU: few kernels per draw, and none of their numbers stored between the passes."""
