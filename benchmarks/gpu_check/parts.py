@@ -238,6 +238,7 @@ def generation(place: Place, gemm: float, bandwidth: float, experts: bool = Fals
 
 
 _BY_ROW = ("--storage", "bfloat16", "--granularity", "row")
+_HALF = ("--storage", "bfloat16", "--logit_dtype", "bfloat16")
 #: Part -> what measures it: (place, operations/s, bytes/s) -> its rows.
 MEASURES: dict[str, Callable[..., list[dict[str, Any]]]] = {
     "SFT": sft,
@@ -251,6 +252,7 @@ MEASURES: dict[str, Callable[..., list[dict[str, Any]]]] = {
     "mask on factors": mask,
     "mask on weights, by row, bf16": lambda *a: mask_on_weights(*a, *_BY_ROW),
     "mask on weights, by element": mask_on_weights,
+    "mask on weights, by element, bf16": lambda *a: mask_on_weights(*a, *_HALF),
     "full tuning": lambda *a: sft(*a, full=True),
     "full tuning, checkpointing": lambda *a: sft(*a, checkpointing=True, full=True),
     "generation": generation,

@@ -7,7 +7,7 @@ Weights are random, made on the device; nothing is fetched or written. Models, l
 align_basemodel.py and inference.py use, put together as they put them together; only the base does not come from files.
 Each part is a process of its own with a time limit, so that one that fails, hangs or runs out of memory is one line. Beside
 the peak of each stands what --plan tells of it (benchmarks/gpu_check/memory.py). Where every weight trains or is masked by
-element, the shapes are TinyLlama-1.1B's: a card of 80 GB holds no more.
+element, the shapes are TinyLlama-1.1B's where the card holds no more (80 GB).
 
 SFT and the fused MoE: 8 rows of 300 tokens, half of each an answer, as the preset h3fusion. DPO and masks (on factors of
 rank 256 on q and v, as the preset somf_wizardlm): 4 pairs of 100 tokens and two answers of 200, the prompt read once. The
@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -38,9 +39,11 @@ from typing import Any
 #: In the order of what is asked first, should the time not do for all.
 PARTS = ("SFT", "SFT, checkpointing", "DPO", "MoE tuning", "MoE tuning, checkpointing", "mask on factors", "generation",
          "full tuning, checkpointing", "mask on weights, by row, bf16", "mask on weights, by element", "full tuning",
-         "DPO, checkpointing", "generation, fused MoE", "DPO, embedded lengths", "DPO, embedded lengths, TRL")
-#: Parts whose gradients and optimiser are as large as the model, or larger.
-SMALL = ("mask on weights, by element", "full tuning", "full tuning, checkpointing")
+         "DPO, checkpointing", "generation, fused MoE", "DPO, embedded lengths", "DPO, embedded lengths, TRL",
+         "mask on weights, by element, bf16")
+#: Parts whose gradients and optimiser are as large as the model, or larger -> GB (1e9 bytes) of a card for them at 7B.
+SMALL = {"mask on weights, by element": math.inf, "mask on weights, by element, bf16": 120, "full tuning": math.inf,
+         "full tuning, checkpointing": 140}
 #: Says torch in a process whose parent asked the driver something.
 _FORKED = "re-initialize CUDA in forked subprocess"
 #: Fewer seconds are not worth a start.
@@ -56,7 +59,8 @@ def measured(part: str, args: argparse.Namespace, gemm: float, bandwidth: float)
     from benchmarks.made_up import tokenizer
 
     device = torch.device(args.device)
-    size = SMALLER.get(args.shape, args.shape) if part in SMALL else args.shape
+    room = torch.cuda.get_device_properties(0).total_memory / 1e9 if device.type == "cuda" else 0
+    size = SMALLER.get(args.shape, args.shape) if room < SMALL.get(part, 0) else args.shape
     with tempfile.TemporaryDirectory() as results:
         shape = SHAPES[size]
         place = Place(shape, device, torch.float32 if device.type == "cpu" else torch.bfloat16, tokenizer(shape.vocabulary),
