@@ -217,6 +217,7 @@ def compare(mode: str, layers: int, rows: dict[str, Any], device: str = "cpu") -
 
     from models.mask.bank import Draw
     from models.mask.concrete import noise, uniform
+    from models.mask.fused.launch import device_bits, has_triton
 
     model, parameters, deltas = build(mode, layers, device)
     with torch.no_grad():
@@ -225,7 +226,9 @@ def compare(mode: str, layers: int, rows: dict[str, Any], device: str = "cpu") -
     logits = {n: torch.randn(p.shape, generator=generator).to(device).requires_grad_(True) for n, p in parameters.items()}
     bases = {n: p.detach().clone() for n, p in parameters.items()}
     # RelaxedBernoulli asks torch.rand once per tensor, in this order; it gets the numbers that ours counts
-    counted = (uniform(noise(f"race|0|{n}", 0, p.numel(), p.device)).view(p.shape) for n, p in parameters.items())
+    # on a GPU they are drawn by kernels, from a stream of their own
+    bits = device_bits if device == "cuda" and has_triton() else lambda key, count, place: noise(key, 0, count, place)
+    counted = (uniform(bits(f"race|0|{n}", p.numel(), p.device)).view(p.shape) for n, p in parameters.items())
     with patch.object(torch, "rand", lambda *_, **__: next(counted)):
         merged = draw_and_merge(logits, bases, deltas)
     theirs = dpo(called(model, merged, rows), reference)

@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import json
+import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -88,14 +89,10 @@ def measured(args: argparse.Namespace, granularity: str, path: str) -> dict[str,
     device, logit_dtype = torch.device(args.device), getattr(torch, args.logit_dtype)
     most = args.layers or SHAPES[args.shape][2]
     layers = most
-    # the last row's hooks and slots name each other
-    gc.collect()
     if device.type == "cuda":
-        torch.cuda.empty_cache()
         one = plan_of(specs_of(args.shape, 1, granularity), logit_dtype.itemsize)
         room = torch.cuda.mem_get_info()[0] * _FILLED - one.passing
         layers = max(1, min(most, int(room / sum(one.held.values()))))
-        torch.cuda.reset_peak_memory_stats()
     specs = specs_of(args.shape, layers, granularity)
     bank = bank_of(specs, Settings(granularity=granularity), logit_dtype, device)
     kind = RoundedAdamW if logit_dtype == torch.bfloat16 else torch.optim.AdamW
@@ -193,6 +190,14 @@ def table(rows: Sequence[dict[str, Any]], device: str) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def _row(args: argparse.Namespace, granularity: str, path: str) -> dict[str, Any]:
+    """A row; on a GPU of a process of its own, whose end frees all that it held."""
+    if args.device == "cpu":
+        return measured(args, granularity, path)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measured, args, granularity, path).result()
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -210,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = []
     for granularity in granularities:
         for path in paths:
-            rows.append(measured(args, granularity, path))
+            rows.append(_row(args, granularity, path))
             print(table(rows[-1:], args.device).splitlines()[-1], flush=True)
             if args.json:
                 args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

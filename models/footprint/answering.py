@@ -13,6 +13,9 @@ from models.footprint.training import CONTEXT, Place, base_bytes, fused
 PROMPT = 256
 #: Rows of fp32 logits that a likelihood needs at a time (evaluator/scoring/likelihood.py).
 _LOGIT_ROWS = 256
+#: What a GPU's caching allocator keeps of a cache that grows by a copy at each token, as a share of its last size: an H200
+#: kept 0.9 to 1.6 (docs/performance.md).
+_OUTGROWN = 1.6
 #: Tokens of the passes of a router that starts from data (models/llama_moe.py).
 _ROUTER = (8, 256)
 
@@ -68,5 +71,5 @@ def _passed(shape: Shape, place: Place, tokens: int) -> Footprint:
 def _held(shape: Shape, place: Place, cache: float, moment: float, data: float) -> Footprint:
     weights = base_bytes(shape, place)
     return Footprint(shape.parameters, 0, weights, activations=cache, passing=moment, data=data,
-                     context=CONTEXT[place.cuda], unit=weights * shape.layer / shape.parameters,
-                     root=shape.embeddings * place.compute)
+                     allocator=_OUTGROWN * cache if place.cuda else 0.0, context=CONTEXT[place.cuda],
+                     unit=weights * shape.layer / shape.parameters, root=shape.embeddings * place.compute)

@@ -30,6 +30,8 @@ class Footprint:
         data: held beside the model, on the device: task vectors, expert factors.
         allocator: what a GPU's caching allocator keeps beside the tensors.
         shared: whether DDP's processes share the optimiser's state out, and reduce gradients where they are.
+        in_turn: whether gradients come as activations go, so that the larger of both counts: every weight trains, and no
+            gradient outlives its step.
     """
 
     parameters: int
@@ -46,12 +48,18 @@ class Footprint:
     data: float = 0.0
     allocator: float = 0.0
     shared: bool = False
+    in_turn: bool = False
 
     @property
     def tensors(self) -> float:
         """Bytes of tensors at the highest point, the process itself left out."""
         return (self.weights + self.data + self.gradients + self.optimiser + self.activations + self.passing
-                + self.communication)
+                + self.communication - self.apart)
+
+    @property
+    def apart(self) -> float:
+        """Bytes that are counted above and not held together: the smaller of gradients and of what they replace."""
+        return min(self.gradients, self.activations + self.passing) if self.in_turn else 0.0
 
     @property
     def peak(self) -> float:
@@ -62,7 +70,8 @@ class Footprint:
         """Purpose -> bytes, for a table."""
         return {"weights": self.weights, "task vectors, experts": self.data, "gradients": self.gradients,
                 "optimiser": self.optimiser, "activations": self.activations, "passing": self.passing,
-                "communication": self.communication, "allocator": self.allocator, "context": self.context}
+                "communication": self.communication, "not at once": -self.apart, "allocator": self.allocator,
+                "context": self.context}
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,7 @@ def divided(whole: Footprint, strategy: str, devices: int) -> Footprint:
         if row.weights:
             buffers += min(whole.weights, LIVE * whole.weights / max(whole.parameters, 1))
     return replace(
-        whole, weights=whole.weights * share[row.weights], data=whole.data * share[row.weights],
+        whole, in_turn=whole.in_turn and not strategy.startswith("zero"),  # its buckets keep what they are given
+        weights=whole.weights * share[row.weights], data=whole.data * share[row.weights],
         gradients=whole.gradients * share[row.gradients], optimiser=whole.optimiser * share[row.optimiser or whole.shared],
         communication=buffers)

@@ -254,7 +254,7 @@ def test_plans_of_parts_are_those_of_the_command(tmp_path):
     place = Place(SHAPES["7b"], torch.device("cuda"), torch.bfloat16, None, tmp_path)
     words = ("--preset", "h3fusion", "--moe_flag", "0", "--task_name", "safety", "--per_device_train_batch_size", "8")
     plan = memory.planned(place.flags(*words), place)
-    assert plan["device"] / 1e9 == pytest.approx(33.5, abs=0.3)
+    assert plan["device"] / 1e9 == pytest.approx(33.0, abs=0.3)
     assert plan["allocated"] < plan["reserved"] < plan["device"]
     answers = memory.planned(place.answering(32, ""), place, 128)
     experts = memory.planned(place.answering(32, "fused"), place, 128)

@@ -78,7 +78,7 @@ def test_what_does_not_fit_is_said_with_what_does(capsys):
     assert peak(told.out) > 24
     assert "24.0 GB is there (--plan_gb)" in told.err
     words = re.search(r"nearest that fits: (--\S.*?) \(", told.err)[1].split()
-    assert words == ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"]
+    assert words == ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]
     align_basemodel.main([*EXPERT, "--plan_gb", "24", *words])
     assert "fits 24.0 GB" in capsys.readouterr().out
     # or with more devices
@@ -162,6 +162,7 @@ def test_no_torch_is_loaded_for_a_base_of_a_known_name():
 
 def test_the_launcher_says_the_strategy(monkeypatch):
     asked = config.parse(AlignArgs, list(EXPERT)).plan
+    named = config.parse(AlignArgs, [*EXPERT, "--plan_devices", "2", "--plan_strategy", "zero2"]).plan
     assert command.launched(asked) == ("one", 1)
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert command.launched(asked) == ("ddp", 4)
@@ -172,7 +173,6 @@ def test_the_launcher_says_the_strategy(monkeypatch):
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
     assert command.launched(asked) == ("zero3", 4)
     # what is asked for wins
-    named = config.parse(AlignArgs, [*EXPERT, "--plan_devices", "2", "--plan_strategy", "zero2"]).plan
     assert command.launched(named) == ("zero2", 2)
 
 
