@@ -82,7 +82,7 @@ def trained(pico, tmp_path_factory):
     tuned = next(path.name for path in (out / "outputs").iterdir() if path.name.startswith("mix_moe"))
     inference.main(["--task_name", "safety", "--data_path", data["safety"], "--max_new_tokens", "4", "--num_samples", "2",
                     "--cross_task", tuned, *common(pico, out)[:-2]])
-    fuse.main(["adapters", "--adapters", "helpfulness,safety", "--output_dir", str(out), "--run_name", "sum", "--rank", "2"])
+    fuse.main(["adapters", "--adapters", "helpfulness,safety", "--method", "svd", "--rank", "2", "--output_dir", str(out)])
     fuse.main(["realign", "--tasks", "safety", "--model_name_or_path", str(pico), "--output_dir", str(out)])
     return out
 

@@ -1,0 +1,89 @@
+"""The pages about one's own model and data, run as a reader runs them: in order, on a pico base and made-up rows."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shlex
+
+import pytest
+from runs import write_data
+from test_docs import fences, ours
+
+from evaluator import evaluate
+from evaluator.judges import fitted, keyword
+
+#: What makes a command small: behind its own flags, so that these win.
+_ALL = ("--dtype", "float32", "--device", "cpu", "--seed", "7")
+_SCORED = ("--num_samples", "12")
+SMALL = {
+    "align_basemodel": (*_ALL, "--max_steps", "1", "--gradient_accumulation_steps", "1", "--model_max_length", "256"),
+    "models.llama_moe": (*_ALL, "--router_rows", "2"),
+    "data.safety_sets": ("--size", "8"),
+    "evaluator.evaluate": (*_ALL, *_SCORED, "--max_new_tokens", "2", "--lite"),
+    "scripts.sweep": (*_ALL, *_SCORED, "--grid", "0,0.4", "--extend", "false", "--refine", "0", "--shrink", "false",
+                      "--reverse", "false", "--max_new_tokens", "2", "--discrimination", "24", "--utility_answers", "0"),
+}
+#: Files that the pages name.
+FILES = ("rows.jsonl", "helpful.json", "safety.jsonl", "truth.jsonl")
+
+
+@pytest.fixture
+def reader(long_pico, tmp_path, monkeypatch):
+    """Runs one line of a page; returns the results folder."""
+    data = write_data(tmp_path / "data")
+    rows = [json.dumps({"prompt": f"Say {i}.", "response": f"Here is {i}."}) for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    files = (str(tmp_path / "rows.jsonl"), data["helpfulness"], data["safety"], data["truthfulness"])
+    monkeypatch.setattr(fitted, "harm_judge", lambda seed: fitted.HarmJudge(
+        lambda answers: [0.1] * len(answers),
+        {"auc": 0.7, "auc_rated": 0.7, "missed": 0.2, "false_alarms": 0.2, "protocol": "made up"}))
+    monkeypatch.setattr(fitted, "version", lambda seed: "made up")
+    monkeypatch.setattr(keyword, "keyword_error", dict)
+    out = tmp_path / "results"
+
+    def start(module, words):
+        importlib.import_module(module).main(list(words))
+
+    def step(words):
+        start(words[0].removesuffix(".py").replace("/", "."), words[1:])
+        return 0, ""
+
+    monkeypatch.setattr(evaluate, "execute", step)
+
+    def read(line):
+        place, _, command = line.removesuffix("; cd ..").rpartition("; ")
+        for name, there in (*zip(FILES, files, strict=True), ("results/data", str(out / "data")), ("BASE", str(long_pico))):
+            command = command.replace(name, there)
+        module, rest = ours(tuple(shlex.split(command)))
+        module = f"{place.removeprefix('cd ')}.{module}" if place else module
+        start(module, [*rest, *SMALL.get(module, ()), "--output_dir", str(out)])
+        return out
+
+    return read
+
+
+def lines(page):
+    """The python lines of a page's fences."""
+    return [line for block in fences(page) for line in block if "python " in line and not line.startswith(".venv")]
+
+
+def test_five_commands_make_a_safe_model_and_a_table(reader):
+    own = [line for line in lines("docs/README.next.md") if "BASE" in line or "safety_sets" in line or "task,safe" in line]
+    five = [line for line in own if "RUN" not in line and "ties" not in line and not line.endswith("--share 0.4")][:5]
+    assert [line.split()[1] for line in five] == ["-m", "align_basemodel.py", "align_basemodel.py", "models/fuse.py",
+                                                  "evaluator/evaluate.py"]
+    for line in five:
+        out = reader(line)
+    table = (out / "report" / "evaluate.md").read_text(encoding="utf-8")
+    assert all(f"| {name} |" in table for name in ("base", "task", "safe", "fused"))
+    # the how-to on a GPU has the same five
+    assert set(five) <= set(lines("docs/howto/gpu.md"))
+
+
+def test_every_way_to_make_it_safe_again(reader):
+    for line in lines("docs/howto/own-data.md"):
+        out = reader(line)
+    made = {path.name for path in (out / "outputs").iterdir() if not path.name.startswith(".")}
+    assert made >= {"task", "task_stopped", "safe", "fused", "realigned", "mask_task", "masked", "raw_moe"}
+    assert (out / "report" / "sweep.md").is_file()
