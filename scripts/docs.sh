@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The site of docs/, as files in build/site that open from the file system; only their search needs a server.
+# The site of docs/, as files in build/site that open from the file system (their search needs a server).
 #
 #   bash scripts/docs.sh             reference pages made anew, then the site; a dead link ends it
 #   bash scripts/docs.sh --serve     the same, then a server on port 8000 that follows changes

@@ -101,8 +101,19 @@ def _first(kind: type) -> str:
 def _command_list() -> str:
     rows = [(f"[`python {f'{call} {name}'.strip()}`](flags/{slug(call)}.md)", _first(kind))
             for call, kinds in commands().items() for name, kind in kinds.items()]
-    return ("# Commands\n\nEach takes `--help`, which shows the values that a preset gives.\n\n"
-            + table(("command", "what it does"), rows))
+    return "\n".join(["# Commands", "", "Each takes `--help`, which shows the values that a preset gives.", "",
+                      table(("command", "what it does"), rows), "", "## Scripts", "",
+                      "Each says in its head which flags and variables it takes; most take `--help`.", "",
+                      table(("script", "what it does"), _scripts())])
+
+
+def _scripts() -> Iterable[tuple[str, str]]:
+    """Every script that is run, not sourced, with the first sentence of its head."""
+    for path in sorted((ROOT / "scripts").glob("*.sh")):
+        head = path.read_text(encoding="utf-8").split("\n#\n")[0]
+        words = " ".join(line.removeprefix("#").strip() for line in head.splitlines() if line.startswith("# "))
+        if not words.startswith("Sourced"):
+            yield f"`bash scripts/{path.name}`", re.split(r"(?<=\w)\.(?= |$)", words)[0].partition(":  ")[0]
 
 
 def _flag_pages() -> Iterable[tuple[str, str]]:

@@ -17,7 +17,8 @@ from evaluator.judges import fitted, keyword
 _ALL = ("--dtype", "float32", "--device", "cpu", "--seed", "7")
 _SCORED = ("--num_samples", "12")
 SMALL = {
-    "align_basemodel": (*_ALL, "--max_steps", "1", "--gradient_accumulation_steps", "1", "--model_max_length", "256"),
+    "align_basemodel": (*_ALL, "--max_steps", "2", "--warmup_steps", "0", "--gradient_accumulation_steps",
+                        "1", "--model_max_length", "256"),
     "models.llama_moe": (*_ALL, "--router_rows", "2"),
     "data.safety_sets": ("--size", "8"),
     "evaluator.evaluate": (*_ALL, *_SCORED, "--max_new_tokens", "2", "--lite"),
