@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib
 import json
 import shlex
+import shutil
 
 import pytest
-from runs import write_data
+from pico import make_pico
+from runs import align, build_moe, write_data
+from safetensors.torch import load_file, save_file
 from test_docs import fences, ours
 
 from evaluator import evaluate
@@ -54,7 +57,7 @@ def reader(long_pico, tmp_path, monkeypatch):
 
     def read(line):
         place, _, command = line.removesuffix("; cd ..").rpartition("; ")
-        for name, there in (*zip(FILES, files, strict=True), ("results/data", str(out / "data")), ("BASE", str(long_pico))):
+        for name, there in (*zip(FILES, files, strict=True), ("results/", f"{out}/"), ("BASE", str(long_pico))):
             command = command.replace(name, there)
         module, rest = ours(tuple(shlex.split(command)))
         module = f"{place.removeprefix('cd ')}.{module}" if place else module
@@ -88,3 +91,35 @@ def test_every_way_to_make_it_safe_again(reader):
     made = {path.name for path in (out / "outputs").iterdir() if not path.name.startswith(".")}
     assert made >= {"task", "task_stopped", "safe", "fused", "realigned", "mask_task", "masked", "raw_moe"}
     assert (out / "report" / "sweep.md").is_file()
+
+
+def test_merges_as_the_page_has_them(reader, adapters, tmp_path):
+    out = tmp_path / "results"
+    shutil.copytree(adapters / "outputs", out / "outputs")
+    base = make_pico(tmp_path / "made")
+    for times, name in enumerate(("base", "helpful", "harmless", "honest")):
+        shutil.copytree(base, out / "outputs" / name)
+        file = out / "outputs" / name / "model.safetensors"
+        # what a fine-tune of the layers changes, and no more
+        tuned = {key: value * (1 + 0.01 * times) if "mlp" in key else value for key, value in load_file(file).items()}
+        save_file(tuned, file, {"format": "pt"})
+    written = [line for line in lines("docs/howto/merge.md") if "export" not in line]
+    assert len(written) == 3
+    for line in written:
+        reader(line)
+    # the last line of the page exports a sum of adapters on the base that they were trained on
+    assert {"ties", "ties_lora", "extracted"} <= {path.name for path in (out / "outputs").iterdir()}
+
+
+def test_exports_as_the_page_has_them(pico, reader, tmp_path):
+    data, out = write_data(tmp_path / "trained_on"), tmp_path / "results"
+    build_moe(pico, out, data)
+    gammas = [word for name in ("helpfulness", "safety", "truthfulness") for word in (f"--{name}_weight", "0.001")]
+    align(pico, out, data, "mix", "--moe_flag", "1", "--gate_loss_weight", "0.1", *gammas)
+    for line in lines("docs/howto/serve.md"):
+        # a pico model's tokenizer is none that llama.cpp knows; tests/models/export has one
+        if "gguf" not in line:
+            reader(f"{line} --model_name_or_path {pico}")
+    made = {path.name for path in (out / "outputs").iterdir()}
+    moe = "mix_moe_reg_00010_00010_00010_gate_01000"
+    assert {f"{moe}_mixtral", f"{moe}_peft", "safety_dense", "again"} <= made
