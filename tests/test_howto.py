@@ -32,6 +32,15 @@ SMALL = {
 FILES = ("rows.jsonl", "helpful.json", "safety.jsonl", "truth.jsonl")
 
 
+def fine_tuned(base, folder, factor):
+    """A copy of a model whose FFN is scaled: what a fine-tune of the layers changes, and no more."""
+    shutil.copytree(base, folder)
+    file = folder / "model.safetensors"
+    tuned = {key: value * factor if "mlp" in key else value for key, value in load_file(file).items()}
+    save_file(tuned, file, {"format": "pt"})
+    return str(folder)
+
+
 @pytest.fixture
 def reader(long_pico, tmp_path, monkeypatch):
     """Runs one line of a page; returns the results folder."""
@@ -45,6 +54,8 @@ def reader(long_pico, tmp_path, monkeypatch):
     monkeypatch.setattr(fitted, "version", lambda seed: "made up")
     monkeypatch.setattr(keyword, "keyword_error", dict)
     out = tmp_path / "results"
+    places = {**dict(zip(FILES, files, strict=True)), "results/": f"{out}/", "BASE": str(long_pico),
+              "FOLDER_A": fine_tuned(long_pico, tmp_path / "a", 1.1), "FOLDER_B": fine_tuned(long_pico, tmp_path / "b", 0.9)}
 
     def start(module, words):
         importlib.import_module(module).main(list(words))
@@ -57,7 +68,7 @@ def reader(long_pico, tmp_path, monkeypatch):
 
     def read(line):
         place, _, command = line.removesuffix("; cd ..").rpartition("; ")
-        for name, there in (*zip(FILES, files, strict=True), ("results/", f"{out}/"), ("BASE", str(long_pico))):
+        for name, there in places.items():
             command = command.replace(name, there)
         module, rest = ours(tuple(shlex.split(command)))
         module = f"{place.removeprefix('cd ')}.{module}" if place else module
@@ -98,12 +109,13 @@ def test_merges_as_the_page_has_them(reader, adapters, tmp_path):
     shutil.copytree(adapters / "outputs", out / "outputs")
     base = make_pico(tmp_path / "made")
     for times, name in enumerate(("base", "helpful", "harmless", "honest")):
-        shutil.copytree(base, out / "outputs" / name)
-        file = out / "outputs" / name / "model.safetensors"
-        # what a fine-tune of the layers changes, and no more
-        tuned = {key: value * (1 + 0.01 * times) if "mlp" in key else value for key, value in load_file(file).items()}
-        save_file(tuned, file, {"format": "pt"})
-    written = [line for line in lines("docs/howto/merge.md") if "export" not in line]
+        fine_tuned(base, out / "outputs" / name, 1 + 0.01 * times)
+    written = [line for line in lines("docs/howto/merge.md") if "export" not in line and "FOLDER" not in line]
+    for line in lines("docs/howto/merge.md"):
+        if "FOLDER" in line:
+            reader(line)
+    table = (out / "report" / "evaluate.md").read_text(encoding="utf-8")
+    assert all(f"| {name} |" in table for name in ("base", "a", "b", "both"))
     assert len(written) == 3
     for line in written:
         reader(line)
