@@ -201,7 +201,7 @@ class ReportArgs(ResultsFlags):
     html: bool = flag(False, "short for html among --format: NAME.html, one file for a browser, beside what is written")
     answers: int = flag(3, "prompts of each set whose answers the HTML page shows side by side; 0: none", low=0)
     curves: str = flag("", "JSON files whose curves the HTML page draws, commas: reports of scripts/sweep.py, or files of "
-                           "curves as docs/evaluation.md says; empty: none")
+                           "curves as docs/howto/compare-models.md says; empty: none")
     published: str = flag("", "the published numbers of a paper below the table, with their marks; empty: none",
                           choices=("", *PAPERS))
     costs: bool = flag(False, "what each row costs too: seconds and memory to make it, numbers stored and active")

@@ -9,7 +9,7 @@
 #
 # Papers: h3fusion, somf, lora_fusion. Also --seeds 42,43,44, --only ARM,.., --files NAME=FILE (sets that are not public), --track,
 # --tflops, --gpu_gb (the card that hours are reckoned for), --name, --output_dir. Killed and started again, it goes on. What cannot be
-# made is an empty cell with its reason. What the tables hold: docs/paper_tables.md.
+# made is an empty cell with its reason. What the tables hold: docs/reproduce.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -12,7 +12,7 @@ from evaluator.reporting.formats import interval, number
 
 DATA = ROOT / "docs" / "data"
 #: Page -> the report whose rows its first table of models has; further tables of the same report follow it.
-PAGES = {"docs/h3fusion.md": "h3fusion", "docs/quickstart.md": "quickstart", "README.md": "h3fusion",
+PAGES = {"docs/studies/h3fusion.md": "h3fusion", "docs/studies/quickstart.md": "quickstart", "README.md": "h3fusion",
          "docs/validation_trials.md": "validation_trials"}
 
 
@@ -75,7 +75,7 @@ def test_the_table_of_models_is_the_reports(page):
 
 
 @pytest.mark.parametrize(("page", "first", "made"), [
-    ("docs/h3fusion.md", ["model", "seed"], per_seed), ("docs/h3fusion.md", ["against"], differences)])
+    ("docs/studies/h3fusion.md", ["model", "seed"], per_seed), ("docs/studies/h3fusion.md", ["against"], differences)])
 def test_further_tables_are_the_reports(page, first, made):
     head, rows = next((head, rows) for head, rows in tables(page) if head[: len(first)] == first)
     wanted = made(read(PAGES[page]), head[len(first):])
@@ -83,7 +83,7 @@ def test_further_tables_are_the_reports(page, first, made):
     assert {key(row): row[len(first):] for row in rows} == wanted
 
 
-@pytest.mark.parametrize(("page", "least"), [("docs/h3fusion.md", 13), ("docs/quickstart.md", 7)])
+@pytest.mark.parametrize(("page", "least"), [("docs/studies/h3fusion.md", 13), ("docs/studies/quickstart.md", 7)])
 def test_findings_are_the_reports(page, least):
     """A page may leave findings out; those that it has stand there word for word."""
     report = read(PAGES[page])

@@ -182,7 +182,7 @@ def wrong_task(flag: str, value: str, task: str) -> list[str]:
 
 
 def markdown() -> str:
-    """The table of protocols for docs/evaluation.md."""
+    """The table of docs/reference/protocols.md."""
     head = ("| `--task_name` | set | rows | kept | rule | access | embedded stand-in |\n"
             "|---|---|---|---|---|---|---|\n")
     lines = []

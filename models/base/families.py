@@ -52,7 +52,8 @@ class Family:
         return gate, up, of(self.down)
 
 
-#: A family is known when ``tests/models/base/test_families.py`` takes it through every step; docs/families.md is its table.
+#: A family is known when ``tests/models/base/test_families.py`` takes it through every step; its table is
+#: docs/reference/families.md.
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
     "mistral": Family(windows="all"),

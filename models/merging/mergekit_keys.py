@@ -1,4 +1,4 @@
-"""What a recipe of mergekit 0.1.5 may say, level by level, and which of it we refuse. docs/mergekit.md is its twin.
+"""What a recipe of mergekit 0.1.5 may say, and which of it we refuse. docs/reference/mergekit.md is its twin.
 
 mergekit passes over every key that it does not know. So do we, with a remark, where that cannot be a slip: a key that is
 nearly a known one, or a parameter that stands outside ``parameters``, would be half a recipe lost without a word.

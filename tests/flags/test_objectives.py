@@ -290,11 +290,11 @@ def test_every_command_of_the_published_path_parses(tmp_path, line, gpu):
     "--moe_flag 0 --task_name safety", "--moe_flag 0 --task_name mix --learning_rate 5e-4 --save_steps 5000",
     "--moe_flag 1 --expert_topk 2 --gate_loss_weight 0.01",
     "--moe_flag 1 --helpfulness_weight 0.1 --safety_weight 0.01 --truthfulness_weight 0.001 --cache_dir x --data_path y",
-    # docs/somf.md
+    # docs/studies/somf.md
     "--moe_flag 0 --preset somf_wizardlm --task_name safety --method dpo --init_adapter safety_sft --run_name aligned",
     "--preset somf_wizardlm --method mask --aligned aligned --tasks chinese",
     "--preset somf_tinyllama --method mask --tasks chinese,english --merge_rule task_arithmetic --merge_lambda 0.04",
-    # docs/lora_fusion.md and the preset's own head
+    # docs/studies/lora_fusion.md and the preset's own head
     "--preset lora_fusion --moe_flag 0 --task_name aoa --data_path aoa.json",
     "--moe_flag 0 --task_name dialogs --data_path safety_set.jsonl --run_name safe",
 ])

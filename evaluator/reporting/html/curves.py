@@ -77,7 +77,7 @@ def read_curves(path: Path) -> list[Curves]:
     if not (isinstance(lines, list) and all(isinstance(axis, dict) and isinstance(axis.get("title"), str) for axis in axes)
             and all(map(_is_line, lines))):
         raise UserError(f"--curves {path}: not a file of curves; needed: x and y with a title each, lines of label and "
-                        "points of x, value, low, high, as docs/evaluation.md shows")
+                        "points of x, value, low, high, as docs/howto/compare-models.md shows")
     across, up = (axis["title"] for axis in axes)
     arrow = {True: " ↑", False: " ↓"}.get(axes[1].get("higher_is_better"), "")
     return [Curves(str(content.get("title", path.stem)), across, up + arrow,

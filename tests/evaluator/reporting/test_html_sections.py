@@ -93,7 +93,7 @@ def test_curves_are_drawn_with_their_numbers(results, tmp_path):
 
 
 def test_the_file_of_curves_in_the_docs_is_one(tmp_path):
-    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8").split("\n## The page\n")[1]
+    text = (ROOT / "docs" / "howto" / "compare-models.md").read_text(encoding="utf-8").split("\n## The page\n")[1]
     file = tmp_path / "c.json"
     file.write_text(text.split("```json\n")[1].split("```")[0])
     curves, = read_curves(file)

@@ -1,6 +1,6 @@
 """Every family of ``FAMILIES`` from its base to answers, each step against transformers' own forward on each row alone.
 
-The steps that passed make the table of docs/families.md.
+The steps that passed make the table of docs/reference/families.md.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def test_every_step_of_every_family(taken, kind):
 
 
 def markdown(done: dict[str, dict[str, bool]]) -> str:
-    """The table of docs/families.md: a row per family, what transformers calls it, a column per step."""
+    """The table of docs/reference/families.md: a row per family, what transformers calls it, a column per step."""
     head = f"| family | {' | '.join(STEPS)} |\n|---|{'---|' * len(STEPS)}\n"
     return head + "".join(f"| `{kind}` | {' | '.join('yes' if found[step] else 'no' for step in STEPS)} |\n"
                           for kind, found in sorted(done.items()))
@@ -213,4 +213,5 @@ def markdown(done: dict[str, dict[str, bool]]) -> str:
 
 def test_the_table_is_what_was_found(taken):
     table = markdown({kind: taken(kind) for kind in FAMILIES})
-    assert table in (ROOT / "docs" / "families.md").read_text(encoding="utf-8"), f"docs/families.md shall hold:\n\n{table}"
+    page = ROOT / "docs" / "reference" / "families.md"
+    assert table in page.read_text(encoding="utf-8"), f"{page} shall hold:\n\n{table}"

@@ -1,4 +1,4 @@
-"""What mergekit 0.1.5's reader takes, carried out: numbers of merges, and docs/mergekit.md against the reader's tables."""
+"""What mergekit 0.1.5's reader takes, carried out: numbers of merges, and its page in docs/reference."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_chat_templates(inputs):
 
 
 def test_the_page_names_every_method_and_key():
-    page = (config.ROOT / "docs" / "mergekit.md").read_text(encoding="utf-8")
+    page = (config.ROOT / "docs" / "reference" / "mergekit.md").read_text(encoding="utf-8")
     named = set(re.findall(r"^\| `([^`]+)`", page, re.M))
     keys = {key for keys in mergekit_keys.KEYS.values() for key in keys} | set(mergekit_keys.EXTENSIONS)
     wanted = {*mergekit_keys.METHOD_NAMES, *keys, *mergekit_keys.PARAMETERS}
