@@ -11,9 +11,10 @@ import sys
 
 import pytest
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 import config
-from errors import UserError, exit_on_user_error
+from errors import SharedError, UserError, exit_on_user_error
 from flags import ALL, AlignArgs, ExportArgs, FuseAdaptersArgs, FuseMoeArgs, ImportArgs, InferenceArgs, run_name
 
 
@@ -241,6 +242,23 @@ def test_user_error_exits_2_with_every_problem_on_stderr(capsys):
         raise UserError("one thing", "another thing")
     assert stop.value.code == 2
     assert capsys.readouterr() == ("", "error: one thing\nerror: another thing\n")
+
+
+def test_an_error_stands_on_a_line_of_its_own_behind_a_progress_bar(capsys):
+    bar = tqdm(total=2)
+    with pytest.raises(SystemExit), exit_on_user_error():
+        raise UserError("one thing")
+    bar.close()
+    assert "error: one thing" in capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", "error: lost\n"), ("1", "")])
+def test_what_all_processes_find_at_once_is_said_by_the_first(capsys, monkeypatch, rank, said):
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as stop, exit_on_user_error():
+        raise SharedError("lost")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize(("code", "said"), [(errno.ENOSPC, "disk is full"), (errno.EACCES, "no permission"),
