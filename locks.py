@@ -32,7 +32,6 @@ def alone(target: Path) -> Iterator[bool]:
         OSError: the folder of ``target`` cannot be written to.
     """
     path = lock_path(target)
-    path.parent.mkdir(parents=True, exist_ok=True)
     file, waited = _taken(path)
     try:
         yield waited
@@ -40,6 +39,9 @@ def alone(target: Path) -> Iterator[bool]:
         # removed while it is held: whoever waits for it sees that its file has gone, and makes a new one
         path.unlink(missing_ok=True)
         file.close()
+        # a command that failed leaves no empty folder behind
+        with contextlib.suppress(OSError):
+            path.parent.rmdir()
 
 
 def wait_for(target: Path) -> None:
@@ -59,7 +61,11 @@ def wait_for(target: Path) -> None:
 def _taken(path: Path) -> tuple[IO[str], bool]:
     waited = False
     while True:
-        file = path.open("a+", encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = path.open("a+", encoding="utf-8")
+        except FileNotFoundError:  # whoever had the lock took the folder along
+            continue
         waited |= _wait(file, path)
         # its holder removes the file when it is done: a lock on a file without a name keeps nobody out
         if _named(file, path):

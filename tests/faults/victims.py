@@ -105,7 +105,7 @@ VICTIMS: dict[str, Victim] = {victim.name: victim for victim in (
     _fuse("adapters", "adapters", "--adapters", "helpfulness,safety,truthfulness", "--run_name", "average"),
     _fuse("merge", "merge", "--method", "linear", "--models", "{base},{other}", "--parameters", "weight=0.4,0.6",
           "--run_name", "merged", "--threads", "1"),
-    _fuse("export", "export", "raw_moe", "--layout", "mixtral"),
+    _fuse("export", "export", "raw_moe", "--layout", "mixtral", "--model_name_or_path", "{base}"),
     Victim("inference", "inference", _answers, model=True),
     Victim("evaluate_refusal", "evaluator.evaluate_refusal", _scored, model=True),
     Victim("evaluate_helpfulness", "evaluator.evaluate_helpfulness", _likely, model=True),

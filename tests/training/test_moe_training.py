@@ -252,7 +252,7 @@ def test_a_loss_that_is_no_number_ends_the_run(pico, tuned, data, capsys, monkey
 def test_where_losses_are_not_read_at_once_the_first_broken_one_is_told(monkeypatch):
     """As on a GPU: steps go on, and the next log line, checkpoint or end names the step and the loss."""
     trainer = FusionTrainer.__new__(FusionTrainer)
-    trainer.args, trainer._broken = SimpleNamespace(learning_rate=0.5), None
+    trainer.args, trainer._broken = SimpleNamespace(learning_rate=0.5, world_size=1), None
     with monkeypatch.context() as patch:
         patch.setattr(FusionTrainer, "_refuse_broken_loss", lambda self: None)
         for step, loss in enumerate((1.0, 2.0, float("inf"), float("nan"), 3.0)):

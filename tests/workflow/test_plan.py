@@ -192,7 +192,7 @@ def test_states(tmp_path, all_steps):
     for step in steps:
         step.makes.write_text("{}")
     assert now() == [records.UNRECORDED, records.UNRECORDED]
-    written = [{"name": step.name, "makes": str(step.makes), "needs": [str(need) for need in step.needs],
+    written = [{"name": step.name, "makes": str(step.makes), "made_of": [str(need) for need in step.needs],
                 "settings": dict(step.settings)} for step in steps]
     manifest.write_json(tmp_path / "plan.json", {"steps": written})
     for step in steps:

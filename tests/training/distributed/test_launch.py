@@ -105,11 +105,11 @@ def test_deepspeed_without_its_package_is_told_with_the_next_step(monkeypatch, c
     assert "distributed_type DEEPSPEED: the package deepspeed is not installed" in launch_problems({})[0]
 
 
-def test_the_first_process_of_a_machine_speaks_first(monkeypatch, capsys):
+def test_the_first_process_speaks_first(monkeypatch, capsys):
     waited = []
     monkeypatch.setattr(errors.time, "sleep", waited.append)
     for rank in ("0", "1"):
-        monkeypatch.setenv("LOCAL_RANK", rank)
+        monkeypatch.setenv("RANK", rank)
         with pytest.raises(SystemExit), errors.exit_on_user_error():
             raise UserError("wrong")
     assert len(waited) == 1
