@@ -32,6 +32,7 @@ def alone(target: Path) -> Iterator[bool]:
         OSError: the folder of ``target`` cannot be written to.
     """
     path = lock_path(target)
+    new = not path.parent.exists()
     file, waited = _taken(path)
     try:
         yield waited
@@ -39,9 +40,10 @@ def alone(target: Path) -> Iterator[bool]:
         # removed while it is held: whoever waits for it sees that its file has gone, and makes a new one
         path.unlink(missing_ok=True)
         file.close()
-        # a command that failed leaves no empty folder behind
+        # a command that failed leaves no empty folder of its own behind
         with contextlib.suppress(OSError):
-            path.parent.rmdir()
+            if new:
+                path.parent.rmdir()
 
 
 def wait_for(target: Path) -> None:

@@ -160,7 +160,8 @@ class Trial:
         def work() -> None:
             children.mount("tmpfs", room, "tmpfs", 0, "size=512m")
             self.out = self.place.fresh(room / "results")
-            held = sum(-(-path.stat().st_size // 4096) * 4096 + 4096 for path in room.rglob("*"))
+            there = os.statvfs(room)
+            held = (there.f_blocks - there.f_bfree) * there.f_frsize
             children.mount("tmpfs", room, "tmpfs", children.REMOUNT, f"size={held + self.grown // 3}")
             self._answered(outcome, children.run(self.victim, self.place, self.out, self.log), ["the disk is full", "free"])
             self.after(outcome, "behind it")

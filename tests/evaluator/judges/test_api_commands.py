@@ -89,7 +89,8 @@ def test_a_killed_command_goes_on(server, words, tmp_path):
         process.send_signal(signal.SIGKILL)
     # all three workers wait, each after it has kept its last reply
     assert [what for _, what, _ in server.seen] == [*["ok"] * 6, *["slow"] * 3]
-    assert not (tmp_path / "results/scores/answers").exists()
+    # the killed one may have left its lock, which holds nobody
+    assert not [path for path in (tmp_path / "results/scores").rglob("*.json*") if path.suffix != ".lock"]
     server.script = {}
     done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
