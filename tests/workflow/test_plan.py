@@ -193,7 +193,7 @@ def test_states(tmp_path, all_steps):
         step.makes.write_text("{}")
     assert now() == [records.UNRECORDED, records.UNRECORDED]
     written = [{"name": step.name, "makes": str(step.makes), "made_of": [str(need) for need in step.needs],
-                "settings": dict(step.settings)} for step in steps]
+                "mark": str(records.mark_path(tmp_path, step.name)), "settings": dict(step.settings)} for step in steps]
     manifest.write_json(tmp_path / "plan.json", {"steps": written})
     for step in steps:
         records.write(tmp_path / "plan.json", step.name)
