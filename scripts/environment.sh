@@ -2,7 +2,7 @@
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${ABF_VENV:-$ROOT/.venv}
 stamp="$VENV/.installed"
-want=$(cat "$ROOT/requirements.txt" "$ROOT/pyproject.toml" | cksum)
+want=$(cat "$ROOT/requirements.txt" "$ROOT/requirements.lock" "$ROOT/pyproject.toml" | cksum)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
   python=${PYTHON:-python3}
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
@@ -11,7 +11,14 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
   [ -x "$VENV/bin/python" ] || "$python" -m venv "$VENV"
   # torch alone and first: the pinned file, not the newest build that another package's range would pull
   "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' "$ROOT/requirements.txt")"
-  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r "$ROOT/requirements.txt"
+  if "$VENV/bin/python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) or sys.platform != "linux")'; then
+    # the very packages that the tests ran with; uv unpacks them in half a minute, pip, where uv finds no registry, in three
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$(grep '^uv==' "$ROOT/requirements.txt")"
+    "$VENV/bin/uv" pip install --quiet --python "$VENV/bin/python" --no-deps -r "$ROOT/requirements.lock" ||
+      "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -r "$ROOT/requirements.lock"
+  else
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r "$ROOT/requirements.txt"
+  fi
   "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e "$ROOT"
   echo "$want" >"$stamp"
 fi

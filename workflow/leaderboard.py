@@ -29,7 +29,7 @@ import preset_choice
 from config import ROOT
 from errors import UserError, exit_on_user_error
 from flags.leaderboard import LeaderboardArgs
-from workflow import cluster, commands, comparisons, durability, estimate, plan, records
+from workflow import cluster, commands, comparisons, durability, estimate, plan, records, warm
 
 log = logging.getLogger(__name__)
 #: Lanes that the hours of a plan are told for, and run in unless snakemake's words say otherwise.
@@ -165,14 +165,23 @@ def run(steps: Sequence[plan.Step], states: dict[str, str], folder: Path, theirs
             # what they finished while nobody looked
             states = {name: new if states[name] == records.NEW else states[name]
                       for name, new in records.states(steps, folder).items()}
-    words = prepare(steps, states, folder, theirs, card_gb)
-    return subprocess.run(words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False, pass_fds=(lock,)
-                          ).returncode != 0
+    # a fork saves a step its imports; the first ones would wait for them all the same
+    many = sum(states[step.name] != records.DONE for step in steps) > LANES
+    with warm.started() if many and not cluster.asked(theirs) and warm.possible() else contextlib.nullcontext() as forks:
+        door, life = forks or (None, None)
+        words = prepare(steps, states, folder, theirs, card_gb, door)
+        return subprocess.run(words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
+                              pass_fds=(lock,) if life is None else (lock, life)).returncode != 0
 
 
 def prepare(steps: Sequence[plan.Step], states: dict[str, str], folder: Path, theirs: Sequence[str],
-            card_gb: float = 80.0) -> list[str]:
-    """Write the plan that workflow/Snakefile reads; returns snakemake's command line."""
+            card_gb: float = 80.0, door: Path | None = None) -> list[str]:
+    """Write the plan that workflow/Snakefile reads; returns snakemake's command line.
+
+    Args:
+        door: of ``warm.started``: steps run as forks of the process behind it.
+    """
+    start = (sys.executable, *(("-m", "workflow.warm", str(door)) if door else ()))
     logs, path = folder / "logs", folder / "plan.json"
     marks = {step.makes: str(records.mark_path(folder, step.name)) for step in steps}
     records.mark(steps, states, folder)
@@ -180,7 +189,7 @@ def prepare(steps: Sequence[plan.Step], states: dict[str, str], folder: Path, th
     for step in steps:
         # what has no such flag writes its files anew whenever it is run
         anew = states[step.name] == records.OUTDATED and hasattr(commands.parse(step.words).args, "overwrite")
-        words = (sys.executable, *step.words, *(["--overwrite"] if anew else []))
+        words = (*start, *step.words, *(["--overwrite"] if anew else []))
         record = (sys.executable, "-m", "workflow.records", "--plan", str(path), "--step", step.name)
         written.append(asdict(step) | {
             "makes": str(step.makes), "made_of": [str(need) for need in step.needs], "mark": marks[step.makes],

@@ -269,8 +269,8 @@ def test_every_command_of_the_published_path_parses(tmp_path, line, gpu):
     (places / "nvidia-smi").write_text(f"#!/bin/bash\nexit {int(not gpu)}\n")
     for name in ("python", "nvidia-smi"):
         (places / name).chmod(0o755)
-    want = subprocess.run("cat requirements.txt pyproject.toml | cksum", shell=True, cwd=config.ROOT, capture_output=True,
-                          text=True, check=True).stdout
+    want = subprocess.run("cat requirements.txt requirements.lock pyproject.toml | cksum", shell=True, cwd=config.ROOT,
+                          capture_output=True, text=True, check=True).stdout
     (tmp_path / ".installed").write_text(want)
     subprocess.run(["bash", *line.split()], cwd=config.ROOT, check=True, capture_output=True, timeout=60,
                    env={"PATH": "/usr/bin:/bin", "ABF_VENV": str(tmp_path), "OUT": str(tmp_path / "out")})

@@ -255,8 +255,8 @@ def test_b20_what_a_script_sets_reaches_its_commands(name, tmp_path):
     assert sourced
     assert "(. scripts/environment.sh" not in text
     (tmp_path / "venv" / "bin").mkdir(parents=True)
-    want = subprocess.run("cat requirements.txt pyproject.toml | cksum", shell=True, cwd=config.ROOT, capture_output=True,
-                          text=True, check=True).stdout
+    want = subprocess.run("cat requirements.txt requirements.lock pyproject.toml | cksum", shell=True, cwd=config.ROOT,
+                          capture_output=True, text=True, check=True).stdout
     (tmp_path / "venv" / ".installed").write_text(want)
     show = tmp_path / "venv" / "bin" / "python"
     show.write_text('#!/bin/sh\necho "$OMP_WAIT_POLICY $GOMP_SPINCOUNT $TOKENIZERS_PARALLELISM ${CUDA_VISIBLE_DEVICES-}"\n')
