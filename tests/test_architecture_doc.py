@@ -10,8 +10,6 @@ from test_architecture import CODE, LADDER, ROOT, sources
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
          for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
-#: README's next version; its links start at the root, where it will lie.
-NEXT = "docs/README.next.md"
 #: A file of ours that a text names with its folder. The lab log is history: it names files where they stood that day.
 PATH = re.compile(r"(?<![\w./{}-])((?:data|docs|evaluator|flags|models|scripts|tests|training|benchmarks)/"
                   r"[\w./-]*\.(?:py|sh|md|ya?ml|txt|png))\b")
@@ -80,8 +78,7 @@ def test_links_and_pictures_exist(page):
         file, _, part = target.partition("#")
         if "://" in file:
             continue
-        folder = ROOT if page == NEXT else (ROOT / page).parent
-        there = (folder / file).resolve() if file else ROOT / page
+        there = ((ROOT / page).parent / file).resolve() if file else ROOT / page
         headings = re.findall(r"^#+ (.+)$", there.read_text(encoding="utf-8"), re.M) if part and there.is_file() else []
         if not there.is_file() or (part and part not in map(anchor, headings)):
             dead.append(target)

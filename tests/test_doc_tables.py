@@ -66,7 +66,7 @@ def test_the_table_of_models_is_the_reports(page):
     head, rows = next((head, rows) for head, rows in tables(page) if head[0] == "model" and head[1].startswith("refusal"))
     wanted = models(report, head[1:])
     assert {row[0] for row in rows} <= set(wanted)
-    assert len(rows) > 5
+    assert len(rows) >= 5
     wrong = {(row[0], title): (cell, there) for row in rows
              for title, cell, there in zip(head[1:], row[1:], wanted[row[0]], strict=True) if cell != there}
     assert not wrong

@@ -84,7 +84,7 @@ def lines(page):
 
 
 def test_five_commands_make_a_safe_model_and_a_table(reader):
-    own = [line for line in lines("docs/README.next.md") if "BASE" in line or "safety_sets" in line or "task,safe" in line]
+    own = [line for line in lines("README.md") if "BASE" in line or "safety_sets" in line or "task,safe" in line]
     five = [line for line in own if "RUN" not in line and "ties" not in line and not line.endswith("--share 0.4")][:5]
     assert [line.split()[1] for line in five] == ["-m", "align_basemodel.py", "align_basemodel.py", "models/fuse.py",
                                                   "evaluator/evaluate.py"]

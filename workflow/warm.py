@@ -1,6 +1,6 @@
 """Steps as forks of one process that has imported the libraries: a step of half a minute starts ten seconds earlier.
 
-    python -m workflow.warm /tmp/abf_x/door models/fuse.py adapters ...
+    python -m workflow.warm DOOR models/fuse.py adapters ...
 
 runs a command line as ``python models/fuse.py adapters ...`` does, in a fork of the process that ``started`` started. The
 fork gets this process's folder, environment, standard streams and SIGTERM, and gives its exit code. Where nobody listens
@@ -11,6 +11,7 @@ Linux on a CPU only: CUDA does not survive a fork, and a step of minutes on a ca
 
 from __future__ import annotations
 
+import argparse
 import array
 import atexit
 import contextlib
@@ -31,8 +32,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from config import ROOT
-
+#: Not config's: whoever waits for a step imports nothing that takes time.
+ROOT = Path(__file__).resolve().parents[1]
 #: What steps import, the slowest of it: measured by -X importtime over a command of each kind.
 LIBRARIES = ("torch", "torch._dynamo", "transformers", "transformers.models.llama.modeling_llama", "transformers.trainer",
              "transformers.generation", "peft", "peft.tuners.lora", "accelerate", "datasets", "trl.trainer.utils",
@@ -181,7 +182,6 @@ def _become(asked: dict, streams: Sequence[int]) -> NoReturn:
         os.environ.clear()
         os.environ.update(asked["environment"])
         sys.argv = list(asked["words"])
-        sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
         runpy.run_path(sys.argv[0], run_name="__main__")
         code = 0
     except SystemExit as end:
@@ -226,12 +226,20 @@ def run(door: str, words: Sequence[str]) -> int:
     return code if code >= 0 else 128 - code
 
 
-def main(words: Sequence[str]) -> None:
-    if words[:1] == ["--serve"]:
-        serve(int(words[1]), int(words[2]), words[3:])
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Run a command in a fork of a process that has imported the libraries.")
+    parser.add_argument("--serve", nargs=2, type=int, metavar=("DOOR", "LIFE"),
+                        help="be that process: file descriptors of its socket and of its life line; words: what it imports")
+    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="DOOR FILE ...",
+                        help="the socket, and the command line without python")
+    args = parser.parse_args(argv)
+    if args.serve:
+        serve(*args.serve, args.words)
+    elif len(args.words) < 2:
+        parser.error("needs a socket and a command line")
     else:
-        sys.exit(run(words[0], words[1:]))
+        sys.exit(run(args.words[0], args.words[1:]))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -18,8 +18,8 @@ pytestmark = pytest.mark.skipif(not warm.possible(), reason="needs Linux without
 
 SAYS = """
 import json, os, sys
-print(json.dumps({"words": sys.argv, "folder": os.getcwd(), "name": __name__, "path": sys.path[0],
-                  "variable": os.environ.get("ABF_TEST"), "read": sys.stdin.read()}))
+print(json.dumps({"words": sys.argv, "folder": os.getcwd(), "name": __name__, "variable": os.environ.get("ABF_TEST"),
+                  "read": sys.stdin.read()}))
 print("beside", file=sys.stderr)
 sys.exit(int(sys.argv[1]))
 """
