@@ -121,12 +121,17 @@ def _number(content: Mapping[str, Any], name: str) -> float | None:
 
 
 def of_lines(lines: Sequence[Line], roots: Sequence[Path]) -> dict[str, Cost]:
-    """Label -> mean cost over a row's runs and results folders; what one of them does not know is unknown."""
+    """Label -> mean cost over a row's runs and results folders; what one of them does not know is unknown.
+
+    Numbers in weight files are the same in every seed: those that still have them tell for those whose weights are gone.
+    """
     return {line.label: _mean([of_run(root, run) for run in line.run.split("+") for root in roots]) for line in lines}
 
 
 def _mean(costs: Sequence[Cost]) -> Cost:
     values = {name: [getattr(cost, name) for cost in costs] for name in COLUMNS}
+    for name in ("stored", "active"):
+        values[name] = [value for value in values[name] if value is not None] or [None]
     return Cost(**{name: None if None in found else sum(found) / len(found) for name, found in values.items()})
 
 

@@ -1,6 +1,7 @@
 """What a row costs, from made-up manifests and real files: ancestors once, experts counted by k, nothing guessed."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,6 +63,14 @@ def test_what_is_not_known_is_empty(results):
     assert costs.of_run(results, "safety") == costs.Cost(None, None, None, 32, 0)
     (results / "outputs" / "raw" / "weights.safetensors").write_bytes(b"\xff" * 40)
     assert (costs.of_run(results, "raw").stored, costs.of_run(results, "raw").active) == (None, None)
+
+
+def test_a_seed_that_still_has_its_weights_tells_for_all(results, tmp_path):
+    other = tmp_path / "other"
+    put_run(other, "safety", seconds=40, memory=300.0, tokens_per_second=80.0)
+    lines = [SimpleNamespace(label="harmless", run="safety")]
+    assert costs.of_lines(lines, [other, results]) == {"harmless": costs.Cost(30, 30, 200, 32, 0, 120)}
+    assert costs.of_lines(lines, [other])["harmless"].stored is None
 
 
 def test_the_report_shows_them_when_asked(results, capsys):
