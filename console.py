@@ -116,8 +116,13 @@ def show(text: str, brief: str | None = None) -> None:
         brief: what is printed instead with --quiet; empty: nothing; None: the text, which is short or was asked for.
     """
     text = brief if brief is not None and quiet() else text
-    if text:
+    if not text:
+        return
+    try:
         print(text, flush=True)
+    except BrokenPipeError:
+        # "| head" has read enough; the interpreter must not flush into the closed pipe again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def show_written(text: str, paths: Sequence[Path]) -> None:

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-import os
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,12 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not args.results.is_dir():
             raise UserError(f"--output_dir: {args.results} does not exist")
         # a name or a manifest of strangers must not move the cursor of a terminal
-        said = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", carry_out(args, *runs))
-        try:
-            print(said, flush=True)
-        except BrokenPipeError:
-            # "| head" has read enough; the interpreter must not flush into the closed pipe again at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        console.show(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", carry_out(args, *runs)))
 
 
 def list_runs(args: ListArgs) -> str:
