@@ -13,13 +13,16 @@ the run is finished and resumes from its last checkpoint when it is not.
 from __future__ import annotations
 
 import importlib
-import logging
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import config
+import console
 import manifest
 from errors import exit_on_user_error, fits
-from flags import AlignArgs, DpoArgs, ExpertArgs, FusedMoeArgs, MaskArgs, SearchArgs, SoupArgs
+from flags import OBJECTIVES, AlignArgs, DpoArgs, ExpertArgs, FusedMoeArgs, MaskArgs, SearchArgs, SoupArgs
 from flags.memory import smaller
 
 #: Objective -> the module that trains it; flags/align.py says which words choose the objective.
@@ -39,29 +42,63 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         args: AlignArgs = parsed.args
         # of the processes of a launch one tells how it goes; all tell what is wrong
-        logging.basicConfig(level=logging.INFO if manifest.is_main() else logging.WARNING, format="%(message)s")
+        console.set_up(parsed.verbosity, speaks=manifest.is_main())
         config.short_waits()
         config.keep_freed_memory()
         settings = args.settings(parsed.training)
         target = args.results / "outputs" / args.name
         if not args.overwrite and manifest.finished(target, settings):
             if manifest.is_main():
-                print(f"{target}: already trained")
+                console.show(f"{target}: already trained", str(target))
             return
         with fits(smaller(args, parsed.training)), \
                 manifest.writing(target, "align_basemodel", settings, overwrite=args.overwrite) as run:
             # torch is imported only now
             importlib.import_module(TRAINERS[type(args)]).train(args, parsed.training, run)
         if manifest.is_main():
-            _finish(args, run)
+            _finish(parsed, run, target)
 
 
-def _finish(args: AlignArgs, run: manifest.Run) -> None:
+def _finish(parsed: config.Parsed, run: manifest.Run, target: Path) -> None:
+    args: AlignArgs = parsed.args
     shown = {k: v for k, v in run.metrics.items() if k not in ("history", "validation_history")}
     manifest.register(args.results, {"kind": "run", "command": "align_basemodel", "run": args.name, "seed": args.seed,
                                      **shown})
-    print(f"{args.results / 'outputs' / args.name}: " + ", ".join(
-        f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()))
+    console.show(_last_screen(parsed, run.metrics, target), str(target))
+
+
+def _last_screen(parsed: config.Parsed, metrics: dict[str, Any], target: Path) -> str:
+    """What was trained, its main numbers, what it cost, where it lies, what to try next; the manifest has every number."""
+    from training.tracking.progress import figures
+
+    args, made = parsed.args, manifest.read(target)
+    # a search takes no step
+    loss = f"{metrics['train_loss']:.4g}, mean of {metrics['steps']} steps" if "steps" in metrics else (
+        f"{metrics['loss']:.4g}, {metrics['loss_at_start']:.4g} without adapters; {metrics['evaluations']} evaluations")
+    validated = {name.removeprefix("validation_"): metrics[name] for name in metrics if name.startswith("validation_")}
+    validation = [f"loss {validated['loss']:.4g}", *figures(validated)] if "loss" in validated else []
+    data = " and ".join(f"{metrics[name]:,} {name}" for name in ("pairs", "tokens") if name in metrics)
+    trained = f"{metrics['trainable_parameters']:,} parameters" if "trainable_parameters" in metrics else ""
+    torch = sys.modules["torch"]  # of the training
+    card = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB of the card's" if torch.cuda.is_initialized() else ""
+    return console.last_screen(f"{args.name}: {args.called}, trained", {
+        "loss": loss,
+        "validation": ", ".join(validation) + (f"; best at step {metrics['best_step']}" if "best_step" in metrics else ""),
+        "weights": ", ".join(f"{name} {value:.3g}" for name, value in metrics.get("weights", {}).items()),
+        "mask": f"keeps {metrics['kept']:.1%}" if "kept" in metrics else "",
+        "trained": " on ".join(filter(None, (trained, data))),
+        "took": console.cost(made["seconds"], made["peak_memory_mb"]) + card,
+        "lies in": str(target),
+        "next": console.following(_next(parsed))})
+
+
+def _next(parsed: config.Parsed) -> list[str]:
+    """What one does with such a run first."""
+    args, place = parsed.args, ("model_name_or_path", "output_dir", "cache_dir")
+    if isinstance(args, MaskArgs):
+        return ["evaluator/mask_figures.py", "--masks", args.name, *console.same(parsed, *place)]
+    task = args.task_name if args.task_name in OBJECTIVES else "safety"
+    return ["inference.py", "--task_name", task, "--cross_task", args.name, *console.same(parsed, *place, "template")]
 
 
 if __name__ == "__main__":

@@ -84,6 +84,7 @@ class Parsed:
         preset: the preset's name or path, as given.
         given: names of the flags on the command line (not from the preset).
         plan: what --plan and its kin asked for, where they did.
+        verbosity: what --quiet and --verbose asked for.
     """
 
     args: Any
@@ -91,6 +92,7 @@ class Parsed:
     preset: str
     given: frozenset[str]
     plan: Any = None
+    verbosity: Any = None
 
 
 def parse(command: type, argv: Sequence[str] | None = None) -> Parsed:
@@ -107,12 +109,14 @@ def parse(command: type, argv: Sequence[str] | None = None) -> Parsed:
     words = sys.argv[1:] if argv is None else argv
     choice = preset_choice.choose(words)
     path, content, preset = choice.path, choice.content, choice.name
-    plan, words, wrong = _planned(command, words)
+    beside, words, wrong = _beside(command, words)
+    plan, verbosity = beside.get("Plan"), beside["Output"]
     command, problems = _chosen(command, words, content)
     problems += wrong
     known, rest = _parser(command).parse_known_args(_words(command, words))
     given = {k: v for k, v in vars(known).items() if k not in ("preset", "help")}
-    extra = _extra_flags(command, rest, problems)
+    idle: list[str] = []
+    extra = _extra_flags(command, rest, problems, idle)
     values: dict[str, Any] = {}
     training: dict[str, Any] = {}
     texts = _convert(command, given, "--", problems)
@@ -141,11 +145,12 @@ def parse(command: type, argv: Sequence[str] | None = None) -> Parsed:
     if problems:
         raise UserError(*problems)
     # first of all output, before a command has set up its log; once, not once a rank
-    if said and os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"{said}\n")
-    for name in command.without_effect().keys() & given.keys():
-        _say_without_effect(command, name)
-    return Parsed(args, training, preset, frozenset(given), plan if plan and plan.plan else None)
+    if not verbosity.quiet:
+        if said and os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"{said}\n")
+        for name in [*idle, *(command.without_effect().keys() & given.keys())]:
+            log.warning("--%s: has no effect here (%s)", name, command.without_effect()[name])
+    return Parsed(args, training, preset, frozenset(given), plan if plan and plan.plan else None, verbosity)
 
 
 @functools.cache
@@ -154,19 +159,18 @@ def group_of(command: type, name: str) -> type:
     return [kind for kind in command.__mro__ if name in inspect.get_annotations(kind)][-1]
 
 
-def _planned(command: type, words: Sequence[str]) -> tuple[Any, Sequence[str], list[str]]:
-    """What is asked of a command's plan, the words that are left, and what is wrong; no setting: it makes no other run."""
-    group = command.planned_by()
-    if group is None:
-        return None, words, []
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    for name in _fields(group):
-        switch = {"nargs": "?", "const": "true"} if _kind(group, name) is bool else {}
-        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, **switch)
-    known, rest = parser.parse_known_args(_words(group, words))
-    problems: list[str] = []
-    asked = group(**_convert(group, vars(known), "--", problems))
-    return asked, rest, [*problems, *_range_problems(asked), *asked.problems()]
+def _beside(command: type, words: Sequence[str]) -> tuple[dict[str, Any], Sequence[str], list[str]]:
+    """What is asked beside the settings, by the group's heading, the words that are left, and what is wrong."""
+    found, problems = {}, []
+    for group in command.beside():
+        parser = _Parser(add_help=False, allow_abbrev=False)
+        for name in _fields(group):
+            switch = {"nargs": "?", "const": "true"} if _kind(group, name) is bool else {}
+            parser.add_argument(f"--{name}", default=argparse.SUPPRESS, **switch)
+        known, words = parser.parse_known_args(_words(group, words))
+        asked = found[group.heading] = group(**_convert(group, vars(known), "--", problems))
+        problems += [*_range_problems(asked), *asked.problems()]
+    return found, words, problems
 
 
 def _chosen(command: type, words: Sequence[str], content: dict[str, Any]) -> tuple[type, list[str]]:
@@ -198,7 +202,7 @@ def _parser(command: type, values: dict[str, Any] | None = None, training: dict[
     groups: dict[str, Any] = {}
     order = {kind: (kind.general, i) for i, kind in enumerate(command.__mro__[:-1])}
     listed = [(command, *row) for row in sorted(_fields(command).items(), key=lambda row: order[group_of(command, row[0])])]
-    listed += [(plan, *row) for plan in filter(None, [command.planned_by()]) for row in _fields(plan).items()]
+    listed += [(group, *row) for group in command.beside() for row in _fields(group).items()]
     for source, name, item in listed:
         kind, owner = _kind(source, name), group_of(source, name)
         extra = {"nargs": "?", "const": "true"} if kind is bool else {}
@@ -302,8 +306,9 @@ def _of_other_data(command: type, choice: preset_choice.Choice, sections: Sequen
     return asked
 
 
-def _extra_flags(command: type, rest: Sequence[str], problems: list[str]) -> dict[str, Any]:
-    """The flags that are not ours: TrainingArguments fields pass through, anything else is an error."""
+def _extra_flags(command: type, rest: Sequence[str], problems: list[str], idle: list[str]) -> dict[str, Any]:
+    """The flags that are not ours: TrainingArguments fields pass through, those without effect go to ``idle``, anything
+    else is an error."""
     found: dict[str, Any] = {}
     words = list(rest)
     while words:
@@ -323,18 +328,14 @@ def _extra_flags(command: type, rest: Sequence[str], problems: list[str]) -> dic
                 continue
             found[name] = _training_value(name, parsed, "--", problems)
         elif name in command.without_effect():
-            _say_without_effect(command, name)
+            idle.append(name)
         elif said := command.elsewhere(name):
             problems.append(f"--{name}{f' {value}' if value else ''}: {said}")
         else:
             allowed = [*_fields(command), *(training_fields() if command.takes_training_arguments else ()),
-                       *(_fields(plan) if (plan := command.planned_by()) else ())]
+                       *(name for group in command.beside() for name in _fields(group))]
             problems.append(f"--{name}: unknown flag{_nearest(name, allowed)}; see --help")
     return found
-
-
-def _say_without_effect(command: type, name: str) -> None:
-    log.warning("--%s: has no effect here (%s)", name, command.without_effect()[name])
 
 
 def _words(command: type, argv: Sequence[str]) -> list[str]:

@@ -82,8 +82,12 @@ def _alone_or_first() -> bool:
 
 
 def _say(problem: str) -> None:
-    text = f"error: {problem}"
-    # a progress bar leaves the cursor behind itself; where there is none, nothing is imported
+    write_line(f"error: {problem}")
+
+
+def write_line(text: str) -> None:
+    """Write a line on stderr, above a progress bar where there is one."""
+    # a bar leaves the cursor behind itself; where there is none, nothing is imported
     if "tqdm" in sys.modules:
         sys.modules["tqdm"].tqdm.write(text, file=sys.stderr)
     else:

@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import config
+import console
 import manifest
 from data.escaped import ANSWER_COLUMNS, csv_cell
 from data.records import Record, stable_hash
 from errors import UserError, exit_on_user_error, fits
 from flags import InferenceArgs
 from flags.base import PROTOCOLS
+from flags.inference import ANSWERED
 from flags.memory import smaller
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for line in told(parsed):
                 print(line)
             return
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        console.set_up(parsed.verbosity)
         config.short_waits()
         if problems := _problems(args):
             raise UserError(*problems)
@@ -71,8 +73,25 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(*problems)
         # base and adapters in one command: the base is loaded once
         with fits(smaller(args)), keeping_base():
-            for run in args.runs:
-                answer_run(run, args, backend)
+            folders = [answer_run(run, args, backend) for run in args.runs]
+        console.finish(folders, _scored_by(args, console.same(parsed, "model_name_or_path", "output_dir", "cache_dir",
+                                                              "template", "dataset_type")))
+
+
+def _scored_by(args: InferenceArgs, same: Sequence[str]) -> list[str]:
+    """The command line that scores these answers, with ``same`` at its end; empty where none reads this set."""
+    from data.sets.protocols import task_of
+
+    command, flag = {"safety": ("safety", "harmful_task"), "overrefusal": ("safety", "overrefusal_task"),
+                     "helpfulness": ("helpfulness", "answers_task"),
+                     "truthfulness": ("truth_and_info", "answers_task")}.get(task_of(args.answers_name), ("", ""))
+    if not command:
+        return []
+    subs = ",".join(sub_folder(run) for run in args.runs)
+    usual = args.answers_name in ANSWERED
+    checkpoint = ["--checkpoint_number", str(args.checkpoint_number)] if args.checkpoint_number >= 0 else []
+    return [f"evaluator/evaluate_{command}.py", "--task_name", subs, *([] if usual else [f"--{flag}", args.answers_name]),
+            *checkpoint, *same]
 
 
 def answer_run(run: str, args: InferenceArgs, backend: Backend) -> Path:
@@ -210,7 +229,7 @@ def answer_all(answerer: Answerer, records: Sequence[Record], args: InferenceArg
     todo = [number for number in range(len(batches)) if number not in finished]
     decoding = Decoding(args.max_new_tokens, args.do_sample, args.temperature, args.top_p)
     with tqdm(total=len(batches), initial=len(finished), desc=f"{args.answers_name} {loaded.name}", unit="batch",
-              disable=not manifest.is_main()) as bar:
+              **console.bar()) as bar:
         for place in processes.claimed(len(todo)):
             number, batch = todo[place], batches[todo[place]]
             begun = [rendered[i] + wrapper.start for i in batch]

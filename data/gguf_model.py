@@ -68,6 +68,7 @@ def embedded_model_dir() -> Path:
 def _convert(gguf: Path, out: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaForCausalLM
+    from transformers.utils import logging as hf_logging
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     _settle_special_tokens(tokenizer)
@@ -92,7 +93,14 @@ def _convert(gguf: Path, out: Path) -> None:
     model.tie_weights()
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    model.save_pretrained(out)
+    # it is one file: a bar of files says nothing
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        model.save_pretrained(out)
+    finally:
+        if bars:
+            hf_logging.enable_progress_bar()
     tokenizer.save_pretrained(out)
     package = PACKAGES[_PACKAGE]
     source = {"package": package.name, "version": package.version, "package_sha256": package.sha256,

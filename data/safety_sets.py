@@ -9,18 +9,19 @@ NAME.json: what was drawn and what was left out, without the texts. The same fla
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 import config
+import console
 from errors import exit_on_user_error
 from flags.safety_set import SafetySetArgs
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
-        args: SafetySetArgs = config.parse(SafetySetArgs, argv).args
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        parsed = config.parse(SafetySetArgs, argv)
+        args: SafetySetArgs = parsed.args
+        console.set_up(parsed.verbosity)
         from data.sets.safety_sets import write
 
         print(write(args))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import config
+import console
 from data import escaped
 from errors import UserError, exit_on_user_error
 from evaluator.statistics.kappa import Kappa, kappa_of
@@ -43,14 +44,14 @@ class Judged:
 
 def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
-        args: AgreementArgs = config.parse(AgreementArgs, argv).args
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        parsed = config.parse(AgreementArgs, argv)
+        args: AgreementArgs = parsed.args
+        console.set_up(parsed.verbosity)
         if args.labels:
             from evaluator.reporting import labels_report
 
             path = labels_report.write(args.labels, args.results / "report" / f"{args.name}_labels.md", args.seed)
-            print(path.read_text(encoding="utf-8"))
-            print(f"written: {path}")
+            console.show_written(path.read_text(encoding="utf-8"), [path])
         if args.run_names:
             print(write(args))
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import config
+import console
 from data import escaped
 from errors import UserError, exit_on_user_error
 from flags.attack_table import AttackTableArgs
@@ -37,13 +38,13 @@ verdict is drawn from them.
 
 def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
-        args: AttackTableArgs = config.parse(AttackTableArgs, argv).args
+        parsed = config.parse(AttackTableArgs, argv)
+        console.set_up(parsed.verbosity)
+        args: AttackTableArgs = parsed.args
         rows = table(args)
         shown = text(rows, args)
         paths = write(rows, args, shown)
-        print(shown)
-        for path in paths:
-            print(f"written: {path}")
+        console.show_written(shown, paths)
 
 
 def write(rows: Sequence[dict[str, Any]], args: AttackTableArgs, shown: str) -> list[Path]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import config
+import console
 from errors import UserError, exit_on_user_error
 from flags.durability import DurabilityArgs
 
@@ -54,12 +55,12 @@ class Line:
 
 def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
-        args: DurabilityArgs = config.parse(DurabilityArgs, argv).args
+        parsed = config.parse(DurabilityArgs, argv)
+        console.set_up(parsed.verbosity)
+        args: DurabilityArgs = parsed.args
         lines = gather(args)
         paths, shown = write(lines, args)
-        print(shown)
-        for path in paths:
-            print(f"written: {path}")
+        console.show_written(shown, paths)
 
 
 def gather(args: DurabilityArgs) -> list[Line]:

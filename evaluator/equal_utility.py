@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import config
+import console
 from errors import UserError, exit_on_user_error
 from flags.equal_utility import EqualUtilityArgs
 
@@ -80,7 +81,9 @@ class Answer:
 
 def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
-        args: EqualUtilityArgs = config.parse(EqualUtilityArgs, argv).args
+        parsed = config.parse(EqualUtilityArgs, argv)
+        console.set_up(parsed.verbosity)
+        args: EqualUtilityArgs = parsed.args
         answer = compare(args)
         import manifest
 
@@ -88,8 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         manifest.write_json(path, asdict(answer) | {
             "subject": args.subject, "line": args.line, "skill": args.skill, "safety_is": args.safety, "draws": args.draws,
             "seed": args.seed, "sentence": sentence(answer, args)})
-        print(sentence(answer, args))
-        print(f"written: {path}")
+        console.show_written(sentence(answer, args), [path])
 
 
 def sentence(answer: Answer, args: EqualUtilityArgs) -> str:

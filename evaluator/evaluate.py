@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import config
+import console
 import preset_choice
 from config import ROOT
 from errors import UserError, exit_on_user_error
+from flags.evaluate import format_names
 from flags.evaluate_models import EvaluateModelsArgs
 from flags.judges import JudgeFlags
 
@@ -44,6 +46,8 @@ _ALL = ("num_samples", "output_dir", "template", "device", "device_map", "dtype"
 _ANSWERS = ("max_new_tokens", "batch_size", "do_sample", "temperature", "top_p", "backend")
 #: Lines of a failed step that are repeated at the end.
 _REPEATED = 3
+#: The command that writes the table.
+REPORT = "evaluator/report.py"
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,6 @@ class Step:
 def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
         words = sys.argv[1:] if argv is None else list(argv)
-        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
         args, models, preset = prepare(words)
         planned = steps(args, models, preset)
         report = table(args, models)
@@ -76,11 +79,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             for line in [shlex.join(["mkdir", "-p", str(args.results / "outputs")]), *links] if links else []:
                 print(line)
             for step in planned:
-                print(shown(step.words(step.models)))
-            print(shown(report))
+                print(console.shown(step.words(step.models)))
+            print(console.shown(report))
             return
         try:
-            failed = run(args, models, planned)
+            with console.steps():
+                failed = run(args, models, planned)
         except KeyboardInterrupt:
             log.error("interrupted; what is finished is kept, and the same command goes on from there")
             sys.exit(130)
@@ -91,6 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for label, why in failed.items():
             log.error("  %s: %s", label, why)
         sys.exit(1)
+    if "html" not in format_names(args.format):
+        console.advise((*report, "--html"))
 
 
 def prepare(words: Sequence[str]) -> tuple[EvaluateModelsArgs, list[Model], str]:
@@ -100,6 +106,7 @@ def prepare(words: Sequence[str]) -> tuple[EvaluateModelsArgs, list[Model], str]
         UserError: everything that can be known to be wrong before a model is loaded.
     """
     parsed = config.parse(EvaluateModelsArgs, words)
+    console.set_up(parsed.verbosity)
     # imported after the flags: --help and their errors must not wait for torch
     from evaluator.scoring import named_models, suites
 
@@ -190,7 +197,7 @@ def table(args: EvaluateModelsArgs, models: Sequence[Model]) -> tuple[str, ...]:
     more = ["--against", ground.label] if len(models) > 1 else []
     more += ["--columns", names] if (names := suites.asked_columns(args)) else []
     runs = ",".join(f"{model.label}={model.in_report}" for model in models)
-    return ("evaluator/report.py", "--runs", runs, *more, "--scores", suites.columns(args),
+    return (REPORT, "--runs", runs, *more, "--scores", suites.columns(args),
             *_given(args, ("output_dir", "title", "published")), "--name", args.name, "--format", args.format)
 
 
@@ -221,7 +228,7 @@ def _trouble(step: Step, models: Sequence[Model], place: str) -> list[tuple[Mode
     """Run a step for all of these models at once, and where that fails for each by itself; returns who failed and why."""
     if not models:
         return []
-    log.info("%s %s: %s", place, ", ".join(model.label for model in models), shown(step.words(models)))
+    log.info("%s %s: %s", place, ", ".join(model.label for model in models), console.shown(step.words(models)))
     why = _failure(step.words(models))
     if not why or len(models) == 1:
         return [(model, why) for model in models if why]
@@ -232,12 +239,17 @@ def _trouble(step: Step, models: Sequence[Model], place: str) -> list[tuple[Mode
 
 def _failure(words: Sequence[str]) -> str:
     code, said = execute(words)
-    return f"{shown(words)}: exit code {code}{said and f'; {said}'}" if code else ""
+    return f"{console.shown(words)}: exit code {code}{said and f'; {said}'}" if code else ""
 
 
 def execute(words: Sequence[str]) -> tuple[int, str]:
-    """Run one command as a process of its own, with its output as it comes; returns its exit code and why it failed."""
-    process = subprocess.Popen([sys.executable, str(ROOT / words[0]), *words[1:]], stderr=subprocess.PIPE)
+    """Run one command as a process of its own, with its output as it comes; returns its exit code and why it failed.
+
+    It is as loud as this one; with --quiet only the table says where it lies.
+    """
+    silent = console.quiet() and words[0] != REPORT
+    process = subprocess.Popen([sys.executable, str(ROOT / words[0]), *words[1:], *console.asked()], stderr=subprocess.PIPE,
+                               stdout=subprocess.DEVNULL if silent else None)
     tail = b""
     try:
         while block := os.read(process.stderr.fileno(), 1 << 16):
@@ -254,12 +266,6 @@ def execute(words: Sequence[str]) -> tuple[int, str]:
     # a user's error says what it is; of a traceback the last line does
     errors = [line for line in lines if line.startswith("error: ")] or lines[-1:]
     return code, "; ".join(errors[:_REPEATED]) if code else ""
-
-
-def shown(words: Sequence[str]) -> str:
-    """A command line as it can be given in the current folder."""
-    file = words[0] if Path.cwd() == ROOT else str(ROOT / words[0])
-    return shlex.join(["python", file, *words[1:]])
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ compares them with the references here, --alpaca_eval 50 runs the alpaca_eval co
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import config
+import console
 import manifest
 from errors import UserError, exit_on_user_error
 from flags import EvaluateHelpfulnessArgs
@@ -36,23 +36,26 @@ def main(argv: Sequence[str] | None = None) -> None:
             for line in told(parsed):
                 print(line)
             return
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        console.set_up(parsed.verbosity)
         config.short_waits()
         from evaluator.scoring import alpaca, engine
 
         if args.alpaca_eval:
             alpaca.check(args)
         # after the check above: a command that is not installed must not show after an hour of scoring
-        engine.evaluate(args, engine.command_of("evaluate_helpfulness", (args.answers_task, "helpfulness")), plan)
+        command = engine.command_of("evaluate_helpfulness", (args.answers_task, "helpfulness"))
+        paths = engine.evaluate(args, command, plan)
         if not manifest.is_main():
             return
         for subject in engine.subjects(args):
             if engine.has_answers(args, args.answers_task, subject):
-                print(f"alpaca_eval: {export(args, subject)} answers of {subject.name} exported")
+                said = f"{export(args, subject)} answers of {subject.name} exported"
             else:
-                print(f"alpaca_eval: nothing to export; run {engine.inference_command(args, args.answers_task, subject)}")
+                said = f"nothing to export; run {engine.inference_command(args, args.answers_task, subject)}"
+            console.show(f"alpaca_eval: {said}", "")
         if args.alpaca_eval:
             alpaca.evaluate(args)
+        console.finish(paths, [*args.table, *console.same(parsed, "output_dir")])
 
 
 def plan(args: EvaluateHelpfulnessArgs, subject: Subject) -> Work:

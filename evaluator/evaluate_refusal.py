@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import config
+import console
 import manifest
 from errors import exit_on_user_error
 from flags.refusal import EvaluateRefusalArgs
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for line in told(parsed):
                 print(line)
             return
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        console.set_up(parsed.verbosity)
         config.short_waits()
         from evaluator.scoring import engine
 
@@ -47,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         paths = engine.evaluate(args, command, plan)
         if manifest.is_main():
             logging.getLogger(__name__).info("ROC curves: %s", draw(args, command, paths))
+        # reports show the embedded prompts' scores alone
+        table = [*args.table, "--columns", "refusal_auc,refusal_at_10,pairs_ranked", *console.same(parsed, "output_dir")]
+        console.finish(paths, [] if args.set_prefix else table)
 
 
 def plan(args: EvaluateRefusalArgs, subject: Subject) -> Work:

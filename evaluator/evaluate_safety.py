@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import config
+import console
 from errors import UserError, exit_on_user_error
 from flags import EvaluateSafetyArgs
 
@@ -50,12 +51,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             for line in told(parsed):
                 print(line)
             return
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        console.set_up(parsed.verbosity)
         config.short_waits()
         from evaluator.scoring import engine
 
-        engine.evaluate(args, engine.command_of("evaluate_safety", (args.harmful_task, "safety"),
-                                                (args.overrefusal_task, "overrefusal")), plan)
+        command = engine.command_of("evaluate_safety", (args.harmful_task, "safety"), (args.overrefusal_task, "overrefusal"))
+        console.finish(engine.evaluate(args, command, plan), [*args.table, *console.same(parsed, "output_dir")])
 
 
 def plan(args: EvaluateSafetyArgs, subject: Subject) -> Work:

@@ -11,11 +11,11 @@ evaluate_skills.TASKS.json, so that two studies on one model do not overwrite ea
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import config
+import console
 from errors import exit_on_user_error
 from flags.base import SKILLS
 from flags.skills import EvaluateSkillsArgs
@@ -36,15 +36,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             for line in told(parsed):
                 print(line)
             return
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        console.set_up(parsed.verbosity)
         config.short_waits()
         from evaluator.scoring import engine
 
         likelihoods = [name for name in args.skill_names if name in SKILLS]
         # answers first: where some are missing, no model was loaded for nothing
-        for names in (*([name] for name in args.skill_names if name not in SKILLS), likelihoods):
-            if names:
-                engine.evaluate(dataclasses.replace(args, skills=",".join(names)), command(names), plan)
+        groups = [names for names in (*([name] for name in args.skill_names if name not in SKILLS), likelihoods) if names]
+        paths = [path for names in groups
+                 for path in engine.evaluate(dataclasses.replace(args, skills=",".join(names)), command(names), plan)]
+        console.finish(paths, [*args.table, *console.same(parsed, "output_dir")])
 
 
 def command(names: Sequence[str]) -> str:

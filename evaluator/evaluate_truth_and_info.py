@@ -8,11 +8,11 @@ answers of inference.py --task_name truthfulness are judged too: each rate, thei
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import config
+import console
 from errors import UserError, exit_on_user_error
 from flags import EvaluateTruthArgs
 
@@ -37,11 +37,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             for line in told(parsed):
                 print(line)
             return
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        console.set_up(parsed.verbosity)
         config.short_waits()
         from evaluator.scoring import engine
 
-        engine.evaluate(args, engine.command_of("evaluate_truth_and_info", (args.answers_task, "truthfulness")), plan)
+        command = engine.command_of("evaluate_truth_and_info", (args.answers_task, "truthfulness"))
+        console.finish(engine.evaluate(args, command, plan), [*args.table, *console.same(parsed, "output_dir")])
 
 
 def plan(args: EvaluateTruthArgs, subject: Subject) -> Work:

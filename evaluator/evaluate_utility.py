@@ -10,13 +10,13 @@ a task that was scored with the same data and flags is not scored again. The sco
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import config
+import console
 from errors import UserError, exit_on_user_error
 from flags.utility import BENCHMARKS, EvaluateUtilityArgs
 
@@ -38,15 +38,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             for line in told(parsed):
                 print(line)
             return
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        console.set_up(parsed.verbosity)
         config.short_waits()
         # greedy word problems fork no tokenizer threads
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from evaluator.scoring import engine
 
         # one plan per task and subject, but hash and model of a subject once
-        engine.evaluate_all([(args.only(name), f"evaluate_utility.{name}") for name in args.task_names],
-                            partial(plan, cache(partial(engine.model_hash, args)), one_model(args)))
+        paths = engine.evaluate_all([(args.only(name), f"evaluate_utility.{name}") for name in args.task_names],
+                                    partial(plan, cache(partial(engine.model_hash, args)), one_model(args)))
+        console.finish(paths, [*args.table, *console.same(parsed, "output_dir")])
 
 
 def one_model(args: EvaluateUtilityArgs) -> Callable[[Subject], tuple[Any, float | None]]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import config
+import console
 import manifest
 from errors import exit_on_user_error
 from flags.mask_figures import MaskFiguresArgs
@@ -27,12 +28,14 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
-        args: MaskFiguresArgs = config.parse(MaskFiguresArgs, argv).args
+        parsed = config.parse(MaskFiguresArgs, argv)
+        console.set_up(parsed.verbosity)
+        args: MaskFiguresArgs = parsed.args
         folder = args.results / "masks" / args.run_name
         content = numbers(args)
         manifest.write_json(folder / "masks.json", content)
         files = draw(content, folder)
-        print(f"{folder}: masks.json, {', '.join(file.name for file in files)}")
+        console.show(f"{folder}: masks.json, {', '.join(file.name for file in files)}", str(folder))
 
 
 def numbers(args: MaskFiguresArgs) -> dict[str, Any]:

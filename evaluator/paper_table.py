@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import config
+import console
 from errors import UserError, exit_on_user_error
 from flags.paper_tables import PaperTableArgs
 
@@ -23,14 +24,15 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
-        args: PaperTableArgs = config.parse(PaperTableArgs, argv).args
+        parsed = config.parse(PaperTableArgs, argv)
+        console.set_up(parsed.verbosity)
+        args: PaperTableArgs = parsed.args
         from evaluator.reporting import beside
 
         spec = read_spec(args.spec)
         table = gather(spec, args)
-        print(beside.markdown(table).partition("\n## Notes")[0])
-        for path in write(table, args.results / "report" / (args.name or spec["table"]), args.formats):
-            print(f"written: {path}")
+        console.show_written(beside.markdown(table).partition("\n## Notes")[0],
+                             write(table, args.results / "report" / (args.name or spec["table"]), args.formats))
 
 
 def read_spec(place: str) -> dict[str, Any]:

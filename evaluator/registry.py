@@ -11,16 +11,14 @@ Reads results/registry.jsonl, the manifests and the folders; loads no model. Sec
 from __future__ import annotations
 
 import fnmatch
-import logging
 import math
-import os
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import config
+import console
 import manifest
 from data import escaped
 from errors import UserError, exit_on_user_error
@@ -36,20 +34,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         command, carry_out, wanted = COMMANDS[name]
         first = next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest))
         runs = [word for item in rest[:first] for word in item.split(",") if word]
-        args = config.parse(command, rest[first:]).args
+        parsed = config.parse(command, rest[first:])
+        args = parsed.args
         if len(runs) != wanted:
             raise UserError(f"{name}: takes {wanted or 'no'} name{'' if wanted == 1 else 's'} of runs before the flags, not "
                             f"{len(runs)}; python -m evaluator.registry list shows them")
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        console.set_up(parsed.verbosity)
         if not args.results.is_dir():
             raise UserError(f"--output_dir: {args.results} does not exist")
         # a name or a manifest of strangers must not move the cursor of a terminal
-        said = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", carry_out(args, *runs))
-        try:
-            print(said, flush=True)
-        except BrokenPipeError:
-            # "| head" has read enough; the interpreter must not flush into the closed pipe again at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        console.show(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", carry_out(args, *runs)))
 
 
 def list_runs(args: ListArgs) -> str:

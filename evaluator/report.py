@@ -13,11 +13,13 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import config
+import console
 from errors import UserError, exit_on_user_error
 from evaluator.reporting import formats
 from evaluator.reporting.findings import Line
@@ -30,14 +32,17 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
-        args: ReportArgs = config.parse(ReportArgs, argv).args
+        words = sys.argv[1:] if argv is None else argv
+        parsed = config.parse(ReportArgs, words)
+        console.set_up(parsed.verbosity)
+        args: ReportArgs = parsed.args
         paths, text = write(args)
         # the screen gets the table and what was found; differences and notes are in the file
-        print(re.split(r"\n(?=!\[|## )", text, maxsplit=1)[0])
-        for found in text.split("\n## Findings", 1)[1:]:
-            print("## Findings" + found.split("## Notes", 1)[0])
-        for path in paths:
-            print(f"written: {path}")
+        shown = [re.split(r"\n(?=!\[|## )", text, maxsplit=1)[0]]
+        shown += ["## Findings" + found.split("## Notes", 1)[0] for found in text.split("\n## Findings", 1)[1:]]
+        console.show_written("\n".join(shown), paths)
+        if "html" not in args.formats:
+            console.advise(("evaluator/report.py", *words, "--html"))
 
 
 def write(args: ReportArgs) -> tuple[list[Path], str]:

@@ -96,6 +96,11 @@ class Flags:
         return None
 
     @classmethod
+    def beside(cls) -> tuple[type[Flags], ...]:
+        """Groups that are asked beside the command's own flags and make no other run; ``config.parse`` keeps them apart."""
+        return (*filter(None, [cls.planned_by()]), VerbosityFlags)
+
+    @classmethod
     def without_effect(cls) -> dict[str, str]:
         """Flags that are taken and not read -> why."""
         return WITHOUT_EFFECT.get(cls.__name__, {})
@@ -243,8 +248,21 @@ class RunFlags(ResultsFlags):
 
 
 @dataclass(frozen=True)
+class VerbosityFlags(Flags):
+    """How much every command says on the screen (console.py)."""
+
+    heading, general = "Output", True
+    quiet: bool = flag(False, "errors alone on stderr and no bars; on stdout the result, or where it lies")
+    verbose: bool = flag(False, "what helps to find a fault too, and all that libraries say")
+
+    def problems(self) -> list[str]:
+        both = ["--quiet, --verbose: one says less, the other more; give one of the two"]
+        return [*super().problems(), *(both if self.quiet and self.verbose else [])]
+
+
+@dataclass(frozen=True)
 class PlanFlags(Flags):
-    """Asked of a command beside its own flags; ``config.parse`` keeps it apart from them, for it makes no other run."""
+    """What is asked of a command's plan."""
 
     heading, general = "Plan", True
     plan: bool = flag(False, "tell parameters and memory by part and the peak of each device; load nothing, write nothing")

@@ -70,6 +70,13 @@ class EvaluateArgs(ModelCommand, DeviceMapFlags):
             return ("raw",)
         return tuple(name.strip() for name in self.task_name.split(",") if name.strip())
 
+    @property
+    def table(self) -> tuple[str, ...]:
+        """The command line that puts these scores into a table."""
+        runs = ("base" if name in ("raw", "base") else name.removeprefix("cross_") + (
+            f"_{self.checkpoint_number}" if self.checkpoint_number >= 0 else "") for name in self.folders)
+        return "evaluator/report.py", "--runs", ",".join(runs)
+
     def problems(self) -> list[str]:
         missing = f"--task_name: name the folder of answers, e.g. --task_name cross_safety{self.or_else}"
         return [*([] if self.folders else [missing]), *super().problems()]

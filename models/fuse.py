@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import logging
 from collections.abc import Sequence
 
 import config
+import console
 from errors import exit_on_user_error, fits
 from flags import ExtractArgs, FuseAdaptersArgs, sub_commands
 from flags.export import ExportArgs, GatherArgs, ImportArgs
@@ -52,11 +52,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             for line in told(parsed):
                 print(line)
             return
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        console.set_up(parsed.verbosity)
         module, _, function = place.partition(":")
         with fits(smaller(args)):
             said = getattr(importlib.import_module(module), function)(args)
-        print(said)
+        console.show(said)
+        run = getattr(args, "name", None) or args.run_name
+        # an exported model is for other programs
+        if name != "export" and said.startswith(f"{args.results / 'outputs' / run}: "):
+            console.advise(["inference.py", "--task_name", "safety", "--cross_task", run, *console.same(
+                parsed, "model_name_or_path", "output_dir", "cache_dir")])
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import config
+import console
 import manifest
 from errors import UserError, exit_on_user_error
-from flags import FuseMoeArgs
+from flags import RAW_MOE, FuseMoeArgs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -174,16 +175,29 @@ def main(argv: Sequence[str] | None = None) -> None:
             for line in told(parsed):
                 print(line)
             return
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        console.set_up(parsed.verbosity)
         args = parsed.args
         target, settings = args.results / "outputs" / args.run_name, asdict(args)
         if not args.overwrite and manifest.finished(target, settings):
-            print(f"{target}: already built")
+            console.show(f"{target}: already built", str(target))
             return
         with manifest.writing(target, "llama_moe", settings, overwrite=args.overwrite) as run:
             build(args, run)
         manifest.register(args.results, {"kind": "run", "command": "llama_moe", "run": args.run_name, **run.metrics})
-        print(f"{target}: {run.metrics['experts']} experts of rank {run.metrics['rank']} on one shared base")
+        console.show(_last_screen(parsed, run.metrics, target), str(target))
+
+
+def _last_screen(parsed: config.Parsed, metrics: dict[str, Any], target: Path) -> str:
+    args, made = parsed.args, manifest.read(target)
+    raw = [] if args.run_name == RAW_MOE else ["--raw_moe", args.run_name]
+    head = f"{args.run_name}: {metrics['experts']} experts of rank {metrics['rank']} on one shared base"
+    return console.last_screen(head, {
+        "experts": ", ".join(Path(name).name for name in args.expert_names),
+        "numbers": f"{metrics['parameters']:,} of base and routers, {metrics['expert_parameters']:,} of experts",
+        "took": console.cost(made["seconds"], made["peak_memory_mb"]),
+        "lies in": str(target),
+        "next": console.following(["align_basemodel.py", "--moe_flag", "1", *raw, *console.same(
+            parsed, "model_name_or_path", "output_dir", "cache_dir", "template")])})
 
 
 if __name__ == "__main__":

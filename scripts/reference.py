@@ -101,7 +101,9 @@ def _first(kind: type) -> str:
 def _command_list() -> str:
     rows = [(f"[`python {f'{call} {name}'.strip()}`](flags/{slug(call)}.md)", _first(kind))
             for call, kinds in commands().items() for name, kind in kinds.items()]
-    return "\n".join(["# Commands", "", "Each takes `--help`, which shows the values that a preset gives.", "",
+    return "\n".join(["# Commands", "", "Each takes `--help`, which shows the values that a preset gives.",
+                      "`--quiet` leaves errors and the result, or where it lies; `--verbose` adds what finds faults.",
+                      "What is told on the way goes to stderr, results to stdout.", "",
                       table(("command", "what it does"), rows), "", "## Scripts", "",
                       "Each says in its head which flags and variables it takes; most take `--help`.", "",
                       table(("script", "what it does"), _scripts())])
@@ -139,8 +141,8 @@ def _flags_of(call: str, name: str, kind: type) -> list[str]:
     order = {owner: (owner.general, place) for place, owner in enumerate(kind.__mro__[:-1])}
     for item in sorted(dataclasses.fields(kind), key=lambda item: order[group_of(kind, item.name)]):
         groups.setdefault(group_of(kind, item.name).heading or "Flags", []).append(_flag(kind, item))
-    if planned := kind.planned_by():
-        groups["Plan"] = [_flag(planned, item) for item in dataclasses.fields(planned)]
+    for group in kind.beside():
+        groups[group.heading] = [_flag(group, item) for item in dataclasses.fields(group)]
     for heading, rows in groups.items():
         lines += [f"{level}# {heading}", "", table(("flag", "value", "default", "meaning"), rows), ""]
     return lines

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import config
+import console
 from errors import UserError, exit_on_user_error
 from flags.mixture import mixture_run
 from flags.sweep import SweepArgs
@@ -39,18 +40,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
         parsed = config.parse(SweepArgs, argv)
         args: SweepArgs = parsed.args
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        console.set_up(parsed.verbosity)
         config.short_waits()
         from evaluator.reporting.sweeps import report as sweep_report
         from evaluator.reporting.sweeps import seeds as sweep_seeds
         from models.runs import keeping_base
 
-        with keeping_base():
+        with keeping_base(), console.steps():
             report = sweep_seeds.over_seeds(args.folders, args.name) if args.folders else sweep(args, parsed.preset)
         name = f"{args.name}_seeds" if args.folders else args.name
         path = sweep_report.write(args.results / "report", name, report)
-        print(path.read_text(encoding="utf-8"))
-        print(f"written: {path}")
+        console.show_written(path.read_text(encoding="utf-8"), [path])
+        if not args.folders:
+            console.advise(["evaluator/report.py", "--runs", f"base,{args.task},{args.safety}", "--curves",
+                            str(path.with_suffix(".json")), "--html", *console.same(parsed, "output_dir")])
 
 
 def sweep(args: SweepArgs, preset: str) -> dict:

@@ -20,6 +20,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("errors.py", "locks.py", "scalars.py"),
     ("preset_choice.py",),
     ("config.py", "manifest.py"),
+    ("console.py",),
     ("flags/",),
     ("data/",),
     ("data/readers/",),
@@ -49,7 +50,8 @@ MOST_LINES, MOST_FILES = 400, 16
 #: Folders whose files are many by nature: one per command, per judge, per thing tested.
 CROWDED = ("flags", "evaluator/judges", "tests")
 #: The floors that need the standard library and yaml only, so that --help is instant.
-LIGHT = ("errors.py", "locks.py", "scalars.py", "preset_choice.py", "config.py", "manifest.py", "flags/")
+LIGHT = ("errors.py", "locks.py", "scalars.py", "preset_choice.py", "config.py", "manifest.py", "console.py",
+         "flags/")
 SKIPPED = {".git", ".venv", "results", "build", "dist", "__pycache__", ".ruff_cache", ".pytest_cache"}
 
 
@@ -228,7 +230,8 @@ def test_nothing_names_a_folder_of_one_machine():
 
 
 def test_no_print_below_the_commands():
-    printing = [f"{path}:{node.lineno}" for path in CODE if path not in COMMANDS and path.name != "errors.py"
+    screens = ("errors.py", "console.py")
+    printing = [f"{path}:{node.lineno}" for path in CODE if path not in COMMANDS and path.name not in screens
                 and RANK[wing(path)] < RANK["evaluator/judges/"] for node in ast.walk(tree(path))
                 if isinstance(node, ast.Call) and dotted(node.func) == "print"]
     assert not printing

@@ -31,6 +31,7 @@ from training.checkpoints import SafeCheckpoints
 from training.distributed.batches import BLANK, BucketSampler, with_blank
 from training.distributed.signals import EXIT, SaveOnSignal
 from training.resume import checkpoint_folder, resume_point
+from training.tracking.progress import Progress
 from training.tracking.trackers import tracking
 from training.validation import EarlyStopping, WholeMeans
 
@@ -345,6 +346,7 @@ def fit(trainer: Any, args: AlignArgs, extra: dict[str, Any]) -> dict[str, Any]:
     """
     if args.early_stopping_patience is not None:
         trainer.add_callback(EarlyStopping(args.early_stopping_patience, args.early_stopping_threshold or 0.0))
+    Progress.of(trainer, args.name)
     # one process looks and removes what is outdated; the others must not look while it does
     start = [resume_point(args, args.settings(extra), extra.get("resume_from_checkpoint"), trainer.checkpoint_files,
                           trainer.weight_places, trainer.args.world_size)

@@ -24,6 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import config
+import console
 import manifest
 import preset_choice
 from config import ROOT
@@ -34,6 +35,8 @@ from workflow import cluster, commands, comparisons, durability, estimate, plan,
 log = logging.getLogger(__name__)
 #: Lanes that the hours of a plan are told for, and run in unless snakemake's words say otherwise.
 LANES = 2
+#: How loud this command is -> snakemake; else it tells its jobs, not its progress.
+_LOUDNESS = {("--quiet",): ("--quiet", "all"), ("--verbose",): ("--verbose",)}
 #: Columns of the table beside those that every report has; those that report.py does not know are left out.
 COLUMNS = ("refusal_auc", "refusal_auc_plain", "refusal_auc_edgy", "refusal_auc_length", "refusal_at_10",
            "pairs_ranked", "overrefusal_plain", "overrefusal_edgy", "refusal_corrected", "overrefusal_corrected")
@@ -42,8 +45,9 @@ COLUMNS = ("refusal_auc", "refusal_auc_plain", "refusal_auc_edgy", "refusal_auc_
 def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
         words, theirs = split(argv)
-        args: LeaderboardArgs = config.parse(LeaderboardArgs, words).args
-        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        parsed = config.parse(LeaderboardArgs, words)
+        args: LeaderboardArgs = parsed.args
+        console.set_up(parsed.verbosity)
         choice = preset_choice.choose(words)
         table = plan.read(_table_path(args))
         names = (durability.chosen(table, args.only_arms, args.quick) if args.durability else
@@ -59,13 +63,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         steps, costs = estimate.of_base(steps, args, plan.base_of(asked))
         folder = results / "workflow"
         states = records.states(steps, folder, names if args.overwrite else ())
-        print(told(args, table, names, steps, states, every=args.dry_run, costs=costs))
+        plan_told = told(args, table, names, steps, states, every=args.dry_run, costs=costs)
+        console.show(plan_told, None if args.dry_run else "")
         if args.dry_run:
             for words in reports(args, table, names, results):
                 print(f"$ {shlex.join(('python', *words))}")
             return
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder) as lock:
+        with locked(folder) as lock, console.steps():
             failed = run(steps, states, folder, theirs, lock, args.gpu_gb)
             sys.exit(finish(args, table, names, results, failed, steps))
 
@@ -204,8 +209,8 @@ def prepare(steps: Sequence[plan.Step], states: dict[str, str], folder: Path, th
     # its own ways to tell what is finished are switched off: a step without its mark runs
     return [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "workflow" / "Snakefile"),
             "--directory", str(folder), "--config", f"plan={path}", "--rerun-triggers", "params", "--drop-metadata",
-            "--ignore-incomplete", "--nolock", "--scheduler", "greedy", "--keep-going", "--quiet", "progress",
-            "--show-failed-logs",
+            "--ignore-incomplete", "--nolock", "--scheduler", "greedy", "--keep-going",
+            *_LOUDNESS.get(tuple(console.asked()), ("--quiet", "progress")), "--show-failed-logs",
             *([] if lanes else ["--cores", str(lanes_of(steps))]), *theirs]
 
 
@@ -222,7 +227,7 @@ def finish(args: LeaderboardArgs, table: plan.Table, names: Sequence[str], resul
         manifest.write_json(declared_file(results), comparisons.resolved(table.comparisons, table.arms, whole))
     for words in reports(args, table, whole, results) if whole and table.endpoints else ():
         log.info("$ %s", shlex.join(("python", *words)))
-        failed |= subprocess.run([sys.executable, *words], cwd=ROOT, check=False).returncode != 0
+        failed |= subprocess.run([sys.executable, *words, *console.asked()], cwd=ROOT, check=False).returncode != 0
     return int(failed)
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import config
+import console
 import manifest
 import preset_choice
 from config import ROOT
@@ -37,8 +38,9 @@ FORMATS = "md,csv,latex,html,json"
 def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
         words, theirs = leaderboard.split(argv)
-        args: PaperTablesArgs = config.parse(PaperTablesArgs, words).args
-        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        parsed = config.parse(PaperTablesArgs, words)
+        args: PaperTablesArgs = parsed.args
+        console.set_up(parsed.verbosity)
         choice = preset_choice.choose(words)
         name = track_of(args, choice)
         track = paper_arms.read(args.paper, name, args.named_files, all_files=args.dry_run)
@@ -117,8 +119,9 @@ def make(args: PaperTablesArgs, track: paper_arms.Track, tables: Sequence[str], 
     lost = {why for cell in _cells(track, tables) if (why := cell.why)}
     lines += [f"empty: {why}" for why in sorted(lost)]
     seeds = f"{len(args.seed_numbers)} seed{'s' * (len(args.seed_numbers) > 1)}"
-    print("\n".join([*lines, f"plan: {len(tables)} table{'s' * (len(tables) > 1)}, {len(names)} models, {seeds}, "
-                     + leaderboard.cost_line(steps, states, costs, args.gpu_gb)]))
+    told = "\n".join([*lines, f"plan: {len(tables)} table{'s' * (len(tables) > 1)}, {len(names)} models, {seeds}, "
+                      + leaderboard.cost_line(steps, states, costs, args.gpu_gb)])
+    console.show(told, None if args.dry_run else "")
     if args.dry_run:
         used = {word for step in steps for word in step.words}
         needs = [why for place, why in track.lacking.items() if place in used]
@@ -127,13 +130,13 @@ def make(args: PaperTablesArgs, track: paper_arms.Track, tables: Sequence[str], 
         return 0
     base = plan.base_of(preset) if preset != track.preset else ""
     folder.mkdir(parents=True, exist_ok=True)
-    with leaderboard.locked(folder) as lock:
+    with leaderboard.locked(folder) as lock, console.steps():
         failed = leaderboard.run(steps, states, folder, theirs, lock, args.gpu_gb) if steps else False
         for name in tables:
             manifest.write_json(folder / f"{name}.json", spec(args, track, name, names, results, base))
             words = report_words(args, name, results)
             log.info("$ %s", shlex.join(("python", *words)))
-            failed |= subprocess.run([sys.executable, *words], cwd=ROOT, check=False).returncode != 0
+            failed |= subprocess.run([sys.executable, *words, *console.asked()], cwd=ROOT, check=False).returncode != 0
     return int(failed)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+import console
 from errors import UserError
 from evaluator.judges.protocol import Item, Judge, Verdict, divides
 from models.base import processes
@@ -114,7 +115,7 @@ def _verdicts(judge: Judge, items: Sequence[Item], cache: Cache | None, by_posit
     groups = list(same.values())
     todo = [items[group[0]] for group in groups]
     for position, verdict in tqdm(judge.judge(todo), total=len(todo), desc=judge.name, unit="answer",
-                                  disable=not todo or cache is None):
+                                  **console.bar(bool(todo) and cache is not None)):
         if cache is not None:
             cache.put(judge, todo[position], verdict)
         by_position |= dict.fromkeys(groups[position], verdict)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import console
 from models.adapters.files import Adapter, in_order
 from models.operators.core_space import project
 from models.operators.low_rank import pick_rank, product
@@ -52,7 +53,8 @@ class Conflict:
 def measure(adapters: Sequence[Adapter], seed: int) -> list[Conflict]:
     """Every pair of adapters on every module that both train."""
     shared = [m for m in in_order(adapters) if sum(m in a.modules for a in adapters) > 1]
-    return [conflict for module in tqdm(shared, "conflicts", disable=None) for conflict in _module(module, adapters, seed)]
+    bar = tqdm(shared, "conflicts", disable=console.hidden() or None)
+    return [conflict for module in bar for conflict in _module(module, adapters, seed)]
 
 
 def _module(module: str, adapters: Sequence[Adapter], seed: int) -> list[Conflict]:

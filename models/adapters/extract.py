@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import console
 import manifest
 from errors import UserError
 from flags import ExtractArgs
@@ -167,7 +168,7 @@ def factors(base: Checkpoint, tuned: Checkpoint, names: Sequence[str], rank: int
             device: torch.device) -> dict[str, Fused]:
     """Module -> low-rank change and its residual; modules that did not change are left out."""
     changes = {}
-    for name in tqdm(names, "extract", disable=None):
+    for name in tqdm(names, "extract", disable=console.hidden() or None):
         change = difference(base, tuned, name).to(device)
         # frozen layers are equal to the last bit: no rank is spent on them
         if change.any():

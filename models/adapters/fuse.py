@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import console
 import manifest
 from errors import UserError
 from flags import FuseAdaptersArgs
@@ -119,7 +120,7 @@ def fuse(adapters: Sequence[Adapter], row: AdapterMethod, parameters: Any, weigh
         # PEFT takes one rank for all modules, the largest anywhere
         parameters = replace(parameters, rank=max(a.shape[0] for adapter in adapters for a, _ in adapter.modules.values()))
     function, fused = row.load(), {}
-    for module in tqdm(in_order(adapters), "fuse", disable=None):
+    for module in tqdm(in_order(adapters), "fuse", disable=console.hidden() or None):
         layer = layer_of(module)
         shares = weights if layer is None else by_layer.get(layer, weights)
         # an adapter that does not train the module changes it by zero, and zeros have no vote in TIES

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+import console
 import manifest
 from errors import UserError
 from flags.export import ImportArgs
@@ -126,7 +127,7 @@ def _verified(folder: Path, file: Checkpoint, layout: MoeLayout, args: ImportArg
         log.info("%s: holds another model than the folder; the weights are looked at instead", folder / FACTORS)
         return ""
     unequal = 0
-    for job in tqdm(plan.jobs, "comparing", disable=None):
+    for job in tqdm(plan.jobs, "comparing", disable=console.hidden() or None):
         piece, info = job.pieces[0], file.tensors[job.name]
         if info.shape != job.shape or info.dtype not in ("F32", "F16", "BF16"):
             return ""
@@ -158,7 +159,7 @@ def _recovered(file: Checkpoint, base: Source, layout: MoeLayout, args: ImportAr
            for name, part in parts.items()}
     tensors: dict[str, Tensor] = {}
     attention: dict[str, Pair] = {}
-    for tensor in tqdm(base.tensors, "importing", disable=None):
+    for tensor in tqdm(base.tensors, "importing", disable=console.hidden() or None):
         if tensor not in ffn:
             if (pair := looked.beside(tensor)) is not None:
                 attention[tensor.removesuffix(".weight")] = pair

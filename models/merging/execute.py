@@ -8,7 +8,6 @@ on the number of workers.
 from __future__ import annotations
 
 import logging
-import sys
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import console
 from errors import UserError
 from models.checkpoints.reader import KINDS
 from models.checkpoints.writer import Writer
@@ -174,9 +174,7 @@ def execute(jobs: tuple[Job, ...], method: Method, writer: Writer, folder: Path,
     torch.set_num_threads(1)  # one thread per worker: tensors are the unit of parallel work
     stop = threading.Event()
     total = sum(prod(job.shape) for job in left)
-    # in a log, a line every ten seconds is enough
-    bar = tqdm(total=total, unit="weight", unit_scale=True, desc=said, disable=not progress,
-               mininterval=0.1 if sys.stderr.isatty() else 10)
+    bar = tqdm(total=total, unit="weight", unit_scale=True, desc=said, **console.bar(progress))
 
     def blocks(job: Job) -> FileBlocks:
         return FileBlocks(job, buffers, seed, device)

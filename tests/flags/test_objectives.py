@@ -26,7 +26,7 @@ from flags import (
     SearchArgs,
     SoupArgs,
 )
-from flags.base import WITHOUT_EFFECT, PlanFlags
+from flags.base import WITHOUT_EFFECT, PlanFlags, VerbosityFlags
 
 #: What each objective cannot do without.
 NEEDED = {MaskArgs: ["--tasks", "a"], SoupArgs: ["--adapters", "a,b"], SearchArgs: ["--adapters", "a,b"]}
@@ -176,10 +176,10 @@ def test_a_preset_chooses_dense_runs_and_the_command_line_wins(preset):
 def test_help_stands_in_groups(capsys):
     found, text = shown(capsys, AlignArgs)
     assert list(found) == ["Help and presets", "Objective", "Fused MoE", "Data", "LoRA", "Optimiser", "Validation",
-                           "Base model", "Machine", "Results", "Plan"]
+                           "Base model", "Machine", "Results", "Plan", "Output"]
     assert set(found["LoRA"]) == {"lora_r", "lora_alpha", "lora_dropout", "base_quantization"}
     shown_names = {name for group in found.values() for name in group}
-    assert shown_names == names(FusedMoeArgs) | names(PlanFlags) | {"plan", "help", "preset"}
+    assert shown_names == names(FusedMoeArgs) | names(PlanFlags) | names(VerbosityFlags) | {"help", "preset"}
     for kind in KINDS:
         assert f"align_basemodel.py {kind.words} --help" in text
     assert "--warmup_steps 5 (preset embedded)" in text
@@ -207,7 +207,7 @@ def test_help_shows_the_value_in_force_and_where_it_comes_from(capsys, words, na
 def test_help_of_another_command(capsys):
     found, _ = shown(capsys, InferenceArgs, "--preset", "h3fusion")
     assert found["Prompts and answers"]["max_new_tokens"].endswith("(default: 512, preset h3fusion)")
-    assert list(found)[-4:] == ["Base model", "Machine", "Results", "Plan"]
+    assert list(found)[-4:] == ["Base model", "Machine", "Results", "Plan", "Output"]
 
 
 def test_help_with_a_preset_that_is_none(capsys):

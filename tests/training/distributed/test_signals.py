@@ -36,7 +36,7 @@ def test_sigterm_saves_on_all_processes_and_the_command_goes_on(pico, tmp_path):
     try:
         end = time.time() + 900
         # the first logged step: from here on there is something to save
-        while b"'loss_lm'" not in log.read_bytes() and launch.poll() is None and time.time() < end:
+        while b"step 1/" not in log.read_bytes() and launch.poll() is None and time.time() < end:
             time.sleep(0.2)
         launch.send_signal(signal.SIGTERM)
         launch.wait(timeout=300)
