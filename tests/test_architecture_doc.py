@@ -13,8 +13,8 @@ PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
 #: README's next version; its links start at the root, where it will lie.
 NEXT = "docs/README.next.md"
 #: A file of ours that a text names with its folder. The lab log is history: it names files where they stood that day.
-PATH = re.compile(r"(?<![\w./{}-])((?:data|docs|evaluator|flags|models|scripts|tests|training|benchmarks)/"
-                  r"[\w./-]*\.(?:py|sh|md|ya?ml|txt|png))\b")
+PATH = re.compile(r"(?<![\w./{}-])((?:benchmarks|data|docs|evaluator|examples|flags|models|scripts|tests|training)/"
+                  r"[\w./-]*\.(?:py|sh|md|ya?ml|txt|png|ipynb))\b")
 
 
 def block(heading: str) -> list[str]:
