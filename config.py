@@ -33,6 +33,8 @@ from preset_choice import nearest as _nearest
 from scalars import BOOLEANS, Word, Yaml, article, cast, words_in
 
 __all__ = ["DEFAULT_PRESET", "PRESETS", "Parsed", "flag", "group_of", "parse"]
+#: A class of ``flags.base.Flags``, which stands above this file.
+Command = Any
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent
 #: Flags whose value is a file, a folder or a name: an empty one is none.
@@ -95,7 +97,7 @@ class Parsed:
     verbosity: Any = None
 
 
-def parse(command: type, argv: Sequence[str] | None = None) -> Parsed:
+def parse(command: Command, argv: Sequence[str] | None = None) -> Parsed:
     """Resolve a command line against preset and defaults; ``--help`` prints what it would resolve to and leaves.
 
     Args:
@@ -154,18 +156,19 @@ def parse(command: type, argv: Sequence[str] | None = None) -> Parsed:
 
 
 @functools.cache
-def group_of(command: type, name: str) -> type:
+def group_of(command: Command, name: str) -> Command:
     """The group that declares a flag of a command: a command that only changes its default does not own it."""
     return [kind for kind in command.__mro__ if name in inspect.get_annotations(kind)][-1]
 
 
-def _beside(command: type, words: Sequence[str]) -> tuple[dict[str, Any], Sequence[str], list[str]]:
+def _beside(command: Command, words: Sequence[str]) -> tuple[dict[str, Any], Sequence[str], list[str]]:
     """What is asked beside the settings, by the group's heading, the words that are left, and what is wrong."""
-    found, problems = {}, []
+    found: dict[str, Any] = {}
+    problems: list[str] = []
     for group in command.beside():
         parser = _Parser(add_help=False, allow_abbrev=False)
         for name in _fields(group):
-            switch = {"nargs": "?", "const": "true"} if _kind(group, name) is bool else {}
+            switch: dict[str, Any] = {"nargs": "?", "const": "true"} if _kind(group, name) is bool else {}
             parser.add_argument(f"--{name}", default=argparse.SUPPRESS, **switch)
         known, words = parser.parse_known_args(_words(group, words))
         asked = found[group.heading] = group(**_convert(group, vars(known), "--", problems))
@@ -173,7 +176,7 @@ def _beside(command: type, words: Sequence[str]) -> tuple[dict[str, Any], Sequen
     return found, words, problems
 
 
-def _chosen(command: type, words: Sequence[str], content: dict[str, Any]) -> tuple[type, list[str]]:
+def _chosen(command: Command, words: Sequence[str], content: dict[str, Any]) -> tuple[type, list[str]]:
     """The class that a command's deciding flags ask for, here or in the preset, and what is wrong with them together."""
     if not command.deciding:
         return command, []
@@ -187,12 +190,12 @@ def _chosen(command: type, words: Sequence[str], content: dict[str, Any]) -> tup
     return command.chosen(_convert(command, given, "--", []), _convert(command, preset, "", []))
 
 
-def _parser(command: type, values: dict[str, Any] | None = None, training: dict[str, Any] | None = None,
+def _parser(command: Command, values: dict[str, Any] | None = None, training: dict[str, Any] | None = None,
             where: dict[str, str] | None = None, taken: str = "") -> argparse.ArgumentParser:
     """The parser of a command; for ``--help`` with the values in force and where they come from, and why this preset."""
     values, training, where = values or {}, training or {}, where or {}
     first = f"{command.positional.upper()} " if command.positional else ""
-    parser = _Parser(description=inspect.cleandoc(command.__doc__), allow_abbrev=False, add_help=False,
+    parser = _Parser(description=inspect.cleandoc(command.__doc__ or ""), allow_abbrev=False, add_help=False,
                      usage=f"%(prog)s {first}[--FLAG VALUE ...]", formatter_class=argparse.RawDescriptionHelpFormatter)
     general = parser.add_argument_group("Help and presets")
     general.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS,
@@ -205,10 +208,10 @@ def _parser(command: type, values: dict[str, Any] | None = None, training: dict[
     listed += [(group, *row) for group in command.beside() for row in _fields(group).items()]
     for source, name, item in listed:
         kind, owner = _kind(source, name), group_of(source, name)
-        extra = {"nargs": "?", "const": "true"} if kind is bool else {}
+        extra: dict[str, Any] = {"nargs": "?", "const": "true"} if kind is bool else {}
         choices = item.metadata["choices"]
-        listed = f"; one of {', '.join(str(c) for c in choices if c != '')}" if choices else ""
-        text = f"{item.metadata['help']}{listed} ({_in_force(values.get(name, item.default), where.get(name))})"
+        allowed = f"; one of {', '.join(str(c) for c in choices if c != '')}" if choices else ""
+        text = f"{item.metadata['help']}{allowed} ({_in_force(values.get(name, item.default), where.get(name))})"
         if owner.heading not in groups:
             groups[owner.heading] = parser.add_argument_group(owner.heading)
         groups[owner.heading].add_argument(f"--{name}", default=argparse.SUPPRESS, metavar=kind.__name__,
@@ -230,22 +233,22 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def _fields(command: type) -> dict[str, dataclasses.Field]:
+def _fields(command: Command) -> dict[str, dataclasses.Field]:
     return {f.name: f for f in dataclasses.fields(command)}
 
 
 @functools.cache
-def _kinds(command: type) -> dict[str, Any]:
+def _kinds(command: Command) -> dict[str, Any]:
     return typing.get_type_hints(command)
 
 
-def _kind(command: type, name: str) -> type:
+def _kind(command: Command, name: str) -> type:
     """The scalar type of a field; ``float | None`` counts as float."""
     kind = _kinds(command)[name]
     return next((k for k in typing.get_args(kind) if k is not type(None)), kind)
 
 
-def _convert(command: type, values: dict[str, Any], prefix: str, problems: list[str]) -> dict[str, Any]:
+def _convert(command: Command, values: dict[str, Any], prefix: str, problems: list[str]) -> dict[str, Any]:
     done: dict[str, Any] = {}
     for name, value in values.items():
         kind = _kind(command, name)
@@ -276,7 +279,7 @@ def _range_problems(args: Any) -> list[str]:
     return found
 
 
-def _preset_values(command: type, path: Path, content: dict[str, Any], sections: Iterable[str],
+def _preset_values(command: Command, path: Path, content: dict[str, Any], sections: Iterable[str],
                    problems: list[str]) -> dict[str, Any]:
     problems += [f"{path.name}: unknown section '{section}'{_nearest(section, SECTIONS)}; allowed: {', '.join(SECTIONS)}"
                  for section in content if section not in SECTIONS]
@@ -292,7 +295,7 @@ def _preset_values(command: type, path: Path, content: dict[str, Any], sections:
     return merged
 
 
-def _of_other_data(command: type, choice: preset_choice.Choice, sections: Sequence[str], found: dict[str, Any],
+def _of_other_data(command: Command, choice: preset_choice.Choice, sections: Sequence[str], found: dict[str, Any],
                    problems: list[str]) -> list[str]:
     """Give the keys that count a preset's own data the values of the preset ``own``, in ``found``; returns their names."""
     asked = [name for name in choice.instead if name in found]
@@ -306,7 +309,7 @@ def _of_other_data(command: type, choice: preset_choice.Choice, sections: Sequen
     return asked
 
 
-def _extra_flags(command: type, rest: Sequence[str], problems: list[str], idle: list[str]) -> dict[str, Any]:
+def _extra_flags(command: Command, rest: Sequence[str], problems: list[str], idle: list[str]) -> dict[str, Any]:
     """The flags that are not ours: TrainingArguments fields pass through, those without effect go to ``idle``, anything
     else is an error."""
     found: dict[str, Any] = {}
@@ -338,7 +341,7 @@ def _extra_flags(command: type, rest: Sequence[str], problems: list[str], idle: 
     return found
 
 
-def _words(command: type, argv: Sequence[str]) -> list[str]:
+def _words(command: Command, argv: Sequence[str]) -> list[str]:
     """The command line with --our-flag spelt --our_flag, a negative value joined to its flag, a first value to its own."""
     words: list[str] = []
     if command.positional and argv and not argv[0].startswith("-"):
@@ -378,7 +381,7 @@ def _training_value(name: str, value: Any, prefix: str, problems: list[str]) -> 
         return value
 
 
-def _is_training_field(command: type, name: str) -> bool:
+def _is_training_field(command: Command, name: str) -> bool:
     return command.takes_training_arguments and name in training_fields()
 
 
@@ -391,6 +394,7 @@ def training_fields() -> dict[str, str]:
     source = Path(spec.submodule_search_locations[0], "training_args.py").read_text(encoding="utf-8")
     for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments":
-            declared = [n for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
-            return {n.target.id: ast.unparse(n.annotation) for n in declared if not n.target.id.startswith("_")}
+            declared = [(n.target.id, n.annotation) for n in node.body
+                        if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
+            return {name: ast.unparse(kind) for name, kind in declared if not name.startswith("_")}
     raise RuntimeError("transformers/training_args.py has no class TrainingArguments")

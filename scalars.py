@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -20,7 +20,7 @@ class Word(str):
 class Yaml(yaml.SafeLoader):
     """Scalars as in YAML 1.2, nested too: 1e-6 is a number, 010 is ten, a date a text; yes, no, on, off are ``Word``."""
 
-    yaml_implicit_resolvers: ClassVar[dict] = {}
+    yaml_implicit_resolvers: dict = {}
 
 
 for _tag, _pattern, _first in (

@@ -306,7 +306,9 @@ def _extract(package: Package, archive: Path, ready: Path) -> dict[str, dict[str
             pure = PurePosixPath(name.replace("\\", "/"))
             if pure.is_absolute() or ".." in pure.parts or re.match(r"^[A-Za-z]:", name):
                 raise UserError(f"{package.name}: the archive has a member with an unsafe path ({name!r})")
-            for pattern, target in package.files if regular and stream is not None else ():
+            if not regular or stream is None:
+                continue
+            for pattern, target in package.files:
                 if fnmatch.fnmatchcase(name, pattern):
                     unmatched.discard(pattern)
                     cached = target if target and not target.endswith("/") else target + pure.name

@@ -74,8 +74,9 @@ def encode(records: Sequence[Record], tokenizer: Any, template: Template, max_le
         raise UserError("no rows to encode: the data source is empty; see --data_path and --max_train_samples")
     prompts = [render(template, record) for record in records]
     fronts = fronts_of(prompts, tokenizer, template)
+    end: list[int] = []
     if template.lead:
-        answers, end = _joined(prompts, fronts, records, tokenizer, template), []
+        answers = _joined(prompts, fronts, records, tokenizer, template)
     else:
         answers = tokenizer([record.answer for record in records], add_special_tokens=False)["input_ids"]
         end = tokenizer(template.end, add_special_tokens=False)["input_ids"] if template.end else []

@@ -81,7 +81,7 @@ class AlignArgs(ModelCommand):
 
     @classmethod
     def elsewhere(cls, name: str) -> str | None:
-        owners = _owners(name)
+        owners: list[Any] = _owners(name)
         if not owners:
             return super().elsewhere(name)
         ours = any(name == item.name for item in fields(owners[0]))
@@ -95,7 +95,7 @@ class AlignArgs(ModelCommand):
 
     @property
     def name(self) -> str:
-        return self.run_name or self.task_name
+        return self.run_name or self.task_name  # type: ignore[attr-defined]  # every objective has one of its own
 
     def settings(self, training: dict[str, Any]) -> dict[str, Any]:
         """What identifies a run: every resolved flag and every extra training argument."""

@@ -52,7 +52,9 @@ class RecordFlags(Flags):
     @property
     def safety_limit(self) -> int:
         """Rows of safety at most; -1: all."""
-        return self.max_train_samples if self.max_safety_samples is None else self.max_safety_samples
+        # a command that has this group has DataFlags, too
+        whole: Any = self
+        return whole.max_train_samples if self.max_safety_samples is None else self.max_safety_samples
 
     def problems(self) -> list[str]:
         found = super().problems()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from config import flag
 from flags.evaluate import EvaluateArgs
@@ -57,7 +58,7 @@ class EvaluateUtilityArgs(EvaluateArgs):
 
     def only(self, name: str) -> EvaluateUtilityArgs:
         """The flags of one task by itself: those that it does not look at have their defaults."""
-        unused = {f.name: f.default for f in fields(self) if name not in LOOKED_AT_BY.get(f.name, (name,))}
+        unused: dict[str, Any] = {f.name: f.default for f in fields(self) if name not in LOOKED_AT_BY.get(f.name, (name,))}
         return replace(self, tasks=name, **unused)
 
     def rows_of(self, name: str) -> int:

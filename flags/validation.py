@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from config import flag
 from flags.base import Flags
@@ -25,14 +26,15 @@ class ValidationFlags(Flags):
         if self.validation_path and self.validation_share is not None:
             found.append(f"--validation_share {self.validation_share}: --validation_path gives the rows already; drop "
                          "one of the two")
+        # the command's own groups: every objective that validates reads data
+        whole: Any = self
         if self.validation_share is not None:
             if not 0 < self.validation_share < 1:
                 found.append(f"--validation_share {self.validation_share}: must lie between 0 and 1")
-            # the command's own groups: every objective that validates reads data
-            if not self.data_path and self.data_source == "embedded":
+            if not whole.data_path and whole.data_source == "embedded":
                 found.append(f"--validation_share {self.validation_share}: embedded data has validation rows of its own; "
                              "drop it, or give your data with --data_path")
-        if self.validation_path and self.task_name == "mix" and not all(
+        if self.validation_path and whole.task_name == "mix" and not all(
                 part.partition("=")[2] for part in self.validation_path.split(",")):
             found.append(f"--validation_path {self.validation_path}: for --task_name mix give helpfulness=FILE,safety=FILE,"
                          "truthfulness=FILE")

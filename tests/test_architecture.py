@@ -52,7 +52,7 @@ CROWDED = ("flags", "evaluator/judges", "tests")
 #: The floors that need the standard library and yaml only, so that --help is instant.
 LIGHT = ("errors.py", "locks.py", "scalars.py", "preset_choice.py", "config.py", "manifest.py", "console.py",
          "flags/")
-SKIPPED = {".git", ".venv", "results", "build", "dist", "__pycache__", ".ruff_cache", ".pytest_cache"}
+SKIPPED = {".git", ".venv", "results", "build", "dist", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
 
 
 def sources(*suffixes: str) -> list[Path]:

@@ -17,8 +17,8 @@ except ModuleNotFoundError:  # Python 3.10; pytest brings this one along there
     import tomli as tomllib
 
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-#: Extras that the scripts do not install: trackers and the site.
-APART = ("docs", "tensorboard", "wandb")
+#: Extras that the scripts do not install: the site, notebooks and trackers.
+APART = ("docs", "notebook", "tensorboard", "wandb")
 
 
 def pins(lines):

@@ -13,8 +13,12 @@ import logging
 import re
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from errors import UserError
+
+if TYPE_CHECKING:
+    from _csv import Reader
 
 log = logging.getLogger(__name__)
 #: What separates fields beside the comma, and what it is called.
@@ -45,7 +49,7 @@ def column_name(name: str) -> str:
     return name.strip().lower().replace(" ", "_")
 
 
-def opened(text: str, file: Path) -> tuple[csv.reader, int]:
+def opened(text: str, file: Path) -> tuple[Reader, int]:
     """A strict reader of a table's records, the header first, and the number of lines before the header.
 
     Raises:

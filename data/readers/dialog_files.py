@@ -156,7 +156,7 @@ def _table(fields: dict[str, Any], split: str) -> tuple[Exchange, str, set[str]]
     names = {part: next((name for name in columns if name in fields), None)
              for part, columns in (("prompt", shape.prompt), ("answer", shape.answer), ("input", shape.input))}
     used = {name for name in names.values() if name} | {name for name in (*SYSTEM, *HISTORY) if name in fields}
-    asked, answered = (fields.get(names[part]) for part in ("prompt", "answer"))
+    asked, answered = (None if (name := names[part]) is None else fields[name] for part in ("prompt", "answer"))
     if is_turns(asked):
         # TRL's dialogs: {prompt: [turns], completion: [turns]}
         turns = read_turns(asked)

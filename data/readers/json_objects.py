@@ -47,7 +47,8 @@ def spread_objects(text: str) -> list[tuple[Any, int, int]] | None:
     if text[start : start + 1] != "{":
         return None
     decoder = DECODER
-    at, line, counted, found = start, 1, 0, []
+    at, line, counted = start, 1, 0
+    found: list[tuple[Any, int, int]] = []
     while at < len(text):
         line, counted = line + text.count("\n", counted, at), at
         try:

@@ -79,7 +79,7 @@ def read_labels(place: str, flag: str) -> list[Labelled]:
                         f"{', '.join(map(str, keys.values()))}; call it one of: {wanted}")
     columns |= {f"{label}_{which}": keys[f"{label}_{which}"] for label in LABELS for which in PASSES
                 if f"{label}_{which}" in keys}
-    read = [found for row in rows if (found := _labelled(row, keys, output, columns, problems))]
+    read = [label for row in rows if (label := _labelled(row, keys, output, columns, problems))]
     named = Counter((row.set, row.run, row.id) for row in read if row.run and row.id)
     for key in (key for key, times in named.items() if times > 1):
         problems.add(f"{file}: set {key[0]}, run {key[1]}, id {key[2]} is labelled more than once; keep one row")
@@ -119,10 +119,11 @@ def _labelled(row: Row, keys: dict[str, Any], output: Any, columns: dict[str, An
     if not isinstance(text, str) or not labels:
         problems.add(f"{row.where}: needs an output that is text and a label 1 or 0 (yes or no)")
         return None
-    said = {name: _plain(row.fields.get(keys.get(name))) for name in ("set", "run", "id", "prompt", "prompt_hash")}
-    prompt = next((keys[name] for name in COLUMNS["prompt"] if name in keys), None)
+    said = {name: _plain(row.fields.get(keys[name]) if name in keys else None)
+            for name in ("set", "run", "id", "prompt", "prompt_hash")}
+    prompt = next((row.fields.get(keys[name]) for name in COLUMNS["prompt"] if name in keys), None)
     first, second = ({name: found[f"{name}_{which}"] for name in LABELS if f"{name}_{which}" in found} for which in PASSES)
-    return Labelled(answer_of(text)[0], labels, **said | {"prompt": _plain(row.fields.get(prompt))}, passes=(first, second))
+    return Labelled(answer_of(text)[0], labels, **said | {"prompt": _plain(prompt)}, passes=(first, second))
 
 
 def _plain(value: Any) -> str:

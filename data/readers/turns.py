@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,7 +156,7 @@ def history_of(value: Any) -> tuple[tuple[str, str], ...]:
         if before.system:
             raise ValueError("'history' has a system turn; give it as the column 'system'")
         return (*before.history, (before.prompt, before.answer))
-    pairs = value if isinstance(value, list | tuple) else [None]
+    pairs: Sequence[Any] = value if isinstance(value, list | tuple) else [None]
     if not all(isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(t, str) and t.strip() for t in pair)
                for pair in pairs):
         raise ValueError("'history' needs a list of [question, answer] pairs of texts that are not blank")

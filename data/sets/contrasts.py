@@ -82,8 +82,9 @@ def halves(pair: Contrast) -> tuple[Record, Record]:
     harmless or everyday."""
     told = ((pair.harmful, embedded.refusal(pair.harmful), "harmful"),
             (pair.harmless, pair.answer, "everyday" if pair.everyday else "harmless"))
-    return tuple(Record(prompt, beginning(answer) or answer, SAFETY, id=f"{pair.id}-{which}", category=pair.category)
-                 for prompt, answer, which in told)
+    harmful, harmless = (Record(prompt, beginning(answer) or answer, SAFETY, id=f"{pair.id}-{which}", category=pair.category)
+                         for prompt, answer, which in told)
+    return harmful, harmless
 
 
 def preferences(pair: Contrast) -> tuple[Pair, Pair]:

@@ -101,10 +101,12 @@ def _nearest(prompts: Mapping[str, str], tests: Mapping[str, Sequence[str]]) -> 
     theirs = [normalise(text) for texts in tests.values() for text in texts]
     # fitted on both sides: a weight must count how rare an n-gram is among all prompts
     model = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True).fit([*mine, *theirs])
-    right, ids, closest = model.transform(theirs).T.tocsr(), list(prompts), {}
+    right, ids = model.transform(theirs).T.tocsr(), list(prompts)
+    closest: dict[str, Found] = {}
     for start in range(0, len(mine), _BATCH):
         # rows are normalised, so products are cosines
         cosines = (model.transform(mine[start : start + _BATCH]) @ right).toarray()
         for id, best, value in zip(ids[start:], cosines.argmax(1), cosines.max(1), strict=False):
-            closest[id] = Found(id, *places[best], "near", float(value))
+            test, row = places[best]
+            closest[id] = Found(id, test, row, "near", float(value))
     return closest

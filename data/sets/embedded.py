@@ -261,7 +261,8 @@ def matched_pairs() -> list[tuple[Record, Record]]:
     pairs = []
     for row in _rho("refusal", _RHO_REFUSAL):
         texts = (row[key].partition("\n\n")[0] for key in ("harmful_version", "text"))
-        pairs.append(tuple(Record(text, "", SAFETY, id=f"{_PLAIN}{row['id']}", category=row["domain"]) for text in texts))
+        harmful, harmless = (Record(text, "", SAFETY, id=f"{_PLAIN}{row['id']}", category=row["domain"]) for text in texts)
+        pairs.append((harmful, harmless))
     return pairs
 
 

@@ -99,12 +99,14 @@ def equal_lengths(prompts: Sequence[Prompt]) -> list[tuple[Prompt, Prompt]]:
 
 def _validation() -> list[Prompt]:
     """The embedded validation prompts. Plain ones are at most as many as harmful ones beside the pairs."""
-    matched, everyday, close = [], [], []
+    matched: list[tuple[Record, Record]] = []
+    everyday: list[Record] = []
+    close: list[Record] = []
     for pair in contrasts.pairs("validation"):
         # a pair has one id
-        both = [replace(half, id=pair.id) for half in contrasts.halves(pair)]
-        matched.append(tuple(both))
-        (everyday if pair.everyday else close).append(both[1])
+        refused, answered = (replace(half, id=pair.id) for half in contrasts.halves(pair))
+        matched.append((refused, answered))
+        (everyday if pair.everyday else close).append(answered)
     harmful = embedded.records("safety", "validation", lite=True)
     plain = [row for row in embedded.records("helpfulness", "validation", lite=True) if not row.input]
     plain = sorted(plain, key=lambda row: stable_hash(row.question, "refusal validation"))[: len(harmful)]
@@ -154,12 +156,13 @@ def _both_sides(sides: Mapping[str, Mapping[str, Record]]) -> None:
 
 def _of_file(flag: str, place: str) -> list[Record]:
     """The prompts of a user's file, each once."""
-    problems, found, repeated = Problems(), {}, 0
+    problems, repeated = Problems(), 0
+    found: dict[str, Record] = {}
     for number, row in enumerate(_read(flag, place, read_questions)):
         if (fields := _folded(flag, row, problems)) is None:
             continue
         column = next((name for name in HEADS if name in fields), None)
-        text = fields.get(column)
+        text = None if column is None else fields[column]
         if not isinstance(text, str) or not text.strip():
             what = (f"no column of prompts (columns: {', '.join(fields)}); call it one of: {', '.join(HEADS)}"
                     if column is None else f"column {column} is blank or no text; every row needs a prompt")
@@ -178,7 +181,8 @@ def _of_file(flag: str, place: str) -> list[Record]:
 
 def _pairs_of(place: str) -> list[tuple[Record, Record]]:
     """The pairs of a user's file."""
-    problems, found = Problems(), []
+    problems = Problems()
+    found: list[tuple[Record, Record]] = []
     for number, row in enumerate(_read("--pairs", place, lambda file: _rows(file, problems))):
         if (fields := _folded("--pairs", row, problems)) is None:
             continue
@@ -187,13 +191,14 @@ def _pairs_of(place: str) -> list[tuple[Record, Record]]:
             problems.add(f"--pairs {row.where}: no column {' and '.join(missing)} (columns: {', '.join(fields)}); every row "
                          "needs a harmful and a harmless prompt")
             continue
-        texts = [fields[columns[side]] for side in _SIDES]
+        texts = [fields[column] for column in columns.values() if column is not None]
         if not all(isinstance(text, str) and text.strip() for text in texts):
             problems.add(f"--pairs {row.where}: a prompt is blank or no text; every row needs a harmful and a harmless one")
         elif normalise(texts[0]) == normalise(texts[1]):
             problems.add(f"--pairs {row.where}: harmful and harmless are the same prompt; give two")
         else:
-            found.append(tuple(Record(text.strip(), "", SAFETY, id=f"{Path(place).stem}-{number}") for text in texts))
+            harmful, harmless = (Record(text.strip(), "", SAFETY, id=f"{Path(place).stem}-{number}") for text in texts)
+            found.append((harmful, harmless))
     problems.raise_if_any()
     return found
 

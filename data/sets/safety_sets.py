@@ -52,7 +52,7 @@ def write(args: SafetySetArgs) -> str:
     rows += [row(pair.harmless, styles[i % len(styles)], pair.answer) for i, pair in enumerate(pairs)]
     used = Counter(s.name for s in (*framed, *framed[len(drawn):]))
     path = args.results / "data" / f"{args.name}.jsonl"
-    counts = {"kinds": dict(sorted(Counter(KINDS[kind] for kind in kinds).items())),
+    counts: dict[str, Any] = {"kinds": dict(sorted(Counter(KINDS[kind] for kind in kinds).items())),
               "styles": {s.name: used[s.name] for s in styles}}
     if pairs:
         counts |= {"answers": len(pairs), "contrasts": [pair.id for pair in pairs]}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from models.checkpoints.header import KINDS, TensorInfo
 from models.checkpoints.reader import Checkpoint
@@ -90,6 +90,7 @@ class Change:
 
 #: Told of every changed block: (the tensor, its change, weight and change summed), fp32, before it is rounded.
 Observer = Callable[[TensorInfo, "Tensor", "Tensor"], None]
+Changed = TypeVar("Changed", bound="ChangedCheckpoint")
 
 
 class ChangedCheckpoint(Checkpoint):
@@ -99,8 +100,8 @@ class ChangedCheckpoint(Checkpoint):
     observer: Observer | None = None
 
     @classmethod
-    def of(cls, base: Checkpoint, changes: Mapping[str, Sequence[Change]],
-           observer: Observer | None = None) -> ChangedCheckpoint:
+    def of(cls: type[Changed], base: Checkpoint, changes: Mapping[str, Sequence[Change]],
+           observer: Observer | None = None) -> Changed:
         """A view of an open base.
 
         Args:

@@ -148,14 +148,15 @@ def match(base: Checkpoint, tuned: Checkpoint, family: Family) -> SharedTensors:
     linear = re.compile(rf"{re.escape(family.layers)}\.\d+\.(.+\.)?({names})\.weight")
     tensors, problems = SharedTensors([], [], []), []
     for name in sorted(base.tensors.keys() | tuned.tensors.keys()):
-        infos = [checkpoint.tensors.get(name) for checkpoint in (base, tuned)]
-        equal = all(infos) and infos[0].shape == infos[1].shape
+        infos = [info for checkpoint in (base, tuned) if (info := checkpoint.tensors.get(name))]
+        equal = len(infos) == 2 and infos[0].shape == infos[1].shape
         if not linear.fullmatch(name):
             (tensors.other if equal else tensors.reshaped).append(name)
         elif equal and all(info.dtype in _FLOATS and len(info.shape) == 2 for info in infos):
             tensors.linear.append(name)
         else:
-            kinds = [f"{info.dtype} {list(info.shape)}" if info else "absent" for info in infos]
+            kinds = [f"{info.dtype} {list(info.shape)}" if (info := checkpoint.tensors.get(name)) else "absent"
+                     for checkpoint in (base, tuned)]
             problems.append(f"--tuned: {name}: {kinds[1]}, but {kinds[0]} in the base; give the base that it was tuned from")
     if not tensors.linear and not problems:
         problems.append(f"--tuned: no weights of linear layers ({family.layers}.*: {names}) in both models")

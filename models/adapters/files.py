@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,25 +97,25 @@ def read_adapter(folder: Path, name: str | None = None, scaled: bool = True) -> 
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise UserError(f"{folder / WEIGHTS}: not a readable safetensors file ({error}); train the adapter again") from None
-    if foreign := [key for key in tensors if not _KEY.match(key)]:
+    matches = {key: match for key in tensors if (match := _KEY.match(key))}
+    if foreign := [key for key in tensors if key not in matches]:
         raise UserError(f"{folder / WEIGHTS}: {_described(foreign)}; only lora_A and lora_B weights can be fused")
-    if len(names := sorted({_KEY.match(key)["name"] or "" for key in tensors})) > 1:
+    if len(names := sorted({match["name"] or "" for match in matches.values()})) > 1:
         raise UserError(f"{folder / WEIGHTS}: holds the factors of several adapters ({', '.join(map(repr, names))}); save "
                         "one of them with PeftModel.save_pretrained(.., selected_adapters=[NAME])")
     # get_peft_model on a model that is wrapped already: nothing that loads it finds such a module
-    if nested := sorted(key for key in tensors if _KEY.match(key)["module"].startswith("base_model.model.")):
+    if nested := sorted(key for key, match in matches.items() if match["module"].startswith("base_model.model.")):
         raise UserError(f"{folder / WEIGHTS}: {len(nested)} keys are nested, e.g. '{nested[0]}' (the base has modules like "
-                        f"'{_KEY.match(nested[0])['module'].removeprefix('base_model.model.')}'): the model was wrapped by "
+                        f"'{matches[nested[0]]['module'].removeprefix('base_model.model.')}'): the model was wrapped by "
                         "PEFT twice; save it from one wrapper with PeftModel.save_pretrained, or rename the keys")
     # their numbers are codes that want a scale
     if codes := sorted(key for key, tensor in tensors.items() if not tensor.is_floating_point()):
         raise UserError(f"{folder / WEIGHTS}: {len(codes)} factors are no floating-point numbers, e.g. '{codes[0]}' is "
                         f"{tensors[codes[0]].dtype}; give the adapter as PeftModel.save_pretrained wrote it")
     halves: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        match = _KEY.match(key)
+    for key, match in matches.items():
         # fp32 from here on: sums of 16-bit factors would round at every step
-        halves.setdefault(match["module"], {})[match["part"]] = tensor.float()
+        halves.setdefault(match["module"], {})[match["part"]] = tensors[key].float()
     problems = [f"{folder / WEIGHTS}: {module}: {fault}" for module, factors in halves.items() if (fault := _fault(factors))]
     if not halves:
         problems.append(f"{folder / WEIGHTS}: holds no tensors; train the adapter again")
@@ -319,7 +320,7 @@ def targets_of(adapters: Sequence[Adapter]) -> set[str]:
     # target_modules may be a regular expression (text), or be narrowed by layers: then names must be whole
     plain = all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists)
     if plain and not any(adapter.config.get(key) for adapter in adapters for key in picky):
-        return set().union(*lists)
+        return set().union(*(names or () for names in lists))
     return set().union(*(adapter.modules for adapter in adapters))
 
 
@@ -348,18 +349,19 @@ def ffn_factors(adapter: Adapter, family: Family, num_layers: int) -> list[dict[
         a, b = pair
         return (a, b[: len(b) // 2]), (a, b[len(b) // 2 :])
 
-    return [dict(zip(("gate", "up", "down"),
-                     family.ffn_parts(lambda name, ffn=ffn: adapter.modules[f"{ffn}.{name}"], halves), strict=True))
-            for ffn in ffns]
+    def of(ffn: str, name: str) -> Pair:
+        return adapter.modules[f"{ffn}.{name}"]
+
+    return [dict(zip(("gate", "up", "down"), family.ffn_parts(partial(of, ffn), halves), strict=True)) for ffn in ffns]
 
 
 def delta_distance(one: Adapter, two: Adapter) -> float:
     """Relative distance ||D1 - D2|| / max(||D1||, ||D2||) of two adapters' weight changes, D = B A."""
     first, second, between = 0.0, 0.0, 0.0
     for module in one.modules.keys() | two.modules.keys():
-        pair = [adapter.modules.get(module) for adapter in (one, two)]
-        norms = [inner(f, f) if f else 0.0 for f in pair]
-        cross = inner(*pair) if all(pair) else 0.0
+        mine, its = one.modules.get(module), two.modules.get(module)
+        norms = [inner(pair, pair) if pair else 0.0 for pair in (mine, its)]
+        cross = inner(mine, its) if mine and its else 0.0
         first, second = first + norms[0], second + norms[1]
         # ||D1 - D2||^2 by inner products of factors, added up over modules: no dense matrix
         between += norms[0] + norms[1] - 2 * cross

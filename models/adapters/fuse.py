@@ -89,6 +89,7 @@ def choose(args: FuseAdaptersArgs) -> tuple[AdapterMethod, Any]:
     """
     problems: list[str] = []
     given = {name: getattr(args, name) for name in _FLAGS}
+    row: AdapterMethod | None
     if not args.compat:
         name, row = args.method, ADAPTER_METHODS[args.method]
     else:
@@ -119,14 +120,16 @@ def fuse(adapters: Sequence[Adapter], row: AdapterMethod, parameters: Any, weigh
     if row in PEFT_METHODS.values() and getattr(parameters, "rank", 0) is None:
         # PEFT takes one rank for all modules, the largest anywhere
         parameters = replace(parameters, rank=max(a.shape[0] for adapter in adapters for a, _ in adapter.modules.values()))
-    function, fused = row.load(), {}
+    function = row.load()
+    fused: dict[str, Fused] = {}
     for module in tqdm(in_order(adapters), "fuse", disable=console.hidden() or None):
         layer = layer_of(module)
         shares = weights if layer is None else by_layer.get(layer, weights)
         # an adapter that does not train the module changes it by zero, and zeros have no vote in TIES
         there = [(adapter, w) for adapter, w in zip(adapters, shares, strict=True) if module in adapter.modules]
+        members, own = zip(*there, strict=True)
         try:
-            change = _fuse_module(function, row, module, *zip(*there, strict=True), parameters, partial(_draw, seed, module))
+            change = _fuse_module(function, row, module, members, own, parameters, partial(_draw, seed, module))
         except ValueError as error:
             raise UserError(f"--method: {module}: {error}") from None
         a, b = change.pair
@@ -160,7 +163,8 @@ def _draw(seed: int, module: str, which: int, shape: tuple[int, ...]) -> Tensor:
 
 
 def _read_all(folders: Sequence[Path], names: Sequence[str]) -> list[Adapter]:
-    adapters, problems = [], []
+    adapters: list[Adapter] = []
+    problems: list[str] = []
     for folder, name in zip(folders, names, strict=True):
         try:
             adapters.append(read_adapter(folder, name))
@@ -177,13 +181,15 @@ def common_base(adapters: Sequence[Adapter]) -> str | None:
     Raises:
         UserError: they were trained on different bases, by fingerprint or else by name.
     """
-    prints, names = {}, {}
+    recorded: dict[str, str | None] = {}
+    names: dict[str, str] = {}
     for adapter in adapters:
         there = (adapter.folder / manifest.MANIFEST).is_file()
-        prints[adapter.name] = manifest.read(adapter.folder).get("inputs", {}).get("base") if there else None
+        recorded[adapter.name] = manifest.read(adapter.folder).get("inputs", {}).get("base") if there else None
         names[adapter.name] = str(adapter.config.get("base_model_name_or_path") or "")
+    prints = {name: value for name, value in recorded.items() if value is not None}
     # fingerprints where all have one; names are what adapters from elsewhere have
-    if None not in prints.values():
+    if len(prints) == len(recorded):
         # adapters of an earlier version recorded the base in that version's way: only the base itself can tell
         named = next((folder for name in names.values() if (folder := Path(name)).is_dir()), None)
         if len({value.startswith(VERSION) for value in prints.values()}) > 1 and named:
@@ -203,7 +209,9 @@ def _listed(values: Mapping[str, str]) -> str:
 
 def check(adapters: Sequence[Adapter], args: FuseAdaptersArgs, row: AdapterMethod) -> None:
     """Refuse, all at once: shapes that differ, transposed layers, layers that nobody has, ranks that cannot be added up."""
-    problems, shapes, ranks = [], {}, {}
+    problems: list[str] = []
+    shapes: dict[str, dict[str, tuple[int, int]]] = {}
+    ranks: dict[str, dict[str, int]] = {}
     for adapter in adapters:
         for module, (a, b) in adapter.modules.items():
             shapes.setdefault(module, {})[adapter.name] = (b.shape[0], a.shape[1])
@@ -214,7 +222,7 @@ def check(adapters: Sequence[Adapter], args: FuseAdaptersArgs, row: AdapterMetho
                         f"{_listed({k: str(v) for k, v in shapes[odd[0]].items()})}); they belong to different bases")
     if len({bool(adapter.config.get("fan_in_fan_out")) for adapter in adapters}) > 1:
         problems.append(f"--adapters: fan_in_fan_out differs in their {CONFIG}; fuse adapters of one base")
-    layers = {layer_of(module) for module in shapes} - {None}
+    layers = {layer for module in shapes if (layer := layer_of(module)) is not None}
     if absent := sorted(args.weights_by_layer.keys() - layers):
         problems.append(f"--layer_weights: no adapter trains layer {', '.join(map(str, absent))}; allowed: "
                         f"{', '.join(map(str, sorted(layers))) or 'none, no module has a layer number'}")

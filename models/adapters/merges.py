@@ -139,7 +139,7 @@ def random_directions(pairs: Sequence[Pair], weights: Sequence[float], parameter
 
     What it does to a model, any change of that size does.
     """
-    a, b = concatenate(pairs, weights, parameters, draw)
+    a, b = concatenate(pairs, weights, methods.Cat(), draw)
     rank = parameters.rank or max(first.shape[0] for first, _ in pairs)
     # Gaussian by quantiles of the counted draws; 0 and 1 have none
     left, right = (torch.special.ndtri(draw(which, shape).double().clamp(1e-9, 1 - 1e-9)) for which, shape in (

@@ -29,7 +29,8 @@ def read_parts(results: Path, parts: Parts) -> list[Adapter]:
     Raises:
         UserError: with the problems of all of them; or they belong to different bases.
     """
-    adapters, problems = [], []
+    adapters: list[Adapter] = []
+    problems: list[str] = []
     # all of them, so that a sum of five with two mistakes takes one try and not three
     for name, _ in parts:
         try:

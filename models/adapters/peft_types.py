@@ -136,7 +136,7 @@ def _dropped(parameters: methods.PeftDensity, draw: Draw) -> Sparsify:
     return sparsify
 
 
-def _elected(parameters: methods.PeftTies) -> Merge:
+def _elected(parameters: methods.PeftTies | methods.PeftDenseTies) -> Merge:
     return lambda stacked, weights: elect_as_peft(stacked, weights, parameters.majority_sign_method)
 
 

@@ -99,9 +99,11 @@ class ResidentBase:
         """A module's matrix before any change, where it lies; None where only a whole model in fp32 has it unrounded."""
         if name in self._kept:
             return self._kept[name]
-        weight = self._model.get_submodule(name).weight
-        own = self._stored.read(name) if self._stored.hold([name]) else None
-        if own is None and self._stored.exact(self.dtype):
+        weight, stored = self._loaded().get_submodule(name).weight, self._stored
+        if stored is None:
+            return None
+        own = stored.read(name) if stored.hold([name]) else None
+        if own is None and stored.exact(self.dtype):
             # transformers joins or turns it as it loads: the model itself is all that holds it, not yet changed
             own = self._kept[name] = weight.detach().clone()
         elif own is not None and keeps(weight.device, own.nbytes, self._held(weight.device)):
@@ -115,7 +117,7 @@ class ResidentBase:
     def _restore(self, keep: set[str]) -> None:
         for name in self._changed - keep:
             # had before it was changed, so it is there
-            self._model.get_submodule(name).weight.copy_(self._own(name))
+            self._loaded().get_submodule(name).weight.copy_(self._own(name))
         self._changed &= keep
 
     def _summed_whole(self, pairs: Mapping[str, Pair], scales: Mapping[str, float] | None) -> PreTrainedModel:

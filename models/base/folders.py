@@ -143,7 +143,8 @@ def _unmade(folder: Path) -> str:
 
 def _ends_problems(folder: Path) -> list[str]:
     """What is wrong with the file that says where answers end; transformers passes over one that it cannot read."""
-    path, problems = folder / "generation_config.json", []
+    path = folder / "generation_config.json"
+    problems: list[str] = []
     if path.is_file():
         ends = read_config(path, problems).get("eos_token_id")
         for end in ends if isinstance(ends, list) else [ends]:

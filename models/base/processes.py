@@ -85,7 +85,7 @@ def agreed(make: Callable[[], Found]) -> Found:
         return make()
     import torch.distributed as dist
 
-    held = [make() if rank() == 0 else None]
+    held: list[Any] = [make() if rank() == 0 else None]
     _together(lambda: dist.broadcast_object_list(held, src=0))
     return held[0]
 

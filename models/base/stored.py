@@ -54,6 +54,8 @@ class StoredWeights:
         another order.
         """
         weight, info = self.model.get_submodule(module).weight, self._info(module)
+        if info is None:
+            raise ValueError(f"{module}: the files hold no weight of this name; ask hold first")
         if len(self._buffer) < info.nbytes:
             # pinned: a device takes it at three times the speed
             self._buffer = torch.empty(info.nbytes, dtype=torch.uint8, pin_memory=weight.is_cuda)

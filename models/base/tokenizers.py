@@ -150,7 +150,7 @@ def _fit_rows(tokenizer: Any, rows: int, folder: Path) -> None:
     if not beyond:
         return
     added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    if foreign := sorted(beyond.keys() - added, key=beyond.get):
+    if foreign := sorted(beyond.keys() - added, key=lambda token: beyond[token]):
         raise UserError(f"{folder}: its tokenizer has {len(tokenizer)} tokens, but the model's embedding has {rows} rows "
                         f"(e.g. {foreign[0]!r} is {beyond[foreign[0]]}); give the model's own tokenizer")
     needed = {what: token for what in ("bos_token", "eos_token") if (token := getattr(tokenizer, what)) in beyond}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from errors import UserError
 from models.checkpoints.header import shown
@@ -21,6 +21,7 @@ SHAPE_KEYS = ("model_type", "architectures", "hidden_size", "intermediate_size",
 QUIET_KEYS = ("rope_theta", "rms_norm_eps", "rope_scaling", "max_position_embeddings", "sliding_window", "hidden_act",
               "head_dim", "layer_types", "final_logit_softcapping", "logits_scaling", "embedding_multiplier")
 DTYPE_KEYS = ("dtype", "torch_dtype")
+Config = TypeVar("Config", bound=Mapping[str, Any])
 #: What of a configuration says nothing about what its weights compute, or is settled elsewhere.
 _ASIDE = frozenset({
     *SHAPE_KEYS, *QUIET_KEYS, *DTYPE_KEYS, "rope_parameters", "vocab_size", "tie_word_embeddings", "use_cache", "auto_map",
@@ -33,7 +34,7 @@ _TEXT = ("text_config", "llm_config", "language_config", "thinker_config", "deco
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
-def section(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def section(config: Config) -> Config:
     """The part of a configuration that describes the layers of words: text_config of a vision-language model, else all."""
     inner = next((config[key] for key in _TEXT if isinstance(config.get(key), dict) and config[key]), None)
     return config if inner is None else section(inner)

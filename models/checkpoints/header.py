@@ -122,7 +122,10 @@ def parse_object(text: bytes) -> dict[str, Any]:
         members = dict(pairs)
         if len(members) < len(pairs):
             seen: set[str] = set()
-            twice.extend(key for key, _ in pairs if key in seen or seen.add(key))
+            for key, _ in pairs:
+                if key in seen:
+                    twice.append(key)
+                seen.add(key)
         return members
 
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from models.checkpoints.configs import ties_head
@@ -49,7 +50,7 @@ def settle_heads(views: Mapping[str, View], order: Sequence[str], policy: str, p
                     view.ignored.add(view.tensors.pop(head).name)
 
 
-def _on_some(views: Mapping[str, View], pattern: object) -> list[str]:
+def _on_some(views: Mapping[str, View], pattern: re.Pattern[str]) -> list[str]:
     """Names of this kind that some inputs have and others lack."""
     found = dict.fromkeys(name for view in views.values() for name in view.find(pattern))
     return [name for name in found if not all(name in view.tensors for view in views.values())]

@@ -24,7 +24,9 @@ def matched(checkpoints: Mapping[str, Checkpoint]) -> tuple[dict[str, Checkpoint
     Raises:
         UserError: they are different architectures.
     """
-    order, problems, notes = list(checkpoints), [], []
+    order = list(checkpoints)
+    problems: list[str] = []
+    notes: list[str] = []
     compare(checkpoints, order, problems, notes)
     if problems:
         raise UserError(*problems)

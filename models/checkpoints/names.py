@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ def stack_of(tensor: str) -> str | None:
 
 def at_layer(tensor: str, layer: int) -> str:
     place = _LAYER.match(tensor)
+    if place is None:
+        raise ValueError(f"{tensor}: is in no layer")
     return f"{place['before']}{layer}{place['after']}"
 
 
@@ -73,8 +76,8 @@ def stacks(tensors: Iterable[str]) -> dict[str, int]:
     """Stack -> how many layers it has: one more than the largest number."""
     counts: dict[str, int] = {}
     for name in tensors:
-        if (stack := stack_of(name)) is not None:
-            counts[stack] = max(counts.get(stack, 0), layer_of(name) + 1)
+        if place := _LAYER.match(name):
+            counts[place["before"]] = max(counts.get(place["before"], 0), int(place["index"]) + 1)
     return counts
 
 
@@ -146,11 +149,16 @@ def _hits(names: Mapping[str, str], wanted: set[str]) -> int:
 def _rules(strange: list[str], its: Iterable[str]) -> Iterable[tuple[str, Callable[[str], str]]]:
     """(how it is told, rule) of the ways in which names may have come to differ."""
     for prefix in dict.fromkeys(_prefixes(its)):
-        yield f"without {prefix}", lambda name, p=prefix: p + name
+        yield f"without {prefix}", partial(_swapped, "", prefix)
     for prefix in dict.fromkeys(_prefixes(strange)):
-        yield f"with {prefix} before them", lambda name, p=prefix: name.removeprefix(p)
+        yield f"with {prefix} before them", partial(_swapped, prefix, "")
     for old, new in (*_RENAMED, *((new, old) for old, new in _RENAMED)):
-        yield f"{old} for {new}", lambda name, a=old, b=new: b + name.removeprefix(a) if name.startswith(a) else name
+        yield f"{old} for {new}", partial(_swapped, old, new)
+
+
+def _swapped(old: str, new: str, name: str) -> str:
+    """A name with another beginning, where it has the old one."""
+    return new + name.removeprefix(old) if name.startswith(old) else name
 
 
 def _prefixes(names: Iterable[str]) -> Iterable[str]:

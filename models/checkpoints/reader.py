@@ -59,7 +59,9 @@ class Checkpoint:
         """
         # all shards are looked at before anything is raised: one bad download is often several
         problems: list[str] = []
-        files, placed, config = (), None, {}
+        files: tuple[Path, ...] = ()
+        placed: dict[str, str] | None = None
+        config: dict[str, Any] = {}
         streams: dict[Path, BinaryIO] = {}
         shards: dict[str, dict[str, TensorInfo]] = {}
         metadata: dict[str, str] = {}

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from errors import UserError
 from models.checkpoints.header import KINDS
@@ -76,7 +76,7 @@ def plan_layout(tensors: Sequence[tuple[str, str, tuple[int, ...]]], max_shard_b
         [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     headers, sizes, places = {}, {}, {}
     for file, shard in zip(names, shards, strict=True):
-        entries: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
         offset = 0
         # wide types first, as the reference implementation has it: each value starts at a multiple of its size
         for name, dtype, shape in sorted(shard, key=lambda t: -KINDS[t[1]][0]):

@@ -32,6 +32,13 @@ class Block:
     base: Tensor | None
     experts: list[Tensor]
 
+    @property
+    def required_base(self) -> Tensor:
+        """The base's block, for methods that work on task vectors; a ValueError where there is none."""
+        if self.base is None:
+            raise ValueError("this method needs a base")
+        return self.base
+
 
 class MemoryBlocks:
     """Blocks of tensors that are in memory already. The executor has its twin for files (``execute.FileBlocks``)."""
@@ -39,7 +46,10 @@ class MemoryBlocks:
     def __init__(self, base: Tensor | None, experts: Sequence[Tensor], name: str = "", seed: int = 0,
                  by_rows: bool = False) -> None:
         self.base, self.experts, self.name, self.seed, self.by_rows = base, experts, name, seed, by_rows
-        self.shape = tuple((experts[0] if experts else base).shape)
+        first = experts[0] if experts else base
+        if first is None:
+            raise ValueError("neither a base nor an expert")
+        self.shape = tuple(first.shape)
 
     def __iter__(self) -> Iterator[Block]:
         # the same blocks as from files: a test on tensors in memory speaks for both

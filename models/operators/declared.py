@@ -66,7 +66,8 @@ class Declared:
             raise ValueError(f"{value} is not {'true or false' if kind is bool else 'a word'}")
         if kind is int and not float(value).is_integer():
             raise ValueError(f"{value} is not a whole number")
-        if kind in (float, int) and not ((low is None or value >= low) and (high is None or value <= high)):
+        if kind in (float, int) and not isinstance(value, str) and not (
+                (low is None or value >= low) and (high is None or value <= high)):
             raise ValueError(f"{value} is out of range; allowed: {low} to {high}")
         choices = self.fields()[name].metadata["choices"]
         if choices and value not in choices:

@@ -69,13 +69,13 @@ def task_arithmetic(blocks: MemoryBlocks, parameters: TaskArithmetic) -> Iterato
     """theta_base + lambda sum_i w_i (theta_i - theta_base) (Ilharco et al. 2023, equation 1)."""
     scale = parameters.lambda_ / divisor(parameters.weight, parameters.normalize)
     for block in blocks:
-        yield block.base.add_(weighted_sum(task_vectors(block), parameters.weight), alpha=scale)
+        yield block.required_base.add_(weighted_sum(task_vectors(block), parameters.weight), alpha=scale)
 
 
 def wise_ft(blocks: MemoryBlocks, parameters: Interpolation) -> Iterator[Tensor]:
     """(1 - alpha) theta_base + alpha theta (Wortsman et al. 2022, equation 1)."""
     for block in blocks:
-        yield block.base.lerp_(block.experts[0], parameters.alpha)
+        yield block.required_base.lerp_(block.experts[0], parameters.alpha)
 
 
 def resta(blocks: MemoryBlocks, parameters: Resta) -> Iterator[Tensor]:
@@ -87,7 +87,7 @@ def resta(blocks: MemoryBlocks, parameters: Resta) -> Iterator[Tensor]:
         task, unaligned = task_vectors(block)
         if parameters.density < 1:
             drop_(task, kept_below(blocks.uniform(0, block), parameters.density), parameters.density)
-        yield block.base.add_(task).add_(unaligned, alpha=-parameters.gamma)
+        yield block.required_base.add_(task).add_(unaligned, alpha=-parameters.gamma)
 
 
 def gram(walk: Iterable[Sequence[Tensor]]) -> Tensor:
@@ -221,7 +221,7 @@ def model_stock(blocks: MemoryBlocks, parameters: ModelStock) -> Iterator[Tensor
         ratios = _row_ratios(deltas) if ratio is None else ratio  # before the sum, which overwrites the first delta
         mean = weighted_sum(deltas, [1 / len(deltas)] * len(deltas))
         # theta_base + t (mean - theta_base): the same line, with one product instead of two
-        yield block.base.add_(mean * ratios if ratio is None else mean.mul_(ratios))
+        yield block.required_base.add_(mean * ratios if ratio is None else mean.mul_(ratios))
 
 
 def _stock_ratio(g: Tensor) -> float:

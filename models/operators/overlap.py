@@ -17,7 +17,7 @@ def ram(blocks: MemoryBlocks, parameters: Ram) -> Iterator[Tensor]:
     """theta_base + the mean, entry by entry, of the task vectors whose magnitude is above epsilon (arXiv 2601.13572)."""
     for block in blocks:
         deltas, sharers = _changed(task_vectors(block), parameters.epsilon)
-        yield block.base.add_(_mean(deltas, sharers, [1.0] * len(deltas)))
+        yield block.required_base.add_(_mean(deltas, sharers, [1.0] * len(deltas)))
 
 
 def ramplus_tl(blocks: MemoryBlocks, parameters: RamPlus) -> Iterator[Tensor]:
@@ -25,7 +25,8 @@ def ramplus_tl(blocks: MemoryBlocks, parameters: RamPlus) -> Iterator[Tensor]:
 
     shared_i and alone_i count the entries that input i changed together with others and alone, in this tensor ("tl").
     """
-    shared, alone = Counter(), Counter()
+    shared: Counter[int] = Counter()
+    alone: Counter[int] = Counter()
     for block in blocks:
         deltas, sharers = _changed(task_vectors(block), parameters.epsilon)
         single = sharers == 1
@@ -39,7 +40,7 @@ def ramplus_tl(blocks: MemoryBlocks, parameters: RamPlus) -> Iterator[Tensor]:
     factors = [1 + parameters.r * ratio for ratio in ratios]
     for block in blocks:
         deltas, sharers = _changed(task_vectors(block), parameters.epsilon)
-        yield block.base.add_(_mean(deltas, sharers, factors))
+        yield block.required_base.add_(_mean(deltas, sharers, factors))
 
 
 def _changed(deltas: list[Tensor], epsilon: float) -> tuple[list[Tensor], Tensor]:

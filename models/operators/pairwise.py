@@ -50,12 +50,14 @@ def nuslerp(blocks: MemoryBlocks, parameters: NuSlerp) -> Iterator[Tensor]:
         g = gram(_pair(block) for block in blocks)
         coefficients = arc(g[0, 0], g[1, 1], g[0, 1], t) if len(g) else None
     elif parameters.nuslerp_row_wise:
-        coefficients = arc(*_along_first_axis(blocks), t)
+        first, second, dot = _along_first_axis(blocks)
+        coefficients = arc(first, second, dot, t)
     for block in blocks:
         v0, v1 = _pair(block)
         if coefficients is None:
             a, b = v0.double(), v1.double()
-            c0, c1 = arc(*((x * y).sum(-1, keepdim=True) for x, y in ((a, a), (b, b), (a, b))), t)
+            first, second, dot = ((x * y).sum(-1, keepdim=True) for x, y in ((a, a), (b, b), (a, b)))
+            c0, c1 = arc(first, second, dot, t)
         elif parameters.nuslerp_flatten:
             c0, c1 = coefficients
         else:
@@ -97,7 +99,7 @@ def nearswap(blocks: MemoryBlocks, parameters: NearSwap) -> Iterator[Tensor]:
     for block in blocks:
         (delta,) = task_vectors(block)
         share = (parameters.t / delta.abs().clamp_min_(DIFFERENCE_FLOOR)).clamp_(0, 1)
-        yield block.base.add_(delta.mul_(share))
+        yield block.required_base.add_(delta.mul_(share))
 
 
 def importance(base: Tensor, other: Tensor) -> Tensor:
@@ -117,7 +119,7 @@ def arcee_fusion(blocks: MemoryBlocks, parameters: NoParameters) -> Iterator[Ten
     for block in blocks:
         keep = importance(block.base, block.experts[0]) >= limit
         (delta,) = task_vectors(block)
-        yield block.base.add_(delta.mul_(keep))
+        yield block.required_base.add_(delta.mul_(keep))
 
 
 def _limit(blocks: MemoryBlocks) -> float:

@@ -23,13 +23,14 @@ Select = Callable[[int, Tensor, Block], None]
 Combine = Callable[[Sequence[Tensor], Sequence[float], bool], Tensor]
 
 
-def _merge(blocks: MemoryBlocks, parameters: Dare, select: Select, combine: Combine) -> Iterator[Tensor]:
+def _merge(blocks: MemoryBlocks, parameters: Ties | Dare | Breadcrumbs, select: Select, combine: Combine,
+           ) -> Iterator[Tensor]:
     """theta_base + lambda combine(select(theta_i - theta_base))."""
     for block in blocks:
         deltas = task_vectors(block)
         for i, delta in enumerate(deltas):
             select(i, delta, block)
-        yield block.base.add_(combine(deltas, parameters.weight, parameters.normalize), alpha=parameters.lambda_)
+        yield block.required_base.add_(combine(deltas, parameters.weight, parameters.normalize), alpha=parameters.lambda_)
 
 
 def add_up(deltas: Sequence[Tensor], weights: Sequence[float], normalize: bool) -> Tensor:
@@ -125,7 +126,8 @@ def at_full_norm(blocks: MemoryBlocks, make: Callable[[], Select], rescale: bool
     """
     if not rescale:
         return make()
-    select, norms = make(), {}
+    select = make()
+    norms: dict[int, tuple[float, float]] = {}
     for block in blocks:
         for i, delta in enumerate(task_vectors(block)):
             whole = float(delta.abs().sum(dtype=torch.float64))
@@ -200,7 +202,7 @@ def sce(blocks: MemoryBlocks, parameters: Sce) -> Iterator[Tensor]:
     # equal models, and empty tensors, have no energy: a plain mean
     weights = [e / total for e in energy] if total else [1 / max(len(energy), 1)] * len(energy)
     for block, deltas in _selected(blocks, cut):
-        yield block.base.add_(elect_unweighted(deltas, weights), alpha=parameters.lambda_)
+        yield block.required_base.add_(elect_unweighted(deltas, weights), alpha=parameters.lambda_)
 
 
 def _variance_cut(blocks: MemoryBlocks, share: float) -> MagnitudeCut:
