@@ -28,6 +28,7 @@ from errors import UserError, exit_on_user_error, fits
 from flags import InferenceArgs
 from flags.base import PROTOCOLS
 from flags.memory import smaller
+from models.footprint.planned import planned
 
 if TYPE_CHECKING:
     from data.prompt_styles import Style
@@ -49,11 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
         parsed = config.parse(InferenceArgs, argv)
         args: InferenceArgs = parsed.args
-        if parsed.plan:
-            from models.footprint.command import told
-
-            for line in told(parsed):
-                print(line)
+        if planned(parsed, print):
             return
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         config.short_waits()

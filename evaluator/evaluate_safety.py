@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import config
 from errors import UserError, exit_on_user_error
 from flags import EvaluateSafetyArgs
+from models.footprint.planned import planned
 
 if TYPE_CHECKING:
     from data.readers.label_files import Labelled
@@ -44,11 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
         parsed = config.parse(EvaluateSafetyArgs, argv)
         args: EvaluateSafetyArgs = parsed.args
-        if parsed.plan:
-            from models.footprint.command import told
-
-            for line in told(parsed):
-                print(line)
+        if planned(parsed, print):
             return
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         config.short_waits()

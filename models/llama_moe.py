@@ -20,6 +20,7 @@ import config
 import manifest
 from errors import UserError, exit_on_user_error
 from flags import FuseMoeArgs
+from models.footprint.planned import planned
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -168,11 +169,7 @@ def build(args: FuseMoeArgs, run: manifest.Run) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
         parsed = config.parse(FuseMoeArgs, argv)
-        if parsed.plan:
-            from models.footprint.command import told
-
-            for line in told(parsed):
-                print(line)
+        if planned(parsed, print):
             return
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         args = parsed.args
