@@ -122,17 +122,17 @@ class FusedDraws:
             with torch.cuda.device_of(logits):
                 kernels.gather_units[programs,](gradient, delta, mask, sums, self.parts, logits.numel(), steps, *layout,
                                                 UNITS=together, COLUMNS=across)
-                kernels.unit_gradient[sizes[0],](
-                    sums, logits, out, self.parts, programs, self.scales, slot.logits_index, float(weight),
-                    slot.live.numel(), *numbers, *layout, **told)
+                kernels.logit_gradient[sizes[0],](
+                    sums, sums, logits, out, self.parts, programs, self.scales, slot.logits_index, float(weight),
+                    slot.live.numel(), *numbers, *layout, WIDE=True, **told)
             return out
         with torch.cuda.device_of(logits):
             if moving or expected:
                 kernels.scale_gradient[sizes[0],](gradient, delta, logits, self.parts, *numbers, **_kinds(draw),
                                                   HARD=draw.hard, SUB=_SUB)
             kernels.logit_gradient[sizes[0],](
-                gradient, delta, logits, out, self.parts, sizes[0], self.scales, slot.logits_index, float(weight), *numbers,
-                **told)
+                gradient, delta, logits, out, self.parts, sizes[0], self.scales, slot.logits_index, float(weight),
+                slot.live.numel(), *numbers, *_layout(slot), WIDE=False, **told)
         return out
 
     def _unit_mask(self, slot: Slot, logits: Tensor, draw: Draw) -> Tensor:
