@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.base.parted import is_parted
 from models.mask.live import Draw, Slot
 from models.mask.rescale import RESCALINGS, moving_expectation, moving_mean
 from models.mask.settings import Settings
@@ -70,8 +71,8 @@ class FusedDraws:
                 and slot.live.dtype in (torch.float32, torch.bfloat16, torch.float16))
 
     def serves(self, slot: Slot, draw: Draw) -> bool:
-        """Whether a draw goes to the kernels: it lies on a GPU, Triton is there, and they can do it."""
-        return slot.live.is_cuda and has_triton() and self.fits(slot, draw)
+        """Whether a draw goes to the kernels: it lies on one GPU, Triton is there, and they can do it."""
+        return slot.live.is_cuda and not is_parted(slot.live) and has_triton() and self.fits(slot, draw)
 
     def write(self, slot: Slot, logits: Tensor, draw: Draw) -> None:
         """theta_s + a m delta into the live weights."""
