@@ -24,6 +24,7 @@ import manifest
 from errors import exit_on_user_error, fits
 from flags import OBJECTIVES, AlignArgs, DpoArgs, ExpertArgs, FusedMoeArgs, MaskArgs, SearchArgs, SoupArgs
 from flags.memory import smaller
+from models.footprint.planned import planned
 
 #: Objective -> the module that trains it; flags/align.py says which words choose the objective.
 TRAINERS: dict[type[AlignArgs], str] = {
@@ -34,11 +35,7 @@ TRAINERS: dict[type[AlignArgs], str] = {
 def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
         parsed = config.parse(AlignArgs, argv)
-        if parsed.plan:
-            from models.footprint.command import told
-
-            for line in told(parsed):
-                print(line)
+        if planned(parsed, print):
             return
         args: AlignArgs = parsed.args
         # of the processes of a launch one tells how it goes; all tell what is wrong

@@ -30,6 +30,7 @@ from flags import InferenceArgs
 from flags.base import PROTOCOLS
 from flags.inference import ANSWERED
 from flags.memory import smaller
+from models.footprint.planned import planned
 
 if TYPE_CHECKING:
     from data.prompt_styles import Style
@@ -51,11 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
         parsed = config.parse(InferenceArgs, argv)
         args: InferenceArgs = parsed.args
-        if parsed.plan:
-            from models.footprint.command import told
-
-            for line in told(parsed):
-                print(line)
+        if planned(parsed, print):
             return
         console.set_up(parsed.verbosity)
         config.short_waits()

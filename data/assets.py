@@ -146,7 +146,6 @@ def fetch(names: Iterable[str] | None = None, lite: bool = False) -> None:
 
     with only_process(cache_dir()):
         missing = [p for p in missing if not _is_finished(p)]  # another process may have done it meanwhile
-        # off in pipes and logs (disable=None), where a redrawn bar is noise
         for package in tqdm(missing, desc="assets", unit="package", disable=console.hidden() or None):
             log.info("fetching %s %s (%g MB, %s)", package.name, package.version, package.mb, package.licence)
             _fetch_one(package, cache_dir())

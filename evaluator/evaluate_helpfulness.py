@@ -17,6 +17,7 @@ import console
 import manifest
 from errors import UserError, exit_on_user_error
 from flags import EvaluateHelpfulnessArgs
+from models.footprint.planned import planned
 
 if TYPE_CHECKING:
     from evaluator.scoring.engine import Result, Subject, Work
@@ -30,11 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
         parsed = config.parse(EvaluateHelpfulnessArgs, argv)
         args: EvaluateHelpfulnessArgs = parsed.args
-        if parsed.plan:
-            from models.footprint.command import told
-
-            for line in told(parsed):
-                print(line)
+        if planned(parsed, print):
             return
         console.set_up(parsed.verbosity)
         config.short_waits()

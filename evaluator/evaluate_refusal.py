@@ -23,6 +23,7 @@ import console
 import manifest
 from errors import exit_on_user_error
 from flags.refusal import EvaluateRefusalArgs
+from models.footprint.planned import planned
 
 if TYPE_CHECKING:
     from data.sets.refusal_openers import Openers
@@ -34,11 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
         parsed = config.parse(EvaluateRefusalArgs, argv)
         args: EvaluateRefusalArgs = parsed.args
-        if parsed.plan:
-            from models.footprint.command import told
-
-            for line in told(parsed):
-                print(line)
+        if planned(parsed, print):
             return
         console.set_up(parsed.verbosity)
         config.short_waits()

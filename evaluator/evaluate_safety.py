@@ -18,6 +18,7 @@ import config
 import console
 from errors import UserError, exit_on_user_error
 from flags import EvaluateSafetyArgs
+from models.footprint.planned import planned
 
 if TYPE_CHECKING:
     from data.readers.label_files import Labelled
@@ -45,11 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
         parsed = config.parse(EvaluateSafetyArgs, argv)
         args: EvaluateSafetyArgs = parsed.args
-        if parsed.plan:
-            from models.footprint.command import told
-
-            for line in told(parsed):
-                print(line)
+        if planned(parsed, print):
             return
         console.set_up(parsed.verbosity)
         config.short_waits()

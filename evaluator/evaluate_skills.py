@@ -19,6 +19,7 @@ import console
 from errors import exit_on_user_error
 from flags.base import SKILLS
 from flags.skills import EvaluateSkillsArgs
+from models.footprint.planned import planned
 
 if TYPE_CHECKING:
     from evaluator.scoring.engine import Result, Subject, Work
@@ -30,11 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
         parsed = config.parse(EvaluateSkillsArgs, argv)
         args: EvaluateSkillsArgs = parsed.args
-        if parsed.plan:
-            from models.footprint.command import told
-
-            for line in told(parsed):
-                print(line)
+        if planned(parsed, print):
             return
         console.set_up(parsed.verbosity)
         config.short_waits()

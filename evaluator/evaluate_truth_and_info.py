@@ -15,6 +15,7 @@ import config
 import console
 from errors import UserError, exit_on_user_error
 from flags import EvaluateTruthArgs
+from models.footprint.planned import planned
 
 if TYPE_CHECKING:
     from evaluator.scoring.engine import Result, Subject, Work
@@ -31,11 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
         parsed = config.parse(EvaluateTruthArgs, argv)
         args: EvaluateTruthArgs = parsed.args
-        if parsed.plan:
-            from models.footprint.command import told
-
-            for line in told(parsed):
-                print(line)
+        if planned(parsed, print):
             return
         console.set_up(parsed.verbosity)
         config.short_waits()

@@ -19,6 +19,7 @@ import config
 import console
 from errors import UserError, exit_on_user_error
 from flags.utility import BENCHMARKS, EvaluateUtilityArgs
+from models.footprint.planned import planned
 
 if TYPE_CHECKING:
     from evaluator.scoring.engine import Result, Subject, Work
@@ -32,11 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
         parsed = config.parse(EvaluateUtilityArgs, argv)
         args: EvaluateUtilityArgs = parsed.args
-        if parsed.plan:
-            from models.footprint.command import told
-
-            for line in told(parsed):
-                print(line)
+        if planned(parsed, print):
             return
         console.set_up(parsed.verbosity)
         config.short_waits()

@@ -22,6 +22,7 @@ from flags.export import ExportArgs, GatherArgs, ImportArgs
 from flags.memory import smaller
 from flags.merge import MergeArgs
 from flags.realign import RealignArgs
+from models.footprint.planned import planned
 
 #: Sub-command -> its flags, and the function that carries it out: (flags) -> what to tell the person. Loaded when called.
 COMMANDS: dict[str, tuple[type, str]] = {
@@ -46,11 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             # their budget is reckoned from the headers of their inputs
             promise = parsed.plan.plan_gb * 1e9 / 2**30
             args = dataclasses.replace(args, dry_run=True, **({"memory_gb": promise} if promise else {}))
-        elif parsed.plan:
-            from models.footprint.command import told
-
-            for line in told(parsed):
-                print(line)
+        elif planned(parsed, print):
             return
         console.set_up(parsed.verbosity)
         module, _, function = place.partition(":")

@@ -21,6 +21,7 @@ import console
 import manifest
 from errors import UserError, exit_on_user_error
 from flags import RAW_MOE, FuseMoeArgs
+from models.footprint.planned import planned
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -169,11 +170,7 @@ def build(args: FuseMoeArgs, run: manifest.Run) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
         parsed = config.parse(FuseMoeArgs, argv)
-        if parsed.plan:
-            from models.footprint.command import told
-
-            for line in told(parsed):
-                print(line)
+        if planned(parsed, print):
             return
         console.set_up(parsed.verbosity)
         args = parsed.args

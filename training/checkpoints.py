@@ -28,6 +28,7 @@ from transformers.trainer_callback import ExportableState
 
 import manifest
 from errors import SharedError, UserError
+from models.base.parted import own_part
 from models.checkpoints import parts
 from training.distributed.processes import ManyProcesses
 from training.distributed.sharding import is_sharded
@@ -115,7 +116,7 @@ class SafeCheckpoints(ManyProcesses):
         mine = self._trained()
         names = list(mine)
         broken = next((i for i, name in enumerate(names)
-                       if not torch.isfinite(getattr(mine[name], "_local_tensor", mine[name])).all()), None)
+                       if not torch.isfinite(own_part(mine[name])).all()), None)
         # by number: of a parted weight one process alone may hold what is broken
         if found := self.first_of_all(0 if broken is None else broken + 1, 0.0):
             raise SharedError(
@@ -347,6 +348,8 @@ def load_optimizer(folder: Path, optimizer: Any, scheduler: Any, own: Container[
     place.load(tensors)
     for name, value in (*tensors.items(), *content["plain"].items()):
         index, key, *inner = name.split(".")
+        if torch.is_tensor(value):
+            value = parts.in_shape_of(value, parameters.get(int(index)))
         # the optimiser numbers its parameters by int; file names and JSON know text only
         values = state.setdefault(int(index), {})
         if inner:

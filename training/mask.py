@@ -8,7 +8,8 @@ depend on; only the published random-mask reference runs beside the training.
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,8 @@ from torch import Tensor, nn
 
 import manifest
 from data.prompts import template
-from errors import UserError
 from flags import MaskArgs
-from flags.launch import sharding
+from flags.launch import processes, sharding
 from flags.mask import SHARED_OUT
 from models.base.loading import load_tokenizer
 from models.base.placement import set_up_torch
@@ -34,9 +34,10 @@ from models.mask.settings import Settings
 from models.task_vectors import Model
 from training.checkpoints import load_optimizer, save_optimizer
 from training.distributed.moments import share_out
+from training.distributed.sharding import gathered_state, reshard
 from training.dpo import SafeDPOTrainer, drawn_pairs, encode_pairs, preference_arguments
 from training.mask_anchor import Anchor, anchor_rows, make_anchor
-from training.mask_model import live_model, reference_values, settings_for
+from training.mask_model import check_parting, live_model, reference_values, settings_for
 from training.samples import contrast_inputs
 from training.trainer import fit
 
@@ -80,7 +81,7 @@ class MaskTrainer(SafeDPOTrainer):
                 kind, options = RoundedAdamW, {k: options[k] for k in ("lr", "betas", "eps")} | {"seed": self.flags.seed}
             group = {"params": list(self.bank.parameters()), "weight_decay": self.args.weight_decay}
             self.optimizer = kind([group], **options)
-            if self.args.world_size > 1 and getattr(self.args.optim, "value", self.args.optim) in SHARED_OUT and (
+            if self._averages and getattr(self.args.optim, "value", self.args.optim) in SHARED_OUT and (
                     len(group["params"]) >= self.args.world_size):
                 self._own = share_out(self.optimizer, self.args.process_index, self.args.world_size)
         return self.optimizer
@@ -130,7 +131,7 @@ class MaskTrainer(SafeDPOTrainer):
             scaler = self.accelerator.scaler
             self.bank.add_prior_gradient(self.flags.keep_prior, self.flags.keep_weight * (
                 scaler.get_scale() if scaler else 1.0) / self.current_gradient_accumulation_steps)
-        if self.args.world_size > 1 and self.accelerator.sync_gradients:
+        if self._averages and self.accelerator.sync_gradients:
             self._average_gradients()
         return total / self.flags.mask_draws
 
@@ -138,6 +139,19 @@ class MaskTrainer(SafeDPOTrainer):
     def _reduces_itself(self) -> bool:
         # DDP would send every gradient of a live weight round, which the bank has turned into the logits' by then
         return self.args.world_size > 1
+
+    @property
+    def _averages(self) -> bool:
+        """Whether every process has all logits; of parted ones the live weights' gradients come averaged from FSDP2."""
+        return self.args.world_size > 1 and self.sharding is None
+
+    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
+        # each draw has a mask of its own, whose logits' gradient is made at once: none can wait for the last micro-batch
+        return nullcontext()
+
+    def held_bytes(self) -> int:
+        beside = [tensor for slot in self.bank.slots for tensor in (slot.base, *slot.deltas)]
+        return super().held_bytes() + sum(tensor.numel() * tensor.element_size() for tensor in beside)
 
     def _average_gradients(self) -> None:
         """Of the logits, behind a step's last micro-batch. All processes drew the same mask: its key names none of them."""
@@ -184,7 +198,7 @@ class MaskTrainer(SafeDPOTrainer):
         self.bank.zero_masks = progress["zero_masks"]
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.args.should_save:
+        if self.args.should_save or self._all_save:
             self.save_artifact(Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -193,12 +207,12 @@ class MaskTrainer(SafeDPOTrainer):
 
 def train(args: MaskArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     """Train a mask and write it (mask.safetensors, mask.json, diagnostics.json) and the run's facts into ``run``."""
-    if sharding(extra):
-        raise UserError("--method mask: every process holds the whole model and its mask, FSDP parts neither; start it with "
-                        "--config_file scripts/accelerate/ddp.yaml")
+    parting = sharding(extra)
     with ExitStack() as stack:
         aligned, tasks = open_models(args, args.aligned, args.task_names, args.trust_base, stack)
         settings, specs = settings_for(args, aligned, tasks)
+        if parting:
+            check_parting(settings, specs, processes())
         # what files, flags and data can have wrong comes out here, before a model is loaded
         base = aligned.checkpoint.folder
         tokenizer = load_tokenizer(_tokenizer_folder(aligned), base)
@@ -215,8 +229,11 @@ def train(args: MaskArgs, extra: dict[str, Any], run: manifest.Run) -> None:
         needed = _plan(aligned, specs, settings, len(tasks), storage, logit_dtype, dtype)
         for line in needed.lines():
             log.info("%s", line)
-        model, slots = live_model(settings, specs, aligned, tasks, storage, dtype, device)
-        bank = MaskBank(slots, settings, args.mask_init, logit_dtype)
+        if parting:
+            log.info("memory plan: FSDP2 parts all but what passes among %d processes", processes())
+        model, slots = live_model(settings, specs, aligned, tasks, storage, dtype, device, parting)
+        # a pass leaves the root's weights whole, and the next one would not see what is written into the parts
+        bank = MaskBank(slots, settings, args.mask_init, logit_dtype, partial(reshard, model))
         # TRL asks the reference in its constructor: by then the live weights must be the reference's
         _become_reference(bank, args.reference, aligned, tasks)
         facts = [identity(model) for model in (aligned, *tasks)]
@@ -231,7 +248,11 @@ def train(args: MaskArgs, extra: dict[str, Any], run: manifest.Run) -> None:
 
         def save(folder: Path) -> None:
             state = trainer.state
-            save_mask(folder, settings, bank.named_logits(), facts[0], facts[1:], {
+            # parted ones come to the first process, which alone writes them
+            logits = bank.named_logits([*(gathered_state(bank) or {}).values()])
+            if parting and not manifest.is_main():
+                return
+            save_mask(folder, settings, logits, facts[0], facts[1:], {
                 "steps": state.global_step, "reference": args.reference, "first_temperature": args.temperature,
                 "straight_through": args.straight_through, "seed": args.seed, "init": args.mask_init})
             manifest.write_json(folder / manifest.MANIFEST, {
@@ -240,6 +261,8 @@ def train(args: MaskArgs, extra: dict[str, Any], run: manifest.Run) -> None:
         trainer.save_artifact = save
         run.metrics.update(fit(trainer, args, extra), pairs=len(rows))
         save(run.folder)
+        if parting and not manifest.is_main():
+            return
         numbers = mask_numbers(read_mask(run.folder))
         manifest.write_json(run.folder / "diagnostics.json", numbers)
         run.metrics.update(

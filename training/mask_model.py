@@ -6,15 +6,18 @@ from collections.abc import Sequence
 
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import PreTrainedModel
 
 from errors import UserError
 from flags import MaskArgs
+from flags.launch import Sharding
 from models.base.loading import load_base
 from models.mask.bank import Slot, make_slot
 from models.mask.settings import Settings, rule_for
 from models.mask.slots import Spec, check_units, components, down_factor, plan, tensors_of
 from models.task_vectors import Model
+from training.distributed.sharding import shard
 
 
 def settings_for(args: MaskArgs, aligned: Model, tasks: Sequence[Model]) -> tuple[Settings, list[Spec]]:
@@ -49,30 +52,36 @@ def _space(args: MaskArgs, aligned: Model, tasks: Sequence[Model]) -> str:
 
 
 def live_model(settings: Settings, specs: Sequence[Spec], aligned: Model, tasks: Sequence[Model], storage: torch.dtype,
-               dtype: torch.dtype, device: torch.device) -> tuple[PreTrainedModel, list[Slot]]:
+               dtype: torch.dtype, device: torch.device, parting: Sharding | None = None,
+               ) -> tuple[PreTrainedModel, list[Slot]]:
     """The aligned model, nothing of it trainable, and its slots.
 
     Args:
         storage: of live weights; LoRA factors are fp32.
         dtype: of weights that stay as they are.
+        parting: part it among the processes; each keeps its rows of the slots' tensors, which are made one by one.
     """
     folder = aligned.checkpoint.folder
+    # what is parted starts on the CPU: as a whole it may be larger than a device
+    loaded_on = torch.device("cpu") if parting else device
     if specs[0].part == "weight":
-        model = load_base(folder, storage, device)
-        # tied weights go by two names, and a checkpoint may store them under either
-        names = dict(model.named_parameters(remove_duplicate=False))
-        places = {spec.name: names.get(spec.weight) for spec in specs}
+        model = load_base(folder, storage, loaded_on)
     else:
-        model = _with_factors(load_base(folder, dtype, device), specs)
-        names = dict(model.named_parameters())
-        places = {spec.name: names.get(f"{spec.module}.lora_{'A' if spec.part == 'A' else 'B'}.default.weight")
-                  for spec in specs}
+        model = _with_factors(load_base(folder, dtype, loaded_on), specs)
+    places = _places(model, specs)
     if absent := [name for name, place in places.items() if place is None]:
         raise UserError(f"{aligned.name}: {absent[0]} and {len(absent) - 1} more tensors are no parameters of the model "
                         "that transformers makes of it; give a checkpoint of a known architecture")
     # the bank turns the masked ones on again when it is attached; until then nothing collects gradients
     model.requires_grad_(False)
     model.config.use_cache = False
+    if parting:
+        # FSDP2 asks at its first pass which gradients there will be
+        for spec in specs:
+            places[spec.name].requires_grad_(spec.units is not None)
+        shard(model, parting, device)
+        places = _places(model, specs)
+    names = dict(model.named_parameters())
     slots, taken = [], set()
     for spec in specs:
         live = places[spec.name]
@@ -85,6 +94,33 @@ def live_model(settings: Settings, specs: Sequence[Spec], aligned: Model, tasks:
             names[f"{spec.module}.lora_A.default.weight"].data.copy_(down_factor(spec, aligned, parts))
         slots.append(make_slot(spec, live, *tensors_of(spec, aligned, tasks, parts), settings))
     return model, slots
+
+
+def check_parting(settings: Settings, specs: Sequence[Spec], processes: int) -> None:
+    """Refuse a mask that FSDP2 cannot part by rows, before a model is loaded.
+
+    Raises:
+        UserError: with the flags to change.
+    """
+    ddp = "or start with --config_file scripts/accelerate/ddp.yaml"
+    if settings.rule.name == "ties":
+        raise UserError("--merge_rule ties: its cuts are ranks in a whole task vector, of which FSDP2 gives each process a "
+                        f"part; use another rule, {ddp}")
+    for spec in specs:
+        if spec.units is not None and (spec.units.index is not None or spec.units.rows > 1):
+            raise UserError(f"--granularity {settings.granularity}: rows of {spec.name} share a logit, and FSDP2 parts "
+                            f"tensors by rows; use element, row, or block with --mask_exclude norms, {ddp}")
+        if not spec.shape or spec.shape[0] < processes:
+            raise UserError(f"{processes} processes: FSDP2 parts tensors by rows, and {spec.name} has "
+                            f"{spec.shape[0] if spec.shape else 1}; start fewer, {ddp}")
+
+
+def _places(model: PreTrainedModel, specs: Sequence[Spec]) -> dict[str, nn.Parameter | None]:
+    """Each spec's parameter."""
+    # tied weights go by two names, and a checkpoint may store them under either
+    names = dict(model.named_parameters(remove_duplicate=False))
+    return {spec.name: names.get(spec.weight if spec.part == "weight" else
+                                 f"{spec.module}.lora_{'A' if spec.part == 'A' else 'B'}.default.weight") for spec in specs}
 
 
 def _with_factors(model: PreTrainedModel, specs: Sequence[Spec]) -> PreTrainedModel:

@@ -64,3 +64,17 @@ def copy_whole(tensor: Tensor, value: Tensor) -> None:
         # every process has the value: none is sent
         value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
     tensor.copy_(value)
+
+
+def in_shape_of(value: Tensor, parameter: Tensor | None) -> Tensor:
+    """A moment as its parameter is. A mask's logits are flat where they are whole, and (rows, units in a row) where they are
+    parted by rows: a training may go on from the one to the other."""
+    parted = hasattr(parameter, "full_tensor")
+    axes = (1, 2) if parted else (2, 1)
+    if parameter is None or value.numel() != parameter.numel() or (value.ndim, parameter.ndim) != axes:
+        return value
+    if not parted:
+        return value.view(-1)
+    room = torch.zeros_like(parameter.detach(), dtype=value.dtype)
+    copy_whole(room, value.view(parameter.shape))
+    return room

@@ -90,17 +90,21 @@ def _divided_by(parsed: Parsed) -> tuple[str, int]:
                             "--plan_devices with it")
         return "one", 1
     strategy, devices = launched(asked)
-    if whole := held_whole(args):
+    if whole := held_whole(args, strategy):
         if TABLE[strategy].weights and asked.plan_strategy:
             raise UserError(f"--plan_strategy {strategy}: {whole} is held whole by every process; use one, or ddp")
         strategy = "ddp" if TABLE[strategy].weights else strategy
     return strategy, devices
 
 
-def held_whole(args: Any) -> str:
-    """What of a training no strategy parts; empty where all of it can be."""
+def held_whole(args: Any, strategy: str = "fsdp2") -> str:
+    """What of a training a strategy that parts weights leaves whole; empty where it parts all."""
+    if isinstance(args, MaskArgs):
+        # FSDP2 parts by rows, and TIES' cuts are ranks in all of a task vector (training/mask_model.py)
+        across = args.granularity in ("head", "layer", "rank") or args.merge_rule == "ties" and len(args.task_names) > 1
+        return "a mask with its model" if across or strategy != "fsdp2" else ""
     bits = getattr(args, "base_quantization", None)
-    return "a mask with its model" if isinstance(args, MaskArgs) else f"a base in {bits}" if bits else ""
+    return f"a base in {bits}" if bits else ""
 
 
 def _nearest(args: Any, extra: dict[str, Any], place: Place, peak: Any, strategy: str, devices: int, limit: float) -> str:

@@ -3,6 +3,10 @@
 Hooks turn each weight's gradient into that of its logits as soon as it is there (``rescale``: the equations) and free it.
 Masks are never stored between the passes: their noise is counted, and drawn again. So beside weights, task vectors and
 logits a step holds one tensor's gradient, mask and slope, whatever the model's size (spec section 4.7).
+
+Of a model that FSDP2 parts each process has rows of every tensor, with their task vectors and logits. Its noise starts at
+the rows' place in the whole, so that all draw one mask, however many they are; two numbers of each tensor go round, the
+mask's sum and T (``rescale``).
 """
 
 from __future__ import annotations
@@ -14,9 +18,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from models.base.parted import is_parted, own_part, parted_like, same_rows, summed
+from models.checkpoints.parts import copy_whole
 from models.mask.blocks import blocks, length, piece, spread
-from models.mask.concrete import mean_of, noise, prior_gradient, scale_for, soft_mask, soft_slope
-from models.mask.fused.launch import FusedDraws
+from models.mask.concrete import noise, prior_gradient, scale_for, soft_mask, soft_slope, sum_of
+from models.mask.fused.launch import FusedDraws, device_bits, has_triton
 from models.mask.live import Draw, Slot
 from models.mask.rescale import RESCALINGS, LogitBlock, Scale, joint_mean_part
 from models.mask.rules import combined, effective, ties_thresholds
@@ -29,7 +35,8 @@ class MaskBank(nn.Module):
 
     Args:
         slots: as ``make_slot`` gives them; ``logits_index`` and ``counts`` are set here.
-        logit_dtype: of the parameters that train.
+        logit_dtype: of the parameters that train; flat, of a parted tensor (rows, units in a row), parted likewise.
+        changed: called before live weights change, to let go of copies of them.
 
     ``weight`` multiplies every gradient (1 / draws, where a step averages several); ``scales`` (tensor name -> what its mask
     was multiplied by) and ``thresholds`` (TIES, per task) are the last ``write``'s. On a GPU ``fused`` does what it can in a
@@ -37,28 +44,30 @@ class MaskBank(nn.Module):
     """
 
     def __init__(self, slots: Sequence[Slot], settings: Settings, init: float = 0.0,
-                 logit_dtype: torch.dtype = torch.float32) -> None:
+                 logit_dtype: torch.dtype = torch.float32, changed: Callable[[], None] = lambda: None) -> None:
         super().__init__()
-        self.slots, self.settings = list(slots), settings
+        self.slots, self.settings, self.changed = list(slots), settings, changed
         self.rescaling = RESCALINGS[settings.rescale]
         self.logits = nn.ParameterList()
         self.names: list[str] = []
         for slot in self.slots:
-            units, device = slot.spec.units, slot.live.device
+            units, device = slot.units, slot.weights.device
             if units is None:
                 continue
             slot.logits_index = len(self.names)
             counts = units.counts  # counted anew at every call, so called once
             slot.counts = None if counts is None else counts.to(device)
             self.names.append(slot.spec.name)
-            self.logits.append(nn.Parameter(torch.full((units.size,), init, dtype=logit_dtype, device=device)))
+            shape = units.grid if is_parted(slot.live) else (units.size,)
+            start = torch.full(shape, init, dtype=logit_dtype, device=device)
+            self.logits.append(nn.Parameter(parted_like(start, slot.live, slot.spec.units.grid)))
         self.masked = [slot for slot in self.slots if slot.logits_index is not None]
         self.draw: Draw | None = None
         self.weight = 1.0
         self.scales: dict[str, float] = {}
         self.thresholds: list[float] | None = None
         self._zero_masks = 0
-        self.fused = FusedDraws(self.masked, settings, self.logits[0].device) if self.masked else None
+        self.fused = FusedDraws(self.masked, settings, own_part(self.logits[0]).device) if self.masked else None
         self._joint_scale_gradient = 0.0
 
     @property
@@ -75,6 +84,7 @@ class MaskBank(nn.Module):
     @torch.no_grad()
     def write(self, draw: Draw) -> None:
         """theta_s + fused task vectors under this draw's mask, into the live parameters."""
+        self.changed()
         self.draw, self.scales, self._joint_scale_gradient = draw, {}, 0.0
         # both need every tensor's mask before the first is written; the order matters: TIES cuts rescaled masks
         if self.rescaling.joint:
@@ -87,21 +97,23 @@ class MaskBank(nn.Module):
     @torch.no_grad()
     def write_unmasked(self) -> None:
         """theta_s + the fused task vectors as they are."""
+        self.changed()
         self.draw = None
         if self.settings.rule.name == "ties":
             self._measure_thresholds(self._unmasked_vectors)
         for slot in self.slots:
-            no_mask = torch.ones(1, device=slot.live.device)
-            for block in blocks(slot.live):
+            no_mask = torch.ones(1, device=slot.weights.device)
+            for block in blocks(slot.weights):
                 change = self._fused_change(slot, block, no_mask, 1.0, "unmasked")
-                piece(slot.live, block).copy_(piece(slot.base, block) + change)
+                piece(slot.weights, block).copy_(piece(slot.base, block) + change)
 
     @torch.no_grad()
     def write_given(self, source: Callable[[Spec], Tensor]) -> None:
-        """Any other values, e.g. of a reference model."""
+        """Any other values, e.g. of a reference model; ``source`` gives whole tensors."""
+        self.changed()
         self.draw = None
         for slot in self.slots:
-            slot.live.copy_(source(slot.spec))
+            slot.weights.copy_(same_rows(source(slot.spec), slot.live))
 
     def _by_kernels(self, slot: Slot, draw: Draw) -> bool:
         return slot.logits_index is not None and self.fused.serves(slot, draw)
@@ -110,12 +122,12 @@ class MaskBank(nn.Module):
         if self._by_kernels(slot, draw):
             self.fused.write(slot, self.logits[slot.logits_index].detach(), draw)
             return
-        weights = slot.live.detach().view(-1)
+        weights = slot.weights.detach().view(-1)
         # a mask with a logit per entry is drawn where its weights will be: no second buffer
-        mask, _ = self._drawn(slot, draw, room=weights if slot.spec.units and slot.spec.units.single else None)
+        mask, _ = self._drawn(slot, draw, room=weights if slot.units and slot.units.single else None)
         scale = self._scale(slot, mask)
-        for block in blocks(slot.live):
-            block_mask = spread(slot.spec.units, mask, block, slot.live.device)
+        for block in blocks(weights):
+            block_mask = spread(slot.units, mask, block, weights.device)
             change = self._fused_change(slot, block, block_mask, scale, draw.key)
             # elementwise, so that it may write over the mask that it reads
             torch.addcmul(piece(slot.base, block), block_mask, change, value=scale, out=weights[block])
@@ -126,7 +138,7 @@ class MaskBank(nn.Module):
         if self.settings.rule.linear:
             return deltas[0]
         return effective(self.settings.rule, deltas, (mask * scale).expand(length(block)), self.thresholds,
-                         f"{key}|{slot.spec.name}", block.start)
+                         f"{key}|{slot.spec.name}", slot.first + block.start)
 
     def _drawn(self, slot: Slot, draw: Draw, with_slope: bool = False, room: Tensor | None = None,
                ) -> tuple[Tensor | None, Tensor | None]:
@@ -137,7 +149,7 @@ class MaskBank(nn.Module):
         """
         if slot.logits_index is None:
             return None, None
-        logits = self.logits[slot.logits_index]
+        logits = self._own_logits(slot)
         # as wide as soft_mask computes: fp32 also for logits and weights in bfloat16
         dtype = torch.promote_types(logits.dtype, torch.float32)
         fits = room is not None and room.dtype == dtype
@@ -148,7 +160,7 @@ class MaskBank(nn.Module):
             if draw.expected:
                 torch.sigmoid(values.to(dtype), out=mask[block])
                 continue
-            bits = noise(f"{draw.key}|{slot.spec.name}", block.start, length(block), logits.device)
+            bits = self._bits(slot, draw, block)
             drawn = soft_mask(values if draw.trained else torch.zeros_like(values), ~bits if draw.mirrored else bits,
                               draw.temperature, out=mask[block])
             if slope is not None:
@@ -157,20 +169,37 @@ class MaskBank(nn.Module):
                 drawn.gt_(0.5)  # after the slope, which is the soft draw's: straight through
         return mask, slope
 
+    def _own_logits(self, slot: Slot) -> Tensor:
+        """The logits of the units that lie here, (units,), without a graph."""
+        return own_part(self.logits[slot.logits_index]).detach().view(-1)
+
+    def _bits(self, slot: Slot, draw: Draw, block: slice) -> Tensor:
+        """The noise of a block of the units that lie here, (block,) int16."""
+        key, device = f"{draw.key}|{slot.spec.name}", slot.weights.device
+        first = slot.first_unit + block.start
+        if device.type == "cpu" or not is_parted(slot.live):
+            return noise(key, first, length(block), device)
+        # a GPU's streams start at 0 only, and one process would draw this tensor in one go: by Triton's, where kernels serve
+        count = slot.spec.units.size
+        by_triton = has_triton() and self.fused.fits(slot, draw)
+        whole = device_bits(key, count, device) if by_triton else noise(key, 0, count, device)
+        return whole[first:first + length(block)]
+
     def _scale(self, slot: Slot, mask: Tensor | None) -> float:
         """1 / mu, what the slot's mask is multiplied by; measured once a draw, then remembered for the backward pass."""
         if mask is None or self.rescaling.measured is None:
             return 1.0
         name = slot.spec.name
         if name not in self.scales:
-            mean = mean_of(self.rescaling.measured(mask, self.logits[slot.logits_index].detach()), slot.counts)
+            total = sum_of(self.rescaling.measured(mask, self._own_logits(slot)), slot.counts)
+            mean = summed(total, slot.live) / slot.entries if slot.entries else 1.0
             self._zero_masks += mean == 0
             self.scales[name] = scale_for(mean)
         return self.scales[name]
 
     def _measure_joint_scale(self, draw: Draw) -> None:
         """1 / the mean over all masks, one for all tensors."""
-        total = sum(mean_of(self._drawn(slot, draw)[0], slot.counts) * slot.entries for slot in self.masked)
+        total = sum(summed(sum_of(self._drawn(slot, draw)[0], slot.counts), slot.live) for slot in self.masked)
         self._zero_masks += total == 0
         self.scales = dict.fromkeys(self.names, scale_for(total / self._masked_entries))
 
@@ -183,13 +212,13 @@ class MaskBank(nn.Module):
         for slot in self.slots:
             mask, _ = self._drawn(slot, draw)
             scale = self._scale(slot, mask)
-            for block in blocks(slot.live):
-                block_mask = spread(slot.spec.units, mask, block, slot.live.device) * scale
+            for block in blocks(slot.weights):
+                block_mask = spread(slot.units, mask, block, slot.weights.device) * scale
                 yield [(piece(delta, block) * block_mask).float() for delta in slot.deltas]
 
     def _unmasked_vectors(self) -> Iterator[list[Tensor]]:
         for slot in self.slots:
-            for block in blocks(slot.live):
+            for block in blocks(slot.weights):
                 yield [piece(delta, block).float() for delta in slot.deltas]
 
     # ---- backward
@@ -216,22 +245,27 @@ class MaskBank(nn.Module):
         mask, slope = self._drawn(slot, draw, with_slope=draw.hard)
         scale = self._scale(slot, mask)
         # with a logit per entry a sum over its unit is a view: G's own memory becomes the logits' gradient
-        mask_gradient = slot.spec.units.reduce(self._entry_gradient(slot, mask, scale, draw).view(slot.spec.matrix))
+        mask_gradient = slot.units.reduce(self._entry_gradient(slot, mask, scale, draw).view(slot.units.matrix))
         gradient = self._logit_gradient(slot, mask_gradient, mask, slope, scale, draw.temperature)
         if self.weight != 1:
             gradient.mul_(self.weight)
+        self._add_gradient(logits, gradient)
+
+    def _add_gradient(self, logits: nn.Parameter, gradient: Tensor) -> None:
+        """Add the gradient of the units that lie here, (units,), to what their logits have; it may become theirs."""
         if logits.grad is None:
-            logits.grad = gradient.to(logits.dtype)
+            own = gradient.to(logits.dtype).view(own_part(logits).shape)
+            logits.grad = parted_like(own, logits, logits.shape)
         else:
-            logits.grad.add_(gradient)
+            own_part(logits.grad).view(-1).add_(gradient)
 
     def _entry_gradient(self, slot: Slot, mask: Tensor, scale: float, draw: Draw) -> Tensor:
         """G D of every entry, flat and in the mask's type; takes G off the live parameter, and its memory where it fits."""
-        gradient, slot.live.grad = slot.live.grad, None  # this name alone keeps it: gone on return unless reused
+        gradient, slot.live.grad = own_part(slot.live.grad), None  # this name alone keeps it: gone on return unless reused
         fits = gradient.dtype == mask.dtype and gradient.is_contiguous()
-        product = gradient.view(-1) if fits else mask.new_empty(slot.live.numel())
-        for block in blocks(slot.live):
-            block_mask = spread(slot.spec.units, mask, block, slot.live.device)
+        product = gradient.view(-1) if fits else mask.new_empty(gradient.numel())
+        for block in blocks(product):
+            block_mask = spread(slot.units, mask, block, mask.device)
             change = self._fused_change(slot, block, block_mask, scale, draw.key)
             # the product in the mask's type, so that a bfloat16 G is rounded no more
             torch.mul(piece(gradient, block).to(mask.dtype), change, out=product[block])
@@ -244,9 +278,10 @@ class MaskBank(nn.Module):
         Args:
             slope: dm/ds where the mask does not tell it; scaled in place.
         """
-        logits = self.logits[slot.logits_index].detach()
+        logits = self._own_logits(slot)
         # a dot product a block: fp32 sums stay short, and add up in double precision
-        scale_gradient = sum(float(torch.dot(mask_gradient[block], mask[block])) for block in blocks(logits))
+        own = sum(float(torch.dot(mask_gradient[block], mask[block])) for block in blocks(logits))
+        scale_gradient = summed(own, slot.live)
         self._joint_scale_gradient += scale_gradient
         own_scale = Scale(scale, scale_gradient, slot.entries)
         for block in blocks(logits):
@@ -265,7 +300,7 @@ class MaskBank(nn.Module):
             _, slope = self._drawn(slot, self.draw, with_slope=True)
             joint_scale = Scale(self.scales[slot.spec.name], self._joint_scale_gradient, entries)
             mean_part = joint_mean_part(slope, joint_scale, slot.counts_as(slope.dtype))
-            self.logits[slot.logits_index].grad.sub_(mean_part, alpha=self.weight)
+            self._add_gradient(self.logits[slot.logits_index], mean_part.mul_(-self.weight))
 
     @property
     def _masked_entries(self) -> float:
@@ -276,21 +311,18 @@ class MaskBank(nn.Module):
         """weight x mean over entries of KL(Bernoulli(sigmoid(s)) || Bernoulli(prior)): pulls the kept share to ``prior``."""
         entries = self._masked_entries
         for slot in self.masked:
-            logits = self.logits[slot.logits_index]
-            gradient = prior_gradient(logits.detach(), prior).mul_(slot.counts_as(torch.float32)).mul_(weight / entries)
-            if logits.grad is None:
-                logits.grad = torch.zeros_like(logits)
-            logits.grad.add_(gradient)
+            gradient = prior_gradient(self._own_logits(slot), prior).mul_(slot.counts_as(torch.float32))
+            self._add_gradient(self.logits[slot.logits_index], gradient.mul_(weight / entries))
 
     # ---- state
 
-    def named_logits(self) -> dict[str, Tensor]:
-        """Tensor name -> logits."""
-        return dict(zip(self.names, (p.detach() for p in self.logits), strict=True))
+    def named_logits(self, whole: Sequence[Tensor] = ()) -> dict[str, Tensor]:
+        """Tensor name -> logits, (units,); of parted ones ``whole`` tensors in the same order stand for them."""
+        return dict(zip(self.names, (p.detach().view(-1) for p in whole or self.logits), strict=True))
 
     @torch.no_grad()
     def load_logits(self, values: Mapping[str, Tensor]) -> None:
-        """Set the logits.
+        """Set the logits, each (units,).
 
         Raises:
             ValueError: other names than this bank's.
@@ -298,14 +330,15 @@ class MaskBank(nn.Module):
         if set(values) != set(self.names):
             raise ValueError("these logits are not of this mask")
         for name, parameter in zip(self.names, self.logits, strict=True):
-            parameter.copy_(values[name])
+            copy_whole(parameter, values[name].view(parameter.shape))
 
 
 def make_slot(spec: Spec, live: nn.Parameter, base: Tensor, deltas: Sequence[Tensor], settings: Settings) -> Slot:
     """A slot with its tensors in the live parameter's type, on its device; linear rules keep one tensor for all tasks."""
     # summed in fp32, then rounded to the live type once; contiguous: ``blocks`` walks over them flat
-    stored = [delta.to(live.device, live.dtype).contiguous() for delta in combined(settings.rule, deltas)]
-    return Slot(spec, live, base.to(live.device, live.dtype).contiguous(), stored, None)
+    base, *stored = (same_rows(tensor, live).to(own_part(live).device, live.dtype).contiguous()
+                     for tensor in (base, *combined(settings.rule, deltas)))
+    return Slot(spec, live, base, stored, None)
 
 
 def mirrored(draw: Draw) -> Draw:

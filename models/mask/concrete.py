@@ -67,10 +67,15 @@ def mean_of(mask: Tensor, counts: Tensor | None) -> float:
     """The mask's mean over entries; ``counts`` entries per unit, (units,), None: one each. 1.0 for a mask of nothing."""
     if not mask.numel():
         return 1.0
-    if counts is None:
-        # sum(dtype=float64) would widen the whole tensor first; sums of a million fp32 numbers from 0 to 1 are exact enough
-        return float(torch.stack([some.sum() for some in mask.split(_SUMMED_AT_ONCE)]).double().sum()) / mask.numel()
-    return float((mask.double() * counts).sum() / counts.sum())
+    return sum_of(mask, counts) / (mask.numel() if counts is None else float(counts.sum()))
+
+
+def sum_of(mask: Tensor, counts: Tensor | None) -> float:
+    """The mask's sum over entries; arguments as in ``mean_of``."""
+    if counts is not None:
+        return float((mask.double() * counts).sum())
+    # sum(dtype=float64) would widen the whole tensor first; sums of a million fp32 numbers from 0 to 1 are exact enough
+    return float(torch.stack([some.sum() for some in mask.split(_SUMMED_AT_ONCE)]).double().sum())
 
 
 def prior_gradient(logits: Tensor, prior: float) -> Tensor:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.base.parted import first_row, own_part
 from models.mask.blocks import length, piece
 from models.mask.fused.launch import adam_serves, adam_step
 from models.operators.noise import random_bits
@@ -79,16 +80,17 @@ class RoundedAdamW(torch.optim.Optimizer):
             state |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")} | {"step": torch.zeros(())}
         state["step"] += 1
         step = int(state["step"])
-        if adam_serves(parameter):
-            adam_step(parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"],
-                      f"{group['seed']}|adam|{step}|{number}", step, group)
+        values, gradient, mean, square = map(own_part, (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]))
+        # of a parameter that FSDP2 parts the rows of each process have a stream of their own
+        key = f"{group['seed']}|adam|{step}|{number}" + (f"|row {row}" if (row := first_row(parameter)) else "")
+        if adam_serves(values):
+            adam_step(values, gradient, mean, square, key, step, group)
             return
-        for part, block in enumerate(_blocks(parameter)):
+        for part, block in enumerate(_blocks(values)):
             # a device's stream starts at 0 only, so every block has a key of its own
-            key = f"{group['seed']}|adam|{step}|{number}|{part}"
-            noise = [random_bits(f"{key}|{name}", 0, length(block), parameter.device) for name in ("logits", "moments")]
-            places = [piece(tensor, block) for tensor in (parameter, state["exp_avg"], state["exp_avg_sq"])]
-            adam_block(piece(parameter.grad, block), *places, noise[0], noise[1], step, group)
+            noise = [random_bits(f"{key}|{part}|{name}", 0, length(block), values.device) for name in ("logits", "moments")]
+            places = [piece(tensor, block) for tensor in (values, mean, square)]
+            adam_block(piece(gradient, block), *places, noise[0], noise[1], step, group)
 
 
 def adam_block(gradient: Tensor, values: Tensor, mean: Tensor, square: Tensor, noise: Tensor, moment_noise: Tensor,

@@ -207,7 +207,7 @@ def test_help_shows_the_value_in_force_and_where_it_comes_from(capsys, words, na
 def test_help_of_another_command(capsys):
     found, _ = shown(capsys, InferenceArgs, "--preset", "h3fusion")
     assert found["Prompts and answers"]["max_new_tokens"].endswith("(default: 512, preset h3fusion)")
-    assert list(found)[-4:] == ["Base model", "Machine", "Results", "Plan", "Output"]
+    assert list(found)[-5:] == ["Base model", "Machine", "Results", "Plan", "Output"]
 
 
 def test_help_with_a_preset_that_is_none(capsys):

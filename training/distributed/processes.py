@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from flags.launch import Sharding
+from models.base.parted import own_part
 from training.distributed.sharding import is_sharded, reshard, shard
 
 
@@ -96,7 +97,7 @@ class ManyProcesses:
         """Bytes of weights and optimiser state that this process holds."""
         state = [value for values in self.optimizer.state_dict()["state"].values() for value in values.values()]
         tensors = [*self.model.parameters(), *(value for value in state if torch.is_tensor(value))]
-        return sum(part.numel() * part.element_size() for part in (getattr(t, "_local_tensor", t) for t in tensors))
+        return sum(part.numel() * part.element_size() for part in map(own_part, tensors))
 
 
 @contextlib.contextmanager

@@ -125,38 +125,6 @@ def scale_gradient(gradient, delta, logits, parts, seed, n, steps, power, MIRROR
     tl.store(parts + program, tl.sum(total, 0))
 
 
-@triton.jit(do_not_specialize=_PLAIN)
-def logit_gradient(gradient, delta, logits, out, parts, count, scales, place, weight, seed, n, steps, power,
-                   MIRRORED: tl.constexpr, SQUARE: tl.constexpr, SCALED: tl.constexpr, MOVING: tl.constexpr,
-                   EXPECTED: tl.constexpr, ADD: tl.constexpr, PARTS: tl.constexpr, SUB: tl.constexpr):
-    """out (+)= weight dL/ds: a (G delta - a T / n) m', without the mean's part where it stands still, or with its own."""
-    program = tl.program_id(0)
-    scale = 1.0
-    if SCALED:
-        scale = tl.load(scales + place)
-    share = 0.0
-    if MOVING or EXPECTED:
-        share = scale * _total(parts, count, PARTS) / n
-    for step in range(steps):
-        first = (program * steps + step) * (8 * SUB)
-        at = first + tl.arange(0, 8 * SUB)
-        inside = at < n
-        # of a hard draw too: its slope is that of the soft one, straight through
-        mask = _soft(logits, seed, first, at, inside, power, MIRRORED, True, SQUARE, SUB)
-        value = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
-        value *= tl.load(delta + at, mask=inside, other=0.0).to(tl.float32)
-        if MOVING:
-            value -= share
-        value *= scale * power * (mask - mask * mask)
-        if EXPECTED:
-            keep = tl.sigmoid(tl.load(logits + at, mask=inside, other=0.0).to(tl.float32))
-            value -= scale * share * (keep - keep * keep)
-        value *= weight
-        if ADD:
-            value += tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
-
-
 @triton.jit
 def _entries_of(unit, columns, across, width):
     """How many entries each unit has."""
@@ -230,10 +198,14 @@ def gather_units(gradient, delta, mask, sums, parts, units, steps, columns, acro
 
 
 @triton.jit(do_not_specialize=_PLAIN)
-def unit_gradient(sums, logits, out, parts, count, scales, place, weight, entries, seed, n, steps, power, columns, across,
-                  width, MIRRORED: tl.constexpr, SQUARE: tl.constexpr, SCALED: tl.constexpr, MOVING: tl.constexpr,
-                  EXPECTED: tl.constexpr, ADD: tl.constexpr, PARTS: tl.constexpr, SUB: tl.constexpr):
-    """``logit_gradient`` from the units' sums."""
+def logit_gradient(gradient, delta, logits, out, parts, count, scales, place, weight, entries, seed, n, steps, power,
+                   columns, across, width, WIDE: tl.constexpr, MIRRORED: tl.constexpr, SQUARE: tl.constexpr,
+                   SCALED: tl.constexpr, MOVING: tl.constexpr, EXPECTED: tl.constexpr, ADD: tl.constexpr,
+                   PARTS: tl.constexpr, SUB: tl.constexpr):
+    """out (+)= weight dL/ds: a (c - size a T / entries) m', without the mean's part where it stands still, or with its own.
+
+    c is G delta of an entry; of units that are WIDE ``gradient`` is their sums, and ``delta`` is not read.
+    """
     program = tl.program_id(0)
     scale = 1.0
     if SCALED:
@@ -245,9 +217,14 @@ def unit_gradient(sums, logits, out, parts, count, scales, place, weight, entrie
         first = (program * steps + step) * (8 * SUB)
         at = first + tl.arange(0, 8 * SUB)
         inside = at < n
+        # of a hard draw too: its slope is that of the soft one, straight through
         mask = _soft(logits, seed, first, at, inside, power, MIRRORED, True, SQUARE, SUB)
-        value = tl.load(sums + at, mask=inside, other=0.0)
-        size = _entries_of(at, columns, across, width)
+        value = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
+        if WIDE:
+            size = _entries_of(at, columns, across, width)
+        else:
+            size = 1.0
+            value *= tl.load(delta + at, mask=inside, other=0.0).to(tl.float32)
         if MOVING:
             value -= share * size
         value *= scale * power * (mask - mask * mask)

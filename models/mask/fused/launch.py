@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.base.parted import is_parted
 from models.mask.live import Draw, Slot
 from models.mask.rescale import RESCALINGS, moving_expectation, moving_mean
 from models.mask.settings import Settings
@@ -70,8 +71,8 @@ class FusedDraws:
                 and slot.live.dtype in (torch.float32, torch.bfloat16, torch.float16))
 
     def serves(self, slot: Slot, draw: Draw) -> bool:
-        """Whether a draw goes to the kernels: it lies on a GPU, Triton is there, and they can do it."""
-        return slot.live.is_cuda and has_triton() and self.fits(slot, draw)
+        """Whether a draw goes to the kernels: it lies on one GPU, Triton is there, and they can do it."""
+        return slot.live.is_cuda and not is_parted(slot.live) and has_triton() and self.fits(slot, draw)
 
     def write(self, slot: Slot, logits: Tensor, draw: Draw) -> None:
         """theta_s + a m delta into the live weights."""
@@ -122,17 +123,17 @@ class FusedDraws:
             with torch.cuda.device_of(logits):
                 kernels.gather_units[programs,](gradient, delta, mask, sums, self.parts, logits.numel(), steps, *layout,
                                                 UNITS=together, COLUMNS=across)
-                kernels.unit_gradient[sizes[0],](
-                    sums, logits, out, self.parts, programs, self.scales, slot.logits_index, float(weight),
-                    slot.live.numel(), *numbers, *layout, **told)
+                kernels.logit_gradient[sizes[0],](
+                    sums, sums, logits, out, self.parts, programs, self.scales, slot.logits_index, float(weight),
+                    slot.live.numel(), *numbers, *layout, WIDE=True, **told)
             return out
         with torch.cuda.device_of(logits):
             if moving or expected:
                 kernels.scale_gradient[sizes[0],](gradient, delta, logits, self.parts, *numbers, **_kinds(draw),
                                                   HARD=draw.hard, SUB=_SUB)
             kernels.logit_gradient[sizes[0],](
-                gradient, delta, logits, out, self.parts, sizes[0], self.scales, slot.logits_index, float(weight), *numbers,
-                **told)
+                gradient, delta, logits, out, self.parts, sizes[0], self.scales, slot.logits_index, float(weight),
+                slot.live.numel(), *numbers, *_layout(slot), WIDE=False, **told)
         return out
 
     def _unit_mask(self, slot: Slot, logits: Tensor, draw: Draw) -> Tensor:

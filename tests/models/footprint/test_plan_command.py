@@ -24,6 +24,7 @@ from models.footprint.shapes import shape_of
 from models.footprint.strategies import Footprint, divided
 
 EXPERT = ("--preset", "h3fusion", "--moe_flag", "0", "--task_name", "helpfulness", "--plan")
+MASK = ("--preset", "somf_tinyllama", "--method", "mask", "--tasks", "a", "--plan")
 #: Every command that has a plan, for a base that lies nowhere here.
 COMMANDS = [
     (align_basemodel, EXPERT), (align_basemodel, (*EXPERT, "--tuning", "full")),
@@ -181,10 +182,23 @@ def test_what_no_strategy_parts_is_copied(capsys):
     assert "DDP on 8 devices" in capsys.readouterr().out
     # and more devices are no way out
     with pytest.raises(SystemExit):
-        align_basemodel.main(["--preset", "somf_tinyllama", "--method", "mask", "--tasks", "a", "--plan", "--plan_gb", "16"])
+        align_basemodel.main([*MASK, "--granularity", "layer", "--plan_gb", "16"])
     said = capsys.readouterr().err
     assert "nearest that fits: --storage bfloat16" in said
     assert "--plan_devices" not in said
+
+
+def test_a_mask_is_parted_where_each_logit_lies_in_a_row(capsys):
+    align_basemodel.main([*MASK, "--plan_gb", "80", "--plan_devices", "4"])
+    parted = capsys.readouterr().out
+    assert "FSDP2 on 4 devices" in parted
+    align_basemodel.main([*MASK, "--plan_gb", "80", "--plan_devices", "4", "--granularity", "layer"])
+    assert "DDP on 4 devices" in capsys.readouterr().out
+    align_basemodel.main([*MASK, "--plan_gb", "80"])
+    assert peak(parted) < 0.5 * peak(capsys.readouterr().out)
+    with pytest.raises(SystemExit):
+        align_basemodel.main([*MASK, "--plan_devices", "4", "--plan_strategy", "zero3"])
+    assert "--plan_strategy zero3: a mask with its model is held whole" in capsys.readouterr().err
 
 
 def test_strategies_divide_what_they_say():

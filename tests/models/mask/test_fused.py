@@ -145,7 +145,7 @@ def test_what_the_kernels_serve(settings, draw, does):
 
 @pytest.mark.parametrize(("granularity", "names"), [
     ("element", ("measure", "write", "scale_gradient", "logit_gradient")),
-    ("row", ("measure_units", "write_units", "measure_units", "gather_units", "unit_gradient"))])
+    ("row", ("measure_units", "write_units", "measure_units", "gather_units", "logit_gradient"))])
 def test_few_kernels_a_draw_and_a_gradient(granularity, names, monkeypatch):
     from models.mask.fused import kernels
 

@@ -24,9 +24,10 @@ sizes = dict(MIRRORED=False, TRAINED=True, SQUARE=sys.argv[1] == "0.5", HARD=Fal
              ADD=True, PARTS=1024, SUB=256, UNITS=32, COLUMNS=64)
 kinds = {"parts": "*fp32", "scales": "*fp32", "zeros": "*i32", "out": "*bf16", "seed": "i64"}
 whole, made = ("n", "steps", "count", "place", "columns", "across", "width", "units", "entries"), {}
-for name in ("measure", "write", "scale_gradient", "logit_gradient", "measure_units", "write_units", "gather_units",
-             "unit_gradient", "adam", "noise"):
-    signature, constants = {}, {}
+for made_of in ("measure", "write", "scale_gradient", "logit_gradient", "measure_units", "write_units", "gather_units",
+                "logit_gradient wide", "adam", "noise"):
+    name, _, wide = made_of.partition(" ")
+    signature, constants, sizes["WIDE"] = {}, {}, bool(wide)
     for argument in inspect.signature(getattr(kernels, name).fn).parameters:
         if argument in sizes:
             signature[argument], constants[argument] = "constexpr", sizes[argument]
@@ -38,11 +39,13 @@ for name in ("measure", "write", "scale_gradient", "logit_gradient", "measure_un
             signature[argument] = kinds.get(argument, "*bf16")
     if name == "noise":
         signature["out"] = "*i16"
-    if name.endswith(("units", "unit_gradient")):
+    if name.endswith("units"):
         signature |= {key: "*fp32" for key in ("mask", "sums") if key in signature}
+    if wide:
+        signature |= {"gradient": "*fp32", "delta": "*fp32"}
     source = ASTSource(getattr(kernels, name), signature, constants)
     binary = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-    made[name] = {"stages": sorted(binary.asm), "shared": binary.metadata.shared}
+    made[made_of] = {"stages": sorted(binary.asm), "shared": binary.metadata.shared}
 print(json.dumps(made))
 '''
 

@@ -22,9 +22,14 @@ import manifest
 
 #: Method -> rows of a step, those of both processes together. Of 16, 56 and 14 rows the second step gets the rest: 4, 16, 6;
 #: steps of pairs are full ones.
-ROWS = {"sft": 12, "full": 12, "moe": 40, "soup": 8, "dpo": 4, "dpo_full": 4, "mask": 4}
-SHARDED = tuple(kind for kind in ROWS if kind != "mask")
-STRATEGIES = [(kind, "ddp") for kind in ROWS] + [(kind, "fsdp2") for kind in SHARDED]
+ROWS = {"sft": 12, "full": 12, "moe": 40, "soup": 8, "dpo": 4, "dpo_full": 4, "mask": 4, "mask_rows": 4}
+#: What two processes go on with that one began.
+RESUMED = [("sft", "fsdp2"), ("full", "ddp"), ("full", "fsdp2"), ("moe", "fsdp2"), ("mask", "ddp"), ("mask", "fsdp2"),
+           ("mask_rows", "fsdp2")]
+STRATEGIES = [(kind, how) for how in ("ddp", "fsdp2") for kind in ROWS]
+#: A mask on whole weights whose gradients are of several draws and micro-batches, and whose scale is one for all tensors.
+BY_ROWS = ("--mask_on", "weights", "--granularity", "row", "--rescale", "global", "--mask_draws", "2", "--keep_weight",
+           "0.1", "--gradient_accumulation_steps", "2")
 
 
 def words(pico, place, out, kind, batch, *flags):
@@ -38,6 +43,8 @@ def words(pico, place, out, kind, batch, *flags):
         del own[at : at + 2]
     if kind == "dpo_full":
         own += ["--tuning", "full"]
+    if kind == "mask_rows":
+        flags, batch = (*flags, *BY_ROWS), batch // 2
     return [*own, "--data_path", methods.data_of(place, base), *common(pico, out), *methods.CONSTANT, "--run_name",
             kind, "--device", "cpu", "--threads", "1", "--gradient_accumulation_steps", "1", "--max_steps", "3",
             "--save_steps", "2", "--per_device_train_batch_size", str(batch), *flags]
@@ -77,7 +84,7 @@ def two(pico, place, one, tmp_path_factory):
             "words": words(pico, place, out / f"{how}_accumulated", "sft", 3, "--gradient_accumulation_steps", "2"),
             "fsdp": how == "fsdp2"}
     # what one process began
-    for kind, how in (("sft", "fsdp2"), ("full", "ddp"), ("full", "fsdp2"), ("moe", "fsdp2"), ("mask", "ddp")):
+    for kind, how in RESUMED:
         begun = cut(one[0], out / f"{how}_resumed_{kind}", place, kind)
         todo[kind, f"{how}_resumed"] = {"words": words(pico, place, begun, kind, ROWS[kind] // 2), "fsdp": how == "fsdp2"}
     # the second process alone meets a NaN, in its second step; last, since the launch ends by it
@@ -111,7 +118,7 @@ def test_step_losses_equal_those_of_one_process(one, two, kind, how):
 
 @pytest.mark.parametrize(("kind", "how"), STRATEGIES)
 def test_the_run_is_a_plain_folder_as_that_of_one_process(one, two, kind, how):
-    file = methods.METHODS["full" if kind == "dpo_full" else kind][1]
+    file = methods.METHODS["full" if kind == "dpo_full" else kind.partition("_")[0]][1]
     mine, theirs = (load_file(out / "outputs" / kind / file) for out in (one[0], two[0] / how))
     assert mine.keys() == theirs.keys()
     for name, tensor in mine.items():
@@ -137,20 +144,36 @@ def test_processes_share_a_masks_moments_out(two):
     assert max(sizes) <= 0.6 * sum(sizes)
 
 
-@pytest.mark.parametrize(("kind", "how"), [("sft", "fsdp2"), ("full", "ddp"), ("full", "fsdp2"), ("moe", "fsdp2"),
-                                           ("mask", "ddp")])
+@pytest.mark.parametrize("kind", ["mask", "mask_rows"])
+def test_fsdp2_holds_half_of_a_mask_its_model_and_its_task_vectors(two, kind):
+    parted, held = (manifest.read(two[0] / how / "outputs" / kind)["metrics"]["held_bytes_per_process"]
+                    for how in ("fsdp2", "ddp"))
+    # under DDP all but the moments of the logits that the other process steps
+    moments = moments_of(two[0] / "ddp" / "checkpoints" / kind / "checkpoint-3")
+    assert 0.45 * (held + min(moments)) < parted <= 0.6 * (held + min(moments))
+
+
+def moments_of(checkpoint):
+    """Bytes of the optimiser's state that each process wrote."""
+    return [sum(tensor.numel() * tensor.element_size() for tensor in load_file(file).values())
+            for file in sorted((checkpoint / "optimizer_shards").iterdir())]
+
+
+@pytest.mark.parametrize(("kind", "how"), RESUMED)
 def test_two_processes_go_on_from_a_checkpoint_of_one(one, two, kind, how):
     assert two[1][kind, f"{how}_resumed"] == pytest.approx(one[1][kind][2:], rel=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "how"), [("sft", "ddp"), ("sft", "fsdp2"), ("full", "fsdp2"), ("moe", "fsdp2"),
-                                           ("dpo", "fsdp2"), ("mask", "ddp")])
+                                           ("dpo", "fsdp2"), ("mask", "ddp"), ("mask", "fsdp2"), ("mask_rows", "fsdp2")])
 def test_one_process_goes_on_from_a_checkpoint_of_two(pico, place, one, two, tmp_path, kind, how):
     begun = cut(two[0] / how, tmp_path, place, kind)
     line = words(pico, place, begun, kind, ROWS[kind])
     assert two_processes.run(line) == pytest.approx(one[1][kind][2:], rel=1e-5)
+    # the losses of a step's draws were added up, and their mean is logged
+    draws = 2 if kind == "mask_rows" else 1
     assert manifest.read(begun / "outputs" / kind)["metrics"]["train_loss"] == pytest.approx(
-        sum(one[1][kind]) / 3, rel=1e-5)
+        sum(one[1][kind]) / 3 / draws, rel=1e-5)
 
 
 def test_a_step_of_another_number_of_rows_does_not_go_on(pico, place, two, tmp_path, capsys):
