@@ -11,6 +11,7 @@ import datetime
 import itertools
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -74,9 +75,25 @@ def join() -> None:
 
 def _first_to_tell() -> bool:
     try:
-        return _STORES[0].add("told", 1) == 1
+        return _counted("told") == 1
     except RuntimeError:  # the store went with the first process, which had its say
         return False
+
+
+def _counted(name: str) -> int:
+    """One more of a shared counter, from 1; RuntimeError where the store is gone.
+
+    Without what torch's C++ side prints then: a screen of stack frames about an end that the process which ended has told.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        return int(_STORES[0].add(name, 1))
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def agreed(make: Callable[[], Found]) -> Found:
@@ -133,12 +150,12 @@ def claimed(n: int) -> Iterator[int]:
         yield from range(n)
         return
     name = f"claims {next(_COUNTERS)}"
-    while (number := _STORES[0].add(name, 1) - 1) < n:
+    while (number := _together(lambda: _counted(name)) - 1) < n:
         yield number
 
 
-def _together(act: Callable[[], None]) -> None:
+def _together(act: Callable[[], Found]) -> Found:
     try:
-        act()
+        return act()
     except RuntimeError as error:  # gloo's and the store's: the connection is gone, and with it the process
         raise UserError(_LOST) from error

@@ -11,6 +11,7 @@ import pytest
 from launched import launched
 from pico import make_adapter
 
+import errors
 from config import ROOT
 from errors import UserError
 from models.base import processes
@@ -58,6 +59,19 @@ def test_every_unit_is_done_once_and_all_see_all(tmp_path, n):
     assert sorted(letter for done, _ in parts for letter in done) == sorted("abcdefga" * 2)
     for call in range(2):
         assert sorted(number for _, claimed in parts for number in claimed[call]) == [0, 1, 2, 3, 4]
+
+
+def test_when_the_store_is_gone_torch_says_nothing_of_its_own():
+    def act(rank):
+        processes.join()
+        if rank == 0:
+            return
+        with pytest.raises(UserError, match="another process of this launch ended without a word"):
+            list(iter(lambda: list(processes.claimed(1)), None))
+        # whoever ended has told
+        assert not any(tell() for tell in errors.TELLS)
+
+    assert launched(act) == ([0, 0], ["", ""])
 
 
 def test_a_launch_in_part_is_explained(monkeypatch):
