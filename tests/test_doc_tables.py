@@ -9,11 +9,17 @@ import pytest
 
 from config import ROOT
 from evaluator.reporting.formats import interval, number
+from scripts import study_tables
 
 DATA = ROOT / "docs" / "data"
 #: Page -> the report whose rows its first table of models has; further tables of the same report follow it.
 PAGES = {"docs/studies/h3fusion.md": "h3fusion", "docs/studies/quickstart.md": "quickstart", "README.md": "h3fusion",
          "docs/validation_trials.md": "validation_trials"}
+
+
+def test_pages_are_made_from_the_data(capsys):
+    study_tables.main(["--check"])
+    assert capsys.readouterr().out == "all tables are those of docs/data\n"
 
 
 def read(name):

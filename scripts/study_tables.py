@@ -1,0 +1,169 @@
+"""Write the tables of README and of the studies out of docs/data: a page names rows and columns, the report has the numbers.
+
+    python scripts/study_tables.py            # writes what changed and says which pages
+    python scripts/study_tables.py --check    # writes nothing; exit code 1 where a page is old
+
+What it makes stands between two lines of a page, `<!-- made from FILE: KIND; rows=..; columns=.. -->` and `<!-- end -->`:
+FILE is a report of docs/data (`report.py --format json`) and KIND one of
+
+    models       a row for each model: value and interval; rows without a model below; rows=labels, columns=scores (all)
+    seeds        a row for each model and seed
+    differences  differences of the report; columns=scores
+    declared     declared comparisons of a group: group=its title
+    costs        what the rows cost; columns=seconds,all_seconds,memory_mb,stored,active,tokens_per_second
+    findings     the report's own sentences that begin with one of starts=A|B (all)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from config import ROOT
+from errors import UserError, exit_on_user_error
+from evaluator.reporting.costs import COLUMNS as COSTS
+from evaluator.reporting.formats import interval, markdown_lines, number, p_text
+
+DATA = ROOT / "docs" / "data"
+_BLOCK = re.compile(r"(<!-- made from (\S+): (\w+)((?:; \w+=[^;\n]+)*) -->\n)(.*?)(<!-- end -->)", re.S)
+Report = Mapping[str, Any]
+Asked = Mapping[str, str]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with exit_on_user_error():
+        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a page is old")
+        check = parser.parse_args(argv).check
+        made = {path: filled(path) for path in pages()}
+        old = [path for path, text in made.items() if path.read_text(encoding="utf-8") != text]
+        names = [path.relative_to(ROOT).as_posix() for path in old]
+        if check and old:
+            raise UserError(*(f"{name}: is old; run python scripts/study_tables.py" for name in names))
+        for path in old:
+            path.write_text(made[path], encoding="utf-8")
+        print("\n".join(names) or "all tables are those of docs/data")
+
+
+def pages() -> list[Path]:
+    """README and every page of docs that has such a block."""
+    return [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+            if "<!-- made from " in path.read_text(encoding="utf-8")]
+
+
+def filled(path: Path) -> str:
+    """A page with its blocks made anew.
+
+    Raises:
+        UserError: a block names a file, a kind, a row or a column that is not there.
+    """
+    def block(found: re.Match[str]) -> str:
+        head, file, kind, words, _, end = found.groups()
+        asked = dict(word.split("=", 1) for word in words.split("; ")[1:])
+        where = f"{path.relative_to(ROOT)}: {head.strip()}"
+        if kind not in _KINDS or not (DATA / f"{file}.json").is_file():
+            files = ", ".join(sorted(data.stem for data in DATA.glob("*.json")))
+            raise UserError(f"{where}: allowed files: {files}; allowed kinds: {', '.join(_KINDS)}")
+        report = json.loads((DATA / f"{file}.json").read_text(encoding="utf-8"))
+        try:
+            lines = _KINDS[kind](report, asked)
+        except KeyError as error:
+            raise UserError(f"{where}: {error.args[0]} is not in {file}.json") from None
+        return head + "\n".join(lines) + "\n" + end
+
+    return _BLOCK.sub(block, path.read_text(encoding="utf-8"))
+
+
+def _picked(report: Report, asked: Asked) -> tuple[list[Any], list[str]]:
+    """The rows and the columns' names that are asked for, in the order of the words; all without words."""
+    rows = {row["label"]: row for row in report["rows"]}
+    names = {column["name"]: None for column in report["columns"]}
+    return ([rows[label] for label in _words(asked, "rows") or rows],
+            [name for name in _words(asked, "columns") or names if names[name] is None])
+
+
+def _words(asked: Asked, name: str) -> list[str]:
+    return [word.strip() for word in asked[name].split(",")] if name in asked else []
+
+
+def _titles(report: Report, names: Sequence[str]) -> list[str]:
+    titles = {column["name"]: column["title"] for column in report["columns"]}
+    return [titles[name] for name in names]
+
+
+def _cell(cell: Mapping[str, Any] | None, signed: bool = False) -> str:
+    if cell is None:
+        return ""
+    low, high = (float("nan") if cell[end] is None else cell[end] for end in ("low", "high"))
+    return number(cell["value"], signed) + interval(low, high)
+
+
+def _models(report: Report, asked: Asked) -> list[str]:
+    rows, names = _picked(report, asked)
+    lines = [[row["label"], *(_cell(row["cells"].get(name)) for name in names)] for row in rows]
+    without = [[f"({label})", *(number(values.get(name)) for name in names)]
+               for label, values in report["without_model"].items()]
+    return markdown_lines(["model", *_titles(report, names)], lines + [line for line in without if any(line[1:])])
+
+
+def _seeds(report: Report, asked: Asked) -> list[str]:
+    rows, names = _picked(report, asked)
+    lines = [[row["label"], seed, *(number(row["cells"][name]["per_seed"][at]) if name in row["cells"] else ""
+                                    for name in names)]
+             for row in rows for at, seed in enumerate(row["seeds"])]
+    return markdown_lines(["model", "seed", *_titles(report, names)], lines)
+
+
+def _differences(report: Report, asked: Asked) -> list[str]:
+    rows, names = _picked(report, asked)
+    found = {(item["row"], item["against"], item["column"]): item for item in report["differences"]}
+    wanted = {row["label"] for row in rows}
+    pairs = dict.fromkeys(key[:2] for key in found if key[0] in wanted and key[1] in wanted)
+    lines = [[row, other, *(f"{_cell(d, True)} {d['verdict']}" if (d := found.get((row, other, name))) else ""
+                            for name in names)] for row, other in pairs]
+    return markdown_lines(["row", "against", *_titles(report, names)], lines)
+
+
+def _declared(report: Report, asked: Asked) -> list[str]:
+    wanted = [item for item in report["findings"]["comparisons"] if item["group"] == asked["group"]]
+    if not wanted:
+        raise KeyError(asked["group"])
+    lines = [[item["row"], item["against"], item["column"], _cell(item, True), p_text(_known(item["p"])),
+              p_text(_known(item["p_holm"])), item["verdict"]] for item in wanted]
+    return markdown_lines(["row", "against", "score", "difference", "p", "p corrected", "verdict"], lines)
+
+
+def _known(p: float | None) -> float:
+    return float("nan") if p is None else p
+
+
+def _costs(report: Report, asked: Asked) -> list[str]:
+    rows, _ = _picked(report, {name: asked[name] for name in asked if name == "rows"})
+    names = _words(asked, "columns") or list(COSTS)
+    lines = [[row["label"], *(_cost(report["costs"][row["label"]][name], name) for name in names)] for row in rows]
+    return markdown_lines(["model", *(COSTS[name][0] for name in names)], lines)
+
+
+def _cost(value: float | None, name: str) -> str:
+    _, unit, digits = COSTS[name]
+    return "" if value is None else f"{value / unit:,.{digits}f}"
+
+
+def _findings(report: Report, asked: Asked) -> list[str]:
+    starts = tuple(f"- {start.strip()}" for start in asked.get("starts", "").split("|"))
+    lines = [line for line in report["findings"]["sentences"] if line.startswith(starts)]
+    if not lines:
+        raise KeyError(asked.get("starts", "findings"))
+    return lines
+
+
+_KINDS: dict[str, Callable[[Report, Asked], list[str]]] = {
+    "models": _models, "seeds": _seeds, "differences": _differences, "declared": _declared, "costs": _costs,
+    "findings": _findings}
+
+if __name__ == "__main__":
+    main()

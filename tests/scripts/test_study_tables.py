@@ -1,0 +1,91 @@
+"""Tables of pages out of docs/data: the right cells, and nothing where a page asks for what is not there."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from scripts import study_tables
+
+
+def cell(value, low=None, high=None, per_seed=()):
+    return {"value": value, "low": low, "high": high, "n": 5, "per_seed": list(per_seed)}
+
+
+REPORT = {
+    "title": "t",
+    "columns": [{"name": "auc", "title": "AUC ↑"}, {"name": "nll", "title": "NLL ↓"}],
+    "rows": [{"label": "base", "run": "base", "seeds": ["42", "43"], "cells": {"auc": cell(0.5, 0.4, 0.6, [0.4, 0.6])}},
+             {"label": "a | b", "run": "x", "seeds": ["42", "43"],
+              "cells": {"auc": cell(0.75, 0.7, 0.8, [0.7, 0.8]), "nll": cell(1.5, None, None, [None, 1.5])}}],
+    "without_model": {"length": {"auc": 0.9, "nll": None}, "chance": {"auc": None, "nll": None}},
+    "differences": [{"row": "a | b", "against": "base", "column": "auc", "value": 0.25, "low": 0.1, "high": 0.4,
+                     "verdict": "better"}],
+    "findings": {"sentences": ["- In sum: yes.", "- Else: no."], "comparisons": [
+        {"group": "fusions", "row": "a | b", "against": "base", "column": "AUC ↑", "value": 0.25, "low": 0.1, "high": 0.4,
+         "p": 0.0001, "p_holm": None, "verdict": "better"}]},
+    "costs": {"base": {"seconds": 0, "stored": None}, "a | b": {"seconds": 12.6, "stored": 3_010_000}},
+}
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    (tmp_path / "docs" / "data").mkdir(parents=True)
+    (tmp_path / "docs" / "data" / "board.json").write_text(json.dumps(REPORT))
+    (tmp_path / "README.md").write_text("no table\n")
+    monkeypatch.setattr(study_tables, "ROOT", tmp_path)
+    monkeypatch.setattr(study_tables, "DATA", tmp_path / "docs" / "data")
+    path = tmp_path / "docs" / "page.md"
+
+    def written(words, inside=""):
+        path.write_text(f"before\n<!-- made from {words} -->\n{inside}<!-- end -->\nafter\n")
+        return path
+
+    return written
+
+
+@pytest.mark.parametrize(("words", "lines"), [
+    ("board: models", ["| model | AUC ↑ | NLL ↓ |", "| --- | --- | --- |", "| base | 0.500 [0.400, 0.600] |  |",
+                       "| a \\| b | 0.750 [0.700, 0.800] | 1.500 |", "| (length) | 0.900 |  |"]),
+    ("board: models; rows=a | b; columns=nll", ["| model | NLL ↓ |", "| --- | --- |", "| a \\| b | 1.500 |"]),
+    ("board: seeds; rows=a | b", ["| model | seed | AUC ↑ | NLL ↓ |", "| --- | --- | --- | --- |",
+                                  "| a \\| b | 42 | 0.700 |  |", "| a \\| b | 43 | 0.800 | 1.500 |"]),
+    ("board: differences; columns=auc", ["| row | against | AUC ↑ |", "| --- | --- | --- |",
+                                         "| a \\| b | base | +0.250 [0.100, 0.400] better |"]),
+    ("board: declared; group=fusions", [
+        "| row | against | score | difference | p | p corrected | verdict |", "| --- | --- | --- | --- | --- | --- | --- |",
+        "| a \\| b | base | AUC ↑ | +0.250 [0.100, 0.400] | < 0.001 | unknown | better |"]),
+    ("board: costs; columns=seconds,stored", ["| model | to make it, s | stored beside the base, M |", "| --- | --- | --- |",
+                                              "| base | 0 |  |", "| a \\| b | 13 | 3.0 |"]),
+    ("board: findings; starts=In sum|Nothing", ["- In sum: yes."]),
+])
+def test_a_block_is_what_the_report_says(page, capsys, words, lines):
+    path = page(words, "| old |\n")
+    with pytest.raises(SystemExit) as stop:
+        study_tables.main(["--check"])
+    assert stop.value.code == 2
+    assert "docs/page.md: is old; run python scripts/study_tables.py" in capsys.readouterr().err
+    assert "| old |" in path.read_text()
+    study_tables.main([])
+    assert path.read_text() == f"before\n<!-- made from {words} -->\n" + "\n".join(lines) + "\n<!-- end -->\nafter\n"
+    study_tables.main(["--check"])
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    ("bord: models", "allowed files: board; allowed kinds: models, seeds, "),
+    ("board: model", "allowed files: board; allowed kinds: models, seeds, "),
+    ("board: models; rows=c", "c is not in board.json"),
+    ("board: models; columns=mc1", "mc1 is not in board.json"),
+    ("board: declared; group=none", "none is not in board.json"),
+    ("board: costs; columns=money", "money is not in board.json"),
+    ("board: findings; starts=Nothing", "Nothing is not in board.json"),
+])
+def test_what_is_not_there_is_named_and_nothing_is_written(page, capsys, words, said):
+    path = page(words)
+    before = path.read_text()
+    with pytest.raises(SystemExit) as stop:
+        study_tables.main([])
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+    assert path.read_text() == before
