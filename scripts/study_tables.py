@@ -12,6 +12,10 @@ FILE is a report of docs/data (`report.py --format json`) and KIND one of
     declared     declared comparisons of a group: group=its title
     costs        what the rows cost; columns=seconds,all_seconds,memory_mb,stored,active,tokens_per_second
     findings     the report's own sentences that begin with one of starts=A|B (all)
+    sentences    those under name=.. of docs/data/sentences.yaml; their numbers are looked up, nobody types one
+
+Numbers in them: {cell|SCORE|ROW}, {span|SCORE|ROW} with its interval, {diff|SCORE|ROW|OTHER} and {p|GROUP|SCORE|ROW|OTHER}
+of a declared comparison (p corrected), {cost|COLUMN|ROW}; {cell@FILE|..} is of another report.
 """
 
 from __future__ import annotations
@@ -23,12 +27,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from config import ROOT
 from errors import UserError, exit_on_user_error
 from evaluator.reporting.costs import COLUMNS as COSTS
 from evaluator.reporting.formats import interval, markdown_lines, number, p_text
 
 DATA = ROOT / "docs" / "data"
+_NUMBER = re.compile(r"\{(\w+(?:@\w+)?\|[^{}]+)\}")
 _BLOCK = re.compile(r"(<!-- made from (\S+): (\w+)((?:; \w+=[^;\n]+)*) -->\n)(.*?)(<!-- end -->)", re.S)
 Report = Mapping[str, Any]
 Asked = Mapping[str, str]
@@ -63,19 +70,25 @@ def filled(path: Path) -> str:
     """
     def block(found: re.Match[str]) -> str:
         head, file, kind, words, _, end = found.groups()
-        asked = dict(word.split("=", 1) for word in words.split("; ")[1:])
+        asked = {"file": file} | dict(word.split("=", 1) for word in words.split("; ")[1:])
         where = f"{path.relative_to(ROOT)}: {head.strip()}"
         if kind not in _KINDS or not (DATA / f"{file}.json").is_file():
             files = ", ".join(sorted(data.stem for data in DATA.glob("*.json")))
             raise UserError(f"{where}: allowed files: {files}; allowed kinds: {', '.join(_KINDS)}")
-        report = json.loads((DATA / f"{file}.json").read_text(encoding="utf-8"))
         try:
-            lines = _KINDS[kind](report, asked)
+            lines = _KINDS[kind](_report(file), asked)
         except KeyError as error:
             raise UserError(f"{where}: {error.args[0]} is not in {file}.json") from None
         return head + "\n".join(lines) + "\n" + end
 
     return _BLOCK.sub(block, path.read_text(encoding="utf-8"))
+
+
+def _report(file: str) -> Report:
+    if not (path := DATA / f"{file}.json").is_file():
+        raise KeyError(path.name)
+    read: Report = json.loads(path.read_text(encoding="utf-8"))
+    return read
 
 
 def _picked(report: Report, asked: Asked) -> tuple[list[Any], list[str]]:
@@ -161,9 +174,41 @@ def _findings(report: Report, asked: Asked) -> list[str]:
     return lines
 
 
+def _sentences(_: Report, asked: Asked) -> list[str]:
+    sentences = yaml.safe_load((DATA / "sentences.yaml").read_text(encoding="utf-8"))
+    return [_NUMBER.sub(lambda found: _looked_up(found.group(1), asked["file"]), sentence)
+            for sentence in sentences[asked["name"]]]
+
+
+def _looked_up(words: str, file: str) -> str:
+    """The text of one number of a sentence."""
+    kind, *names = words.split("|")
+    kind, _, other = kind.partition("@")
+    report = _report(other or file)
+    if kind in ("cell", "span"):
+        score, label = names
+        cell = next((row["cells"][score] for row in report["rows"] if row["label"] == label and score in row["cells"]), None)
+        if cell is None:
+            raise KeyError(words)
+        return _short(number(cell["value"]) if kind == "cell" else _cell(cell))
+    if kind == "cost":
+        column, label = names
+        return _cost(report["costs"][label][column], column)
+    group, (score, label, against) = (names[0], names[1:]) if kind == "p" else (None, names)
+    for item in report["findings"]["comparisons"]:
+        if group in (None, item["group"]) and (item["score"], item["row"], item["against"]) == (score, label, against):
+            return _short(p_text(_known(item["p_holm"])) if kind == "p" else _cell(item, True))
+    raise KeyError(words)
+
+
+def _short(text: str) -> str:
+    """Without the zero before the point, as the text writes numbers below one."""
+    return re.sub(r"\b0\.", ".", text)
+
+
 _KINDS: dict[str, Callable[[Report, Asked], list[str]]] = {
     "models": _models, "seeds": _seeds, "differences": _differences, "declared": _declared, "costs": _costs,
-    "findings": _findings}
+    "findings": _findings, "sentences": _sentences}
 
 if __name__ == "__main__":
     main()

@@ -17,22 +17,35 @@ REPORT = {
     "title": "t",
     "columns": [{"name": "auc", "title": "AUC ↑"}, {"name": "nll", "title": "NLL ↓"}],
     "rows": [{"label": "base", "run": "base", "seeds": ["42", "43"], "cells": {"auc": cell(0.5, 0.4, 0.6, [0.4, 0.6])}},
-             {"label": "a | b", "run": "x", "seeds": ["42", "43"],
+             {"label": "x", "run": "x", "seeds": ["42", "43"],
               "cells": {"auc": cell(0.75, 0.7, 0.8, [0.7, 0.8]), "nll": cell(1.5, None, None, [None, 1.5])}}],
     "without_model": {"length": {"auc": 0.9, "nll": None}, "chance": {"auc": None, "nll": None}},
-    "differences": [{"row": "a | b", "against": "base", "column": "auc", "value": 0.25, "low": 0.1, "high": 0.4,
+    "differences": [{"row": "x", "against": "base", "column": "auc", "value": 0.25, "low": 0.1, "high": 0.4,
                      "verdict": "better"}],
     "findings": {"sentences": ["- In sum: yes.", "- Else: no."], "comparisons": [
-        {"group": "fusions", "row": "a | b", "against": "base", "column": "AUC ↑", "value": 0.25, "low": 0.1, "high": 0.4,
-         "p": 0.0001, "p_holm": None, "verdict": "better"}]},
-    "costs": {"base": {"seconds": 0, "stored": None}, "a | b": {"seconds": 12.6, "stored": 3_010_000}},
+        {"group": "fusions", "row": "x", "against": "base", "column": "AUC ↑", "score": "auc", "value": 0.25, "low": 0.1,
+         "high": 0.4, "p": 0.0001, "p_holm": None, "verdict": "better"}]},
+    "costs": {"base": {"seconds": 0, "stored": None}, "x": {"seconds": 12.6, "stored": 3_010_000}},
 }
+
+SENTENCES = """
+right:
+- "- {cell|auc|base} of {span|auc|x}, so {diff|auc|x|base} (p {p|fusions|auc|x|base}); {cost@other|seconds|base} s, {no}."
+- Another one.
+row: ["{span|auc|none}"]
+score: ["{cell|nll|base}"]
+pair: ["{diff|auc|base|x}"]
+group: ["{p|merges|auc|x|base}"]
+file: ["{cell@gone|auc|base}"]
+"""
 
 
 @pytest.fixture
 def page(tmp_path, monkeypatch):
     (tmp_path / "docs" / "data").mkdir(parents=True)
     (tmp_path / "docs" / "data" / "board.json").write_text(json.dumps(REPORT))
+    (tmp_path / "docs" / "data" / "other.json").write_text(json.dumps({**REPORT, "costs": {"base": {"seconds": 7}}}))
+    (tmp_path / "docs" / "data" / "sentences.yaml").write_text(SENTENCES)
     (tmp_path / "README.md").write_text("no table\n")
     monkeypatch.setattr(study_tables, "ROOT", tmp_path)
     monkeypatch.setattr(study_tables, "DATA", tmp_path / "docs" / "data")
@@ -47,18 +60,20 @@ def page(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("words", "lines"), [
     ("board: models", ["| model | AUC ↑ | NLL ↓ |", "| --- | --- | --- |", "| base | 0.500 [0.400, 0.600] |  |",
-                       "| a \\| b | 0.750 [0.700, 0.800] | 1.500 |", "| (length) | 0.900 |  |"]),
-    ("board: models; rows=a | b; columns=nll", ["| model | NLL ↓ |", "| --- | --- |", "| a \\| b | 1.500 |"]),
-    ("board: seeds; rows=a | b", ["| model | seed | AUC ↑ | NLL ↓ |", "| --- | --- | --- | --- |",
-                                  "| a \\| b | 42 | 0.700 |  |", "| a \\| b | 43 | 0.800 | 1.500 |"]),
+                       "| x | 0.750 [0.700, 0.800] | 1.500 |", "| (length) | 0.900 |  |"]),
+    ("board: models; rows=x; columns=nll", ["| model | NLL ↓ |", "| --- | --- |", "| x | 1.500 |"]),
+    ("board: seeds; rows=x", ["| model | seed | AUC ↑ | NLL ↓ |", "| --- | --- | --- | --- |",
+                                  "| x | 42 | 0.700 |  |", "| x | 43 | 0.800 | 1.500 |"]),
     ("board: differences; columns=auc", ["| row | against | AUC ↑ |", "| --- | --- | --- |",
-                                         "| a \\| b | base | +0.250 [0.100, 0.400] better |"]),
+                                         "| x | base | +0.250 [0.100, 0.400] better |"]),
     ("board: declared; group=fusions", [
         "| row | against | score | difference | p | p corrected | verdict |", "| --- | --- | --- | --- | --- | --- | --- |",
-        "| a \\| b | base | AUC ↑ | +0.250 [0.100, 0.400] | < 0.001 | unknown | better |"]),
+        "| x | base | AUC ↑ | +0.250 [0.100, 0.400] | < 0.001 | unknown | better |"]),
     ("board: costs; columns=seconds,stored", ["| model | to make it, s | stored beside the base, M |", "| --- | --- | --- |",
-                                              "| base | 0 |  |", "| a \\| b | 13 | 3.0 |"]),
+                                              "| base | 0 |  |", "| x | 13 | 3.0 |"]),
     ("board: findings; starts=In sum|Nothing", ["- In sum: yes."]),
+    ("board: sentences; name=right", [
+        "- .500 of .750 [.700, .800], so +.250 [.100, .400] (p unknown); 7 s, {no}.", "Another one."]),
 ])
 def test_a_block_is_what_the_report_says(page, capsys, words, lines):
     path = page(words, "| old |\n")
@@ -73,13 +88,19 @@ def test_a_block_is_what_the_report_says(page, capsys, words, lines):
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    ("bord: models", "allowed files: board; allowed kinds: models, seeds, "),
-    ("board: model", "allowed files: board; allowed kinds: models, seeds, "),
+    ("bord: models", "allowed files: board, other; allowed kinds: models, seeds, "),
+    ("board: model", "allowed files: board, other; allowed kinds: models, seeds, "),
     ("board: models; rows=c", "c is not in board.json"),
     ("board: models; columns=mc1", "mc1 is not in board.json"),
     ("board: declared; group=none", "none is not in board.json"),
     ("board: costs; columns=money", "money is not in board.json"),
     ("board: findings; starts=Nothing", "Nothing is not in board.json"),
+    ("board: sentences; name=wrong", "wrong is not in board.json"),
+    ("board: sentences; name=row", "span|auc|none is not in board.json"),
+    ("board: sentences; name=score", "cell|nll|base is not in board.json"),
+    ("board: sentences; name=pair", "diff|auc|base|x is not in board.json"),
+    ("board: sentences; name=group", "p|merges|auc|x|base is not in board.json"),
+    ("board: sentences; name=file", "gone.json is not in board.json"),
 ])
 def test_what_is_not_there_is_named_and_nothing_is_written(page, capsys, words, said):
     path = page(words)
