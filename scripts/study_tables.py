@@ -6,7 +6,8 @@
 What it makes stands between two lines of a page, `<!-- made from FILE: KIND; rows=..; columns=.. -->` and `<!-- end -->`:
 FILE is a report of docs/data (`report.py --format json`) and KIND one of
 
-    models       a row for each model: value and interval; rows without a model below; rows=labels, columns=scores (all)
+    models       a row for each model: value and interval, rows without a model below; rows=labels, columns=scores,
+                 without=labels of rows without a model (all)
     seeds        a row for each model and seed
     differences  differences of the report; columns=scores
     declared     declared comparisons of a group: group=its title
@@ -118,8 +119,9 @@ def _cell(cell: Mapping[str, Any] | None, signed: bool = False) -> str:
 def _models(report: Report, asked: Asked) -> list[str]:
     rows, names = _picked(report, asked)
     lines = [[row["label"], *(_cell(row["cells"].get(name)) for name in names)] for row in rows]
-    without = [[f"({label})", *(number(values.get(name)) for name in names)]
-               for label, values in report["without_model"].items()]
+    others = report["without_model"]
+    without = [[f"({label})", *(number(others[label].get(name)) for name in names)]
+               for label in _words(asked, "without") or others]
     return markdown_lines(["model", *_titles(report, names)], lines + [line for line in without if any(line[1:])])
 
 

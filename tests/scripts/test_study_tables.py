@@ -62,6 +62,8 @@ def page(tmp_path, monkeypatch):
     ("board: models", ["| model | AUC ↑ | NLL ↓ |", "| --- | --- | --- |", "| base | 0.500 [0.400, 0.600] |  |",
                        "| x | 0.750 [0.700, 0.800] | 1.500 |", "| (length) | 0.900 |  |"]),
     ("board: models; rows=x; columns=nll", ["| model | NLL ↓ |", "| --- | --- |", "| x | 1.500 |"]),
+    ("board: models; rows=base; without=chance", [
+        "| model | AUC ↑ | NLL ↓ |", "| --- | --- | --- |", "| base | 0.500 [0.400, 0.600] |  |"]),
     ("board: seeds; rows=x", ["| model | seed | AUC ↑ | NLL ↓ |", "| --- | --- | --- | --- |",
                                   "| x | 42 | 0.700 |  |", "| x | 43 | 0.800 | 1.500 |"]),
     ("board: differences; columns=auc", ["| row | against | AUC ↑ |", "| --- | --- | --- |",
@@ -91,6 +93,7 @@ def test_a_block_is_what_the_report_says(page, capsys, words, lines):
     ("bord: models", "allowed files: board, other; allowed kinds: models, seeds, "),
     ("board: model", "allowed files: board, other; allowed kinds: models, seeds, "),
     ("board: models; rows=c", "c is not in board.json"),
+    ("board: models; without=dice", "dice is not in board.json"),
     ("board: models; columns=mc1", "mc1 is not in board.json"),
     ("board: declared; group=none", "none is not in board.json"),
     ("board: costs; columns=money", "money is not in board.json"),
