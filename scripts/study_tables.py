@@ -10,7 +10,7 @@ FILE is a report of docs/data (`report.py --format json`) and KIND one of
                  without=labels of rows without a model (all)
     seeds        a row for each model and seed
     differences  differences of the report; columns=scores
-    declared     declared comparisons of a group: group=its title
+    declared     declared comparisons of a group: group=its title; of a durability report group=kept
     costs        what the rows cost; columns=seconds,all_seconds,memory_mb,stored,active,tokens_per_second
     findings     the report's own sentences that begin with one of starts=A|B (all)
     sentences    those under name=.. of docs/data/sentences.yaml; their numbers are looked up, nobody types one
@@ -109,6 +109,15 @@ def _titles(report: Report, names: Sequence[str]) -> list[str]:
     return [titles[name] for name in names]
 
 
+def _text(report: Report, row: Mapping[str, Any], name: str) -> str:
+    """A cell; of a half-life with one digit, and "> 80" where the attack was too short."""
+    if name != "half_life" or (half := report["half_life"][row["label"]]) is None:
+        return _cell(row["cells"].get(name))
+    value, low, high = (f"> {report['steps'][-1]}" if end in half["beyond"] else f"{half[end]:.1f}"
+                        for end in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
 def _cell(cell: Mapping[str, Any] | None, signed: bool = False) -> str:
     if cell is None:
         return ""
@@ -118,8 +127,8 @@ def _cell(cell: Mapping[str, Any] | None, signed: bool = False) -> str:
 
 def _models(report: Report, asked: Asked) -> list[str]:
     rows, names = _picked(report, asked)
-    lines = [[row["label"], *(_cell(row["cells"].get(name)) for name in names)] for row in rows]
-    others = report["without_model"]
+    lines = [[row["label"], *(_text(report, row, name) for name in names)] for row in rows]
+    others = report.get("without_model", {})
     without = [[f"({label})", *(number(others[label].get(name)) for name in names)]
                for label in _words(asked, "without") or others]
     return markdown_lines(["model", *_titles(report, names)], lines + [line for line in without if any(line[1:])])
@@ -144,12 +153,28 @@ def _differences(report: Report, asked: Asked) -> list[str]:
 
 
 def _declared(report: Report, asked: Asked) -> list[str]:
-    wanted = [item for item in report["findings"]["comparisons"] if item["group"] == asked["group"]]
+    wanted = [item for item in _comparisons(report) if item["group"] == asked["group"]]
     if not wanted:
         raise KeyError(asked["group"])
     lines = [[item["row"], item["against"], item["column"], _cell(item, True), p_text(_known(item["p"])),
               p_text(_known(item["p_holm"])), item["verdict"]] for item in wanted]
     return markdown_lines(["row", "against", "score", "difference", "p", "p corrected", "verdict"], lines)
+
+
+def _comparisons(report: Report) -> list[Mapping[str, Any]]:
+    """Declared comparisons; of a durability report those of what rows keep, whose verdict is in their interval."""
+    if "half_life" not in report:
+        found: list[Mapping[str, Any]] = report["findings"]["comparisons"]
+        return found
+    titles = {column["name"]: column["title"] for column in report["columns"]}
+    return [{"group": "kept", "row": label, "against": report["against"], "column": titles[item["score"]],
+             "verdict": _verdict(item["value"], _known(item["p_holm"]))} | item
+            for label, item in report["differences"].items()]
+
+
+def _verdict(value: float, p: float) -> str:
+    # an unknown p is no small one
+    return ("better" if value > 0 else "worse") if p < 0.05 else "no difference"
 
 
 def _known(p: float | None) -> float:
@@ -189,15 +214,15 @@ def _looked_up(words: str, file: str) -> str:
     report = _report(other or file)
     if kind in ("cell", "span"):
         score, label = names
-        cell = next((row["cells"][score] for row in report["rows"] if row["label"] == label and score in row["cells"]), None)
-        if cell is None:
+        row = next((row for row in report["rows"] if row["label"] == label and score in row["cells"]), None)
+        if row is None:
             raise KeyError(words)
-        return _short(number(cell["value"]) if kind == "cell" else _cell(cell))
+        return _short(_text(report, row, score).split(" [")[0] if kind == "cell" else _text(report, row, score))
     if kind == "cost":
         column, label = names
         return _cost(report["costs"][label][column], column)
     group, (score, label, against) = (names[0], names[1:]) if kind == "p" else (None, names)
-    for item in report["findings"]["comparisons"]:
+    for item in _comparisons(report):
         if group in (None, item["group"]) and (item["score"], item["row"], item["against"]) == (score, label, against):
             return _short(p_text(_known(item["p_holm"])) if kind == "p" else _cell(item, True))
     raise KeyError(words)

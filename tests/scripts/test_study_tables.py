@@ -27,11 +27,27 @@ REPORT = {
          "high": 0.4, "p": 0.0001, "p_holm": None, "verdict": "better"}]},
     "costs": {"base": {"seconds": 0, "stored": None}, "x": {"seconds": 12.6, "stored": 3_010_000}},
 }
+#: As evaluator/durability.py writes it.
+LASTING = {
+    "columns": [{"name": "half_life", "title": "half gone ↑"}, {"name": "kept", "title": "kept ↑"}],
+    "rows": [{"label": "mix", "run": "m", "seeds": ["42"],
+              "cells": {"half_life": cell(12.34, 5, None), "kept": cell(0.5, 0.4, 0.6)}},
+             {"label": "moe", "run": "r", "seeds": ["42"], "cells": {"half_life": cell(None), "kept": cell(0.9, 0.8, 1.0)}},
+             {"label": "none", "run": "n", "seeds": ["42"], "cells": {}}],
+    "steps": [0, 5, 80], "against": "mix",
+    "half_life": {"mix": {"value": 12.34, "low": 5.0, "high": None, "beyond": ["high"]},
+                  "moe": {"value": None, "low": 60.06, "high": None, "beyond": ["value", "high"]}, "none": None},
+    "differences": {"moe": {"score": "kept", "value": 0.4, "low": 0.2, "high": 0.6, "p": 0.01, "p_holm": 0.02},
+                    "none": {"score": "kept", "value": -0.1, "low": -0.3, "high": 0.1, "p": 0.4, "p_holm": 0.4}},
+}
 
 SENTENCES = """
 right:
 - "- {cell|auc|base} of {span|auc|x}, so {diff|auc|x|base} (p {p|fusions|auc|x|base}); {cost@other|seconds|base} s, {no}."
 - Another one.
+lasting:
+- "Gone after {span@lasting|half_life|moe} against {cell@lasting|half_life|mix}; keeps {diff@lasting|kept|moe|mix}
+  (p {p@lasting|kept|kept|moe|mix})."
 row: ["{span|auc|none}"]
 score: ["{cell|nll|base}"]
 pair: ["{diff|auc|base|x}"]
@@ -45,6 +61,7 @@ def page(tmp_path, monkeypatch):
     (tmp_path / "docs" / "data").mkdir(parents=True)
     (tmp_path / "docs" / "data" / "board.json").write_text(json.dumps(REPORT))
     (tmp_path / "docs" / "data" / "other.json").write_text(json.dumps({**REPORT, "costs": {"base": {"seconds": 7}}}))
+    (tmp_path / "docs" / "data" / "lasting.json").write_text(json.dumps(LASTING))
     (tmp_path / "docs" / "data" / "sentences.yaml").write_text(SENTENCES)
     (tmp_path / "README.md").write_text("no table\n")
     monkeypatch.setattr(study_tables, "ROOT", tmp_path)
@@ -74,6 +91,16 @@ def page(tmp_path, monkeypatch):
     ("board: costs; columns=seconds,stored", ["| model | to make it, s | stored beside the base, M |", "| --- | --- | --- |",
                                               "| base | 0 |  |", "| x | 13 | 3.0 |"]),
     ("board: findings; starts=In sum|Nothing", ["- In sum: yes."]),
+    ("lasting: models", ["| model | half gone ↑ | kept ↑ |", "| --- | --- | --- |",
+                         "| mix | 12.3 [5.0, > 80] | 0.500 [0.400, 0.600] |",
+                         "| moe | > 80 [60.1, > 80] | 0.900 [0.800, 1.000] |",
+                         "| none |  |  |"]),
+    ("lasting: declared; group=kept", [
+        "| row | against | score | difference | p | p corrected | verdict |", "| --- | --- | --- | --- | --- | --- | --- |",
+        "| moe | mix | kept ↑ | +0.400 [0.200, 0.600] | 0.010 | 0.020 | better |",
+        "| none | mix | kept ↑ | -0.100 [-0.300, 0.100] | 0.400 | 0.400 | no difference |"]),
+    ("board: sentences; name=lasting", [
+        "Gone after > 80 [60.1, > 80] against 12.3; keeps +.400 [.200, .600] (p .020)."]),
     ("board: sentences; name=right", [
         "- .500 of .750 [.700, .800], so +.250 [.100, .400] (p unknown); 7 s, {no}.", "Another one."]),
 ])
@@ -90,8 +117,8 @@ def test_a_block_is_what_the_report_says(page, capsys, words, lines):
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    ("bord: models", "allowed files: board, other; allowed kinds: models, seeds, "),
-    ("board: model", "allowed files: board, other; allowed kinds: models, seeds, "),
+    ("bord: models", "allowed files: board, lasting, other; allowed kinds: models, seeds, "),
+    ("board: model", "allowed files: board, lasting, other; allowed kinds: models, seeds, "),
     ("board: models; rows=c", "c is not in board.json"),
     ("board: models; without=dice", "dice is not in board.json"),
     ("board: models; columns=mc1", "mc1 is not in board.json"),
