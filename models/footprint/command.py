@@ -63,7 +63,8 @@ def told(parsed: Parsed) -> Iterator[str]:
         return
 
     def peak(one: Any, extra: Any, name: str = strategy, count: int = devices) -> float:
-        return divided(footprint(one, extra, shape, place, _tokens(one, args, asked)), name, count).peak
+        whole = footprint(one, extra, shape, place, _tokens(one, args, asked))
+        return 0.0 if whole is None else divided(whole, name, count).peak
 
     raise UserError(f"--plan: {mine.peak / 1e9:.1f} GB of each device, and {limit / 1e9:.1f} GB is there ({found}); "
                     + _nearest(args, parsed.training, place, peak, strategy, devices, limit))
