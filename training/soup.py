@@ -56,7 +56,8 @@ class MixedModel(AnswerModel):
                  device: torch.device | None = None) -> None:
         super().__init__(lm.requires_grad_(False), dtype)
         modules = in_order(adapters)
-        self.layers = sorted({layer_of(module) for module in modules} - {None}) or [None]
+        layers = sorted({layer for module in modules if (layer := layer_of(module)) is not None})
+        self.layers: list[int | None] = [*layers] or [None]
         # equal logits: every adapter starts at the same share
         self.logits = nn.Parameter(torch.zeros(len(self.layers), len(adapters)), requires_grad=per_layer)
         self.weights: Tensor | None = None

@@ -46,6 +46,8 @@ class FusionTrainer(WholeMeans, SafeCheckpoints, Trainer):
     values per forward pass.
     """
 
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None
+
     def __init__(self, *args: Any, weights: dict[str, float] | None = None, per_sample: Sequence[str] = (),
                  pad_to: int | None = None, epoch_decay: float | None = None, **kwargs: Any) -> None:
         self.epoch_decay = epoch_decay
