@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data.encode import IGNORE
-from data.records import OBJECTIVES, Record
+from data.records import OBJECTIVES, Row
 
 
 def pad_rows(rows: Sequence[dict[str, Any]], pad_id: int, length: int | None = None) -> dict[str, Tensor]:
@@ -34,8 +34,8 @@ def pad_rows(rows: Sequence[dict[str, Any]], pad_id: int, length: int | None = N
     }
 
 
-def mix(records: Sequence[Record], limit: int, mixing: str, seed: int,
-        limits: Mapping[int, int] = MappingProxyType({})) -> list[Record]:
+def mix(records: Sequence[Row], limit: int, mixing: str, seed: int,
+        limits: Mapping[int, int] = MappingProxyType({})) -> list[Row]:
     """At most ``limit`` rows of each objective (-1: all), drawn with a seed, in the original order.
 
     Args:
@@ -57,6 +57,6 @@ def mix(records: Sequence[Record], limit: int, mixing: str, seed: int,
     return [record for group in groups for record in group]
 
 
-def _draw(group: list[Record], count: int, generator: random.Random) -> list[Record]:
+def _draw(group: list[Row], count: int, generator: random.Random) -> list[Row]:
     # back in file order: the draw decides which rows, the sampler of the training in what order
     return [group[i] for i in sorted(generator.sample(range(len(group)), count))]

@@ -9,10 +9,11 @@ import hashlib
 import re
 import unicodedata
 from dataclasses import dataclass
+from typing import TypeVar
 
 from flags import OBJECTIVES, TASKS
 
-__all__ = ["HELPFULNESS", "OBJECTIVES", "SAFETY", "SPLITS", "TASKS", "TRUTHFULNESS", "Choice", "Pair", "Record",
+__all__ = ["HELPFULNESS", "OBJECTIVES", "SAFETY", "SPLITS", "TASKS", "TRUTHFULNESS", "Choice", "Pair", "Record", "Row",
            "normalise", "stable_hash"]
 
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
@@ -62,6 +63,10 @@ class Pair:
     id: str = ""
     system: str = ""
     history: tuple[tuple[str, str], ...] = ()
+
+
+#: Rows that training draws: all of one kind or all of the other.
+Row = TypeVar("Row", Record, Pair)
 
 
 @dataclass(frozen=True)

@@ -261,6 +261,9 @@ class FusedMoeArgs(AlignArgs, MoeFlags, DataFlags, RecordFlags, PaddingFlags, Qu
         return [*wrong, *super().problems()]
 
 
+#: What trains by gradient, and all that trains: a soup's flags are a search's and more.
+ByGradient = ExpertArgs | DpoArgs | MaskArgs | SoupArgs | FusedMoeArgs
+Objective = ExpertArgs | DpoArgs | MaskArgs | SearchArgs | FusedMoeArgs
 #: (--moe_flag, --method) -> the objective.
 TRAINED: dict[tuple[int, str], type[AlignArgs]] = {
     (1, "sft"): FusedMoeArgs, (0, "sft"): ExpertArgs, (0, "dpo"): DpoArgs, (0, "mask"): MaskArgs, (0, "soup"): SoupArgs,

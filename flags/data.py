@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from config import flag
 from flags.base import DIALOGS, SKILLS, STYLES, TASKS, Flags
 
 #: Training tasks with rows of safety, which contrasts are mixed into.
 SAFE_TASKS = ("safety", "mix", "aoa_safety")
+Given = TypeVar("Given", bound="DataFlags")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,10 @@ class DataFlags(Flags):
     data_source: str = flag("embedded", "where data comes from without --data_path", choices=("embedded", "published"))
     max_train_samples: int = flag(-1, "rows per objective; -1: all", low=-1)
     model_max_length: int = flag(300, "tokens, prompt + answer; longer rows are cut and counted", low=8)
+
+    def reading(self: Given, path: str) -> Given:
+        """The same flags with other data."""
+        return replace(self, data_path=path)
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,15 @@ class Located:
 
     def tokenizer(self) -> Any:
         """The run's own tokenizer, or its base's: an adapter may have been saved without one."""
-        own = self.folder is not None and (self.folder / "tokenizer_config.json").is_file()
-        return load_tokenizer(self.folder if own else self.base, self.base)
+        own = self.folder if self.folder is not None and (self.folder / "tokenizer_config.json").is_file() else self.base
+        return load_tokenizer(own, self.base)
+
+    @property
+    def own_folder(self) -> Path:
+        """``folder``; a ValueError for the base and a sum, which have none."""
+        if self.folder is None:
+            raise ValueError(f"a {self.kind} has no folder of its own")
+        return self.folder
 
 
 def located(run: str, args: Any) -> Located:
@@ -67,12 +74,14 @@ def located(run: str, args: Any) -> Located:
     # commands without --checkpoint_number ask for the finished run
     parts = parts_of(run) if run else ()
     folder = run_folder(args.results, run, getattr(args, "checkpoint_number", -1)) if run and not parts else None
+    if folder is None:
+        return Located("sum" if parts else "base", None, base_path(args.model_name_or_path, args.cache_dir), parts)
     # a folder is what the file in it says: of a full model neither is there
-    kind = ("sum" if parts else "base" if folder is None else "moe" if (folder / MOE).is_file() else
-            "adapter" if (folder / ADAPTER).is_file() else "full")
+    kind = "moe" if (folder / MOE).is_file() else "adapter" if (folder / ADAPTER).is_file() else "full"
     if kind == "full":
         check_folder(folder, f"run '{run}'")
-    return Located(kind, folder, folder if kind == "full" else base_path(args.model_name_or_path, args.cache_dir), parts)
+        return Located(kind, folder, folder)
+    return Located(kind, folder, base_path(args.model_name_or_path, args.cache_dir))
 
 
 class RunLoader:
@@ -105,11 +114,11 @@ class RunLoader:
         if place.kind == "moe":
             # its own base, without a second one beside it
             self.release()
-            model = load_moe(place.folder, args, dtype, device)
+            model = load_moe(place.own_folder, args, dtype, device)
         elif place.kind == "sum":
             model = load_mix(args.results, place.parts, self._base(place.base, dtype, device, args))
         elif place.kind == "adapter":
-            model = load_adapter(place.folder, self._base(place.base, dtype, device, args))
+            model = load_adapter(place.own_folder, self._base(place.base, dtype, device, args))
         else:
             model = self._base(place.base, dtype, device, args).plain()
         # of a model on several devices the first one takes the tokens

@@ -57,11 +57,11 @@ class Model:
 
     def change(self, name: str) -> Tensor | None:
         """B A for a tensor; None where the adapter has none."""
-        pair = self.pair(name)
-        if pair is None:
+        pair, adapter = self.pair(name), self.adapter
+        if pair is None or adapter is None:
             return None
         # fan_in_fan_out layers (Conv1D) store their weight as (in, out)
-        turned = transposed(self.adapter.config, self.checkpoint.config, name.removesuffix(".weight"))
+        turned = transposed(adapter.config, self.checkpoint.config, name.removesuffix(".weight"))
         return product(pair).T if turned else product(pair)
 
     def weight(self, name: str) -> Tensor:
@@ -80,9 +80,12 @@ def vector(model: Model, other: Model, name: str) -> Tensor | None:
     """
     if model.checkpoint.folder == other.checkpoint.folder:
         mine, its = model.change(name), other.change(name)
-        if mine is None and its is None:
-            return None
-        delta = mine if its is None else -its if mine is None else mine - its
+        if mine is None:
+            if its is None:
+                return None
+            delta = -its
+        else:
+            delta = mine if its is None else mine - its
     else:
         delta = model.weight(name) - other.weight(name)
     # a sum is finite only if every term is: one pass and no mask of the tensor's size
@@ -192,7 +195,7 @@ def misfits(aligned: Model, named: Sequence[tuple[Model, str]]) -> list[str]:
         try:
             views, notes = matched({aligned.name: own, **{model.name: model.checkpoint for model in apart}})
         except UserError as error:
-            return error.problems
+            return list(error.problems)
         # adapters lie on the aligned model's checkpoint, and go on doing so
         for model in (aligned, *(model for model, _ in named)):
             model.checkpoint = views[aligned.name if model.checkpoint.folder == own.folder else model.name]

@@ -363,7 +363,7 @@ def load_optimizer(folder: Path, optimizer: Any, scheduler: Any, own: Container[
 def _room(name: str, shape: torch.Size, dtype: torch.dtype, parameters: Mapping[int, torch.Tensor]) -> torch.Tensor:
     """A tensor for a value of the optimiser, parted as its parameter is where it has that one's shape."""
     parameter = parameters.get(int(name.partition(".")[0]))
-    if hasattr(parameter, "full_tensor") and parameter.shape == shape:
+    if parameter is not None and hasattr(parameter, "full_tensor") and parameter.shape == shape:
         return torch.zeros_like(parameter.detach(), dtype=dtype)
     return torch.empty(shape, dtype=dtype)
 
@@ -372,12 +372,13 @@ def save_rng(path: Path) -> None:
     """Write the states of Python's, NumPy's, torch's and CUDA's generators."""
     path.parent.mkdir(parents=True, exist_ok=True)
     version, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state()
-    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(keys.astype(np.int64))}
+    numpy = np.random.get_state(legacy=False)
+    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(numpy["state"]["key"].astype(np.int64))}
     if torch.cuda.is_available():
         tensors |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    # gauss, cached: the second of a pair of normal draws, which the generators keep for the next call
-    plain = {"python": [version, list(words), gauss], "numpy": [int(position), int(has_gauss), float(cached)]}
+    # gauss: the second of a pair of normal draws, which the generators keep for the next call
+    plain = {"python": [version, list(words), gauss],
+             "numpy": [int(numpy["state"]["pos"]), int(numpy["has_gauss"]), float(numpy["gauss"])]}
     save_file(tensors, path, metadata={"plain": json.dumps(plain)})
 
 

@@ -34,7 +34,7 @@ from data.prompts import Template, template
 from data.records import SAFETY, Pair
 from data.sets import contrasts
 from errors import SharedError, UserError
-from flags import DpoArgs, MaskArgs
+from flags import AlignArgs, DpoArgs, MaskArgs
 from models.adapters.files import CONFIG, WEIGHTS
 from models.base.loading import base_path, load_tokenizer
 from models.base.placement import set_up_torch
@@ -236,7 +236,7 @@ def drawn_pairs(args: DpoArgs | MaskArgs, extra: dict[str, Any]) -> tuple[list[P
     Of the safety pairs --pair_contrast_share are contrasts. Embedded pairs are validated on where
     transformers is asked to validate. Sources stand one after the other.
     """
-    def read(given: DpoArgs | MaskArgs) -> list[Pair]:
+    def read(given: AlignArgs) -> list[Pair]:
         return sources.load_pairs(args.task_name, "train", source=source_of(given))
 
     pairs, held_out = divide(args, read(args), read)

@@ -48,19 +48,27 @@ class MaskTrainer(SafeDPOTrainer):
     """The DPO trainer for a model that a bank rewrites before every forward pass."""
 
     weights_file = LOGITS
+    optimizer: torch.optim.Optimizer | None
 
     def __init__(self, *args: Any, flags: MaskArgs, **kwargs: Any) -> None:
         self.flags = flags
-        self.bank: MaskBank | None = None
+        self._bank: MaskBank | None = None
         self.anchor: Anchor | None = None
         self._place = (-1, 0)
         # numbers of the logits that this process steps; None: all
         self._own: frozenset[int] | None = None
         super().__init__(*args, results=flags.results, **kwargs)
 
+    @property
+    def bank(self) -> MaskBank:
+        """The mask; a RuntimeError before ``add_bank``."""
+        if self._bank is None:
+            raise RuntimeError("there is no mask before add_bank")
+        return self._bank
+
     def add_bank(self, bank: MaskBank, anchor: Anchor | None) -> None:
         """Let the mask train from now on; until then the model is the reference."""
-        self.bank, self.anchor = bank, anchor
+        self._bank, self.anchor = bank, anchor
         # a part of the model, so that its gradients are clipped and cleared like any other
         self.model.add_module("concrete_mask", bank)
         bank.attach()

@@ -69,7 +69,7 @@ def live_model(settings: Settings, specs: Sequence[Spec], aligned: Model, tasks:
     else:
         model = _with_factors(load_base(folder, dtype, loaded_on), specs)
     places = _places(model, specs)
-    if absent := [name for name, place in places.items() if place is None]:
+    if absent := [spec.name for spec in specs if spec.name not in places]:
         raise UserError(f"{aligned.name}: {absent[0]} and {len(absent) - 1} more tensors are no parameters of the model "
                         "that transformers makes of it; give a checkpoint of a known architecture")
     # the bank turns the masked ones on again when it is attached; until then nothing collects gradients
@@ -115,12 +115,13 @@ def check_parting(settings: Settings, specs: Sequence[Spec], processes: int) -> 
                             f"{spec.shape[0] if spec.shape else 1}; start fewer, {ddp}")
 
 
-def _places(model: PreTrainedModel, specs: Sequence[Spec]) -> dict[str, nn.Parameter | None]:
-    """Each spec's parameter."""
+def _places(model: PreTrainedModel, specs: Sequence[Spec]) -> dict[str, nn.Parameter]:
+    """Each spec's parameter, where the model has it."""
     # tied weights go by two names, and a checkpoint may store them under either
     names = dict(model.named_parameters(remove_duplicate=False))
-    return {spec.name: names.get(spec.weight if spec.part == "weight" else
-                                 f"{spec.module}.lora_{'A' if spec.part == 'A' else 'B'}.default.weight") for spec in specs}
+    wanted = {spec.name: spec.weight if spec.part == "weight" else
+              f"{spec.module}.lora_{'A' if spec.part == 'A' else 'B'}.default.weight" for spec in specs}
+    return {name: names[place] for name, place in wanted.items() if place in names}
 
 
 def _with_factors(model: PreTrainedModel, specs: Sequence[Spec]) -> PreTrainedModel:

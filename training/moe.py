@@ -199,6 +199,8 @@ def prepare(model: nn.Module, args: FusedMoeArgs, experts: TuningConfig, attenti
 class MoeTrainer(FusionTrainer):
     """FusionTrainer with a learning rate of its own for the router."""
 
+    optimizer: torch.optim.Optimizer | None
+
     def __init__(self, *args: Any, router_lr: float | None = None, **kwargs: Any) -> None:
         self.router_lr = router_lr
         super().__init__(*args, **kwargs)

@@ -71,7 +71,9 @@ def pack(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Packed:
     for row, length in enumerate(lengths):
         first = next((t for t in range(length) if label_rows[row][t] != IGNORE), length)
         groups.setdefault(tuple(id_rows[row][:first]), []).append(row)
-    tokens, positions, sources, targets, cells = [], [], [], [], []
+    tokens: list[int] = []
+    positions: list[int] = []
+    sources, targets, cells = [], [], []
     places, visible = [], []
     for prompt, rows in groups.items():
         # owner 0: the prompt, which all see; answers count from 1

@@ -50,16 +50,16 @@ def resume_point(args: AlignArgs, settings: dict[str, Any], asked: str | bool | 
     if given is not None and (wrong := fault(given, files, places)):
         raise UserError(f"--resume_from_checkpoint {asked}: {wrong}; give the folder of a whole checkpoint of this "
                         "training, or true for this run's newest")
-    own = given is not None and given.parent == folder.resolve()
-    if own:
+    own = given if given is not None and given.parent == folder.resolve() else None
+    if own is not None:
         # one of this run's own: it tells where to go on, not what the run is
         kept = {k: v for k, v in settings["training_arguments"].items() if k != _PATH}
         settings = {**settings, "training_arguments": kept}
     if checkpoints and not args.overwrite:
         if problem := _another(record, settings):
             raise UserError(f"{folder}: {problem}")
-        if own:
-            return _resuming(given)
+        if own is not None:
+            return _resuming(own)
         if asked is not False:
             for path in reversed(checkpoints):
                 if not (wrong := fault(path, files, places)):
@@ -67,7 +67,7 @@ def resume_point(args: AlignArgs, settings: dict[str, Any], asked: str | bool | 
                 log.warning("%s: %s; passed over", path, wrong)
             if asked is not True:
                 log.warning("%s: no checkpoint is whole; training starts anew", folder)
-    elif own:
+    elif own is not None:
         raise UserError(f"--resume_from_checkpoint {asked}: --overwrite removes this checkpoint; drop one of the two")
     if asked is True:
         raise UserError(f"--resume_from_checkpoint true: {folder} holds no whole checkpoint; drop it to start anew")
@@ -94,9 +94,9 @@ def _another(record: Path, settings: dict[str, Any]) -> str:
         return "holds checkpoints of another configuration; use another --run_name, or --overwrite"
     old = json.loads(record.read_text(encoding="utf-8"))
     if any(name not in settings or name not in old for name in _SHARED_OUT):
-        rows = 1, 1
+        rows = [1, 1]
     else:
-        rows = tuple(math.prod(int(s.get(name, 1)) for name in (*_SHARED_OUT, "processes")) for s in (old, settings))
+        rows = [math.prod(int(s.get(name, 1)) for name in (*_SHARED_OUT, "processes")) for s in (old, settings)]
     # how the rows of a step are shared out changes nothing: what they are together does
     same = {name: settings[name] for name in _SHARED_OUT if name in settings} | {"processes": settings.get("processes", 1)}
     if manifest.differing({**old, **same}, settings):

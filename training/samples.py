@@ -17,7 +17,6 @@ from data.records import OBJECTIVES, SAFETY, Record
 from data.sets import contrasts, reattack
 from errors import UserError
 from flags import AlignArgs, ExpertArgs, FusedMoeArgs, SearchArgs
-from flags.data import FramedFlags
 from models.base.positions import check_rows
 from training.validation import divide
 
@@ -41,12 +40,14 @@ def source_of(args: Any) -> Any:
 
 
 def with_extra(records: list[Record], args: ExpertArgs | SearchArgs) -> list[Record]:
-    """The records and those of --extra_data: all of them, or as many as make up --extra_share of the whole,
-    --extra_min_rows at least.
+    """The records and those of --extra_data, where it is given: all of them, or as many as make up --extra_share of the
+    whole, --extra_min_rows at least.
 
     Raises:
         UserError: the file has problems, or fewer rows than the share asks for.
     """
+    if not args.extra_data:
+        return records
     extra = reattack.records("train") if args.extra_data == reattack.NAME else read_dialogs(
         Path(args.extra_data).expanduser(), "train", OBJECTIVES.index("safety"))
     if args.extra_share is not None:
@@ -92,7 +93,8 @@ def contrast_inputs(share: float) -> dict[str, str]:
     return {"contrasts": manifest.sha256(contrasts.FILE)} if share else {}
 
 
-def training_rows(args: AlignArgs, tokenizer: Any, base: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def training_rows(args: ExpertArgs | SearchArgs | FusedMoeArgs, tokenizer: Any, base: Path,
+                  ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Encoded rows to train on and to validate on: of own data what ``divide`` gives, else the embedded sets' own.
 
     Args:
@@ -108,8 +110,8 @@ def training_rows(args: AlignArgs, tokenizer: Any, base: Path) -> tuple[list[dic
     records, held_out = divide(args, read(args), read)
     records = mix(with_contrasts(records, args), args.max_train_samples, args.mixing, args.seed, limits_of(args))
     framed = style("none")
-    if isinstance(args, FramedFlags):  # the fused MoE has none of these flags
-        records = with_extra(records, args) if args.extra_data else records
+    if not isinstance(args, FusedMoeArgs):  # which has none of these flags
+        records = with_extra(records, args)
         framed = style(args.prompt_style or "none", args.prompt_style_file)
     records = [framed.apply(record) for record in records]
     form = template(args.template, tokenizer)

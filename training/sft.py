@@ -104,8 +104,10 @@ def to_train(base: Path, args: ExpertArgs | DpoArgs, dtype: torch.dtype,
 
 
 def adapter_folder(args: ExpertArgs | DpoArgs) -> Path:
-    """Where --init_adapter lies: a run's folder, or the folder given."""
+    """Where --init_adapter lies: a run's folder, or the folder given; a ValueError without the flag."""
     given = args.init_adapter
+    if given is None:
+        raise ValueError("no --init_adapter")
     return Path(given).expanduser() if "/" in given else run_folder(args.results, given)
 
 

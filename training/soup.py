@@ -23,7 +23,7 @@ import manifest
 from data.collate import pad_rows
 from data.records import OBJECTIVES
 from errors import UserError
-from flags import SearchArgs
+from flags import SearchArgs, SoupArgs
 from flags.launch import processes
 from models.adapters.apply import check_fit
 from models.adapters.files import Adapter, in_order, layer_of, read_adapter, targets_of, write_adapter
@@ -56,7 +56,8 @@ class MixedModel(AnswerModel):
                  device: torch.device | None = None) -> None:
         super().__init__(lm.requires_grad_(False), dtype)
         modules = in_order(adapters)
-        self.layers = sorted({layer_of(module) for module in modules} - {None}) or [None]
+        layers = sorted({layer for module in modules if (layer := layer_of(module)) is not None})
+        self.layers: list[int | None] = [*layers] or [None]
         # equal logits: every adapter starts at the same share
         self.logits = nn.Parameter(torch.zeros(len(self.layers), len(adapters)), requires_grad=per_layer)
         self.weights: Tensor | None = None
@@ -107,10 +108,10 @@ def train(args: SearchArgs, extra: dict[str, Any], run: manifest.Run) -> None:
     rows, validation = training_rows(args, tokenizer, base)
     device, dtype = set_up_torch(args)
     arguments = None
-    if args.method == "soup":
+    if isinstance(args, SoupArgs):
         arguments = training_arguments(args, extra, rows=len(rows), validates=bool(validation))
     where = loaded_on(arguments, device) if arguments else device
-    model = MixedModel(load_base(base, dtype, where), dtype, adapters, args.method == "soup", device)
+    model = MixedModel(load_base(base, dtype, where), dtype, adapters, isinstance(args, SoupArgs), device)
 
     def save(folder: Path) -> None:
         save_fused(model, adapters, args, folder)
@@ -119,7 +120,7 @@ def train(args: SearchArgs, extra: dict[str, Any], run: manifest.Run) -> None:
         tokenizer.save_pretrained(folder)
         manifest.write_json(folder / manifest.MANIFEST, {"status": "checkpoint", "inputs": {"base": base_hash}})
 
-    if args.method == "soup":
+    if isinstance(args, SoupArgs):
         trainer = FusionTrainer(model=model, args=arguments, train_dataset=rows,
                                 eval_dataset=validation or None, processing_class=tokenizer, epoch_decay=args.lr_epoch_decay)
         trainer.save_artifact = save

@@ -22,7 +22,7 @@ from transformers import Trainer, TrainingArguments
 import manifest
 from data.collate import pad_rows
 from errors import SharedError, UserError
-from flags import AlignArgs
+from flags.align import AlignArgs, ByGradient
 from flags.launch import LAUNCH, sharding
 from flags.optimiser import OWN_TRACKERS, trackers_of
 from models.base.placement import compute_dtype
@@ -45,6 +45,8 @@ class FusionTrainer(WholeMeans, SafeCheckpoints, Trainer):
     auxiliary terms with a weight in ``weights``: those named in ``per_sample`` are sums over samples, the rest are
     values per forward pass.
     """
+
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None
 
     def __init__(self, *args: Any, weights: dict[str, float] | None = None, per_sample: Sequence[str] = (),
                  pad_to: int | None = None, epoch_decay: float | None = None, **kwargs: Any) -> None:
@@ -188,7 +190,7 @@ class FusionTrainer(WholeMeans, SafeCheckpoints, Trainer):
         return BucketSampler(lengths, group, self.args.seed, filled=self.args.world_size > 1)
 
 
-def training_arguments(args: AlignArgs, extra: dict[str, Any], kind: type[TrainingArguments] = TrainingArguments, *,
+def training_arguments(args: ByGradient, extra: dict[str, Any], kind: type[TrainingArguments] = TrainingArguments, *,
                        rows: int = 0, validates: bool = False, measured: Mapping[str, bool] = LOSS,
                        **more: Any) -> TrainingArguments:
     """Our flags plus every TrainingArguments field given on the command line or in the preset.
@@ -300,7 +302,7 @@ def _metric(values: Mapping[str, Any]) -> str:
     return str(values.get("metric_for_best_model") or "loss").removeprefix("eval_")
 
 
-def _validation_problems(args: AlignArgs, values: Mapping[str, Any], validates: bool,
+def _validation_problems(args: ByGradient, values: Mapping[str, Any], validates: bool,
                          measured: Mapping[str, bool]) -> list[str]:
     found, strategy = [], _strategy(values)
     patience = args.early_stopping_patience
@@ -320,7 +322,7 @@ def _validation_problems(args: AlignArgs, values: Mapping[str, Any], validates: 
     return found
 
 
-def _select_best(args: AlignArgs, values: dict[str, Any], extra: Mapping[str, Any], measured: Mapping[str, bool]) -> None:
+def _select_best(args: ByGradient, values: dict[str, Any], extra: Mapping[str, Any], measured: Mapping[str, bool]) -> None:
     """Settings that a search for the best checkpoint needs; changes ``values``."""
     if not (values.get("load_best_model_at_end") or args.early_stopping_patience is not None):
         return
@@ -337,7 +339,7 @@ def _select_best(args: AlignArgs, values: dict[str, Any], extra: Mapping[str, An
                          values["save_steps"], args.save_steps)
 
 
-def fit(trainer: Any, args: AlignArgs, extra: dict[str, Any]) -> dict[str, Any]:
+def fit(trainer: Any, args: ByGradient, extra: dict[str, Any]) -> dict[str, Any]:
     """Train, from the last whole checkpoint if there is one; returns the metrics for the manifest.
 
     Args:

@@ -6,8 +6,7 @@ import contextlib
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
@@ -15,13 +14,18 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback
 
-from data.records import Pair, Record, normalise
+from data.records import Pair, Record, Row, normalise
 from errors import UserError
-from flags import AlignArgs
+from flags.align import AlignArgs
+from flags.data import DataFlags
 from flags.validation import ValidationFlags
 
+if TYPE_CHECKING:
+    from transformers import Trainer
+else:
+    Trainer = object  # what it is mixed into brings its own, transformers' or TRL's
+
 log = logging.getLogger(__name__)
-Row = TypeVar("Row", Record, Pair)
 
 
 def divide(args: AlignArgs, rows: list[Row], read: Callable[[AlignArgs], list[Row]]) -> tuple[list[Row], list[Row]]:
@@ -33,10 +37,11 @@ def divide(args: AlignArgs, rows: list[Row], read: Callable[[AlignArgs], list[Ro
     Raises:
         UserError: the file has problems or holds nothing but training rows; the share leaves nothing on a side.
     """
-    if not isinstance(args, ValidationFlags):  # a search without gradients validates nothing
+    # a search without gradients validates nothing; whatever validates reads data
+    if not isinstance(args, ValidationFlags) or not isinstance(args, DataFlags):
         return rows, []
     if args.validation_path:
-        held_out = read(replace(args, data_path=args.validation_path, validation_path=None))
+        held_out = read(args.reading(args.validation_path))
         seen = {_key(row) for row in rows}
         if known := sum(_key(row) in seen for row in held_out):
             if known == len(held_out):
@@ -81,7 +86,7 @@ def _key(row: Record | Pair) -> str:
     return normalise(f"{row.prompt}\n{row.input}")
 
 
-class WholeMeans:
+class WholeMeans(Trainer):
     """Mix into a ``transformers.Trainer``: validation figures are means over all rows, however these fall into batches.
 
     transformers takes the mean of the batches' means, in which a short last batch weighs as much as a full one, and leaves a

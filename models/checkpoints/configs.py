@@ -62,6 +62,14 @@ def filled(part: Mapping[str, Any]) -> Any | None:
                         "or take the model's own file") from None
 
 
+def filled_known(part: Mapping[str, Any]) -> Any:
+    """``filled`` of a type that is known to be transformers' own; a ValueError where it is not."""
+    found = filled(part)
+    if found is None:
+        raise ValueError(f"{part.get('model_type')}: no model type of transformers")
+    return found
+
+
 def ties_head(config: Mapping[str, Any]) -> bool | None:
     """Whether a configuration ties the head to the embedding; None where nothing tells."""
     part = section(config)

@@ -54,6 +54,8 @@ def _as_model(args: ExportArgs, source: Source, target: Path, settings: dict[str
     rounding = Rounding(args.out_dtype)
     row = _row(args, source)
     plan = moe_plan(source, row, args.out_dtype, rounding) if row else dense_plan(source, args, rounding)
+    layout: Layout
+    writer: type[Writer]
     if args.layout == "gguf":
         from models.export import gguf_file
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from errors import UserError
 from models.base.loading import load_tokenizer
 from models.base.tokenizers import turn_end
-from models.checkpoints.configs import filled
+from models.checkpoints.configs import filled_known
 from models.checkpoints.header import KINDS
 from models.checkpoints.writer import Layout, Place, Writer
 from models.export.companions import tokenizer_folder
@@ -52,7 +52,8 @@ def problems(source: Source) -> list[str]:
     if source.kind not in EXPERTS.families:
         return [f"--layout gguf: writes {' and '.join(EXPERTS.families)}; {source.name} is a {source.kind}; write it with "
                 "another layout and turn that folder into GGUF with llama.cpp's convert_hf_to_gguf.py"]
-    known, found = filled(source.config), []
+    known = filled_known(source.config)
+    found: list[str] = []
     window = getattr(known, "sliding_window", None)
     if window and window < known.max_position_embeddings:
         found.append(f"sliding_window is {window}, and llama.cpp's llama has none")
@@ -110,7 +111,7 @@ class GgufWriter(Writer):
             return
         encoded = _q8_0(data) if packed else data.reshape(-1).contiguous().view(torch.uint8).numpy()
         if not heads:
-            self.put(name, first // _BLOCK_VALUES * _BLOCK_BYTES, memoryview(encoded))
+            self.put(name, first // _BLOCK_VALUES * _BLOCK_BYTES, encoded.data)
             return
         rows = encoded.reshape(data.numel() // columns, -1)
         half = self.layout.places[name].nbytes // rows.shape[1] // heads // 2
@@ -118,7 +119,7 @@ class GgufWriter(Writer):
             head, within = divmod(number, 2 * half)
             # the two halves of a head, kept apart by transformers, alternate here
             place = head * 2 * half + within % half * 2 + within // half
-            self.put(name, place * rows.shape[1], memoryview(np.ascontiguousarray(row)))
+            self.put(name, place * rows.shape[1], np.ascontiguousarray(row).data)
 
     def finish(self) -> None:
         for start, values in self.layout.constants:
@@ -141,7 +142,7 @@ def planned(plan: MergePlan, source: Source, out_dtype: str, file: str, title: s
         out_dtype: as --out_dtype.
         title: the model's name in the file.
     """
-    known = filled(source.config)
+    known = filled_known(source.config)
     heads = {"attn_q": known.num_attention_heads, "attn_k": known.num_key_value_heads}
     jobs, packed, turned = [], set(), {}
     for job in plan.jobs:
@@ -241,7 +242,7 @@ def _settings(writer: Any, known: Any, source: Source, title: str, kind: str, ex
         writer.add_rope_scaling_factor(float(rope["factor"]))
     if experts:
         writer.add_expert_count(len(source.experts))
-        writer.add_expert_used_count(source.moe.top_k)
+        writer.add_expert_used_count(source.required_moe.top_k)
     folder = tokenizer_folder(source)
     tokenizer = load_tokenizer(folder, source.base.folder)
     add_vocabulary(writer, folder, tokenizer, known.vocab_size, turn_end(tokenizer))

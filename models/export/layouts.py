@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from models.checkpoints.configs import filled
+from models.checkpoints.configs import filled_known
 from models.export.sources import Source
 
 #: What every decoder's configuration has, by the names of transformers.
@@ -99,7 +99,7 @@ def problems(layout: MoeLayout, source: Source) -> list[str]:
         return [f"{flag}: is for {' and '.join(layout.families)}; {source.name} is a {source.kind}"
                 + (f": {why}" if why and not fitting else "") + "; "
                 + (f"give --layout {fitting}" if fitting else f"no layout of experts computes the same; {instead}")]
-    known = filled(source.config)
+    known = filled_known(source.config)
     found = layout.misfits(known)
     if (act := getattr(known, "hidden_act", None)) != "silu":
         found.append(f"hidden_act is {act}, where the layout has silu")
@@ -108,12 +108,12 @@ def problems(layout: MoeLayout, source: Source) -> list[str]:
 
 def moe_config(layout: MoeLayout, source: Source, dtype: str | None) -> dict[str, Any]:
     """config.json of a fused MoE in a layout; ``dtype`` of the weights, None: of several types."""
-    return moe_settings(layout, source, len(source.experts), source.moe.top_k, dtype)
+    return moe_settings(layout, source, len(source.experts), source.required_moe.top_k, dtype)
 
 
 def moe_settings(layout: MoeLayout, source: Source, experts: int, top_k: int, dtype: str | None) -> dict[str, Any]:
     """config.json of so many experts on a source's base, so many of them per token."""
-    known = filled(source.config)
+    known = filled_known(source.config)
     made = {key: getattr(known, key) for key in _SHARED if hasattr(known, key)}
     rope = dict(known.rope_parameters)
     kind = rope.get("rope_type", "default")

@@ -28,8 +28,11 @@ def dense_plan(source: Source, args: ExportArgs, observer: Observer) -> MergePla
     jobs = [_job(name, info, view, args.out_dtype) for name, info in _in_order(source.tensors)]
     if source.head:
         # its weight was the embedding, which stays as it is
-        own = ChangedCheckpoint.of(source.base, {source.embedding.name: source.head}, observer)
-        jobs.append(_job(_HEAD, source.embedding, own, args.out_dtype))
+        tied = source.embedding
+        if tied is None:
+            raise ValueError(f"{source.name}: a change of a tied head, and no embedding")
+        own = ChangedCheckpoint.of(source.base, {tied.name: source.head}, observer)
+        jobs.append(_job(_HEAD, tied, own, args.out_dtype))
     notes = ("the head was the embedding; it gets a weight of its own, for an adapter changes it",) if source.head else ()
     untied = any(job.name == _HEAD for job in jobs)
     return MergePlan(tuple(jobs), notes, None,
@@ -48,10 +51,13 @@ def picked(source: Source, args: ExportArgs) -> Mapping[str, Sequence[Change]]:
 
 def moe_plan(source: Source, layout: MoeLayout, out_dtype: str, observer: Observer | None = None) -> MergePlan:
     """A model of experts: every expert's FFN whole, the routers as they are, all else once."""
+    family, file = source.required_family, source.moe_file
+    if file is None:
+        raise ValueError(f"{source.name}: is no fused MoE")
     common = ChangedCheckpoint.of(source.base, source.common, observer)
     views = [ChangedCheckpoint.of(source.base, expert.changes, observer) for expert in source.experts]
-    parts = {getattr(source.family, name): layout.parts[name] for name in PROJECTIONS}
-    ffn = re.compile(rf"{re.escape(source.family.layers)}\.(\d+)\.{source.family.ffn}\.({'|'.join(parts)})\.weight")
+    parts = {getattr(family, name): layout.parts[name] for name in PROJECTIONS}
+    ffn = re.compile(rf"{re.escape(family.layers)}\.(\d+)\.{family.ffn}\.({'|'.join(parts)})\.weight")
     jobs = []
     for name, info in _in_order(source.tensors):
         if not (place := ffn.fullmatch(name)):
@@ -62,9 +68,8 @@ def moe_plan(source: Source, layout: MoeLayout, out_dtype: str, observer: Observ
                  for number, view in enumerate(views)]
         # beside the first of a layer's matrices; fp32 whatever the others are: rounded, tokens would go to other experts
         if part == layout.parts["gate"]:
-            router = source.routers[layer]
-            jobs.append(_job(layout.router.format(layer=layer), router, source.moe_file, ""))
-    experts = [job for job in jobs if job.pieces[0].checkpoint is not source.moe_file]
+            jobs.append(_job(layout.router.format(layer=layer), source.routers[layer], file, ""))
+    experts = [job for job in jobs if job.pieces[0].checkpoint is not file]
     return MergePlan(tuple(jobs), (), None, moe_config(layout, source, _dtype(experts)))
 
 

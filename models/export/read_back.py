@@ -23,7 +23,7 @@ import console
 import manifest
 from errors import UserError
 from flags.export import ImportArgs
-from models.checkpoints.configs import filled
+from models.checkpoints.configs import filled_known
 from models.checkpoints.fingerprints import fingerprint
 from models.checkpoints.header import KINDS, TensorInfo
 from models.checkpoints.reader import INDEX, Checkpoint
@@ -63,13 +63,14 @@ def import_moe(args: ImportArgs) -> str:
         if not args.overwrite and manifest.finished(target, settings):
             return f"{target}: already imported"
         kept = _verified(folder, file, layout, args, stack)
-        tensors, config, said = ({}, None, "") if kept else _recovered(file, base, layout, args)
+        found = None if kept else _recovered(file, base, layout, args)
         with manifest.writing(target, "import", settings, overwrite=args.overwrite) as run:
-            if kept:
+            if found is None:
                 for name in (WEIGHTS, CONFIG):
                     shutil.copyfile(folder / FACTORS / name, run.folder / name)
                 said = f"the factors that it was written from, every weight of the folder held to them ({kept})"
             else:
+                tensors, config, said = found
                 save_file(tensors, run.folder / WEIGHTS, metadata={"format": "pt"})
                 manifest.write_json(run.folder / CONFIG, {"format": FORMAT, **asdict(config)})
             _companions(folder, run.folder)
@@ -94,8 +95,8 @@ def _layout(file: Checkpoint, base: Source) -> MoeLayout:
     if base.kind not in layout.families:
         raise UserError(f"{file.folder}: a {kind} is an upcycled {' or '.join(layout.families)}, but --model_name_or_path "
                         f"{base.base.folder} is a {base.kind}; give the model that its experts were made from")
-    have = filled(file.config)
-    want = filled(moe_settings(layout, base, have.num_experts, have.num_experts_per_tok, None))
+    have = filled_known(file.config)
+    want = filled_known(moe_settings(layout, base, have.num_experts, have.num_experts_per_tok, None))
     for key in _COMPARED:
         one, two = (_setting(config, key) for config in (have, want))
         if one != two:
@@ -123,7 +124,7 @@ def _verified(folder: Path, file: Checkpoint, layout: MoeLayout, args: ImportArg
         log.info("%s: not used, the weights are looked at instead: %s", folder / FACTORS, error)
         return ""
     names = {job.name for job in plan.jobs}
-    if names != set(file.tensors) or source.moe.top_k != file.config.get("num_experts_per_tok"):
+    if names != set(file.tensors) or source.required_moe.top_k != file.config.get("num_experts_per_tok"):
         log.info("%s: holds another model than the folder; the weights are looked at instead", folder / FACTORS)
         return ""
     unequal = 0
@@ -148,14 +149,14 @@ def _verified(folder: Path, file: Checkpoint, layout: MoeLayout, args: ImportArg
 def _recovered(file: Checkpoint, base: Source, layout: MoeLayout, args: ImportArgs
                ) -> tuple[dict[str, Tensor], MoeConfig, str]:
     """Factors out of the weights alone."""
-    config = filled(file.config)
+    config, family = filled_known(file.config), base.required_family
     experts, layers = config.num_experts, config.num_hidden_layers
     names = args.expert_names or tuple(f"expert_{i}" for i in range(experts))
     if len(names) != experts:
         raise UserError(f"--experts {args.experts}: the folder has {experts}; name as many")
     looked = _Looked(file, base, args)
-    parts = {name: getattr(base.family, name) for name in PROJECTIONS}
-    ffn = {f"{base.family.layers}.{i}.{base.family.ffn}.{part}.weight": (i, name) for i in range(layers)
+    parts = {name: getattr(family, name) for name in PROJECTIONS}
+    ffn = {f"{family.layers}.{i}.{family.ffn}.{part}.weight": (i, name) for i in range(layers)
            for name, part in parts.items()}
     tensors: dict[str, Tensor] = {}
     attention: dict[str, Pair] = {}
@@ -165,9 +166,10 @@ def _recovered(file: Checkpoint, base: Source, layout: MoeLayout, args: ImportAr
                 attention[tensor.removesuffix(".weight")] = pair
             continue
         layer, name = ffn[tensor]
-        pairs = [looked.change(tensor, layout.expert.format(layer=layer, expert=e, part=layout.parts[name]))
-                 for e in range(experts)]
-        if all(pairs):
+        changes = [looked.change(tensor, layout.expert.format(layer=layer, expert=e, part=layout.parts[name]))
+                   for e in range(experts)]
+        pairs = [change for change in changes if change is not None]
+        if len(pairs) == experts:
             a, b = _stacked(pairs)
             tensors |= {f"layers.{layer}.{name}.a": a, f"layers.{layer}.{name}.b": b}
     for layer in range(layers):
@@ -203,7 +205,7 @@ class _Looked:
         stored, own = pair
         if torch.equal(stored, own.to(stored.dtype)):
             return None
-        if tensor.rpartition(".")[0].rpartition(".")[2] not in self.base.family.attention or stored.dim() != 2:
+        if tensor.rpartition(".")[0].rpartition(".")[2] not in self.base.required_family.attention or stored.dim() != 2:
             self.problems.append(f"{self.file.folder}: {tensor} is not the base's, and a fused MoE shares all but experts "
                                  "and attention with it; give the base that it was made from")
             return None
@@ -262,10 +264,10 @@ def _padded(pair: Pair, rank: int) -> Pair:
 
 def _attention(found: dict[str, Pair], base: Source, rank: int) -> dict[str, Tensor]:
     """A LoRA on every projection of attention, of scale 1: zeros where nothing changed."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, info in base.tensors.items():
         module = name.removesuffix(".weight")
-        if module == name or module.rpartition(".")[2] not in base.family.attention:
+        if module == name or module.rpartition(".")[2] not in base.required_family.attention:
             continue
         nothing = torch.zeros(1, info.shape[1]), torch.zeros(info.shape[0], 1)
         a, b = _padded(found.get(module, nothing), rank)

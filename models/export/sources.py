@@ -16,7 +16,7 @@ from flags.mixture import Parts, mixture_run, read_mixture
 from models.adapters.adapted import adapter_changes
 from models.adapters.changed import Change, Factor
 from models.adapters.files import WEIGHTS as ADAPTER_WEIGHTS
-from models.adapters.files import read_adapter
+from models.adapters.files import Adapter, read_adapter
 from models.base.families import Family, family_of
 from models.base.loading import base_path, check_base, skeleton
 from models.checkpoints.configs import ties_head
@@ -89,6 +89,20 @@ class Source:
         return next((info for name, info in self.tensors.items()
                      if EMBEDDINGS.search(name) and "per_layer" not in name), None)
 
+    @property
+    def required_family(self) -> Family:
+        """The family; a ValueError where no row says it, so that no fused MoE lies on it."""
+        if self.family is None:
+            raise ValueError(f"{self.name}: a {self.kind} is of no family")
+        return self.family
+
+    @property
+    def required_moe(self) -> MoeConfig:
+        """The configuration of a fused MoE; a ValueError for any other run."""
+        if self.moe is None:
+            raise ValueError(f"{self.name}: is no fused MoE")
+        return self.moe
+
 
 def open_source(args: ExportArgs, stack: ExitStack) -> Source:
     """The run that the flags name, with its base, everything checked that a header shows.
@@ -115,7 +129,8 @@ def _parts(args: ExportArgs) -> Parts:
 
 
 def _folders(names: Sequence[str], args: ExportArgs) -> list[Path]:
-    found, problems = [], []
+    found: list[Path] = []
+    problems: list[str] = []
     for name in names:
         try:
             given = Path(name).expanduser()
@@ -158,7 +173,9 @@ def _of_adapters(name: str, parts: Parts, folders: Sequence[Path], base: Checkpo
 
     source = plain_source(name, tuple(folders), base)
     embedding = source.embedding.name if source.embedding else ""
-    common, head, problems, known = {}, [], [], []
+    common, head = Changes(), list[Change]()
+    problems: list[str] = []
+    known: list[Adapter] = []
     model = skeleton(base.folder)
     for (part, weight), folder in zip(parts, folders, strict=True):
         try:
@@ -180,7 +197,7 @@ def _of_adapters(name: str, parts: Parts, folders: Sequence[Path], base: Checkpo
     # the configuration holds the scale, which no hash of weights sees
     configs = {f"{part} (configuration)": manifest.sha256(folder / ADAPTER)
                for (part, _), folder in zip(parts, folders, strict=True)}
-    return replace(source, common=common, head=head, hashes=source.hashes | hashes | configs,
+    return replace(source, common=common, head=head, hashes={**source.hashes, **hashes, **configs},
                    weights=dict(parts) if len(parts) > 1 or parts[0][1] != 1 else {})
 
 
@@ -195,31 +212,35 @@ def open_moe(folder: Path, base: Checkpoint, args: Any, stack: ExitStack) -> Sou
     file = stack.enter_context(Checkpoint.open(folder / MOE_WEIGHTS))
     problems: list[str] = []
     experts = [Changes() for _ in config.experts]
-    routers = []
+    routers: list[TensorInfo] = []
     for layer in range(base.config["num_hidden_layers"]):
-        routers.append(_tensor(file, f"layers.{layer}.router", (len(experts), base.config["hidden_size"]), problems))
+        router = _tensor(file, f"layers.{layer}.router", (len(experts), base.config["hidden_size"]), problems)
+        routers += [router] if router else []
         for projection in PROJECTIONS:
             own, rows, first, columns = _matrix(source, layer, projection)
             factors = [("a", "b", 1.0)] + ([("tuned_a", "tuned_b", config.tuning.scale)] if config.tuning else [])
             for a, b, scale in factors:
                 names = [f"layers.{layer}.{projection}.{part}" for part in (a, b)]
                 rank = file.tensors[names[0]].shape[1] if names[0] in file.tensors else 0
-                pair = [_tensor(file, name, (len(experts), *shape), problems)
-                        for name, shape in zip(names, ((rank, columns), (rows, rank)), strict=True)]
-                for place, changes in enumerate(experts) if all(pair) else ():
-                    one, two = (Factor.of_stack(file, info, place) for info in pair)
+                down = _tensor(file, names[0], (len(experts), rank, columns), problems)
+                out = _tensor(file, names[1], (len(experts), rows, rank), problems)
+                if down is None or out is None:
+                    continue
+                for place, changes in enumerate(experts):
+                    one, two = Factor.of_stack(file, down, place), Factor.of_stack(file, out, place)
                     changes.setdefault(own, []).append(Change(one, two, scale, first_row=first))
-    common = _attention(source, file, config, problems) if config.attention else {}
+    common = _attention(source, file, config.attention.scale, problems) if config.attention else {}
     if problems:
         raise UserError(*(f"{folder / MOE_WEIGHTS}: {problem}; build the fused model again" for problem in problems[:6]))
     hashes = {"moe": manifest.sha256(folder / MOE_WEIGHTS), "moe_config": manifest.sha256(folder / MOE)}
-    return replace(source, common=common, hashes=source.hashes | hashes, routers=tuple(routers), moe=config, moe_file=file,
-                   experts=tuple(Expert(name, changes) for name, changes in zip(config.experts, experts, strict=True)))
+    return replace(source, common=common, hashes={**source.hashes, **hashes}, routers=tuple(routers), moe=config,
+                   moe_file=file, experts=tuple(
+                       Expert(name, changes) for name, changes in zip(config.experts, experts, strict=True)))
 
 
 def _matrix(source: Source, layer: int, projection: str) -> tuple[str, int, int, int]:
     """(own name of the base's tensor, rows, first row, columns) of a projection of a layer's FFN."""
-    family = source.family
+    family = source.required_family
     name = f"{family.layers}.{layer}.{family.ffn}.{getattr(family, projection)}.weight"
     if name not in source.tensors:
         raise UserError(f"{source.base.folder}: has no tensor {name}, which the family {source.kind} keeps its FFN in; give "
@@ -243,7 +264,7 @@ def _tensor(file: Checkpoint, name: str, shape: tuple[int, ...], problems: list[
     return None
 
 
-def _attention(source: Source, file: Checkpoint, config: MoeConfig, problems: list[str]) -> Changes:
+def _attention(source: Source, file: Checkpoint, scale: float, problems: list[str]) -> Changes:
     """The second stage's LoRA on attention, by the base's tensors."""
     changes = Changes()
     for name, a in file.tensors.items():
@@ -255,7 +276,7 @@ def _attention(source: Source, file: Checkpoint, config: MoeConfig, problems: li
         if info is None or b is None or info.shape != (b.shape[0], a.shape[1]) or b.shape[1] != a.shape[0]:
             problems.append(f"{name}: does not fit the base's {module}")
         else:
-            changes[info.name] = [Change(Factor.whole(file, a), Factor.whole(file, b), config.attention.scale)]
+            changes[info.name] = [Change(Factor.whole(file, a), Factor.whole(file, b), scale)]
     if not changes and not problems:
         problems.append("names a LoRA on attention in moe_config.json and holds none")
     return changes

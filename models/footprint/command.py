@@ -20,6 +20,7 @@ from flags import (
     InferenceArgs,
     MaskArgs,
 )
+from flags.align import Objective
 from flags.export import ImportArgs
 from flags.realign import RealignArgs
 from models.footprint import answering, fusing, training
@@ -63,7 +64,8 @@ def told(parsed: Parsed) -> Iterator[str]:
         return
 
     def peak(one: Any, extra: Any, name: str = strategy, count: int = devices) -> float:
-        return divided(footprint(one, extra, shape, place, _tokens(one, args, asked)), name, count).peak
+        whole = footprint(one, extra, shape, place, _tokens(one, args, asked))
+        return 0.0 if whole is None else divided(whole, name, count).peak
 
     raise UserError(f"--plan: {mine.peak / 1e9:.1f} GB of each device, and {limit / 1e9:.1f} GB is there ({found}); "
                     + _nearest(args, parsed.training, place, peak, strategy, devices, limit))
@@ -166,7 +168,7 @@ def _tokens(one: Any, args: Any, asked: Any) -> int:
 
 
 def _batch(args: Any, tokens: int) -> str:
-    if isinstance(args, AlignArgs):
+    if isinstance(args, Objective):
         return f"; {args.per_device_train_batch_size} rows of {tokens or args.model_max_length} tokens a pass and device"
     if isinstance(args, InferenceArgs):
         return f"; {args.batch_size} prompts of {tokens or answering.PROMPT} tokens and {args.max_new_tokens} new ones"

@@ -60,14 +60,17 @@ class LocalBackend:
         self.args, self._answerer, self._refuses = args, answerer, refuses
 
     def problems(self, runs: Sequence[str]) -> list[str]:
-        found = []
-        for run in runs if self._refuses else ():
+        found: list[str] = []
+        refuses = self._refuses
+        if refuses is None:
+            return found
+        for run in runs:
             try:
                 config = skeleton(located(run, self.args).base).config
             except UserError as error:
                 found += error.problems
                 continue
-            if why := self._refuses(config):
+            if why := refuses(config):
                 found.append(f"--backend {self.args.backend}: {run or 'the base'}: {why}; use --backend hf")
         return list(dict.fromkeys(found))
 

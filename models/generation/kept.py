@@ -73,18 +73,26 @@ class KeptAnswers:
                 self._path.unlink(missing_ok=True)
             self._file.close()
 
+    @property
+    def _opened(self) -> TextIO:
+        """This process's file; a RuntimeError before ``begin`` opens it."""
+        if self._file is None:
+            raise RuntimeError(f"{self._path}: begin first")
+        return self._file
+
     def _collect(self, head: str) -> set[int]:
         """Read what is there; batches of other processes move into the first one's file."""
-        self._file.seek(0)
-        lines = self._file.read().split("\n")
+        file = self._opened
+        file.seek(0)
+        lines = file.read().split("\n")
         if lines[0] != head:
-            self._file.truncate(0)
+            file.truncate(0)
             self._write(head)
         else:
             self.rows = dict(_batches(lines[1:], self._path))
             # behind a torn line a new one begins
             if lines[-1]:
-                self._file.write("\n")
+                file.write("\n")
         for other in _others(self._path):
             lines = other.read_text(encoding="utf-8").split("\n")
             for number, rows in _batches(lines[1:], other) if lines[0] == head else ():
@@ -95,8 +103,9 @@ class KeptAnswers:
         return set(self.rows)
 
     def _write(self, line: str) -> None:
-        self._file.write(f"{line}\n")
-        self._file.flush()
+        file = self._opened
+        file.write(f"{line}\n")
+        file.flush()
 
 
 @contextmanager

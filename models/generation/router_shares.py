@@ -6,9 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from models.generation.answers import encoded, left_pad, pad_id
 from models.moe.files import moe_layers
+from models.moe.layer import SharedMoe
+from models.moe.packed import PackedMoe
 from models.moe.router import mean_probabilities
 from models.runs import Loaded
 
@@ -26,7 +29,7 @@ def router_shares(loaded: Loaded, texts: Sequence[str], batch_size: int = 16) ->
         for start in range(0, len(rows), batch_size):
             ids, mask = left_pad(rows[start : start + batch_size], pad_id(loaded.tokenizer), loaded.device)
             loaded.model.model(input_ids=ids, attention_mask=mask, use_cache=False)
-            probabilities = [layer.probabilities.to(mask.device) for layer in layers]
+            probabilities = [_recorded(layer).to(mask.device) for layer in layers]
             means = mean_probabilities(probabilities, mask)  # (layers, batch, experts)
             total += means.sum(1).float().cpu().numpy()
     finally:
@@ -34,3 +37,9 @@ def router_shares(loaded: Loaded, texts: Sequence[str], batch_size: int = 16) ->
         for layer in layers:
             layer.record, layer.probabilities = False, None
     return total / len(rows)
+
+
+def _recorded(layer: SharedMoe | PackedMoe) -> Tensor:
+    if layer.probabilities is None:
+        raise RuntimeError("a fused layer recorded nothing: the model did not run it")
+    return layer.probabilities

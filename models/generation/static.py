@@ -33,6 +33,8 @@ class StaticAnswerer:
     # not inference_mode: what is compiled writes to the cache, and is shared between batches
     @torch.no_grad()
     def answer(self, prompts: Sequence[str], decoding: Decoding, seed: int) -> list[Answer]:
+        if self._cache is None:
+            raise RuntimeError("prepare first: it makes the cache")
         self._cache.reset()
         # the last batch is filled up: another size would be another shape, and does not fit the cache
         filled = [*prompts, *[prompts[-1]] * (self.unit - len(prompts))]

@@ -146,8 +146,8 @@ def _rank(run: str, place: Located) -> int:
     Raises:
         UserError: it belongs to another base, fits it nowhere, or has a scale or a rank that vLLM does not know.
     """
-    adapter = read_adapter(place.folder, scaled=False)
-    check_base(place.folder, place.base)
+    adapter = read_adapter(place.own_folder, scaled=False)
+    check_base(place.own_folder, place.base)
     check_fit([adapter], skeleton(place.base))
     rank = max(a.shape[0] for a, _ in adapter.modules.values())
     odd = ("has another scale in some of its modules (alpha_pattern, rank_pattern)" if len(set(adapter.scales.values())) > 1

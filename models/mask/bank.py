@@ -60,7 +60,7 @@ class MaskBank(nn.Module):
             self.names.append(slot.spec.name)
             shape = units.grid if is_parted(slot.live) else (units.size,)
             start = torch.full(shape, init, dtype=logit_dtype, device=device)
-            self.logits.append(nn.Parameter(parted_like(start, slot.live, slot.spec.units.grid)))
+            self.logits.append(nn.Parameter(parted_like(start, slot.live, slot.spec.required_units.grid)))
         self.masked = [slot for slot in self.slots if slot.logits_index is not None]
         self.draw: Draw | None = None
         self.weight = 1.0
@@ -115,12 +115,14 @@ class MaskBank(nn.Module):
         for slot in self.slots:
             slot.weights.copy_(same_rows(source(slot.spec), slot.live))
 
-    def _by_kernels(self, slot: Slot, draw: Draw) -> bool:
-        return slot.logits_index is not None and self.fused.serves(slot, draw)
+    def _kernels(self, slot: Slot, draw: Draw) -> FusedDraws | None:
+        """What does a slot's draw in kernels; None where this module's own operations do it."""
+        fused = self.fused
+        return fused if fused is not None and slot.logits_index is not None and fused.serves(slot, draw) else None
 
     def _write(self, slot: Slot, draw: Draw) -> None:
-        if self._by_kernels(slot, draw):
-            self.fused.write(slot, self.logits[slot.logits_index].detach(), draw)
+        if (kernels := self._kernels(slot, draw)) is not None:
+            kernels.write(slot, self.logits[slot.logits_index].detach(), draw)
             return
         weights = slot.weights.detach().view(-1)
         # a mask with a logit per entry is drawn where its weights will be: no second buffer
@@ -152,8 +154,8 @@ class MaskBank(nn.Module):
         logits = self._own_logits(slot)
         # as wide as soft_mask computes: fp32 also for logits and weights in bfloat16
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        fits = room is not None and room.dtype == dtype
-        mask = room if fits else torch.empty(logits.numel(), dtype=dtype, device=logits.device)
+        mask = room if room is not None and room.dtype == dtype else torch.empty(logits.numel(), dtype=dtype,
+                                                                                 device=logits.device)
         slope = torch.empty_like(mask) if with_slope else None
         for block in blocks(logits):
             values = piece(logits, block)
@@ -180,8 +182,8 @@ class MaskBank(nn.Module):
         if device.type == "cpu" or not is_parted(slot.live):
             return noise(key, first, length(block), device)
         # a GPU's streams start at 0 only, and one process would draw this tensor in one go: by Triton's, where kernels serve
-        count = slot.spec.units.size
-        by_triton = has_triton() and self.fused.fits(slot, draw)
+        count = slot.spec.required_units.size
+        by_triton = has_triton() and self.fused is not None and self.fused.fits(slot, draw)
         whole = device_bits(key, count, device) if by_triton else noise(key, 0, count, device)
         return whole[first:first + length(block)]
 
@@ -237,15 +239,16 @@ class MaskBank(nn.Module):
             live.grad = None
             raise RuntimeError("a backward pass needs the draw that its forward pass saw: call write() first")
         logits = self.logits[slot.logits_index]
-        if self._by_kernels(slot, draw):
+        if (kernels := self._kernels(slot, draw)) is not None:
             gradient, live.grad = live.grad, None
-            logits.grad = self.fused.backward(slot, logits.detach(), draw, gradient, self.weight, logits.grad)
+            logits.grad = kernels.backward(slot, logits.detach(), draw, gradient, self.weight, logits.grad)
             return
         # a soft mask tells its slope, block by block; a hard one does not, and its soft draw is gone
         mask, slope = self._drawn(slot, draw, with_slope=draw.hard)
         scale = self._scale(slot, mask)
         # with a logit per entry a sum over its unit is a view: G's own memory becomes the logits' gradient
-        mask_gradient = slot.units.reduce(self._entry_gradient(slot, mask, scale, draw).view(slot.units.matrix))
+        units = slot.required_units
+        mask_gradient = units.reduce(self._entry_gradient(slot, mask, scale, draw).view(units.matrix))
         gradient = self._logit_gradient(slot, mask_gradient, mask, slope, scale, draw.temperature)
         if self.weight != 1:
             gradient.mul_(self.weight)
@@ -298,6 +301,8 @@ class MaskBank(nn.Module):
         entries = self._masked_entries
         for slot in self.masked:
             _, slope = self._drawn(slot, self.draw, with_slope=True)
+            if slope is None:
+                raise ValueError(f"{slot.spec.name}: is not masked")
             joint_scale = Scale(self.scales[slot.spec.name], self._joint_scale_gradient, entries)
             mean_part = joint_mean_part(slope, joint_scale, slot.counts_as(slope.dtype))
             self._add_gradient(self.logits[slot.logits_index], mean_part.mul_(-self.weight))

@@ -48,8 +48,8 @@ def mask_numbers(mask: Mask, label: str = "") -> dict[str, Any]:
     for name, logits in mask.logits.items():
         if not logits.numel():
             continue  # a factor of rank 0 has none
-        layer = layer_of(name)
-        rows["none" if layer is None else str(layer), module_of(name)].append(_numbers_of(logits))
+        place = layer_of(name)
+        rows["none" if place is None else str(place), module_of(name)].append(_numbers_of(logits))
     groups: dict[str, dict[str, list]] = {"layers": defaultdict(list), "modules": defaultdict(list)}
     grid: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
     for (layer, module), cell in rows.items():
@@ -125,7 +125,8 @@ def agreement(masks: Mapping[str, Mask], readout: Readout | None = None) -> dict
 def _kept(masks: Mapping[str, Mask], tensors: Sequence[str], readout: Readout,
           ) -> tuple[dict[str, int], dict[tuple[str, str], int]]:
     """(name -> units that a mask keeps, two names -> units that both keep), from one tensor of every mask at a time."""
-    kept, both = Counter(), Counter()
+    kept: Counter[str] = Counter()
+    both: Counter[tuple[str, str]] = Counter()
     # each with noise of its own: shared uniforms would look like agreement
     walks = [read_out({name: mask.logits[name] for name in tensors}, mask.settings, readout, seed)
              for seed, mask in enumerate(masks.values())]

@@ -43,8 +43,9 @@ def open_mask(folder: Path, args: Any, stack: ExitStack, aligned: str | None = N
     """
     mask = read_mask(folder)
     aligned_model = _open(mask.aligned, aligned, args, stack, None)
+    places: Sequence[str | None] = tasks or [None] * len(mask.tasks)
     task_models = [_open(facts, given, args, stack, aligned_model)
-                   for facts, given in zip(mask.tasks, tasks or [None] * len(mask.tasks), strict=False)]
+                   for facts, given in zip(mask.tasks, places, strict=False)]
     # after opening: a model that does not exist is the plainer mistake
     if tasks is not None and len(tasks) != len(mask.tasks):
         raise UserError(f"{folder}: was trained for {len(mask.tasks)} tasks, but {len(tasks)} are given")

@@ -93,7 +93,8 @@ def open_models(args: Any, aligned: str, tasks: Sequence[str], trust: bool, stac
     """
     flag = "--aligned" if aligned else "--model_name_or_path"
     aligned_model = open_model(aligned or args.model_name_or_path, args, flag, stack)
-    task_models, problems = [], []
+    task_models: list[Model] = []
+    problems: list[str] = []
     for name in tasks:
         try:
             task = open_model(name, args, "--tasks", stack, base=aligned_model.checkpoint)

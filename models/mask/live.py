@@ -67,6 +67,13 @@ class Slot:
         return replace(units, shape=tuple(self.weights.shape)) if units and is_parted(self.live) else units
 
     @property
+    def required_units(self) -> Units:
+        """``units``; a ValueError where the tensor is not masked."""
+        if self.units is None:
+            raise ValueError(f"{self.spec.name}: is not masked")
+        return self.units
+
+    @property
     def first(self) -> int:
         """The place in the whole tensor of the first entry that lies here."""
         return first_row(self.live) * self.spec.matrix[1]
@@ -74,12 +81,12 @@ class Slot:
     @property
     def first_unit(self) -> int:
         """The number of the first unit that lies here."""
-        return first_row(self.live) * self.spec.units.grid[1]
+        return first_row(self.live) * self.spec.required_units.grid[1]
 
     @property
     def entries(self) -> float:
         """How many entries of the whole tensor its logits govern."""
-        units = self.spec.units
+        units = self.spec.required_units
         return float(units.size if units.index is not None else prod(self.spec.shape))
 
     def counts_as(self, dtype: torch.dtype, block: slice = slice(None)) -> Tensor | float:

@@ -88,9 +88,10 @@ class RoundedAdamW(torch.optim.Optimizer):
             return
         for part, block in enumerate(_blocks(values)):
             # a device's stream starts at 0 only, so every block has a key of its own
-            noise = [random_bits(f"{key}|{part}|{name}", 0, length(block), values.device) for name in ("logits", "moments")]
-            places = [piece(tensor, block) for tensor in (values, mean, square)]
-            adam_block(piece(gradient, block), *places, noise[0], noise[1], step, group)
+            noise, moment_noise = (random_bits(f"{key}|{part}|{name}", 0, length(block), values.device)
+                                   for name in ("logits", "moments"))
+            adam_block(piece(gradient, block), piece(values, block), piece(mean, block), piece(square, block), noise,
+                       moment_noise, step, group)
 
 
 def adam_block(gradient: Tensor, values: Tensor, mean: Tensor, square: Tensor, noise: Tensor, moment_noise: Tensor,

@@ -25,7 +25,7 @@ def read_out(logits: Mapping[str, Tensor], settings: Settings, readout: Readout,
     """
     if readout.kind == "top":
         # the only read-out that no tensor can tell by itself
-        yield from _largest_share(logits, readout.value)
+        yield from _largest_share(logits, readout.required_value)
         return
     for name, values in logits.items():
         yield name, _mask(name, values, settings.temperature, readout, seed)
@@ -37,8 +37,8 @@ def _mask(name: str, logits: Tensor, temperature: float, readout: Readout, seed:
     if readout.kind == "expected":
         return torch.sigmoid(logits)
     if readout.kind == "threshold":
-        return (logits > readout.value).float()
-    draws = int(readout.value) if readout.kind == "average" else 1
+        return (logits > readout.required_value).float()
+    draws = int(readout.required_value) if readout.kind == "average" else 1
     total = torch.zeros_like(logits)
     for draw in range(draws):
         bits = noise(f"{seed}|readout|{draw}|{name}", 0, logits.numel(), logits.device).view(logits.shape)

@@ -53,6 +53,8 @@ def effective(rule: Rule, deltas: Sequence[Tensor], mask: Tensor, thresholds: Se
             total += delta * kept_above(midpoints(bits, mask.dtype), density)
         # DARE's 1 / density goes with lambda: one product for all tasks
         return total.mul_(rule.lambda_ / density)
+    if thresholds is None:
+        raise ValueError("TIES needs the thresholds of its tasks")
     masked = [delta * mask for delta in deltas]
     trimmed = [v * (v.abs() >= t) for v, t in zip(masked, thresholds, strict=True)]
     return disjoint_sum(deltas, trimmed).mul_(rule.lambda_)

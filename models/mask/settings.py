@@ -91,6 +91,13 @@ class Readout:
     value: float | None = None
 
     @property
+    def required_value(self) -> float:
+        """``value``; a ValueError for a kind that has none."""
+        if self.value is None:
+            raise ValueError(f"{self.kind}: a read-out without a number")
+        return self.value
+
+    @property
     def random(self) -> bool:
         """Whether a seed belongs to it."""
         return self.kind in ("soft", "hard", "average")

@@ -42,6 +42,13 @@ class Spec:
     units: Units | None
 
     @property
+    def required_units(self) -> Units:
+        """The units; a ValueError where the tensor is excluded."""
+        if self.units is None:
+            raise ValueError(f"{self.name}: is not masked")
+        return self.units
+
+    @property
     def matrix(self) -> tuple[int, int]:
         """(rows, columns), as the units see the tensor."""
         return matrix_of(self.shape)
@@ -154,7 +161,7 @@ def _rank_of(model: Model, module: str) -> int:
 
 def _some_factors(module: str, models: Sequence[Model]) -> Pair:
     """The factors of the first model that has some, for their shapes."""
-    return next(model.adapter.modules[module] for model in models if _own_factors(model, module) is not None)
+    return next(own for model in models if (own := _own_factors(model, module)) is not None)
 
 
 def components(module: str, aligned: Model, tasks: Sequence[Model]) -> list[Pair]:
@@ -258,7 +265,7 @@ def check_units(specs: Sequence[Spec], settings: Settings) -> None:
     Raises:
         UserError: with the flags to change.
     """
-    masked = [spec for spec in specs if spec.units is not None]
-    if RESCALINGS[settings.rescale].undoes_one_unit and all(spec.units.size == 1 for spec in masked):
+    masked = [spec.units for spec in specs if spec.units is not None]
+    if RESCALINGS[settings.rescale].undoes_one_unit and all(units.size == 1 for units in masked):
         raise UserError(f"--rescale {settings.rescale}: with --granularity {settings.granularity} each tensor has one "
                         "logit, and its mask divided by its mean is always 1; use --rescale none or global")

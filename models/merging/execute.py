@@ -13,10 +13,12 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -75,9 +77,9 @@ class FileBlocks:
             # every input has a buffer of its own; the next block overwrites them all
             values = [self._read(i, piece, first, shape) for i, piece in enumerate(self.job.pieces)]
             # only the inputs together can say what a row that one of them lacks should be
-            if self.job.tokens is not None:
-                fill(self.job.tokens, [piece.model for piece in self.job.pieces], values, first // shape[1], self._row,
-                     self._mean)
+            if (rows := self.job.tokens) is not None:
+                fill(rows, [piece.model for piece in self.job.pieces], values, first // shape[1], self._row,
+                     partial(self._mean, rows.tokens))
             elif any(piece.rows is not None for piece in self.job.pieces):
                 _fill_missing(self.job, values, first, shape)
             values = [block.to(self.device) for block in values]
@@ -94,7 +96,8 @@ class FileBlocks:
         if piece.rows is None:
             out.view(-1).copy_(self._values(piece, first, count))
         else:
-            self._read_rows(piece, first // shape[1], out)
+            top = first // shape[1]
+            self._read_rows(piece, piece.rows[top:top + shape[0]], out)
         # a finite sum proves every value finite, in one pass; the exact look is for the rare other case
         if not self.checked and not torch.isfinite(out.sum()) and not torch.isfinite(out).all():
             place = int((~torch.isfinite(out.view(-1))).nonzero()[0]) + first
@@ -112,10 +115,10 @@ class FileBlocks:
         columns = piece.info.shape[1]
         return self._values(piece, row * columns, columns).float()
 
-    def _mean(self, which: int) -> Tensor:
+    def _mean(self, tokens: int, which: int) -> Tensor:
         """The mean of an input's rows that have a token, completed as they are: one more walk, made once per tensor."""
         if not self.means:
-            tokens, totals = self.job.tokens.tokens, {}
+            totals: dict[int, Tensor] = {}
             # in blocks of their own: the ones that wait for the mean must keep their buffers
             inner = FileBlocks(replace(self.job, shape=(tokens, self.job.shape[1])), Buffers(), self.seed, self.device)
             for block in inner:
@@ -125,10 +128,9 @@ class FileBlocks:
             self.means = {i: (total / tokens).float() for i, total in totals.items()}
         return self.means[which]
 
-    def _read_rows(self, piece: Piece, row: int, out: Tensor) -> None:
-        """Rows in the output's order, read run by run of neighbours; rows that the input lacks: 0 until filled."""
-        wanted, columns = piece.rows[row:row + len(out)], out.shape[1]
-        start = 0
+    def _read_rows(self, piece: Piece, wanted: np.ndarray, out: Tensor) -> None:
+        """The input's rows ``wanted``, (rows,), read run by run of neighbours; those that it lacks: 0 until filled."""
+        start, columns = 0, out.shape[1]
         while start < len(wanted):
             stop = start + 1
             # neighbours in the input make one read; of missing rows (-1) the run goes on while the number stays

@@ -116,9 +116,8 @@ def _lists(parts: Mapping[str, Mapping[str, Any]], known: Mapping[str, Any], fir
     for key, value in full[main].items():
         if not _is_list(key, value, depth):
             continue
-        lists = {model: own.get(key) for model, own in full.items()}
-        short = [model for model, layer in origins if not isinstance(lists[model], list | tuple) or
-                 layer >= len(lists[model])]
+        lists = {model: values for model, own in full.items() if isinstance(values := own.get(key), list | tuple)}
+        short = [model for model, layer in origins if model not in lists or layer >= len(lists[model])]
         if short:
             raise UserError(f"config.json of {short[0]}: {key} has no value for every layer that the slices take; save the "
                             "model again with transformers, which fills it in")

@@ -58,7 +58,7 @@ def merge(args: MergeArgs) -> str:
     with ExitStack() as stack:
         checkpoints = with_adapters(recipe, folders, stack, _opened)
         policies = Policies(args.vocab or recipe.vocab or "", args.tied_heads,
-                            DTYPES.get(args.out_dtype or recipe.out_dtype or recipe.dtype, ""))
+                            DTYPES.get(args.out_dtype or recipe.out_dtype or recipe.dtype or "", ""))
         template = chosen_template(recipe, {name: checkpoints[name].folder for name in models(recipe)})
         # from here on only headers are read, until the plan is known to fit
         plan = match(recipe, method, checkpoints, policies, _MERGEKIT if recipe.mergekit else {},

@@ -138,7 +138,7 @@ def match(recipe: Recipe, method: Method, checkpoints: Mapping[str, Checkpoint],
     for name, position, slice_, sources in _outputs(recipe, seen, first, problems):
         pieces = {}
         for model, tensor in sources.items():
-            piece = _piece(seen[model], tensor, rows and (rows, order.index(model)))
+            piece = _piece(seen[model], tensor, None if rows is None else (rows, order.index(model)))
             if piece is not None:
                 pieces[model] = replace(piece, model=model)
         # go on: all tensors without a partner are told together
@@ -200,8 +200,8 @@ def _config(recipe: Recipe, seen: Mapping[str, View], first: str, jobs: Sequence
             origins = []
             for slice_ in recipe.slices:
                 lead = _lead(slice_, first)
-                origins += [(lead.model, layer) for layer in range(*lead.layer_range)]
-                for layers in zip(*(range(*s.layer_range) for s in slice_.sources), strict=True):
+                origins += [(lead.model, layer) for layer in range(*lead.required_range)]
+                for layers in zip(*(range(*s.required_range) for s in slice_.sources), strict=True):
                     both = [(s.model, layer) for s, layer in zip(slice_.sources, layers, strict=True)]
                     if (why := mixed(parts, both)) and len(both) > 1:
                         notes.append(f"layers of different kinds become one ({why}): the result keeps {lead.model}'s")
@@ -252,23 +252,23 @@ def _outputs(recipe: Recipe, seen: Mapping[str, View], first: str,
         yield name, t, slice_, {model: name for model in _members(slice_, recipe)}
     # whole stacks: every layer has the names that it has, for the first of a decoder may be unlike the others
     slice_ = recipe.slices[0]
-    layers: dict[int, list[str]] = {}
+    layers: dict[int, list[tuple[str, str]]] = {}
     for name in names:
-        if (layer := layer_of(name)) is not None and stack_of(name) != picked:
-            layers.setdefault(layer, []).append(name)
+        if (layer := layer_of(name)) is not None and (stack := stack_of(name)) is not None and stack != picked:
+            layers.setdefault(layer, []).append((name, stack))
     for layer, tensors in sorted(layers.items()):
-        for name in tensors:
-            yield name, _position(layer, depths[stack_of(name)]), slice_, {m: name for m in _members(slice_, recipe)}
+        for name, stack in tensors:
+            yield name, _position(layer, depths[stack]), slice_, {m: name for m in _members(slice_, recipe)}
     if picked is None:
         return
     start = 0
     for slice_ in recipe.slices:
-        ranges = {source.model: source.layer_range for source in slice_.sources}
+        ranges = {source.model: source.required_range for source in slice_.sources}
         lead = _lead(slice_, first)
-        low, high = lead.layer_range
+        low, high = lead.required_range
         for model in _members(slice_, recipe):
             # a base that the slice does not list is compared at the layers of the first source
-            ranges.setdefault(model, slice_.sources[0].layer_range)
+            ranges.setdefault(model, slice_.sources[0].required_range)
         for i in range(high - low):
             # those of a slice are numbered anew
             for name in (n for n in seen[lead.model].tensors if stack_of(n) == picked and layer_of(n) == low + i):
@@ -295,11 +295,11 @@ def _picked(recipe: Recipe, seen: Mapping[str, View], first: str, problems: list
         return None
     for slice_ in recipe.slices:
         for source in slice_.sources:
-            depth = stacks(seen[source.model].tensors).get(fitting[0], 0)
-            if source.layer_range[1] > depth:
-                problems.append(f"layer_range {list(source.layer_range)}: {source.model} has no tensor "
-                                f"{fitting[0]}{source.layer_range[1] - 1}.*; its layers are 0 to {depth - 1}, so that the "
-                                f"second number is at most {depth}")
+            depth, behind = stacks(seen[source.model].tensors).get(fitting[0], 0), source.required_range[1]
+            if behind > depth:
+                problems.append(f"layer_range {list(source.required_range)}: {source.model} has no tensor "
+                                f"{fitting[0]}{behind - 1}.*; its layers are 0 to {depth - 1}, so that the second number is "
+                                f"at most {depth}")
     return fitting[0]
 
 

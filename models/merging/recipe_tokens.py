@@ -123,11 +123,12 @@ def _rule(entry: Item, report: Report, keys: Callable, model: Callable) -> Token
         name = model(source)
         return TokenRule(name, force=bool(force)) if name else None
     parts = keys(source, KEYS["token_source"])
-    kind = shown(parts["kind"].value)
+    named = parts.get("kind", Item(None, source.line, f"{source.name}.kind"))
+    kind = shown(named.value)
     if kind == "zero":
         return TokenRule(zero=True, force=bool(force))
     if kind != "model_token":
-        report.error(parts["kind"], f"{kind}: not known; allowed: zero, model_token")
+        report.error(named, f"{kind}: not known; allowed: zero, model_token")
         return None
     name = model(parts.get("model", Item(None, source.line, f"{source.name}.model")))
     if ("token" in parts) == ("token_id" in parts):

@@ -117,7 +117,7 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self.anchored: set[int] = set()
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         # counted while composing: aliases of aliases ("billion laughs") expand later, in _Tree, with a count of its own
         self.composed += 1
         if self.composed > MAX_NODES:
@@ -283,7 +283,9 @@ def _plain(item: Item, rule: Rule, report: Report) -> Scalar | tuple[float, ...]
         report.error(item, "an empty list; a layer gradient needs one number or more")
     else:
         points = [_scalar(point, rule, report) for point in item.value]
-        return None if None in points else tuple(points)
+        numbers = tuple(point for point in points if isinstance(point, float))
+        # what is none was reported
+        return numbers if len(numbers) == len(points) else None
     return None
 
 

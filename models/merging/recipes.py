@@ -58,6 +58,13 @@ class Source:
     layer_range: tuple[int, int] | None
     parameters: Mapping[str, Setting]
 
+    @property
+    def required_range(self) -> tuple[int, int]:
+        """The layer range of a source of a slice; a ValueError where whole models are merged."""
+        if self.layer_range is None:
+            raise ValueError(f"{self.model}: all of its layers are merged")
+        return self.layer_range
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -169,7 +176,8 @@ class _Reader(Fields):
     def __init__(self, report: Report, methods: Mapping[str, MethodSpec], theirs: bool) -> None:
         super().__init__(report, theirs)
         self.methods = methods
-        self.method, self.spec = "", None
+        self.method = ""
+        self.spec: MethodSpec | None = None
 
     def recipe(self, top: Item) -> dict[str, Any]:
         keys = self.keys(top, KEYS["top"] + EXTENSIONS if self.theirs else _OURS)
@@ -182,9 +190,10 @@ class _Reader(Fields):
         whole = "slices" not in keys
         name = ("models" if whole else "slices") if self.theirs else "inputs"
         entries = self.entries(given(keys, name, top))
+        slices: tuple[Slice, ...]
         if whole:
-            slices = (self.whole(keys.get(name, top), entries, base),)
-            slices = (self.with_base(keys, slices[0], base, module),) if self.theirs else slices
+            only = self.whole(keys.get(name, top), entries, base)
+            slices = (self.with_base(keys, only, base, module) if self.theirs else only,)
         else:
             slices = tuple(slice_ for entry in entries if (slice_ := self.slice(entry, base)))
         # not an error: with or without the base the sum is the same
@@ -274,9 +283,9 @@ class _Reader(Fields):
             self.report.error(item, f"{self.method} needs a base; add {'base_model' if self.theirs else 'base'}: MODEL")
         if len(slice_.sources) < len(entries) or not entries:
             return  # a source that could not be read has its own error, and counts would be wrong without it
-        lengths = {s.layer_range[1] - s.layer_range[0] for s in slice_.sources if s.layer_range}
-        if len(lengths) > 1:
-            counts = ", ".join(f"{s.model} {s.layer_range[1] - s.layer_range[0]}" for s in slice_.sources)
+        lengths = [(s.model, s.layer_range[1] - s.layer_range[0]) for s in slice_.sources if s.layer_range]
+        if len({length for _, length in lengths}) > 1:
+            counts = ", ".join(f"{model} {length}" for model, length in lengths)
             self.report.error(item, f"sources of one slice need as many layers each; here: {counts}")
         seen: dict[str, Source] = {}
         for source, entry in zip(slice_.sources, entries, strict=True):
@@ -343,9 +352,9 @@ class _Reader(Fields):
                 rules = read_tokens_section(item, self.report, self.keys, self.model)
             elif "tokenizer_source" in keys:
                 rules = TokenRules(self.model(keys["tokenizer_source"]) or "base")
-            if rules is None:
-                return None, None, None
             item = keys.get("tokenizer_source", item)
+            if rules is None or item is None:
+                return None, None, None
             if rules.source.removeprefix("model:") == anchor:
                 rules = replace(rules, source="base")
             # a source of its own, rows of single tokens and padding need more than --vocab base and union
@@ -355,12 +364,12 @@ class _Reader(Fields):
         tokenizer = None if item is None else item.value
         if isinstance(tokenizer, str) and tokenizer.removeprefix("model:") == anchor:
             tokenizer = "base"
-        if tokenizer not in (None, "base", "union"):
+        if item is not None and tokenizer not in (None, "base", "union"):
             allowed = ", ".join(["base", "union", *([anchor] if anchor else [])])
             self.report.error(item, f"{shown(tokenizer)}: not supported; rows follow the base, without one the first "
                                     f"model; allowed: {allowed}; or make that model the base")
             return None, None, None
         vocab = self.word(keys.get("vocab"), VOCABS) or tokenizer
-        if vocab and tokenizer and (vocab == "union") != (tokenizer == "union"):
+        if item is not None and vocab and tokenizer and (vocab == "union") != (tokenizer == "union"):
             self.report.error(item, f"tokenizer {tokenizer} does not fit vocab {vocab}: union needs both")
         return vocab, tokenizer or (vocab and ("union" if vocab == "union" else "base")), None

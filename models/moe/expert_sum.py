@@ -125,10 +125,10 @@ class ExpertSum(torch.autograd.Function):
                 inputs.shrunk_inputs) * slot.own[:, None, :, None])
             d_gate.add(d_own_gate)
             d_up.add(d_own_up)
-        d_factors = (_whole(part.total(), whole.mT, options.frozen).mT for part, whole in (
-            (d_gate_b, inputs.gate_b), (d_up_b, inputs.up_b)))
         return None, None, *ExpertInputs(
-            d_gate.total(), d_up.total(), d_inputs.total(), torch.stack(d_weights, 1).to(inputs.weights.dtype), *d_factors,
+            d_gate.total(), d_up.total(), d_inputs.total(), torch.stack(d_weights, 1).to(inputs.weights.dtype),
+            _whole(d_gate_b.total(), inputs.gate_b.mT, options.frozen).mT,
+            _whole(d_up_b.total(), inputs.up_b.mT, options.frozen).mT,
             _whole(d_down_a.total(), inputs.down_a, options.frozen_down))
 
 

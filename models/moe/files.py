@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,8 @@ def install(model: PreTrainedModel, factors: list[dict[str, tuple[Tensor, Tensor
     family = family_of(model.config)
     for layer, layer_factors, router in zip(decoder_layers(model, family), factors, routers, strict=True):
         ffn = getattr(layer, family.ffn)
-        moe = SharedMoe(*family.ffn_parts(lambda name, ffn=ffn: getattr(ffn, name), halves), getattr(ffn, family.activation),
-                        layer_factors, router, top_k)
+        moe = SharedMoe(*family.ffn_parts(partial(getattr, ffn), halves), getattr(ffn, family.activation), layer_factors,
+                        router, top_k)
         # where its layer is: a model may be spread over several devices
         setattr(layer, family.ffn, moe.to(next(ffn.parameters()).device))
     return model
@@ -240,7 +241,7 @@ def _check_shapes(path: Path, model: PreTrainedModel, factors: list[dict[str, tu
     hidden, intermediate = model.config.hidden_size, model.config.intermediate_size
     sizes = {"gate": (hidden, intermediate), "up": (hidden, intermediate), "down": (intermediate, hidden)}  # (in, out)
     for i, (layer, router) in enumerate(zip(factors, routers, strict=True)):
-        wanted = [(f"layers.{i}.router", router, (experts, hidden))]
+        wanted: list[tuple[str, Tensor, tuple[int, ...]]] = [(f"layers.{i}.router", router, (experts, hidden))]
         for name, (a, b) in layer.items():
             # the rank is free: each of the two factors is held to the other's
             wanted += [(f"layers.{i}.{name}.a", a, (experts, b.shape[-1], sizes[name][0])),

@@ -41,7 +41,8 @@ class PackedMoe(nn.Module):
     def __init__(self, moe: SharedMoe) -> None:
         super().__init__()
         self.act_fn, self.router, self.top_k = moe.act_fn, moe.router, moe.top_k
-        self.record, self.probabilities = False, None
+        self.record = False
+        self.probabilities: Tensor | None = None
         (gate_a, gate_b), (up_a, up_b), (down_a, down_b) = ((moe.experts[n].a, moe.experts[n].b) for n in PROJECTIONS)
         experts, self.rank, _ = gate_a.shape
         self.width = gate_b.shape[1]
@@ -90,8 +91,8 @@ class PackedMoe(nn.Module):
         else:
             block = max(1, _BLOCK // (self.width * self.top_k))
             for start in range(0, len(x), block):
-                rows = slice(start, start + block)
-                _mix_block(self, together[rows], gate[rows], up[rows], shrunk[rows], weights[rows], chosen[rows])
+                part = slice(start, start + block)
+                _mix_block(self, together[part], gate[part], up[part], shrunk[part], weights[part], chosen[part])
         return self._leave(together).view_as(hidden)
 
     def _enter(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,7 +120,7 @@ def _mix_block(moe: PackedMoe, made: Tensor, gate: Tensor, up: Tensor, shrunk: T
     """
     total, small = made[:, : moe.width], made[:, moe.width :].unflatten(1, (moe.num_experts, -1))
     last, shares = chosen.shape[1] - 1, weights.to(made.dtype)
-    first: Tensor | None = None
+    first = total  # until the first slot has made its own, where a later one reads it
     for slot in range(last + 1):
         own = torch.zeros_like(shrunk[:, 0, :, 0]).scatter_(1, chosen[:, slot, None], 1.0)  # (n, E)
         own_gate, own_up = (shrunk * own[:, None, :, None]).flatten(2).unbind(1)  # (n, E r)

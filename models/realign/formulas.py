@@ -69,12 +69,18 @@ def random_mask(weight: WeightInputs, parameters: methods.RandomMask) -> list[Te
 def magnitude(weight: WeightInputs, parameters: methods.Magnitude) -> list[Tensor]:
     """The largest entries of each task vector (``WeightInputs.cuts``)."""
     pruned = []
-    for delta, cut in zip(weight.deltas, weight.cuts, strict=True):
+    for delta, cut in zip(weight.deltas, _given(weight.cuts), strict=True):
         mask = cut.mask(delta)
         # of a cut over the model, the share that this weight keeps is its own
         kept = float(mask.float().mean()) if mask.numel() else 1.0
         pruned.append(delta * mask * (1 / kept if parameters.rescale and kept else 1.0))
     return pruned
+
+
+def _given(cuts: list[MagnitudeCut] | None) -> list[MagnitudeCut]:
+    if cuts is None:
+        raise ValueError("what keeps the largest entries needs a cut for each task")
+    return cuts
 
 
 def dare(weight: WeightInputs, parameters: methods.Dare | methods.Resta | methods.DareSum, purpose: str = "dare",
@@ -108,7 +114,7 @@ def average(vectors: Sequence[Tensor], weight: WeightInputs, parameters: methods
 
 def ties(vectors: Sequence[Tensor], weight: WeightInputs, parameters: methods.Ties) -> Tensor:
     """Trim over the whole vector, elect the sign of the sum, add up what agrees (not its mean): SOMF's TIES."""
-    kept = [vector * cut.mask(vector) for vector, cut in zip(vectors, weight.rule_cuts, strict=True)]
+    kept = [vector * cut.mask(vector) for vector, cut in zip(vectors, _given(weight.rule_cuts), strict=True)]
     return parameters.lambda_ * elect_(kept, [1.0] * len(kept), normalize=False)
 
 
@@ -192,7 +198,10 @@ def edited(weight: WeightInputs, method: methods.Row, parameters: object) -> lis
 def merged(vectors: Sequence[Tensor], weight: WeightInputs, method: methods.Row, parameters: object, rule: methods.Row,
            rule_parameters: object) -> Tensor:
     """finish(rule(vectors)): the fused change, from edited task vectors; uses ``weight.rule_cuts`` up to this weight."""
-    fused, finish = rule.load("finish")(vectors, weight, rule_parameters), method.load("finish")
+    fuse, finish = rule.load("finish"), method.load("finish")
+    if fuse is None:
+        raise ValueError(f"{rule.source}: a rule without a function")
+    fused = fuse(vectors, weight, rule_parameters)
     return finish(fused, weight, parameters) if finish else fused
 
 

@@ -110,7 +110,7 @@ def open_inputs(args: RealignArgs, stack: ExitStack) -> Inputs:
             problems.extend(provenance(model, aligned, flag, args.trust_base))
         return model
 
-    tasks = tuple(opened(name, "--tasks", tuned=True) for name in args.task_names)
+    tasks = tuple(task for name in args.task_names if (task := opened(name, "--tasks", tuned=True)))
     unaligned = opened(args.unaligned, "--unaligned", tuned=False) if args.unaligned else None
     safe = opened(args.safe, "--safe", tuned=False) if args.safe else None
     problems += misfits(aligned, named)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import subprocess
@@ -27,6 +28,15 @@ def test_every_name_is_there():
     assert set(flags.TRAINED.values()) <= set(flags.COMMANDS)
     with pytest.raises(AttributeError, match="no attribute 'NothingArgs'"):
         flags.NothingArgs  # noqa: B018 - asking is the test
+
+
+def test_a_type_checker_sees_the_same_names():
+    tree = ast.parse((ROOT / "flags" / "__init__.pyi").read_text(encoding="utf-8"))
+    imported = {(node.module, alias.asname) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
+                for alias in node.names if alias.asname}
+    wanted = {(f"flags.{file}", name) for file, names in flags._FILES.items() for name in names}
+    assert imported == wanted, "flags/__init__.pyi: a line for each name of __init__.py"
+    assert {node.target.id for node in tree.body if isinstance(node, ast.AnnAssign)} == {"ALL", "COMMANDS"}
 
 
 def test_every_command_of_every_file_has_its_name_here():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -15,8 +16,13 @@ from flags.launch import Sharding
 from models.base.parted import own_part
 from training.distributed.sharding import is_sharded, reshard, shard
 
+if TYPE_CHECKING:
+    from transformers import Trainer
+else:
+    Trainer = object  # what it is mixed into brings its own, transformers' or TRL's
 
-class ManyProcesses:
+
+class ManyProcesses(Trainer):
     """Mix into a ``transformers.Trainer``: DDP by accelerate, FSDP2 by ``shard``, values of all processes."""
 
     @property
@@ -59,14 +65,9 @@ class ManyProcesses:
     def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
         """Nothing: FSDP2 reduces what is parted, and a trainer that reduces by itself knows what."""
 
-    @contextlib.contextmanager
-    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
         # of the micro-batches of a step only the last one's gradients go round, as under DDP
-        self.model.set_requires_gradient_sync(False)
-        try:
-            yield
-        finally:
-            self.model.set_requires_gradient_sync(True)
+        return _unreduced(self.model)
 
     # ---- values of all processes
 
@@ -98,6 +99,16 @@ class ManyProcesses:
         state = [value for values in self.optimizer.state_dict()["state"].values() for value in values.values()]
         tensors = [*self.model.parameters(), *(value for value in state if torch.is_tensor(value))]
         return sum(part.numel() * part.element_size() for part in map(own_part, tensors))
+
+
+@contextlib.contextmanager
+def _unreduced(model: nn.Module) -> Iterator[None]:
+    """Within it gradients stay in their process."""
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
 
 
 @contextlib.contextmanager

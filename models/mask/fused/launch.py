@@ -80,7 +80,7 @@ class FusedDraws:
 
         numbers, sizes = _numbers(slot, draw)
         trained = {"TRAINED": draw.trained}
-        if not slot.spec.units.single:
+        if not slot.spec.required_units.single:
             mask = self._unit_mask(slot, logits, draw)
             programs, steps = grid(slot.live.numel(), 8 * _SUB)
             with torch.cuda.device_of(logits):
@@ -114,7 +114,7 @@ class FusedDraws:
         gradient, delta = gradient.contiguous(), slot.deltas[0]
         told = {**_kinds(draw), "SCALED": self.scaled, "MOVING": moving, "EXPECTED": expected, "ADD": into is not None,
                 "PARTS": _PROGRAMS, "SUB": _SUB}
-        if not slot.spec.units.single:
+        if not slot.spec.required_units.single:
             layout, sums = _layout(slot), torch.empty_like(logits, dtype=torch.float32)
             mask = self._unit_mask(slot, logits, draw)
             across = min(_padded(layout[2]), 8 * _SUB)
@@ -151,14 +151,14 @@ class FusedDraws:
 
 def _numbers(slot: Slot, draw: Draw) -> tuple[tuple[int, int, int, float], tuple[int, int]]:
     """(seed, units, steps, 1 / tau) as every kernel of a draw takes them, and (programs, steps)."""
-    units = slot.spec.units.size
+    units = slot.spec.required_units.size
     sizes = grid(units, 8 * _SUB)
     return (device_seed(f"{draw.key}|{slot.spec.name}"), units, sizes[1], 1 / draw.temperature), sizes
 
 
 def _layout(slot: Slot) -> tuple[int, int, int]:
     """(columns, units across, columns of a unit) of a slot whose units lie in rows."""
-    units = slot.spec.units
+    units = slot.spec.required_units
     return units.matrix[1], units.grid[1], units.columns
 
 

@@ -9,7 +9,7 @@ others.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,7 +55,7 @@ class TokenRows(RowMap):
 
     names: tuple[str, ...] = ()
     base: str | None = None
-    given: Mapping[int, tuple[str, int] | None] = None
+    given: Mapping[int, tuple[str, int] | None] = field(default_factory=dict)
     forced: frozenset[int] = frozenset()
     tokens: int = 0
     folder: Path | None = None
@@ -122,12 +122,13 @@ def token_rows(rules: TokenRules, names: Sequence[str], folders: Sequence[Path],
     Raises:
         UserError: a tokenizer is missing; word pieces that cannot be united; a token's source that does not have it.
     """
-    known = [with_rows(read_tokens(folder), size)[0] for folder, size in zip(folders, sizes, strict=True)]
+    read = [with_rows(read_tokens(folder), size)[0] for folder, size in zip(folders, sizes, strict=True)]
+    known = [tokens for tokens in read if tokens is not None]
     target_folder = source_folder or folders[0]
     # of a tokenizer that no input has, no embedding says which tokens have rows
     target, lost = with_rows(read_tokens(target_folder), dict(zip(folders, sizes, strict=True)).get(target_folder, 0))
-    missing = [str(f) for f, t in zip([*folders, target_folder], [*known, target], strict=True) if t is None]
-    if missing:
+    if target is None or len(known) < len(read):
+        missing = [str(f) for f, t in zip([*folders, target_folder], [*read, target], strict=True) if t is None]
         where = ", ".join(dict.fromkeys(missing))
         raise UserError(f"tokenizer: matches tokens by their text, but there is no {FILE} in {where}; add it, or delete the "
                         "recipe's tokenizer section")
@@ -143,12 +144,12 @@ def token_rows(rules: TokenRules, names: Sequence[str], folders: Sequence[Path],
     new += [text for text in rules.tokens if text not in ids and text not in new]
     first = max(ids.values(), default=-1) + 1
     ids |= {text: first + i for i, text in enumerate(new)}
-    tokens = max(ids.values(), default=-1) + 1
-    rows = tokens if rules.pad_to is None else -(-tokens // rules.pad_to) * rules.pad_to
+    count = max(ids.values(), default=-1) + 1
+    rows = count if rules.pad_to is None else -(-count // rules.pad_to) * rules.pad_to
     sources = []
     for size, own in zip(sizes, known, strict=True):
         order = np.full(rows, LACKS, np.int64)
-        order[tokens:] = PADDING
+        order[count:] = PADDING
         for text, row in ids.items():
             place = own.all.get(text, LACKS)
             order[row] = place if place < size else LACKS
@@ -161,7 +162,7 @@ def token_rows(rules: TokenRules, names: Sequence[str], folders: Sequence[Path],
     # with the flags of the first input that has the token; mergekit drops them where the source lacks it
     entries = tuple(entry(text, next((known[i].entries[text] for i in range(len(names)) if text in known[i].entries), {}),
                           first + i) for i, text in enumerate(new))
-    found = TokenRows(rows, tuple(sources), entries, lost, tuple(names), base, given, forced, tokens, target_folder)
+    found = TokenRows(rows, tuple(sources), entries, lost, tuple(names), base, given, forced, count, target_folder)
     if entries:
         check_ids(target_folder, found, "tokenizer", "take another source")
     return found
@@ -171,7 +172,7 @@ def _given(text: str, rule: TokenRule, names: Sequence[str], known: Sequence[Tok
            problems: list[str]) -> tuple[str, int] | None:
     if rule.zero:
         return None
-    if rule.model not in names:
+    if rule.model is None or rule.model not in names:
         problems.append(f"tokenizer.tokens.{text}: {rule.model} is not an input of this merge; allowed: {', '.join(names)}")
         return None
     which = list(names).index(rule.model)

@@ -120,9 +120,11 @@ def match_rows(policy: str, rows: Sequence[int], tokens: Sequence[Tokens | None]
     if missing:
         raise UserError(f"--vocab {policy}: matches tokens by their text, but there is no {FILE} in {', '.join(missing)}; "
                         "add it, or match by index with --vocab pad")
-    base, new = tokens[0], {}
+    known = [t for t in tokens if t is not None]
+    base = known[0]
+    new: dict[str, Mapping[str, Any]] = {}
     if policy == "union":
-        for name, other in zip(names[1:], tokens[1:], strict=True):
+        for name, other in zip(names[1:], known[1:], strict=True):
             # added tokens are matched before the pieces, so that adding one changes no other cut
             strange = [t for t in other.pieces if t not in base.pieces and t not in base.added]
             if strange:
@@ -136,8 +138,8 @@ def match_rows(policy: str, rows: Sequence[int], tokens: Sequence[Tokens | None]
     ids.update({first_free + j: text for j, text in enumerate(new)})
     total = max(rows[0], first_free + len(new))
     sources = []
-    for n, known in zip(rows, tokens, strict=True):
-        own, order = known.all, np.full(total, -1, np.int64)
+    for n, mine in zip(rows, known, strict=True):
+        own, order = mine.all, np.full(total, -1, np.int64)
         # a row without a token (padding) has no text to match by: it is taken by index
         for i in range(total):
             place = own.get(ids[i], -1) if i in ids else i

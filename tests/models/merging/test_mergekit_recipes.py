@@ -81,6 +81,8 @@ dtype: float32
     ("merge_method: linear\nmodels: [{model: a}]\nchat_template: alpaca", "alpaca: no chat template; allowed: auto"),
     ("merge_method: linear\nmodels: [{model: a}]\ntokenizer: {pad_to_multiple_of: 0}", "0: needs a whole number of 1"),
     ("merge_method: linear\nmodels: [{model: a}]\ntokenizer: {tokens: {x: {force: true}}}", "x: has no source"),
+    ("merge_method: linear\nmodels: [{model: a}]\ntokenizer: {tokens: {x: {source: {kind: , model: a}}}}",
+     "x.source.kind: no value: not known; allowed: zero, model_token"),
     ("merge_method: linear\nmodels: [{model: a}]\nhead_at: middle", "middle: not known; allowed: first, last"),
     ("merge_method: passthrough\nbase_model: b\nmodels: [{model: a}]", "b would be one more model of passthrough"),
     ("merge_method: linear\nbase_model: b\nmodels: [{model: a, parameters: {weight: 1}}]", "has no weight; list it"),
