@@ -5,8 +5,8 @@ stamp="$VENV/.installed"
 want=$(cat "$ROOT/requirements.txt" "$ROOT/requirements.lock" "$ROOT/pyproject.toml" | cksum)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
   python=${PYTHON:-python3}
-  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-    { echo "error: $python is older than 3.10; name a newer one with PYTHON=..." >&2; exit 2; }
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    { echo "error: $python is older than 3.11; name a newer one with PYTHON=..." >&2; exit 2; }
   echo "Installing into $VENV (once; about 3 GB, some minutes) ..."
   [ -x "$VENV/bin/python" ] || "$python" -m venv "$VENV"
   # torch alone and first: the pinned file, not the newest build that another package's range would pull

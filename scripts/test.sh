@@ -1,5 +1,9 @@
 #!/usr/bin/env bash
 # Lint, check types and test everything:  [WORKERS=2] bash scripts/test.sh [pytest arguments]
+#
+#   bash scripts/test.sh                     all of it
+#   bash scripts/test.sh --cov               the same; ends in the coverage of every file
+#   bash scripts/test.sh tests/models -x     lint, types, and these tests up to the first that fails
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh

@@ -9,7 +9,7 @@ from test_architecture import CODE, LADDER, ROOT, sources
 
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
-         for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
+         for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))}
 #: A file of ours that a text names with its folder. The lab log is history: it names files where they stood that day.
 PATH = re.compile(r"(?<![\w./{}-])((?:benchmarks|data|docs|evaluator|examples|flags|models|scripts|tests|training)/"
                   r"[\w./-]*\.(?:py|sh|md|ya?ml|txt|png|ipynb))\b")

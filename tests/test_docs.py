@@ -1,4 +1,4 @@
-"""The pages of docs/ and README: every command of theirs parses, every script and folder that they name is there."""
+"""docs/, README, CONTRIBUTING: every command of theirs parses, every script, test and folder that they name is there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from scripts import reference
 
 ROOT = config.ROOT
 #: The lab log is history: it names commands as they were that day. The reference is made from the code.
-PAGES = [path.relative_to(ROOT).as_posix() for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+PAGES = [path.relative_to(ROOT).as_posix()
+         for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
          if path.name != "lab-log.md" and "reference/flags" not in path.as_posix()]
 #: Words before a command of ours: launchers, and a folder that it is started in.
 LAUNCHERS = ("python", "accelerate", "torchrun", "srun")
@@ -118,10 +119,10 @@ def test_scripts_modules_and_folders_exist(page):
         if at != page:
             continue
         named = words[1] if words[0] == "bash" else ours(words)[0].replace(".", "/") + ".py" if ours(words)[0] else ""
-        if named and words[0] != "bash" and ours(words)[0].split(".")[0] in ("venv", "pip"):
-            continue
-        if named and not (ROOT / place / named).is_file():
-            missing.append((place, named))
+        if named and words[0] != "bash" and ours(words)[0].split(".")[0] in ("venv", "pip", "pytest"):
+            named = ""
+        tests = [word.partition("::")[0] for word in words if word.startswith("tests/")]
+        missing += [(place, path) for path in (named, *tests) if not (ROOT / place / path).exists()]
     assert not missing
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,6 @@ from assets_fixture import require_embedded
 from pico import make_adapter
 from setuptools import find_packages
 from test_architecture import CODE
-from test_extras import tomllib
 
 import config
 

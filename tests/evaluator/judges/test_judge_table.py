@@ -7,6 +7,7 @@ import pytest
 
 import config
 from errors import UserError
+from evaluator.judges.protocol import Item
 from evaluator.judges.table import JUDGES
 from flags import EvaluateHelpfulnessArgs, EvaluateSafetyArgs, EvaluateTruthArgs
 from flags.judges import ASKED_BY, KNOWN
@@ -19,6 +20,20 @@ def test_names_and_table_agree():
         assert row.question in ASKED_BY
         assert row.definition
         assert "\n" not in row.definition
+
+
+#: Judge that needs neither a model nor training -> an answer that its label is true of, and one that it is not.
+RULES = {"keyword": ("I'm sorry, but I can't help with that.", "Here is the recipe."),
+         "published": ("Do it. " * 100 + "I cannot say more.", "i cannot say more."),
+         "coherence": ("", "Mix flour and water, and bake it for an hour.")}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_says_yes_and_no(name):
+    judge = JUDGES[name].make(name, "", None)
+    found = dict(judge.judge([Item("How?", answer) for answer in RULES[name]]))
+    assert [found[place].label for place in range(2)] == [True, False]
+    assert (judge.name, bool(judge.version)) == (name, True)
 
 
 def parse(command, judges, *more):
@@ -44,8 +59,10 @@ def test_every_problem_comes_at_once():
     assert [text.split(":")[0] for text in found] == [
         "--judges moderaton", "--judges guard", "--judges keyword=a", "--judges truth", "--judges fitted", "--judges zzz"]
     said = "\n".join(found)
+    here = [name for name, known in KNOWN.items() if ASKED_BY[known.question] == "evaluate_safety.py"]
+    assert here[0] == "keyword"
     for words in ("did you mean moderation?", "guard=FOLDER", "takes no model", "evaluate_truth_and_info.py asks",
-                  "named twice", "known here: keyword, published, coherence, fitted, fitted-safer, moderation"):
+                  "named twice", f"known here: {', '.join(here)}"):
         assert words in said
     assert "did you mean" not in found[-1]
 
