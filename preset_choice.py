@@ -165,6 +165,15 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {match[0]}?)" if match else ""
 
 
+def nearest_place(place: Path) -> str:
+    """A hint for a file or folder that is not there, by the names beside it; empty where nothing is near."""
+    try:
+        beside = [path.name for path in place.parent.iterdir()]
+    except OSError:  # its folder is not there either, or may not be read
+        return ""
+    return nearest(place.name, beside)
+
+
 def _given(words: Sequence[str]) -> dict[str, str | None]:
     """The flags that decide, the last of each; what is wrong with them is said where the command's flags are read."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
