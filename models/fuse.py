@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import config
 import console
+import preset_choice
 from errors import exit_on_user_error, fits
 from flags import ExtractArgs, FuseAdaptersArgs, sub_commands
 from flags.export import ExportArgs, GatherArgs, ImportArgs
@@ -23,6 +26,7 @@ from flags.memory import smaller
 from flags.merge import MergeArgs
 from flags.realign import RealignArgs
 from models.footprint.planned import planned
+from models.run_folders import ADAPTER
 
 #: Sub-command -> its flags, and the function that carries it out: (flags) -> what to tell the person. Loaded when called.
 COMMANDS: dict[str, tuple[type, str]] = {
@@ -57,8 +61,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         run = getattr(args, "name", None) or args.run_name
         # an exported model is for other programs
         if name != "export" and said.startswith(f"{args.results / 'outputs' / run}: "):
-            console.advise(["inference.py", "--task_name", "safety", "--cross_task", run, *console.same(
-                parsed, "model_name_or_path", "output_dir", "cache_dir")])
+            place = [*_base_of(args.results / "outputs" / run, parsed),
+                     *console.same(parsed, "model_name_or_path", "output_dir", "cache_dir")]
+            console.advise(["inference.py", "--task_name", "safety", "--cross_task", run, *place])
+
+
+def _base_of(folder: Path, parsed: config.Parsed) -> list[str]:
+    """The flag for the base of a fused adapter, where no flag said it and the next command would take another."""
+    if "model_name_or_path" in parsed.given or not (folder / ADAPTER).is_file():
+        return []
+    named = json.loads((folder / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    words = ["--model_name_or_path", str(named)]
+    return words if named and preset_choice.choose(words).name == preset_choice.OWN_PRESET else []
 
 
 if __name__ == "__main__":
