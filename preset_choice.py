@@ -167,11 +167,15 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def nearest_place(place: Path) -> str:
     """A hint for a file or folder that is not there, by the names beside it; empty where nothing is near."""
+    if place.exists():
+        return ""
     try:
-        beside = [path.name for path in place.parent.iterdir()]
+        beside = {path.stem: path.name for path in sorted(place.parent.iterdir())}
     except OSError:  # its folder is not there either, or may not be read
         return ""
-    return nearest(place.name, beside)
+    # by the stems: two endings that agree are no likeness
+    match = difflib.get_close_matches(place.stem, list(beside), n=1, cutoff=0.6)
+    return f" (did you mean {beside[match[0]]}?)" if match else ""
 
 
 def _given(words: Sequence[str]) -> dict[str, str | None]:

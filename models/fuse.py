@@ -13,6 +13,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import logging
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from flags.realign import RealignArgs
 from models.footprint.planned import planned
 from models.run_folders import ADAPTER
 
+log = logging.getLogger(__name__)
 #: Sub-command -> its flags, and the function that carries it out: (flags) -> what to tell the person. Loaded when called.
 COMMANDS: dict[str, tuple[type, str]] = {
     "merge": (MergeArgs, "models.merging.merge:merge"),
@@ -38,6 +41,9 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "import": (ImportArgs, "models.export.read_back:import_moe"),
     "gather": (GatherArgs, "models.export.gather:gather"),
 }
+#: Layout of an export -> what serves it, of its folder and name.
+SERVED = {**dict.fromkeys(("dense", "mixtral", "qwen3_moe"), "transformers serve {0}"),
+          "gguf": "llama-server -m {0}/{1}.gguf"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -59,11 +65,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             said = getattr(importlib.import_module(module), function)(args)
         console.show(said)
         run = getattr(args, "name", None) or args.run_name
-        # an exported model is for other programs
-        if name != "export" and said.startswith(f"{args.results / 'outputs' / run}: "):
-            place = [*_base_of(args.results / "outputs" / run, parsed),
-                     *console.same(parsed, "model_name_or_path", "output_dir", "cache_dir")]
-            console.advise(["inference.py", "--task_name", "safety", "--cross_task", run, *place])
+        target = args.results / "outputs" / run
+        # a plan names no folder
+        if not said.startswith(f"{target}: "):
+            return
+        if isinstance(args, ExportArgs):
+            # an exported model is for other programs
+            if program := SERVED.get(args.layout):
+                log.info("next: %s", program.format(shlex.quote(str(target)), run))
+        else:
+            same = console.same(parsed, "model_name_or_path", "output_dir", "cache_dir")
+            console.advise(["inference.py", "--task_name", "safety", "--cross_task", run, *_base_of(target, parsed), *same])
 
 
 def _base_of(folder: Path, parsed: config.Parsed) -> list[str]:

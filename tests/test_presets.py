@@ -232,3 +232,11 @@ def test_the_table_of_several_models_says_its_preset_once(pico, tmp_path, caplog
         assert "no model of --models" not in caplog.text
         evaluate.prepare(["--models", str(pico), *words])
     assert "preset own: no model of --models is on the base of the preset embedded" in caplog.text
+
+
+def test_a_file_that_is_not_there_gets_the_nearest_name_beside_it(tmp_path):
+    (tmp_path / "tickets.json").touch()
+    assert preset_choice.nearest_place(tmp_path / "tikets.csv") == " (did you mean tickets.json?)"
+    # that endings agree is no likeness; what is there, and what lies in no folder, gets no hint
+    for name in ("mine.json", "tickets.json", "no/such.json"):
+        assert not preset_choice.nearest_place(tmp_path / name)

@@ -124,7 +124,8 @@ def records_of_rows(rows: Sequence[Row], split: str, objective: int, name: str, 
                                   history=found.history))
     for place, count in strange.values():
         problems.found[place] += f" ({count - 1} more rows have the same fields)" if count > 1 else ""
-    tell_unread(name, (str(key).strip().lower() for row in rows for key in row.fields), read)
+    if not problems.found:
+        tell_unread(name, (str(key).strip().lower() for row in rows for key in row.fields), read)
     return records
 
 

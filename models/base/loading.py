@@ -227,11 +227,11 @@ def check_base(folder: Path, base: Path) -> str:
             return fingerprint(base)
         want = fingerprint(Path(named))
     if not same_base(want, base):
-        have, named = fingerprint_like(want, base), _config(folder, ADAPTER).get("base_model_name_or_path")
+        have, recorded = fingerprint_like(want, base), _config(folder, ADAPTER).get("base_model_name_or_path")
+        hint = f" ({ADAPTER} names {recorded})" if recorded and str(recorded) != str(base) else ""
         raise UserError(
             f"{folder}: was trained on another base (fingerprint {want[:12]}, but {base} has {have[:12]}); "
-            f"give its base with --model_name_or_path{f' ({ADAPTER} names {named})' if named else ''}, or train the adapter "
-            "again on this one"
+            f"give its base with --model_name_or_path{hint}, or train the adapter again on this one"
         )
     return fingerprint(base)
 
