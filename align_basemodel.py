@@ -23,6 +23,7 @@ import console
 import manifest
 from errors import exit_on_user_error, fits
 from flags import OBJECTIVES, AlignArgs, DpoArgs, ExpertArgs, FusedMoeArgs, MaskArgs, SearchArgs, SoupArgs
+from flags.base import DIALOGS
 from flags.memory import smaller
 from models.footprint.planned import planned
 
@@ -94,6 +95,9 @@ def _next(parsed: config.Parsed) -> list[str]:
     args, place = parsed.args, ("model_name_or_path", "output_dir", "cache_dir")
     if isinstance(args, MaskArgs):
         return ["evaluator/mask_figures.py", "--masks", args.name, *console.same(parsed, *place)]
+    if args.task_name in DIALOGS:  # rows of a user: whether the run is safe, beside its base
+        return ["evaluator/evaluate.py", "--models", f"base,{args.name}", "--suite", "safety",
+                *console.same(parsed, *place, "template")]
     task = args.task_name if args.task_name in OBJECTIVES else "safety"
     return ["inference.py", "--task_name", task, "--cross_task", args.name, *console.same(parsed, *place, "template")]
 

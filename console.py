@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 NOISE: dict[str, int] = {
     # peft imports it; it looks for a kernel that only its own 4-bit products would use
     "bitsandbytes.backends.cpu.ops": logging.ERROR,
+    # its file's byte order, and a temporary name
+    "gguf.gguf_writer": logging.WARNING,
     # once on every new machine
     "matplotlib.font_manager": logging.WARNING,
 }

@@ -165,6 +165,19 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {match[0]}?)" if match else ""
 
 
+def nearest_place(place: Path) -> str:
+    """A hint for a file or folder that is not there, by the names beside it; empty where nothing is near."""
+    if place.exists():
+        return ""
+    try:
+        beside = {path.stem: path.name for path in sorted(place.parent.iterdir())}
+    except OSError:  # its folder is not there either, or may not be read
+        return ""
+    # by the stems: two endings that agree are no likeness
+    match = difflib.get_close_matches(place.stem, list(beside), n=1, cutoff=0.6)
+    return f" (did you mean {beside[match[0]]}?)" if match else ""
+
+
 def _given(words: Sequence[str]) -> dict[str, str | None]:
     """The flags that decide, the last of each; what is wrong with them is said where the command's flags are read."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

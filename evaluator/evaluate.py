@@ -115,7 +115,9 @@ def prepare(words: Sequence[str]) -> tuple[EvaluateModelsArgs, list[Model], str]
     fitting = {preset_choice.choose(["--model_name_or_path", model.base]).name for model in models}
     if fitting == {preset_choice.OWN_PRESET} and not asked:
         args = config.parse(EvaluateModelsArgs, ["--preset", preset_choice.OWN_PRESET, *words]).args
-        log.info("preset %s: no model of --models is on the base of the preset %s", preset_choice.OWN_PRESET, parsed.preset)
+        if parsed.preset != preset_choice.OWN_PRESET:
+            log.info("preset %s: no model of --models is on the base of the preset %s", preset_choice.OWN_PRESET,
+                     parsed.preset)
     for number, model in enumerate(models):
         models[number], wrong = named_models.check(model, args, fetch=not args.dry_run)
         problems += wrong

@@ -82,7 +82,8 @@ class FuseAdaptersArgs(ThreadFlags, SeedFlags, RunFlags, Planned):
     heading, general = "Fusion of adapters", False
     adapters: str = flag("helpfulness,safety,truthfulness", "run names or adapter folders, separated by commas")
     weights: str = flag("", "a weight for each adapter, separated by commas; empty: equal, summing to 1")
-    share: float | None = flag(None, "instead of weights, for two adapters: lambda of (1 - lambda) first + lambda second")
+    share: float | None = flag(None, "instead of weights, for two adapters: lambda, 0 to 1, of (1 - lambda) first + "
+                                      "lambda second")
     match_norms: str | None = flag(None, "first rescale the others to the first adapter's norm, in all or module by module",
                                    choices=("model", "module"))
     layer_weights: str = flag("", "other weights for some layers: \"0-10:0.7,0.3; 11-31:0.5,0.5\", or a YAML file of such "
@@ -129,6 +130,9 @@ class FuseAdaptersArgs(ThreadFlags, SeedFlags, RunFlags, Planned):
             found.append(f"--adapters {self.adapters}: the same adapter twice; give it once, with more weight")
         if self.share is not None and (self.weights or len(self.adapter_names) != 2):
             found.append(f"--share {self.share}: is for two adapters, in the place of --weights")
+        elif self.share is not None and not 0 <= self.share <= 1:
+            found.append(f"--share {self.share}: needs a number from 0, the first adapter alone, to 1, the second alone; "
+                         f"other sums are given by --weights, e.g. {1 - self.share:g},{self.share:g}")
         if self.match_norms and self.compat:
             found.append(f"--match_norms {self.match_norms}: is not for --compat peft; drop one of the two")
         try:

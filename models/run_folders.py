@@ -6,6 +6,7 @@ from pathlib import Path
 
 from errors import UserError
 from flags.mixture import Parts, mixture_parts
+from preset_choice import nearest_place
 
 ADAPTER, MOE = "adapter_config.json", "moe_config.json"
 
@@ -26,7 +27,7 @@ def run_folder(results: Path, run: str, checkpoint: int = -1) -> Path:
     if not any((folder / name).is_file() for name in (ADAPTER, MOE, "config.json")):
         there = sorted(entry.name for entry in (results / "outputs").glob("[!.]*")) if (results / "outputs").is_dir() else []
         raise UserError(
-            f"run '{run}': nothing in {folder}; there: {', '.join(there) or 'none'}; "
+            f"run '{run}': nothing in {folder}{nearest_place(folder)}; there: {', '.join(there) or 'none'}; "
             f"train it with align_basemodel.py (or models/llama_moe.py for {run if 'moe' in run else 'raw_moe'})"
         )
     return folder

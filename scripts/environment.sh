@@ -1,4 +1,6 @@
 # Sourced by the scripts: makes .venv when it is missing or older than the requirements, and puts it first on the PATH.
+# Run by itself it does the first: an install that failed must not pass for one.
+[ "${BASH_SOURCE[0]}" != "$0" ] || set -e
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${ABF_VENV:-$ROOT/.venv}
 stamp="$VENV/.installed"

@@ -276,4 +276,6 @@ def test_another_base_is_refused(pico, data, tmp_path, capsys):
     other = make_pico(tmp_path / "other", seed=5)
     with pytest.raises(SystemExit):
         _infer(other, tmp_path, data, "--cross_task", "safety")
-    assert "was trained on another base" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "was trained on another base" in said
+    assert f"give its base with --model_name_or_path (adapter_config.json names {pico})" in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -122,12 +123,22 @@ def test_a_training_tells_steps_and_a_last_screen(pico, data, tmp_path, capfd, c
     assert "mean of 2 steps" in cells["loss"]
     assert "GB of memory" in cells["took"]
     assert cells["lies in"] == str(tmp_path / "outputs" / "safety")
+    card = (tmp_path / "outputs" / "safety" / "README.md").read_text(encoding="utf-8")
+    assert "[More Information Needed]" not in card
+    assert f"base_model: {json.dumps(str(pico))}" in card
     # it can be copied: the same base, folder and preset
     program, file, *words = shlex.split(cells["next"])
     parsed = config.parse(flags.InferenceArgs, words)
     assert (program, file) == ("python", "inference.py")
     assert (parsed.args.task_name, parsed.args.runs) == ("safety", ("safety",))
     assert (parsed.args.model_name_or_path, parsed.args.results) == (str(pico), tmp_path)
+
+
+def test_a_run_on_rows_of_ones_own_is_scored_beside_its_base_next():
+    parsed = config.parse(AlignArgs, ["--moe_flag", "0", "--task_name", "dialogs", "--data_path", "rows.jsonl", "--run_name",
+                                      "task", "--model_name_or_path", "mine"])
+    assert align_basemodel._next(parsed) == ["evaluator/evaluate.py", "--models", "base,task", "--suite", "safety",
+                                             "--model_name_or_path", "mine"]
 
 
 def test_quiet_leaves_the_place_alone_and_the_run_is_the_same(pico, data, tmp_path, log, capfd):

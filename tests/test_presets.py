@@ -10,6 +10,7 @@ import pytest
 import config
 import preset_choice
 from errors import UserError
+from evaluator import evaluate
 from flags import AlignArgs, EvaluateSafetyArgs, FuseAdaptersArgs, FuseMoeArgs, InferenceArgs, ReportArgs
 from models.mask.memory import memory_plan
 from models.mask.settings import Rule
@@ -222,3 +223,20 @@ def test_a_merged_mapping_may_be_overridden(preset, capsys):
     parsed, _ = parse(capsys, *SFT, *preset("common: &a\n  seed: 4\nalign:\n  <<: *a\n  seed: 5\n  lora_targets: [q, v]\n"))
     assert values(parsed.args, "seed", "lora_targets") == (5, "q,v")
     assert parse(capsys, *SFT, *preset("align:\n  data_path:\n"))[0].args.data_path is None
+
+
+def test_the_table_of_several_models_says_its_preset_once(pico, tmp_path, caplog):
+    words = ["--num_samples", "5", "--max_new_tokens", "6", "--output_dir", str(tmp_path)]
+    with caplog.at_level("INFO"):
+        evaluate.prepare(["--models", "base", "--model_name_or_path", str(pico), *words])
+        assert "no model of --models" not in caplog.text
+        evaluate.prepare(["--models", str(pico), *words])
+    assert "preset own: no model of --models is on the base of the preset embedded" in caplog.text
+
+
+def test_a_file_that_is_not_there_gets_the_nearest_name_beside_it(tmp_path):
+    (tmp_path / "tickets.json").touch()
+    assert preset_choice.nearest_place(tmp_path / "tikets.csv") == " (did you mean tickets.json?)"
+    # that endings agree is no likeness; what is there, and what lies in no folder, gets no hint
+    for name in ("mine.json", "tickets.json", "no/such.json"):
+        assert not preset_choice.nearest_place(tmp_path / name)

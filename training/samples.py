@@ -35,7 +35,8 @@ def source_of(args: Any) -> Any:
     wrong = [key for key, equals, value in pairs if key not in OBJECTIVES or not equals or not value]
     if wrong:
         raise UserError(f"--data_path {args.data_path}: for --task_name mix give helpfulness=FILE,safety=FILE,"
-                        f"truthfulness=FILE; not understood: {', '.join(wrong)}")
+                        f"truthfulness=FILE; not understood: {', '.join(wrong)}; one file of rows of any kind is trained on "
+                        "with --task_name dialogs")
     return {key: value for key, _, value in pairs}
 
 
@@ -119,7 +120,8 @@ def training_rows(args: ExpertArgs | SearchArgs | FusedMoeArgs, tokenizer: Any, 
     log.info("training data: %s", train.report(args.model_max_length))
     check_rows(base, [len(row["input_ids"]) for row in train.rows], args.model_max_length)
     counts = {name: sum(r["objective"] == i for r in train.rows) for i, name in enumerate(OBJECTIVES)}
-    log.info("rows by objective: %s", ", ".join(f"{name} {count}" for name, count in counts.items() if count))
+    if len(told := [f"{name} {count}" for name, count in counts.items() if count]) > 1:
+        log.info("rows by objective: %s", ", ".join(told))
     if not held_out and source != "embedded":
         return train.rows, []
     # drawn like the training rows, so that every seed has its own validation rows too

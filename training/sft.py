@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,7 @@ def save_adapter(model: PreTrainedModel | PeftModel, tokenizer: Any, base_hash: 
         # the vocabulary never grows here, so no copy of the embeddings belongs into an adapter; TRL adds a second
         # adapter, its reference
         model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=["default"], state_dict=state)
+        _write_card(folder, model.peft_config["default"])
     elif weights:
         model.save_pretrained(folder, state_dict=state)
     else:
@@ -160,3 +162,15 @@ def save_adapter(model: PreTrainedModel | PeftModel, tokenizer: Any, base_hash: 
         model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     manifest.write_json(folder / manifest.MANIFEST, {"status": "checkpoint", "inputs": {"base": base_hash}})
+
+
+def _write_card(folder: Path, config: LoraConfig) -> None:
+    """README.md of an adapter, in place of PEFT's, which is a form to fill in."""
+    base = config.base_model_name_or_path
+    (folder / "README.md").write_text("\n".join([
+        "---", "library_name: peft", f"base_model: {json.dumps(base)}", "tags:", "- lora", "---", "", "# LoRA adapter", "",
+        f"Of rank {config.r}, on {', '.join(sorted(config.target_modules))}.",
+        f"`{manifest.MANIFEST}` has the command, every setting, hashes of base and data, and the losses.", "",
+        "```python", "from peft import PeftModel", "", "model = PeftModel.from_pretrained(base_model, FOLDER)", "```", "",
+        "To fuse it, score it or write it for other software: `models/fuse.py` and `evaluator/evaluate.py` of "
+        "Alignment-by-Fusion.", ""]), encoding="utf-8")

@@ -23,6 +23,10 @@ HEADS = ("prompt", "prompts", "question", "questions", "instruction", "goal", "b
          "forbidden_prompt")
 
 
+class UnknownShape(ValueError):
+    """A row whose columns are of no shape that is read."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """A kind of row: the columns of prompt, answer, input and system text; of each the first one that is there."""
@@ -89,6 +93,7 @@ def records_of_rows(rows: Sequence[Row], split: str, objective: int, name: str, 
         name: begins the records' ids.
     """
     records, read = [], {*TURNS, *SYSTEM, *HISTORY}
+    strange: dict[str, list[int]] = {}  # sentence -> its place among the problems, number of rows
     for number, row in enumerate(rows):
         try:
             fields = folded(row.fields)
@@ -100,6 +105,13 @@ def records_of_rows(rows: Sequence[Row], split: str, objective: int, name: str, 
             turns = [column for column in TURNS if column in fields]
         try:
             found, extra, used = _dialog(fields, turns, split) if turns else _table(fields, split)
+        except UnknownShape as error:
+            # a wrong header is wrong in every row: it is said once
+            if str(error) not in strange:
+                strange[str(error)] = [len(problems.found), 0]
+                problems.add(f"{row.where}: {error}")
+            strange[str(error)][1] += 1
+            continue
         except ValueError as error:
             problems.add(f"{row.where}: {error}")
             continue
@@ -110,7 +122,10 @@ def records_of_rows(rows: Sequence[Row], split: str, objective: int, name: str, 
         if not wrong:
             records.append(Record(found.prompt, found.answer, objective, extra, f"{name}-{number}", system=found.system,
                                   history=found.history))
-    tell_unread(name, (str(key).strip().lower() for row in rows for key in row.fields), read)
+    for place, count in strange.values():
+        problems.found[place] += f" ({count - 1} more rows have the same fields)" if count > 1 else ""
+    if not problems.found:
+        tell_unread(name, (str(key).strip().lower() for row in rows for key in row.fields), read)
     return records
 
 
@@ -152,7 +167,7 @@ def _table(fields: dict[str, Any], split: str) -> tuple[Exchange, str, set[str]]
         # a test needs no answer: a column of prompts will do
         shape = Shape(head, (head,), (), ("input", "context"))
     if shape is None:
-        raise ValueError(f"fields {', '.join(fields) or 'none'} are no known shape; allowed: {KNOWN}")
+        raise UnknownShape(f"fields {', '.join(fields) or 'none'} are no known shape; {_missing(fields)}allowed: {KNOWN}")
     names = {part: next((name for name in columns if name in fields), None)
              for part, columns in (("prompt", shape.prompt), ("answer", shape.answer), ("input", shape.input))}
     used = {name for name in names.values() if name} | {name for name in (*SYSTEM, *HISTORY) if name in fields}
@@ -171,6 +186,14 @@ def _table(fields: dict[str, Any], split: str) -> tuple[Exchange, str, set[str]]
         values[0] = SUMMARISE + values[0].strip()
     history = history_of(next((fields[name] for name in HISTORY if name in fields), None))
     return Exchange(values[0], values[1], system_of(fields), history), values[2], used
+
+
+def _missing(fields: dict[str, Any]) -> str:
+    """What a row with a prompt lacks; empty where it has none."""
+    for head in HEADS:
+        if head in fields and (names := [name for shape in SHAPES if head in shape.prompt for name in shape.answer]):
+            return f"'{head}' lacks its answer: call that column {' or '.join(dict.fromkeys(names))}; "
+    return ""
 
 
 def _last_answer(asked: Any, answered: Any) -> str:

@@ -19,6 +19,7 @@ from data.readers.delimited import column_name, decoded, heads_a_table, table_ro
 from data.readers.json_objects import DECODER, Damaged, columns_of, rows_within, spread_objects
 from data.readers.turns import TURNS, is_turns, turns_in_texts
 from errors import UserError
+from preset_choice import nearest_place
 
 MAX_ROW = 1_000_000  # characters; a longer line is no prompt but a damaged file
 #: One damaged line often damages all that follow: ten show what is wrong.
@@ -105,7 +106,8 @@ def read_text(file: Path) -> str:
         UserError: missing, a folder, another suffix, not UTF-8, empty.
     """
     if not file.is_file():
-        what = _folder(file) if file.is_dir() else "no such file; give a .json, .jsonl, .csv or .parquet file"
+        what = (_folder(file) if file.is_dir() else
+                f"no such file{nearest_place(file)}; give a .json, .jsonl, .csv or .parquet file")
         raise UserError(f"{file}: {what}")
     if file.suffix.lower() == ".parquet":
         raise UserError(f"{file}: Parquet is read where rows are trained on or answers are scored, not here; save "
@@ -212,10 +214,13 @@ def _list_rows(text: str, file: Path, problems: Problems, turns: bool) -> Iterat
     # line breaks are counted from where the last count ended: from the start each time would be quadratic
     at, line, counted = text.index("[") + 1, 1, 0
     expected = False  # a value must follow (after a comma)
+    number, last = 0, 0
     while True:
         at = _skip_space(text, at)
         line, counted = line + text.count("\n", counted, at), at
-        where = f"{file}:{line}"
+        number += 1
+        # json.dump writes all rows into one line
+        where, last = f"{file}:{line}" + (f" (row {number})" if line == last else ""), line
         if at < len(text) and text[at] == "]" and not expected:
             if text[at + 1 :].strip():
                 problems.add(f"{where}: something follows the end of the list")

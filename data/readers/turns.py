@@ -123,7 +123,8 @@ def exchange(turns: list[tuple[str, str]], answered: bool | None) -> Exchange:
     if not body or [role for role, _ in body] != wanted[: len(body)] or (answered is not None and odd == answered):
         want = "(system,) user, assistant" if answered is not False else "(system,) user"
         raise ValueError(f"its turns are {', '.join(roles)}; needed: {want}"
-                         + (" (several exchanges: user, assistant, user, assistant ..)" if len(body) > 2 else ""))
+                         + (" (several exchanges: user, assistant, user, assistant ..)" if len(body) > 2 else "")
+                         + (f"; roles may be called {', '.join(ROLES)}" if not set(roles) <= set(ROLES.values()) else ""))
     texts = [text for _, text in body]
     answer = "" if odd else texts.pop()
     prompt = texts.pop()

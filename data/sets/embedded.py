@@ -85,11 +85,12 @@ def records(task: str, split: str, lite: bool) -> list[Record]:
 
 
 def without_test_prompts(rows: list[Any], name: str) -> list[Any]:
-    """The records or pairs whose prompt is in no test set; the number of the others is logged."""
+    """The records or pairs whose prompt is in no test set; the number of the others is logged where there are any."""
     # whatever the split says: a test prompt of any task must not come in through another task's rows
     held_out = test_hashes()
     kept = [row for row in rows if prompt_hash(row.prompt) not in held_out]
-    log.info("%s: %d rows, %d dropped because their prompt is in a test set", name, len(kept), len(rows) - len(kept))
+    if dropped := len(rows) - len(kept):
+        log.info("%s: %d rows, %d dropped because their prompt is in a test set", name, len(kept), dropped)
     return kept
 
 

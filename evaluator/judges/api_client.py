@@ -253,8 +253,9 @@ class Client:
                 cause = error.__cause__ if isinstance(error, openai.APIConnectionError) else error
                 unsent = isinstance(cause, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.PoolTimeout)
                 late = isinstance(cause, httpx2.TimeoutException)
-                text = f"no reply in {self.endpoint.timeout:g} s" if late else f"connection: {type(cause).__name__}"
-                raise Fault(text, again=True, paid=not unsent) from None
+                text = f"no reply in {self.endpoint.timeout:g} s" if late else (
+                    f"connection to {self.endpoint.base_url}: {type(cause).__name__}")
+                raise Fault(self._clean(text), again=True, paid=not unsent) from None
             except openai.OpenAIError as error:
                 raise Fault(f"openai: {type(error).__name__}", paid=True) from None
 

@@ -19,6 +19,7 @@ from data import escaped
 from data.records import stable_hash
 from errors import UserError, fits
 from evaluator.scoring import computed
+from evaluator.statistics.score_files import score_lines
 from flags import EvaluateArgs
 from flags.base import ATTACKS, ModelCommand
 from flags.judges import JudgeFlags
@@ -175,8 +176,9 @@ def _scored(args: EvaluateArgs, path: Path, settings: dict[str, Any], work: Work
     # rows are part of a score: without them no difference can be computed
     if args.overwrite or not path.with_suffix(".rows.jsonl").is_file() or not _same(path, settings, work.inputs, args.dtype):
         return False
-    log.info("%s: already scored with these answers and settings", path)
-    _register_missing(args.results, _line(json.loads(path.read_text(encoding="utf-8"))))
+    content = json.loads(path.read_text(encoding="utf-8"))
+    log.info("%s: already scored with these answers and settings\n%s", path, score_lines(content["scores"]))
+    _register_missing(args.results, _line(content))
     return True
 
 
@@ -197,9 +199,7 @@ def _write(args: EvaluateArgs, command: str, subject: Subject, work: Work, path:
     manifest.write_json(path, content)
     # last: reports read the registry, and must find the files that a line speaks of
     manifest.register(args.results, _line(content))
-    log.info("%s  (%.0f s)  %s", subject.name, time.monotonic() - start, path)
-    for score in result.scores:
-        log.info("  %-18s %7.3f  [%.3f, %.3f]  n=%d", score.name, score.value, score.low, score.high, score.n)
+    log.info("%s  (%.0f s)  %s\n%s", subject.name, time.monotonic() - start, path, score_lines(content["scores"]))
 
 
 def _settings(args: EvaluateArgs) -> dict[str, Any]:

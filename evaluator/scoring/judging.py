@@ -203,13 +203,24 @@ def add(found: Judged, named: Named, set_name: str, said: Sequence[Verdict], see
     # the kind alone: behind the colon each failure has words of its own
     notes = Counter(verdict.note.split(":")[0] for verdict in said if verdict.note)
     if notes:
-        log.warning("%s: %s of %d answers", name, ", ".join(f"{n} {note}" for note, n in sorted(notes.items())), len(said))
+        log.warning("%s: %s of %d answers%s", name, ", ".join(f"{n} {note}" for note, n in sorted(notes.items())), len(said),
+                    _advice(said))
     found.details[name] = {
         "judge": named.name, "version": str(named.judge.version), "question": row.question, "answers": len(said),
         "scored": sum(usable), "notes": dict(sorted(notes.items())),
         **({"ties": sum(mark == 0.5 for mark in marks)} if row.question in COMPARING else {}),
         **({"labels": _label_rates(said, named.name, up)} if row.categories else {}),
     }
+
+
+def _advice(said: Sequence[Verdict]) -> str:
+    """What to know of verdicts that a rate lacks: why the first call failed, and what an unparsed verdict is."""
+    failed = [verdict.note.removeprefix("failed: ") for verdict in said if verdict.note.startswith("failed")]
+    advice = [f"the first failure: {failed[0]}; the same command asks them again"] if failed else []
+    if any(verdict.note == "unparsed" for verdict in said):
+        advice.append("unparsed: the judge gave none of the verdicts it was asked for; the rate is without these answers; "
+                      "other words for such a judge: --judge_prompts")
+    return "".join(f"; {sentence}" for sentence in advice)
 
 
 def _of(set_name: str) -> str:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import manifest
 from errors import UserError
 from models.run_folders import ADAPTER, MOE, parts_of, run_files
+from preset_choice import nearest
 
 if TYPE_CHECKING:
     from flags.evaluate_models import EvaluateModelsArgs
@@ -93,7 +94,7 @@ def _one(item: str, args: EvaluateModelsArgs, base_given: bool) -> Model:
         return Model(label or named, named, _safe(named.replace("/", "--")), named, hub=True)
     listed = sorted(entry.name for entry in outputs.glob("[!.]*")) if outputs.is_dir() else []
     raise UserError(f"--models {item}: neither a run of {outputs} (there: {', '.join(listed) or 'none'}) nor a folder nor a "
-                    "hub name (ORG/NAME)")
+                    f"hub name (ORG/NAME){nearest(named, [*listed, 'base'])}")
 
 
 def _safe(name: str) -> str:

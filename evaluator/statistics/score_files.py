@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -18,6 +19,14 @@ _LARGEST = 1e12
 #: What reports read of a line's details.
 _ENDS = ("value", "low", "high")
 _NESTED = ("judges", "baselines", "judged", "protocols", "made_with")
+
+
+def score_lines(scores: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line for each score of a score file, aligned: name, value, interval, number of rows."""
+    width = max(map(len, scores), default=0)
+    return "\n".join("  {:<{}}  {:7.3f}  [{:.3f}, {:.3f}]  n={}".format(
+        name, width, *(math.nan if score[key] is None else score[key] for key in _ENDS), score.get("n"))
+        for name, score in scores.items())
 
 
 def checked_line(line: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:

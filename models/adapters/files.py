@@ -22,6 +22,7 @@ from manifest import sha256, write_json
 from models.base.families import Family
 from models.base.folders import POINTER_ADVICE, is_pointer
 from models.operators.low_rank import Pair, inner
+from preset_choice import nearest_place
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 #: The largest rank that vLLM serves, and the ranks that its --max-lora-rank takes (vllm/config/lora.py).
@@ -87,8 +88,8 @@ def read_adapter(folder: Path, name: str | None = None, scaled: bool = True) -> 
     if missing == [WEIGHTS] and (pickled := pickled_advice(folder)):
         raise UserError(f"adapter '{name}': {pickled}")
     if missing:
-        raise UserError(f"adapter '{name}': {', '.join(missing)} not in {folder}; "
-                        f"train it with align_basemodel.py --moe_flag 0 --task_name {name}")
+        raise UserError(f"adapter '{name}': {', '.join(missing)} not in {folder}{nearest_place(folder)}; name a run or a "
+                        f"folder that has them, or train it: align_basemodel.py --moe_flag 0 --run_name {name}")
     config = _read_config(folder / CONFIG)
     if is_pointer(folder / WEIGHTS):
         raise UserError(f"{folder / WEIGHTS}: {POINTER_ADVICE}")

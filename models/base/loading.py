@@ -22,6 +22,7 @@ from models.base.asked import check_forward
 from models.base.folders import CAUSAL, check_folder, gguf_advice, quantisation, read_config
 from models.checkpoints.fingerprints import fingerprint, fingerprint_like, same_base
 from models.run_folders import ADAPTER
+from preset_choice import nearest_place
 
 log = logging.getLogger(__name__)
 #: Settings in which a model and its quantised copy agree.
@@ -53,7 +54,7 @@ def base_path(name: str, cache_dir: str | None = None, flag: str = "", use: str 
     if folder.suffix == ".gguf" and folder.is_file():
         raise UserError(f"{flag}: {gguf_advice(folder)}")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"{flag}: no such folder; give 'embedded', a folder, or a hub name")
+        raise UserError(f"{flag}: no such folder{nearest_place(folder)}; give 'embedded', a folder, or a hub name")
     from huggingface_hub import snapshot_download
 
     try:
@@ -62,7 +63,7 @@ def base_path(name: str, cache_dir: str | None = None, flag: str = "", use: str 
         folder = Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=patterns))
     except Exception as error:  # the hub client raises a dozen unrelated types; the user needs one sentence
         raise UserError(
-            f"{flag}: neither a local folder nor to be had from the hub "
+            f"{flag}: neither a local folder{nearest_place(folder)} nor to be had from the hub "
             f"({type(error).__name__}); allowed: 'embedded', a local folder, a hub name that this machine can reach "
             "(gated models need HF_TOKEN in the environment)"
         ) from None
@@ -226,10 +227,11 @@ def check_base(folder: Path, base: Path) -> str:
             return fingerprint(base)
         want = fingerprint(Path(named))
     if not same_base(want, base):
-        have = fingerprint_like(want, base)
+        have, recorded = fingerprint_like(want, base), _config(folder, ADAPTER).get("base_model_name_or_path")
+        hint = f" ({ADAPTER} names {recorded})" if recorded and str(recorded) != str(base) else ""
         raise UserError(
             f"{folder}: was trained on another base (fingerprint {want[:12]}, but {base} has {have[:12]}); "
-            "give its base with --model_name_or_path, or train the adapter again on this one"
+            f"give its base with --model_name_or_path{hint}, or train the adapter again on this one"
         )
     return fingerprint(base)
 

@@ -35,7 +35,7 @@ def problems(source: Source, args: ExportArgs) -> list[str]:
     """What keeps a source from being written as adapters."""
     if source.moe is None:
         what = ("a weighted sum of adapters: write one adapter with models/fuse.py adapters --weights" if source.weights
-                else "an adapter already" if source.common
+                else "an adapter already: PEFT and vLLM load its folder as it is" if source.common
                 else "a plain model: draw a LoRA out of it with models/fuse.py extract")
         return [f"--layout peft: {source.name} is {what}"]
     need = _COPIES * max(_bytes(picked(source, replace(args, merge_expert=name))) for name in _names(source, args))

@@ -156,7 +156,9 @@ class Row(Declared):
             except ValueError as error:
                 problems.append(f"{flag} {written}: {error}")
         missing = self.missing(values)
-        problems += [f"{flag}: needs {name}, e.g. \"{name}=0.5\": {fields[name].metadata['help']}" for name in missing]
+        named = {name for _, name, _ in assignments(text)}  # what is wrong with their values is said
+        problems += [f"{flag}: needs {name}, e.g. \"{name}=0.5\": {fields[name].metadata['help']}" for name in missing
+                     if name not in named]
         return None if missing else self.parameters(**{fields[name].name: value for name, value in values.items()})
 
 

@@ -338,8 +338,11 @@ def test_hostile_file(tmp_path, name):
 
 
 def test_missing_file_and_folder(tmp_path):
-    with pytest.raises(UserError, match="gone.json: no such file"):
+    with pytest.raises(UserError, match="gone.json: no such file; give"):
         load_records("safety", "train", source={"safety": str(tmp_path / "gone.json")})
+    (tmp_path / "tickets.json").write_text("[]")
+    with pytest.raises(UserError, match=r"tikets.json: no such file \(did you mean tickets.json\?\); give"):
+        load_records("safety", "train", source={"safety": str(tmp_path / "tikets.json")})
     with pytest.raises(UserError, match="is a folder"):
         load_records("safety", "train", source={"safety": str(tmp_path)})
 

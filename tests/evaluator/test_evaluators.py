@@ -1,4 +1,5 @@
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -74,7 +75,8 @@ def test_second_run_reads_and_changed_answers_recompute(results, caplog):
     put_answers(results, "safety", [REFUSED, "Sure."])
     run(evaluate_safety, results)
     run(evaluate_safety, results)
-    assert "already scored" in caplog.text
+    # with the scores, which were asked for
+    assert re.search(r"already scored .*\n  refusal +0.500  \[0.095, 0.905\]  n=2\n", caplog.text)
     assert len(manifest.registry(results)) == 1
     put_answers(results, "safety", [REFUSED, REFUSED])
     run(evaluate_safety, results)

@@ -320,6 +320,8 @@ def test_b25_other_weights_under_a_used_name_are_refused(pair, capsys):
     assert "2 adapters need as many weights" in said
     with pytest.raises(UserError, match="for two adapters"):
         parse(FuseAdaptersArgs, ["--adapters", "a,b,c", "--share", "0.4"])
+    with pytest.raises(UserError, match="--share 4.0: needs a number from 0.* --weights, e.g. -3,4"):
+        parse(FuseAdaptersArgs, ["--adapters", "a,b", "--share", "4"])
 
 
 def test_b26_training_leaves_no_thread_behind(pico, tmp_path):

@@ -18,6 +18,7 @@ from data.records import Record
 from errors import UserError
 from flags import AlignArgs
 from models.base.loading import load_base
+from training.samples import source_of
 from training.validation import share_of
 
 STEPS = ("--eval_strategy", "steps", "--eval_steps", "2", "--validation_share", "0.25")
@@ -259,6 +260,11 @@ def test_embedded_data_takes_no_share():
         config.parse(AlignArgs, ["--moe_flag", "0", "--validation_share", "0.1"])
     with pytest.raises(UserError, match="for --task_name mix give"):
         config.parse(AlignArgs, ["--validation_path", "one.json"])
+
+
+def test_one_file_for_a_mix_leads_to_the_task_that_reads_one():
+    with pytest.raises(UserError, match="not understood: rows.json; one file .* with --task_name dialogs"):
+        source_of(config.parse(AlignArgs, ["--moe_flag", "0", "--data_path", "rows.json"]).args)
 
 
 def test_the_losses_of_the_validation_are_not_those_of_a_broken_model(pico, place, tmp_path, capsys, monkeypatch):

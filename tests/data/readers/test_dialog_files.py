@@ -72,6 +72,24 @@ def test_every_bad_row_is_named_with_its_line(tmp_path):
     assert "no known shape; allowed: dialogs" in found[2]
 
 
+def test_a_wrong_header_is_said_once_with_what_lacks(tmp_path):
+    with pytest.raises(UserError) as error:
+        read(tmp_path, "head.csv", "instruction,input,reply\n" + "Do it.,,Done.\n" * 20)
+    (said,) = error.value.problems
+    assert "head.csv:2: " in said
+    assert "fields instruction, input, reply are no known shape; 'instruction' lacks its answer: call that column" in said
+    assert said.endswith("(19 more rows have the same fields)")
+
+
+def test_rows_of_one_line_are_told_apart_and_roles_are_named(tmp_path):
+    odd = {"conversations": [{"from": "human", "value": "Hi."}, {"from": "agent", "value": "Hello."}]}
+    with pytest.raises(UserError) as error:
+        read(tmp_path, "one.json", [{"messages": TURNS}, odd])
+    (said,) = error.value.problems
+    assert "one.json:1 (row 2): its turns are user, 'agent'; needed: (system,) user, assistant; roles may be called" in said
+    assert "human, assistant, gpt" in said
+
+
 def test_training_needs_answers_and_tests_do_not(tmp_path):
     assert read(tmp_path, "p.json", [{"prompt": "Q"}], "test")[0].answer == ""
     with pytest.raises(UserError, match="no known shape"):

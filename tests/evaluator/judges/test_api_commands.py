@@ -61,6 +61,8 @@ def test_failures_are_counted_and_made_good(server, words, tmp_path, caplog, cap
     assert found["scores"]["api-truth.truthfulness"]["value"] == 1
     assert found["scores"]["api-info.truthfulness"]["value"] == pytest.approx(7 / 10)
     assert "api-info: 2 failed, 10 parsed; 28 requests" in caplog.text
+    assert "api-info.truthfulness: 2 failed of 12 answers; the first failure: " in caplog.text
+    assert "; the same command asks them again" in caplog.text
     before, server.script = len(server.seen), {}
     api_client.client.cache_clear()
     evaluate_truth_and_info.main(words)

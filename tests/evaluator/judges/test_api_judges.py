@@ -354,7 +354,7 @@ def test_an_endpoint_that_is_gone_ends_the_run(ask, server):
     """Nobody waits for 1000 times all tries; failures are still counted one by one."""
     found = ask("api-harm", harm_items(60), judge_base_url="http://127.0.0.1:9/v1", judge_retries=0, judge_concurrency=2)
     assert sum(not v.final for v in found) == 60
-    assert "20 requests in a row failed, last: connection: ConnectError" in found[-1].note
+    assert "20 requests in a row failed, last: connection to http://127.0.0.1:9/v1: ConnectError" in found[-1].note
 
 
 def test_the_key_is_told_to_nobody(ask, server, tmp_path, caplog, capfd):

@@ -123,9 +123,12 @@ def test_matched_norms(home, scope):
             assert float((b @ a).norm()) == pytest.approx(float((other_b @ other_a).norm()), rel=1e-4)
 
 
-def test_lambda_and_random_directions_on_the_command_line(home):
+def test_lambda_and_random_directions_on_the_command_line(home, caplog):
     common = ["--report", "false", "--output_dir", str(home)]
-    fuse.main(["adapters", "--adapters", "helpfulness,safety", "--share", "0.4", "--run_name", "lam", *common])
+    with caplog.at_level("INFO"):
+        fuse.main(["adapters", "--adapters", "helpfulness,safety", "--share", "0.4", "--run_name", "lam", *common])
+    base = json.loads((home / "outputs" / "lam" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert f"--cross_task lam --model_name_or_path {base} --output_dir" in caplog.text
     fuse.main(["adapters", "--adapters", "helpfulness,safety", "--weights", "0.6,0.4", "--run_name", "free", *common])
     fuse.main(["adapters", "--adapters", "safety", "--method", "random", "--run_name", "rand", *common])
     lam, free, rand, safe = (read_adapter(home / "outputs" / name) for name in ("lam", "free", "rand", "safety"))

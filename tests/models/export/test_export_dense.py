@@ -63,8 +63,10 @@ def test_any_family_with_an_adapter(tmp_path, make_adapter, kind):
 
 
 @pytest.mark.parametrize("run", ["helpfulness=0.6,safety=0.4", "helpfulness@0.6_safety@0.4", "safety=-0.5"])
-def test_a_weighted_sum_is_what_inference_answers_with(home, pico, run):
-    folder = export(home, pico, run, "--layout", "dense")
+def test_a_weighted_sum_is_what_inference_answers_with(home, pico, caplog, run):
+    with caplog.at_level("INFO"):
+        folder = export(home, pico, run, "--layout", "dense")
+    assert f"next: transformers serve {folder}" in caplog.text
     named = "safety@-0.5" if run.startswith("safety") else "helpfulness@0.6_safety@0.4"
     assert folder.name == f"{named}_dense"
     model = AutoModelForCausalLM.from_pretrained(folder)

@@ -180,6 +180,12 @@ def test_parameters_that_do_not_fit(method, text, says):
     assert says in " ".join(problems)
 
 
+def test_a_value_that_does_not_fit_is_not_called_missing():
+    problems = []
+    METHODS["wise_ft"].configured("alpha=5", "--parameters", problems)
+    assert problems == ["--parameters alpha=5: 5.0 is out of range; allowed: 0 to 1"]
+
+
 def test_parameters_that_fit():
     problems = []
     assert METHODS["random_mask"].configured("kept=0.4; soft=true", "--parameters", problems) == rows.RandomMask(0.4, True)
