@@ -19,11 +19,15 @@ class PaperTablesArgs(GraphFlags):
 
     heading, general = "Tables of a paper", False
     paper: str = flag("", "whose tables", choices=PAPERS)
-    table: str = flag("", "number or name of the table, commas; all: every one; empty or help: list them")
+    table: str = flag("", "number (of the list, not of the paper) or name of the table, commas; all: every one; empty or "
+                          "help: list them")
     track: str = flag("", "which of the paper's ways to run; empty: that of --preset's name, else the one in miniature")
     only: str = flag("", "these arms alone, with what they need, commas; empty: all of the table")
     seeds: str = flag("42", "seeds, commas: every arm is made and scored with each; the papers had one")
     files: str = flag("", "files of yours that a published track needs: NAME=FILE, commas")
+    judge_model: str = flag("", "model that API judges of safety ask in place of the paper's; empty: the paper's")
+    judge_base_url: str = flag("", "OpenAI-compatible endpoint that these judges ask, up to /v1; empty: OpenAI's; one on "
+                                   "this machine needs no key")
     name: str = flag("", "everything goes to NAME below --output_dir; empty: PAPER_TRACK")
 
     @property

@@ -34,7 +34,7 @@ while [ $# -gt 0 ]; do
     --seconds) [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || { echo "error: --seconds ${2:-}: needs a number" >&2; exit 2; }
                total=$2; shift ;;
     --no_install) install='' ;;
-    -h|--help) sed -n '2,15p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
+    -h|--help) sed -n '2,14p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
     *) echo "error: $1: unknown; allowed: $usage" >&2; exit 2 ;;
   esac
   shift

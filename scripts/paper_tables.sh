@@ -7,9 +7,10 @@
 #   bash scripts/paper_tables.sh --paper somf --table all --preset somf_wizardlm --dry_run     as published: hours of a GPU
 #   bash scripts/paper_tables.sh --paper somf --table 2 -- --cores 4             snakemake's own words
 #
-# Papers: h3fusion, somf, lora_fusion. Also --seeds 42,43,44, --only ARM,.., --files NAME=FILE (sets that are not public), --track,
-# --tflops, --gpu_gb (the card that hours are reckoned for), --name, --output_dir. Killed and started again, it goes on. What cannot be
-# made is an empty cell with its reason. What the tables hold: docs/reproduce.md.
+# Papers: h3fusion, somf, lora_fusion; numbers of tables are those of the list, not the paper's. Also --seeds 42,43,44, --only ARM,..,
+# --files NAME=FILE (sets that are not public), --judge_model and --judge_base_url (another API judge), --track, --tflops, --gpu_gb (the
+# card that hours are reckoned for), --name, --output_dir. Killed and started again, it goes on. What cannot be made is an empty cell
+# with its reason. What the tables hold, take and fetch: docs/reproduce.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,7 +19,7 @@ case " $* " in *" --table "*|*" --table="*) ;; *) run='' ;; esac
 for word in "$@"; do
   case $word in
     --) break ;;
-    -h|--help) sed -n '2,12p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
+    -h|--help) sed -n '2,13p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
     --dry_run|help|--table=help) run='' ;;
   esac
 done

@@ -35,6 +35,9 @@ from workflow import cluster, commands, comparisons, durability, estimate, plan,
 log = logging.getLogger(__name__)
 #: Lanes that the hours of a plan are told for, and run in unless snakemake's words say otherwise.
 LANES = 2
+#: Settings that take less memory, for steps that do not fit a card; --plan of a step tells how much.
+_SMALLER = ("training with --gradient_checkpointing true, --base_quantization nf4 or a lower --per_device_train_batch_size, "
+            "a mask with --storage bfloat16 and --granularity block, answers with a lower --batch_size")
 #: How loud this command is -> snakemake; else it tells its jobs, not its progress.
 _LOUDNESS = {("--quiet",): ("--quiet", "all"), ("--verbose",): ("--verbose",)}
 #: Columns of the table beside those that every report has; those that report.py does not know are left out.
@@ -153,8 +156,7 @@ def cost_line(steps: Sequence[plan.Step], states: dict[str, str], costs: str, gp
             + f", {sum(step.disk_mb for step in to_do) / 1024:.1f} GB on disk ({costs})")
     tight = [step for step in to_do if step.gpu_gb > gpu_gb]
     return told + (f"\ntoo large for a card of {gpu_gb:g} GB: {', '.join(step.name for step in tight[:5])}"
-                   f"{' ..' * (len(tight) > 5)}; --gradient_checkpointing true, --base_quantization nf4 or a smaller "
-                   "--per_device_train_batch_size in a preset of yours make them smaller" if tight else "")
+                   f"{' ..' * (len(tight) > 5)}; smaller by a preset of yours: {_SMALLER}" if tight else "")
 
 
 def run(steps: Sequence[plan.Step], states: dict[str, str], folder: Path, theirs: Sequence[str], lock: int,

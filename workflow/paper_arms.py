@@ -10,7 +10,7 @@ arms in the format of workflow/arms.yaml and, beside them:
              or the column. why: such cells are empty because. Rows that only the published table has are empty too; ours:
              true marks a row that it does not have.
     tracks:  preset, words, endpoints (their after may name "base.ENDPOINT", the base's own), measures (endpoint, score,
-             title, scale, offset), absent {arm or value: why}, files.
+             title, scale, offset), absent {arm or value: why}, files, hub (what it fetches, a line each).
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ import yaml
 
 from config import ROOT
 from errors import UserError
+from flags.judge_flags import is_loopback
 from preset_choice import nearest
 from workflow import plan
 
 FOLDER = ROOT / "workflow" / "papers"
 _TOP = {"paper", "experts", "arms", "tables", "tracks"}
-_TRACK = {"preset", "says", "words", "endpoints", "measures", "absent", "files", "costs", "miniature"}
+_TRACK = {"preset", "says", "words", "endpoints", "measures", "absent", "files", "costs", "miniature", "hub"}
 _TABLE = {"title", "keys", "rows", "columns", "why", "says"}
 _MEASURE = {"endpoint", "score", "title", "higher", "scale", "offset", "why"}
 _OWN_ARM, _OWN_ENDPOINT = ("each", "track", "data"), ("data", "env")
@@ -91,6 +92,7 @@ class Track:
         absent: arm or endpoint -> why it is not made.
         lacking: place of a file of the user's that is not there -> what is said of it.
         keys: endpoint -> environment variable that its judge needs and that is not set.
+        hub: what it fetches from the Hugging Face hub, with sizes and terms, a line each.
     """
 
     name: str
@@ -102,6 +104,7 @@ class Track:
     absent: Mapping[str, str] = field(default_factory=dict)
     lacking: Mapping[str, str] = field(default_factory=dict)
     keys: Mapping[str, str] = field(default_factory=dict)
+    hub: Sequence[str] = ()
 
     def scored(self, names: Sequence[str]) -> dict[str, set[str]]:
         """Arm -> its endpoints that cells of these tables need, with what those read."""
@@ -132,12 +135,14 @@ def tracks(paper: str, folder: Path = FOLDER) -> dict[str, str]:
     return {name: body["preset"] for name, body in _content(paper, folder)["tracks"].items()}
 
 
-def read(paper: str, track: str, given: Mapping[str, str] | None = None, *, all_files: bool = False, folder: Path = FOLDER
-         ) -> Track:
+def read(paper: str, track: str, given: Mapping[str, str] | None = None, *, all_files: bool = False,
+         judge: tuple[str, str] = ("", ""), folder: Path = FOLDER) -> Track:
     """A paper's tables for one of its tracks.
 
     Args:
         given: name -> place of files of the user's.
+        judge: (model, address) that API judges ask in place of the paper's; empty: the paper's, OpenAI's. alpaca_eval has
+            its own.
         all_files: plan as if every file and key were there; without it what needs a missing one is absent.
 
     Raises:
@@ -157,10 +162,10 @@ def read(paper: str, track: str, given: Mapping[str, str] | None = None, *, all_
                  for name in given or {} if name in lost]
     lacking = {files[name]: why for name, why in lost.items()}
     lost = {} if all_files else lost
-    arms = _arms(content["arms"], track, absent, lost)
-    keys = {name: key for name, one in (body.get("endpoints") or {}).items()
-            if (key := one.get("env")) and not os.environ.get(key, "").strip()}
-    endpoints = _endpoints(body.get("endpoints") or {}, absent, lost, {} if all_files else keys)
+    arms = _arms(content["arms"], track, absent, lost, content.get("experts") or [])
+    declared = {name: _asking(one, judge) for name, one in (body.get("endpoints") or {}).items()}
+    keys = {name: key for name, one in declared.items() if (key := one.get("env")) and not os.environ.get(key, "").strip()}
+    endpoints = _endpoints(declared, absent, lost, {} if all_files else keys)
     places = {f"file_{name}": shlex.quote(place) for name, place in files.items()}
     words = {**{name: _filled(text, places) for name, text in (body.get("words") or {}).items()}, **places}
     costs = {**yaml.safe_load((ROOT / "workflow" / "arms.yaml").read_text(encoding="utf-8"))["costs"],
@@ -182,7 +187,7 @@ def read(paper: str, track: str, given: Mapping[str, str] | None = None, *, all_
     if problems:
         raise UserError(*dict.fromkeys(problems))
     return Track(track, body["preset"], body.get("says", ""), bool(body.get("miniature")), graph, tables,
-                 {**absent, **lost}, lacking, keys)
+                 {**absent, **lost}, lacking, keys, tuple(body.get("hub") or ()))
 
 
 def _content(paper: str, folder: Path) -> dict[str, Any]:
@@ -211,7 +216,18 @@ def _unknown(where: str, body: Mapping[str, Any], allowed: set[str]) -> list[str
             for key in body if key not in allowed]
 
 
-def _arms(declared: Mapping[str, Any], track: str, absent: dict[str, str], lost: Mapping[str, str]) -> dict[str, Any]:
+def _asking(endpoint: Mapping[str, Any], judge: tuple[str, str]) -> Mapping[str, Any]:
+    """An endpoint whose API judge asks this model at this address; one on this machine needs no key."""
+    if not endpoint.get("env") or "evaluate_safety.py" not in endpoint["run"]:
+        return endpoint
+    words = [f"{flag} {shlex.quote(value)}" for flag, value in zip(("--judge_model", "--judge_base_url"), judge, strict=True)
+             if value]
+    changed = {**endpoint, "run": " ".join((endpoint["run"], *words))}
+    return {key: value for key, value in changed.items() if key != "env"} if judge[1] and is_loopback(judge[1]) else changed
+
+
+def _arms(declared: Mapping[str, Any], track: str, absent: dict[str, str], lost: Mapping[str, str], experts: Sequence[str]
+          ) -> dict[str, Any]:
     """The track's arms, one for each value of ``each``; those that cannot be made go to ``absent``."""
     arms: dict[str, Any] = {}
     whys: dict[str, list[str]] = {}
@@ -224,6 +240,8 @@ def _arms(declared: Mapping[str, Any], track: str, absent: dict[str, str], lost:
             whys[own] += [lost[file] for file in body.get("data", ()) if file in lost]
             arms[own] = {key: _filled(_of_track(value, track), here) for key, value in body.items() if key not in _OWN_ARM}
     for body in arms.values():
+        if body.get("needs") == "experts":
+            body["needs"] = list(experts)
         if isinstance(body.get("needs"), list):
             # an arm of another track is no need of this one
             body["needs"] = [other for other in body["needs"] if other in arms or not _elsewhere(other, declared)]

@@ -17,6 +17,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         console.set_up(parsed.verbosity)
         choice = preset_choice.choose(words)
         name = track_of(args, choice)
-        track = paper_arms.read(args.paper, name, args.named_files, all_files=args.dry_run)
+        track = paper_arms.read(args.paper, name, args.named_files, all_files=args.dry_run,
+                                judge=(args.judge_model, args.judge_base_url))
         if args.asked in ((), ("help",)):
             print(listed(args.paper, track))
             return
@@ -69,15 +71,20 @@ def track_of(args: PaperTablesArgs, choice: preset_choice.Choice) -> str:
 
 
 def listed(paper: str, track: paper_arms.Track) -> str:
-    """Every table: number, name, title, cells that are made."""
-    lines = [f"tables of {paper}, track {track.name}: --table takes numbers or names, commas, or all"]
+    """Every table: number, name, title, cells that are made, why others are not; how the other tracks are asked for."""
+    lines = [f"tables of {paper}, track {track.name}: --table takes numbers of this list (they are not the paper's) or "
+             "names, commas, or all"]
     for number, (name, table) in enumerate(track.tables.items(), 1):
         cells = [cell for row in table.rows.values() for cell in row.values()]
+        whys = Counter(cell.why for cell in cells if cell.why)
         made = sum(bool(cell.measure) and not cell.why for cell in cells)
-        why = "" if made else f": {next((cell.why for cell in cells if cell.why), '')}"
+        # one reason for a whole table needs no count
+        told = "; ".join(f"{count} empty: {why}" if made or len(whys) > 1 else why for why, count in whys.most_common(3))
         lines.append(f"{number:3}  {name}: {table.title} ({len(table.rows)} row{'s' * (len(table.rows) != 1)}, {made} of "
-                     f"{len(cells)} cells made here{why})")
-    return "\n".join([*lines, f"tracks: {', '.join(paper_arms.tracks(paper))}"])
+                     f"{len(cells)} cells made here{': ' * bool(told)}{told}{'; ..' * (len(whys) > 3)})")
+    known = paper_arms.tracks(paper)
+    return "\n".join([*lines, "tracks: " + ", ".join(name if name == track.name else f"{name} (--preset {preset})"
+                                                     for name, preset in known.items())])
 
 
 def chosen(track: paper_arms.Track, asked: Sequence[str]) -> list[str]:
@@ -116,16 +123,23 @@ def make(args: PaperTablesArgs, track: paper_arms.Track, tables: Sequence[str], 
     folder = results / "workflow"
     states = records.states(steps, folder, names if args.overwrite else ())
     lines = leaderboard.commands_of(steps, states) if args.dry_run else []
-    lost = {why for cell in _cells(track, tables) if (why := cell.why)}
-    lines += [f"empty: {why}" for why in sorted(lost)]
+    lost: dict[str, dict[str, None]] = {}
+    for name in tables:
+        for cell in _cells(track, [name]):
+            if cell.why:
+                lost.setdefault(cell.why, {})[name] = None
+    lines += [f"empty: {why} (in {', '.join(where)})" for why, where in sorted(lost.items())]
+    cost = (leaderboard.cost_line(steps, states, costs, args.gpu_gb) if steps else
+            "nothing to run: the published numbers alone")
     seeds = f"{len(args.seed_numbers)} seed{'s' * (len(args.seed_numbers) > 1)}"
     told = "\n".join([*lines, f"plan: {len(tables)} table{'s' * (len(tables) > 1)}, {len(names)} models, {seeds}, "
-                      + leaderboard.cost_line(steps, states, costs, args.gpu_gb)])
+                      + cost])
     console.show(told, None if args.dry_run else "")
     if args.dry_run:
         used = {word for step in steps for word in step.words}
         needs = [why for place, why in track.lacking.items() if place in used]
         needs += [f"needs a key of a judge: export {key}" for key in keys]
+        needs += [f"from the hub: {line}" for line in track.hub if steps]
         print("\n".join([*needs, *(f"$ {shlex.join(('python', *report_words(args, name, results)))}" for name in tables)]))
         return 0
     base = plan.base_of(preset) if preset != track.preset else ""
@@ -178,10 +192,17 @@ def spec(args: PaperTablesArgs, track: paper_arms.Track, name: str, made: Sequen
     notes = [track.says, f"Made with a preset of its own, not with the track's: the base is {base}." if base else "",
              table.says,
              f"Ours: 95 % intervals over prompts{' alone, of one seed' if one else ' and seeds'}, not corrected for their "
-             f"number; {'seed' if one else 'seeds'} {', '.join(map(str, args.seed_numbers))}."]
+             f"number; {'seed' if one else 'seeds'} {', '.join(map(str, args.seed_numbers))}.",
+             _judge_note(args)]
     mark = ", in miniature" if track.miniature else f", {track.name}"
     return {"paper": args.paper, "table": name, "title": f"{args.paper}: {table.title}{mark}", "keys": list(table.keys),
             "columns": list(table.columns), "rows": rows, "notes": [" ".join(note.split()) for note in notes if note]}
+
+
+def _judge_note(args: PaperTablesArgs) -> str:
+    """Which API judge was asked in place of the paper's; empty: the paper's."""
+    named = [args.judge_model, f"at {args.judge_base_url}" if args.judge_base_url else ""]
+    return f"API judge of safety: {' '.join(filter(None, named))}, in place of the paper's." if any(named) else ""
 
 
 def _cell(args: PaperTablesArgs, track: paper_arms.Track, cell: paper_arms.Cell, made: Sequence[str], results: Path

@@ -19,7 +19,7 @@ from transformers.utils import logging as hf_logging
 from errors import UserError
 from models.base import attention, spread, tokenizers
 from models.base.asked import check_forward
-from models.base.folders import CAUSAL, check_folder, gguf_advice, quantisation, read_config
+from models.base.folders import CAUSAL, CLASSIFIER, check_folder, gguf_advice, quantisation, read_config
 from models.checkpoints.fingerprints import fingerprint, fingerprint_like, same_base
 from models.run_folders import ADAPTER
 from preset_choice import nearest_place
@@ -67,6 +67,13 @@ def base_path(name: str, cache_dir: str | None = None, flag: str = "", use: str 
             f"({type(error).__name__}); allowed: 'embedded', a local folder, a hub name that this machine can reach "
             "(gated models need HF_TOKEN in the environment)"
         ) from None
+    if not any(folder.glob("*.safetensors")):
+        kind = "AutoModelForSequenceClassification" if use == CLASSIFIER else "AutoModelForCausalLM"
+        raise UserError(
+            f"{flag}: what the hub gave holds no *.safetensors; pickled weights may run code when they are read and are not "
+            f"fetched. Where that does no harm, {kind}.from_pretrained({name!r}).save_pretrained({name!r}), and "
+            "AutoTokenizer likewise, make a folder of this name, which is taken where a command starts beside it"
+        )
     check_folder(folder, flag, use)
     return folder
 

@@ -49,7 +49,9 @@ def told(parsed: Parsed) -> Iterator[str]:
         yield "plan: no model is loaded; answers are read as text"
         return
     (strategy, devices), (place, dtype), shape = _divided_by(parsed), _place(args, asked), _shape(args)
-    yield (f"plan: {mine.parameters / 1e9:.3f}e9 parameters" + (f", {mine.trained / 1e6:,.2f}e6 train" if trains else "")
+    counted = (f"{mine.parameters / 1e9:.3f}e9 parameters" if mine.parameters else
+               "the adapters are not there yet and count nothing")
+    yield (f"plan: {counted}" + (f", {mine.trained / 1e6:,.2f}e6 train" if trains else "")
            + f"; {TABLE[strategy].called}{f' on {devices} devices' if devices > 1 else ''}, "
            f"{'cuda' if place.cuda else 'cpu'}, {dtype}{_batch(args, asked.plan_tokens)}")
     yield from (f"  {name:24}{size / 1e9:9.3f} GB" for name, size in mine.parts().items() if size)
@@ -169,7 +171,8 @@ def _tokens(one: Any, args: Any, asked: Any) -> int:
 
 def _batch(args: Any, tokens: int) -> str:
     if isinstance(args, Objective):
-        return f"; {args.per_device_train_batch_size} rows of {tokens or args.model_max_length} tokens a pass and device"
+        rows = f"{args.per_device_train_batch_size} row{'s' * (args.per_device_train_batch_size != 1)}"
+        return f"; {rows} of {tokens or args.model_max_length} tokens a pass and device"
     if isinstance(args, InferenceArgs):
         return f"; {args.batch_size} prompts of {tokens or answering.PROMPT} tokens and {args.max_new_tokens} new ones"
     return f"; {args.batch_tokens} tokens a pass" if isinstance(args, EvaluateArgs) else ""

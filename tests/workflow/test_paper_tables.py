@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from functools import cache
 
 import pytest
@@ -17,8 +18,9 @@ from evaluator import paper_table
 from evaluator.reporting import beside
 from evaluator.reporting.html.paper_page import paper_page
 from evaluator.reporting.published_numbers import published
-from workflow import commands, paper_arms, paper_tables, plan
+from workflow import commands, estimate, leaderboard, paper_arms, paper_tables, plan
 
+PAGE = (config.ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
 WAYS = [(paper, track) for paper in paper_arms.papers() for track in paper_arms.tracks(paper)]
 numbers = cache(published)
 
@@ -62,6 +64,14 @@ def test_every_table_plans_and_every_command_parses(paper, track, key, tmp_path)
     # a cell is made or says why not
     assert all(cell.why or cell.measure for table in way.tables.values() for row in table.rows.values()
                for cell in row.values())
+    # docs/reproduce.md tells what all of it takes
+    steps, _ = estimate.of_base(steps, args_of("--paper", paper), plan.base_of(way.preset))
+    row = next(line for line in PAGE.splitlines() if line.startswith(f"| `{paper}` | `{track}` |"))
+    hours, card, disk = (re.match(r"[\d.]*", cell.strip())[0] for cell in row.split("|")[3:6])
+    lanes = leaderboard.lanes_of(steps)
+    assert float(hours) == pytest.approx(sum(step.seconds for step in steps) / 3600 / lanes, rel=0.1, abs=0.06)
+    assert float(card or 0) == pytest.approx(max(step.gpu_gb for step in steps), rel=0.05)
+    assert float(disk) == pytest.approx(sum(step.disk_mb for step in steps) / 1024, rel=0.1, abs=0.06)
 
 
 @pytest.mark.parametrize(("paper", "track"), WAYS)
@@ -161,7 +171,10 @@ def test_tables_are_listed_and_wrong_ones_refused(capsys):
         paper_tables.main(["--paper", "somf", *words])
         shown = capsys.readouterr().out
         assert "  3  safety_catqa: safety after one task, CATQA" in shown
-        assert "tracks: somf, somf_wizardlm, somf_tinyllama" in shown
+        # what is made is counted, and what is not says why
+        assert "15 of 50 cells made here: 25 empty: of another track: --track somf_tinyllama; 5 empty: no rows" in shown
+        assert "tracks: somf, somf_wizardlm (--preset somf_wizardlm), somf_tinyllama (--preset somf_tinyllama)" in shown
+        assert "numbers of this list (they are not the paper's)" in shown
     way = paper_arms.read("somf", "somf")
     assert paper_tables.chosen(way, ["3", "aligned_models"]) == ["aligned_models", "safety_catqa"]
     assert paper_tables.chosen(way, ["all"]) == list(way.tables)
@@ -209,6 +222,68 @@ def test_without_files_and_keys_cells_say_so(monkeypatch, tmp_path):
     assert cells["gpt4_score"].why == "its judge needs a key: export OPENAI_API_KEY"
 
 
+def test_without_the_helpful_rows_what_is_made_of_them_says_so(monkeypatch, tmp_path):
+    """H3Fusion's helpful rows are not shipped: nothing that needs them is begun, however far down."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPENAI_API_KEY", "a-key-that-asks-nobody")
+    way = paper_arms.read("h3fusion", "h3fusion")
+    rows = way.tables["models"].rows
+    for row in ("helpful expert", "naive mix", "plain average", "raw MoE", "H3Fusion, λ 0.01"):
+        assert rows[(row,)]["harm"].why.startswith("needs a file of yours: --files alpaca=FILE (the helpful rows"), row
+    for row in ("base", "harmless expert", "honest expert"):
+        assert not rows[(row,)]["harm"].why, row
+    (tmp_path / "mine.json").write_text("[]")
+    way = paper_arms.read("h3fusion", "h3fusion", {"alpaca": "mine.json"})
+    scored = way.scored(["models"])
+    words = {step.name: step.words for step in plan.steps(way.table, list(scored), (42,), tmp_path, preset=way.preset,
+                                                          scored=scored)}
+    assert "mine.json" in words["s42_helpfulness"]
+    assert any(word.startswith("helpfulness=mine.json,safety=") for word in words["s42_gate_00100"])
+
+
+@pytest.mark.parametrize(("paper", "track"), [way for way in WAYS if way[1] != next(iter(paper_arms.tracks(way[0])))])
+def test_what_comes_from_the_hub_is_told(paper, track, key, tmp_path):
+    """Base, judges, rows and prompts of a published track, as its commands name them."""
+    from data.sets.protocols import table
+    from data.sets.published import PUBLISHED
+
+    way = way_of(paper, track)
+    told = " ".join(way.hub)
+    scored = way.scored(list(way.tables))
+    named = {plan.base_of(way.preset)}
+    for step in plan.steps(way.table, list(scored), (42,), tmp_path, preset=way.preset, scored=scored):
+        args = commands.parse(step.words).args
+        named |= {model for _, model in getattr(args, "named_judges", ()) if "/" in model}
+        if isinstance(args, flags.InferenceArgs) and args.data_source == "published" and not args.data_path:
+            named.add(str(table()[args.task_name].hub).partition(":")[0])
+        elif isinstance(args, flags.AlignArgs):
+            places = [one.rpartition("=")[2] for one in (args.data_path or "").split(",")]
+            if places == [""]:
+                places = [PUBLISHED[name, "train"] for name in getattr(args, "task_names", ()) or (args.task_name,)
+                          if args.data_source == "published" and (name, "train") in PUBLISHED]
+            named |= {place.partition(":")[0] for place in places if place.count("/") == 1 and not place.endswith("json")}
+    assert not [name for name in named if name not in told]
+
+
+def test_another_judge_takes_the_papers_place(monkeypatch, capsys, tmp_path):
+    """Its model and address go to the commands; one on this machine needs no key; alpaca_eval keeps its own."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    local = ("mine", "http://127.0.0.1:8000/v1")
+    way = paper_arms.read("somf", "somf_wizardlm", judge=local)
+    assert way.table.endpoints["ps_catqa"].run.endswith(" --judge_model mine --judge_base_url http://127.0.0.1:8000/v1")
+    assert not way.tables["safety_catqa"].rows[("PEFT", "SFT")]["zh"].why
+    assert paper_arms.read("h3fusion", "h3fusion", judge=local).keys == {"win_rate": "OPENAI_API_KEY"}
+    args = args_of("--paper", "somf", "--table", "3", "--judge_model", "mine")
+    made = paper_tables.spec(args, way, "safety_catqa", [], tmp_path)
+    assert made["notes"][-1] == "API judge of safety: mine, in place of the paper's."
+
+
+def test_a_table_of_published_numbers_alone_says_so(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        paper_tables.main(["--paper", "lora_fusion", "--table", "qi_scores", "--dry_run", "--output_dir", str(tmp_path)])
+    assert "plan: 1 table, 0 models, 1 seed, nothing to run: the published numbers alone\n" in capsys.readouterr().out
+
+
 def test_files_that_are_wrong_say_what(tmp_path):
     body = yaml.safe_load((paper_arms.FOLDER / "lora_fusion.yaml").read_text())
     body["tables"]["gsm8k"]["rows"][0]["arm"] = "mathz"
@@ -231,9 +306,11 @@ def test_the_dry_run_at_7b_tells_hours_of_a_card(key, capsys, tmp_path):
                            str(tmp_path)])
     assert left.value.code == 0
     shown = capsys.readouterr().out
-    assert "$ python align_basemodel.py --moe_flag 0 --task_name helpfulness --seed 42" in shown
+    assert "align_basemodel.py --moe_flag 0 --task_name helpfulness --data_path data/alpaca_small.json --seed 42" in shown
     assert "empty: no command of this repository makes ensembles of outputs" in shown
     assert "hours of one card" in shown
+    assert "needs a file of yours: --files alpaca=FILE (the helpful rows" in shown
+    assert "from the hub: meta-llama/Llama-2-7b-hf: 13.5 GB, gated" in shown
     assert "reckoned, not measured: meta-llama/Llama-2-7b-hf of 6.74e9 parameters" in shown
     assert "measured on the embedded default" not in shown
     assert "evaluator/paper_table.py --spec" in shown

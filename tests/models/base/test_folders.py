@@ -158,6 +158,21 @@ def test_weights_that_are_missing_or_left_over_are_errors(base):
         load_base(base, torch.float32, CPU)
 
 
+def test_a_repository_of_the_hub_with_pickles_alone_says_how_to_convert_it(tmp_path, monkeypatch):
+    """They are never fetched, so that the snapshot is without weights; a folder of the name takes its place."""
+    import huggingface_hub
+
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "config.json").write_text("{}")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(tmp_path / "snapshot"))
+    for use, kind in ((folders.CAUSAL, "CausalLM"), (folders.CLASSIFIER, "SequenceClassification")):
+        with pytest.raises(UserError, match=rf"no \*.safetensors.*AutoModelFor{kind}.from_pretrained\('old/model'\)"):
+            base_path("old/model", use=use)
+    monkeypatch.chdir(tmp_path)
+    make_pico(tmp_path / "old" / "model")
+    assert base_path("old/model") == tmp_path / "old" / "model"
+
+
 @pytest.mark.parametrize("command", ["inference", "align", "score", "llama_moe", "extract", "realign", "judge"])
 def test_every_command_says_so(base, shards, tmp_path, capsys, command):
     from pico import make_adapter
