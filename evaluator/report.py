@@ -109,6 +109,8 @@ def gather(args: ReportArgs) -> Content:
         raise UserError(*wrong)
     axes = [axis for axis in known_axes([item for line in lines for item in line.found], args.more_columns)
             if not args.score_patterns or any(fnmatch.fnmatchcase(axis.score, text) for text in args.score_patterns)]
+    # a wide table is read from the left: what most rows lack comes last
+    axes.sort(key=lambda axis: 2 * sum(any(axis.score in one.scores for one in line.found) for line in lines) <= len(lines))
     if not axes:
         asked = f" among {args.scores}" if args.scores else ""
         there = sorted({name for line in lines for item in line.found for name in item.scores})

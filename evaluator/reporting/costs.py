@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
@@ -19,6 +20,8 @@ from models.run_folders import ADAPTER, MOE
 if TYPE_CHECKING:
     from evaluator.reporting.findings import Line
 
+#: Settings that name runs: an adapter that is gone on with, a mask that is read out, what is merged.
+_NAMING = ("init_adapter", "mask", "models")
 #: Columns -> title, unit's divisor, digits.
 COLUMNS: dict[str, tuple[str, float, int]] = {
     "seconds": ("to make it, s", 1, 0), "all_seconds": ("with all that it is made of, s", 1, 0),
@@ -82,9 +85,20 @@ def _ancestors(results: Path, runs: Iterable[str]) -> dict[str, float]:
         if name in found or seconds is None:
             continue
         found[name] = seconds
-        # by name: results may have been moved since
-        waiting += [Path(str(parent)).name for parent in content.get("parents") or ()]
+        waiting += _parents(content)
     return found
+
+
+def _parents(content: Mapping[str, Any]) -> list[str]:
+    """Names of the runs that a run is made of: its parents, and those that its settings name (MODEL+ADAPTER are two).
+
+    By name: results may have been moved since.
+    """
+    config = content.get("config")
+    named = [config.get(setting) for setting in _NAMING] if isinstance(config, Mapping) else []
+    words = [*map(str, content.get("parents") or ()), *(word for text in named if isinstance(text, str)
+                                                        for word in re.split("[,+]", text) if word.strip())]
+    return [Path(word.strip()).name for word in words]
 
 
 def _stored(folder: Path) -> tuple[float | None, float | None]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import manifest
 from errors import UserError
+from flags.mixture import mixture_parts
 from models.run_folders import ADAPTER, MOE
 
 #: Scores that a list shows, where there are any.
@@ -73,12 +74,21 @@ def _config(folder: Path) -> dict[str, Any]:
 def _kind(folder: Path, run: str, lines: list[dict[str, Any]]) -> str:
     if run == "base":
         return "base"
+    if _is_mixture(run):
+        return "weighted sum"
     if not folder.is_dir():
         trained = any(row.get("kind") == "run" for row in lines)
         return "gone" if trained else "file of answers" if all(row.get("kind") == "score" for row in lines) else "answers"
     kind = next((kind for name, kind in ((MOE, "fused MoE"), (ADAPTER, "adapter"), ("config.json", "full model"))
                  if (folder / name).is_file()), "other")
     return f"{kind} (link)" if folder.is_symlink() else kind
+
+
+def _is_mixture(run: str) -> bool:
+    try:
+        return bool(mixture_parts(run))
+    except ValueError:  # a name of somebody's own with an @ in it
+        return False
 
 
 def _method(made: dict[str, Any], config: dict[str, Any], lines: list[dict[str, Any]]) -> str:

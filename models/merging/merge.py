@@ -306,6 +306,7 @@ def _run(args: MergeArgs, settings: dict[str, Any], recipe: Recipe, method: Meth
         for name in (PLAN, JOURNAL):
             (run.folder / name).unlink()
         run.parents.extend(str(checkpoint.folder) for checkpoint in checkpoints.values())
+        run.parents.extend(str(c.adapter) for c in checkpoints.values() if hasattr(c, "adapter"))
         run.inputs.update(inputs)
         run.metrics.update(method=recipe.method, tensors=len(plan.jobs), tensors_run=tensors_run, bytes_read=cost.bytes_read,
                            bytes_written=layout.total, workers=cost.workers, promised_gb=args.memory_gb)

@@ -69,6 +69,7 @@ def realign(args: RealignArgs) -> str:
                 said = write_low_rank(stream, inputs, rank, exact, args, run)
             manifest.write_json(run.folder / DETAILS, summary.rows)
             run.parents.extend(str(model.folder) for model in (inputs.aligned, *inputs.others))
+            run.parents.extend([str(masked.folder)] if masked else [])
             run.inputs.update(hashes)
             run.metrics.update(method=args.method, rule=args.rule, tasks=[task.name for task in inputs.tasks],
                                **({"readout": str(masked.readout), "mask": args.mask} if masked else {}),

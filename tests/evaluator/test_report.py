@@ -11,6 +11,19 @@ from evaluator.reporting.figures import router_heatmap, tradeoff
 from evaluator.statistics import crossed, metrics, paired_rates
 
 
+def test_what_most_rows_lack_comes_last(tmp_path):
+    for run in ("base", "safety", "mix", "moe"):
+        put(tmp_path, run, nll=values(1.6), mc2=values(0.5) if run == "base" else None,
+            refusal=hits(0.1) if run == "moe" else None)
+    runs = "base,safety,mix,moe"
+    assert [title for title in table(write(tmp_path, runs=runs))["base"] if title != "model"] == (
+        ["held-out NLL ↓", "refusal ↑", "MC2 ↑"])
+    put(tmp_path, "safety", mc2=values(0.5))
+    put(tmp_path, "mix", mc2=values(0.5))
+    assert [title for title in table(write(tmp_path, runs=runs))["base"] if title != "model"] == (
+        ["MC2 ↑", "held-out NLL ↓", "refusal ↑"])
+
+
 def test_one_seed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     fill(tmp_path)

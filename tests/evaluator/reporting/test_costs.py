@@ -46,6 +46,16 @@ def test_ancestors_count_once(results):
     assert costs.of_run(results, "moe").all_seconds == 40 + 4 + 20 + 30
 
 
+@pytest.mark.parametrize(("setting", "value", "seconds"), [
+    ("init_adapter", "mix", 5 + 60), ("mask", "results/outputs/moe", 5 + 40 + 4 + 20 + 30), ("mask", None, 5),
+    ("models", "base+safety, base+truthfulness,mix", 5 + 20 + 30 + 60), ("models", "mix,elsewhere", 5 + 60)])
+def test_a_run_that_a_setting_names_is_an_ancestor(results, setting, value, seconds):
+    put_run(results, "made", seconds=5)
+    file = results / "outputs" / "made" / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"config": {setting: value, "seed": 1}}))
+    assert costs.of_run(results, "made").all_seconds == seconds
+
+
 def test_a_token_meets_k_experts(results):
     raw, moe = costs.of_run(results, "raw"), costs.of_run(results, "moe")
     assert (raw.stored, raw.active) == (32 + 32 + 16, 16 + 16 + 16)

@@ -122,6 +122,8 @@ def test_flags_take_an_adapter_on_a_model_too(inputs, capsys):
     wanted = {name: (base[name] + two[name]) / 2 for name in base}
     wanted["model.layers.1.mlp.up_proj.weight"] += 0.5 * 3 * b @ a
     assert all(torch.allclose(out[name], wanted[name], atol=1e-5) for name in base)
+    made = json.loads((inputs / "r" / "outputs" / "flags" / "manifest.json").read_text())
+    assert str(inputs / "r" / "outputs" / "lora") in made["parents"]
     with pytest.raises(SystemExit):
         fuse.main([*words, "--models", "base+lora+lora,b", "--run_name", "wrong"])
     assert "--models base+lora+lora: needs MODEL+ADAPTER, one adapter at most" in capsys.readouterr().err

@@ -82,6 +82,7 @@ def test_all_task_vectors_are_in_the_export(pico, home, realign, make_mask):
         torch.testing.assert_close(value, want, atol=1e-5, rtol=1e-4)
     assert manifest.read(folder)["metrics"]["tasks"] == list(TASKS)
     assert set(manifest.read(folder)["inputs"]) == {"base", "mask", *TASKS}
+    assert manifest.read(folder)["parents"][-1].endswith("outputs/m")
 
 
 def test_a_hard_draw_repeats_by_seed_and_is_zero_where_the_mask_is(pico, realign, make_mask):
