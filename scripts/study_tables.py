@@ -10,7 +10,8 @@ FILE is a report of docs/data (`report.py --format json`) and KIND one of
                  without=labels of rows without a model (all)
     seeds        a row for each model and seed
     differences  differences of the report; columns=scores
-    declared     declared comparisons of a group: group=its title; of a durability report group=kept
+    declared     declared comparisons of a group: group=its title, else=what stands for "no difference"; of a durability
+                 report group=kept
     costs        what the rows cost; columns=seconds,all_seconds,memory_mb,stored,active,tokens_per_second
     findings     the report's own sentences that begin with one of starts=A|B (all)
     sentences    those under name=.. of docs/data/sentences.yaml; their numbers are looked up, nobody types one
@@ -157,7 +158,8 @@ def _declared(report: Report, asked: Asked) -> list[str]:
     if not wanted:
         raise KeyError(asked["group"])
     lines = [[item["row"], item["against"], item["column"], _cell(item, True), p_text(_known(item["p"])),
-              p_text(_known(item["p_holm"])), item["verdict"]] for item in wanted]
+              p_text(_known(item["p_holm"])), asked.get("else", item["verdict"]) if item["verdict"] == "no difference" else
+              item["verdict"]] for item in wanted]
     return markdown_lines(["row", "against", "score", "difference", "p", "p corrected", "verdict"], lines)
 
 

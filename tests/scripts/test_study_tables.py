@@ -95,6 +95,10 @@ def page(tmp_path, monkeypatch):
                          "| mix | 12.3 [5.0, > 80] | 0.500 [0.400, 0.600] |",
                          "| moe | > 80 [60.1, > 80] | 0.900 [0.800, 1.000] |",
                          "| none |  |  |"]),
+    ("lasting: declared; group=kept; else=not better", [
+        "| row | against | score | difference | p | p corrected | verdict |", "| --- | --- | --- | --- | --- | --- | --- |",
+        "| moe | mix | kept ↑ | +0.400 [0.200, 0.600] | 0.010 | 0.020 | better |",
+        "| none | mix | kept ↑ | -0.100 [-0.300, 0.100] | 0.400 | 0.400 | not better |"]),
     ("lasting: declared; group=kept", [
         "| row | against | score | difference | p | p corrected | verdict |", "| --- | --- | --- | --- | --- | --- | --- |",
         "| moe | mix | kept ↑ | +0.400 [0.200, 0.600] | 0.010 | 0.020 | better |",
