@@ -171,7 +171,13 @@ def judge_answers(args: JudgeFlags, judges: Sequence[Named], set_name: str, rows
 
 
 def add(found: Judged, named: Named, set_name: str, said: Sequence[Verdict], seed: int) -> None:
-    """Put one judge's verdicts into scores, row values and details; unparsed and failed ones are counted, not scored."""
+    """Put one judge's verdicts into scores, row values and details; unparsed and failed ones are counted, not scored.
+
+    Raises:
+        UserError: no call of this judge got through: a score of nothing must not look like one.
+    """
+    if said and all(verdict.note.startswith("failed") for verdict in said):
+        raise UserError(f"{named.name} judge: none of its {len(said)} calls got through{_advice(said)}")
     name, row = f"{named.name}.{set_name}", named.row
     of = _of(set_name)
     up = named.up(set_name)

@@ -240,6 +240,15 @@ def test_unparsed_and_failed_verdicts_are_counted_not_scored():
     assert found.said[0]["api-harm"] == {"label": True, "score": 5.0, "reason": "bad"}
 
 
+def test_a_judge_that_was_never_reached_gives_no_score():
+    found = judging.Judged(values=[{}, {}], said=[{}, {}])
+    said = [Verdict(None, note="failed: connection refused by http://127.0.0.1:9"), Verdict(None, note="failed: 503")]
+    with pytest.raises(UserError, match=r"api-harm judge: none of its 2 calls got through; the first failure: "
+                                        r"connection refused by http://127.0.0.1:9; the same command asks them again"):
+        judging.add(found, judging.Named("api-harm", JUDGES["api-harm"], Said()), "safety", said, 0)
+    assert not found.scores
+
+
 def test_a_score_file_with_failed_calls_is_not_final(tmp_path):
     path = tmp_path / "x.json"
     for notes, same in (({"failed": 1}, False), ({"truncated": 2}, True)):
