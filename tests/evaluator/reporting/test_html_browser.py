@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 import zlib
 
 import pytest
 from browser import Browser
 from html_report import HOSTILE, QUOTED, fill, write
+
+from config import ROOT
 
 LABELS = ("[...document.querySelectorAll('#board tbody tr')].filter(r => !r.hidden)"
           ".map(r => r.querySelector('th a').textContent)")
@@ -48,6 +51,23 @@ def click(page, selector):
 def colour(page, of="document.body", what="backgroundColor"):
     numbers = re.findall(r"\d+", page.run(f"getComputedStyle({of}).{what}"))
     return tuple(map(int, numbers[:3]))
+
+
+def test_the_committed_leaderboard_opens_sorts_and_has_the_datas_rows(browser):
+    file, report = (ROOT / "docs" / name for name in ("leaderboard.html", "data/leaderboard.json"))
+    rows = json.loads(report.read_text(encoding="utf-8"))["rows"]
+    browser.events.clear()
+    browser.open(file)
+    assert browser.run(LABELS) == [row["label"] for row in rows]
+    click(browser, "#board th[data-score=refusal_auc] button")
+    # the sort keeps the order of equals
+    best_first = sorted(rows, key=lambda row: row["cells"]["refusal_auc"]["value"], reverse=True)
+    assert browser.run(LABELS) == [row["label"] for row in best_first]
+    shown = browser.run("document.querySelector('#board td a[data-score=refusal_auc]').textContent")
+    assert f"{best_first[0]['cells']['refusal_auc']['value']:.3f}" in shown
+    assert browser.complaints() == []
+    assert set(browser.requests()) <= {file.as_uri()}
+    assert file.stat().st_size < 5_000_000
 
 
 def test_a_header_sorts_best_first_and_then_the_other_way(page):
