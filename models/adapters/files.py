@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from errors import UserError
+from flags.base import TASKS
 from manifest import sha256, write_json
 from models.base.families import Family
 from models.base.folders import POINTER_ADVICE, is_pointer
@@ -88,8 +89,10 @@ def read_adapter(folder: Path, name: str | None = None, scaled: bool = True) -> 
     if missing == [WEIGHTS] and (pickled := pickled_advice(folder)):
         raise UserError(f"adapter '{name}': {pickled}")
     if missing:
+        # a task's own run is called after it
+        flag = "--task_name" if name in TASKS else "--run_name"
         raise UserError(f"adapter '{name}': {', '.join(missing)} not in {folder}{nearest_place(folder)}; name a run or a "
-                        f"folder that has them, or train it: align_basemodel.py --moe_flag 0 --run_name {name}")
+                        f"folder that has them, or train it: align_basemodel.py --moe_flag 0 {flag} {name}")
     config = _read_config(folder / CONFIG)
     if is_pointer(folder / WEIGHTS):
         raise UserError(f"{folder / WEIGHTS}: {POINTER_ADVICE}")
