@@ -27,9 +27,8 @@ from typing import Any
 import yaml
 
 import preset_choice
-from errors import UserError
+from errors import UserError, nearest
 from preset_choice import DEFAULT_PRESET, OWN_PRESET, PRESETS, SECTIONS
-from preset_choice import nearest as _nearest
 from scalars import BOOLEANS, Word, Yaml, article, cast, words_in
 
 __all__ = ["DEFAULT_PRESET", "PRESETS", "Parsed", "flag", "group_of", "parse"]
@@ -263,7 +262,7 @@ def _convert(command: Command, values: dict[str, Any], prefix: str, problems: li
             continue
         choices = _fields(command)[name].metadata["choices"]
         if choices and done[name] is not None and done[name] not in choices:
-            near = _nearest(str(done[name]), [str(c) for c in choices])
+            near = nearest(str(done[name]), [str(c) for c in choices])
             allowed = ", ".join(str(choice) or "empty" for choice in choices)
             problems.append(f"{prefix}{name} {value}: not known{near}; allowed: {allowed}")
             del done[name]
@@ -281,7 +280,7 @@ def _range_problems(args: Any) -> list[str]:
 
 def _preset_values(command: Command, path: Path, content: dict[str, Any], sections: Iterable[str],
                    problems: list[str]) -> dict[str, Any]:
-    problems += [f"{path.name}: unknown section '{section}'{_nearest(section, SECTIONS)}; allowed: {', '.join(SECTIONS)}"
+    problems += [f"{path.name}: unknown section '{section}'{nearest(section, SECTIONS)}; allowed: {', '.join(SECTIONS)}"
                  for section in content if section not in SECTIONS]
     merged: dict[str, Any] = {}
     for section in sections:
@@ -291,7 +290,7 @@ def _preset_values(command: Command, path: Path, content: dict[str, Any], sectio
                     name, value, f"{path.name}: ", problems)
             elif not command.passes_over(section, name):
                 said = command.elsewhere(name) if section != "common" else None
-                problems.append(f"{path.name}: {section}.{name}: {said or f'unknown key{_nearest(name, _fields(command))}'}")
+                problems.append(f"{path.name}: {section}.{name}: {said or f'unknown key{nearest(name, _fields(command))}'}")
     return merged
 
 
@@ -337,7 +336,7 @@ def _extra_flags(command: Command, rest: Sequence[str], problems: list[str], idl
         else:
             allowed = [*_fields(command), *(training_fields() if command.takes_training_arguments else ()),
                        *(name for group in command.beside() for name in _fields(group))]
-            problems.append(f"--{name}: unknown flag{_nearest(name, allowed)}; see --help")
+            problems.append(f"--{name}: unknown flag{nearest(name, allowed)}; see --help")
     return found
 
 

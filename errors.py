@@ -7,12 +7,14 @@ plain sentence instead of a traceback. A bug keeps its traceback and exit code 1
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 #: Asked before an error is said whether another process of the launch has said one; models/base/processes.py adds to it.
 TELLS: list[Callable[[], bool]] = []
@@ -137,3 +139,22 @@ def _os_error(error: Exception) -> int | None:
         return error.errno
     match = re.search(r"\(os error (\d+)\)", str(error))
     return int(match[1]) if match else None
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint for a word that is not known; empty where nothing is near."""
+    match = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
+    return f" (did you mean {match[0]}?)" if match else ""
+
+
+def nearest_place(place: Path) -> str:
+    """A hint for a file or folder that is not there, by the names beside it; empty where nothing is near."""
+    if place.exists():
+        return ""
+    try:
+        beside = {path.stem: path.name for path in sorted(place.parent.iterdir())}
+    except OSError:  # its folder is not there either, or may not be read
+        return ""
+    # by the stems: two endings that agree are no likeness
+    match = difflib.get_close_matches(place.stem, list(beside), n=1, cutoff=0.6)
+    return f" (did you mean {beside[match[0]]}?)" if match else ""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import difflib
 import functools
 import json
 from collections.abc import Iterable, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from errors import UserError
+from errors import UserError, nearest
 from scalars import Yaml
 
 ROOT = Path(__file__).resolve().parent
@@ -157,25 +156,6 @@ def serves_base(base: str, named: Iterable[str]) -> bool:
         except (OSError, ValueError, LookupError, TypeError):
             return False
     return False
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint for a word that is not known; empty where nothing is near."""
-    match = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
-    return f" (did you mean {match[0]}?)" if match else ""
-
-
-def nearest_place(place: Path) -> str:
-    """A hint for a file or folder that is not there, by the names beside it; empty where nothing is near."""
-    if place.exists():
-        return ""
-    try:
-        beside = {path.stem: path.name for path in sorted(place.parent.iterdir())}
-    except OSError:  # its folder is not there either, or may not be read
-        return ""
-    # by the stems: two endings that agree are no likeness
-    match = difflib.get_close_matches(place.stem, list(beside), n=1, cutoff=0.6)
-    return f" (did you mean {beside[match[0]]}?)" if match else ""
 
 
 def _given(words: Sequence[str]) -> dict[str, str | None]:

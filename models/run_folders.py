@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from errors import UserError
+from errors import UserError, nearest_place
 from flags.mixture import Parts, mixture_parts
-from preset_choice import nearest_place
 
 ADAPTER, MOE = "adapter_config.json", "moe_config.json"
 

@@ -23,6 +23,7 @@ of a declared comparison (p corrected), {cost|COLUMN|ROW}; {cell@FILE|..} is of 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +34,7 @@ import yaml
 
 from config import ROOT
 from errors import UserError, exit_on_user_error
-from evaluator.reporting.costs import COLUMNS as COSTS
+from evaluator.reporting import costs
 from evaluator.reporting.formats import interval, markdown_lines, number, p_text
 
 DATA = ROOT / "docs" / "data"
@@ -89,6 +90,11 @@ def filled(path: Path) -> str:
 def _report(file: str) -> Report:
     if not (path := DATA / f"{file}.json").is_file():
         raise KeyError(path.name)
+    return _parsed(path)
+
+
+@functools.cache
+def _parsed(path: Path) -> Report:
     read: Report = json.loads(path.read_text(encoding="utf-8"))
     return read
 
@@ -164,7 +170,7 @@ def _declared(report: Report, asked: Asked) -> list[str]:
 
 
 def _comparisons(report: Report) -> list[Mapping[str, Any]]:
-    """Declared comparisons; of a durability report those of what rows keep, whose verdict is in their interval."""
+    """Declared comparisons; of a durability report those of what rows keep, by their corrected p."""
     if "half_life" not in report:
         found: list[Mapping[str, Any]] = report["findings"]["comparisons"]
         return found
@@ -185,14 +191,9 @@ def _known(p: float | None) -> float:
 
 def _costs(report: Report, asked: Asked) -> list[str]:
     rows, _ = _picked(report, {name: asked[name] for name in asked if name == "rows"})
-    names = _words(asked, "columns") or list(COSTS)
-    lines = [[row["label"], *(_cost(report["costs"][row["label"]][name], name) for name in names)] for row in rows]
-    return markdown_lines(["model", *(COSTS[name][0] for name in names)], lines)
-
-
-def _cost(value: float | None, name: str) -> str:
-    _, unit, digits = COSTS[name]
-    return "" if value is None else f"{value / unit:,.{digits}f}"
+    names = _words(asked, "columns") or list(costs.COLUMNS)
+    lines = [[row["label"], *(costs.text(report["costs"][row["label"]][name], name) for name in names)] for row in rows]
+    return markdown_lines(["model", *(costs.COLUMNS[name][0] for name in names)], lines)
 
 
 def _findings(report: Report, asked: Asked) -> list[str]:
@@ -222,7 +223,7 @@ def _looked_up(words: str, file: str) -> str:
         return _short(_text(report, row, score).split(" [")[0] if kind == "cell" else _text(report, row, score))
     if kind == "cost":
         column, label = names
-        return _cost(report["costs"][label][column], column)
+        return costs.text(report["costs"][label][column], column)
     group, (score, label, against) = (names[0], names[1:]) if kind == "p" else (None, names)
     for item in _comparisons(report):
         if group in (None, item["group"]) and (item["score"], item["row"], item["against"]) == (score, label, against):

@@ -9,7 +9,7 @@ import pytest
 
 import config
 import preset_choice
-from errors import UserError
+from errors import UserError, nearest_place
 from evaluator import evaluate
 from flags import AlignArgs, EvaluateSafetyArgs, FuseAdaptersArgs, FuseMoeArgs, InferenceArgs, ReportArgs
 from models.mask.memory import memory_plan
@@ -236,7 +236,7 @@ def test_the_table_of_several_models_says_its_preset_once(pico, tmp_path, caplog
 
 def test_a_file_that_is_not_there_gets_the_nearest_name_beside_it(tmp_path):
     (tmp_path / "tickets.json").touch()
-    assert preset_choice.nearest_place(tmp_path / "tikets.csv") == " (did you mean tickets.json?)"
+    assert nearest_place(tmp_path / "tikets.csv") == " (did you mean tickets.json?)"
     # that endings agree is no likeness; what is there, and what lies in no folder, gets no hint
     for name in ("mine.json", "tickets.json", "no/such.json"):
-        assert not preset_choice.nearest_place(tmp_path / name)
+        assert not nearest_place(tmp_path / name)

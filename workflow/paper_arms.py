@@ -27,9 +27,8 @@ from typing import Any
 import yaml
 
 from config import ROOT
-from errors import UserError
+from errors import UserError, nearest
 from flags.judge_flags import is_loopback
-from preset_choice import nearest
 from workflow import plan
 
 FOLDER = ROOT / "workflow" / "papers"

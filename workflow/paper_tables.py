@@ -27,9 +27,8 @@ import console
 import manifest
 import preset_choice
 from config import ROOT
-from errors import UserError, exit_on_user_error
+from errors import UserError, exit_on_user_error, nearest
 from flags.paper_tables import PaperTablesArgs
-from preset_choice import nearest
 from workflow import estimate, leaderboard, paper_arms, plan, records
 
 log = logging.getLogger(__name__)

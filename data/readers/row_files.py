@@ -18,8 +18,7 @@ from typing import Any
 from data.readers.delimited import column_name, decoded, heads_a_table, table_rows
 from data.readers.json_objects import DECODER, Damaged, columns_of, rows_within, spread_objects
 from data.readers.turns import TURNS, is_turns, turns_in_texts
-from errors import UserError
-from preset_choice import nearest_place
+from errors import UserError, nearest_place
 
 MAX_ROW = 1_000_000  # characters; a longer line is no prompt but a damaged file
 #: One damaged line often damages all that follow: ten show what is wrong.

@@ -149,13 +149,15 @@ def _mean(costs: Sequence[Cost]) -> Cost:
     return Cost(**{name: None if None in found else sum(found) / len(found) for name, found in values.items()})
 
 
+def text(value: float | None, column: str) -> str:
+    """A number of a column as people read it, in the column's unit; empty where it is not known."""
+    _, unit, digits = COLUMNS[column]
+    return "" if value is None else f"{value / unit:,.{digits}f}"
+
+
 def markdown(costs: Mapping[str, Cost]) -> list[str]:
     """The costs as a section of a page."""
-    rows = []
-    for label, cost in costs.items():
-        known = ((asdict(cost)[name], divisor, digits) for name, (_, divisor, digits) in COLUMNS.items())
-        rows.append([label, *("" if value is None else f"{value / divisor:,.{digits}f}"
-                              for value, divisor, digits in known)])
+    rows = [[label, *(text(value, name) for name, value in asdict(cost).items())] for label, cost in costs.items()]
     return ["", "## Cost", "", *markdown_lines(["model", *(title for title, _, _ in COLUMNS.values())], rows), "", NOTE]
 
 

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import manifest
-from errors import UserError
+from errors import UserError, nearest
 from models.run_folders import ADAPTER, MOE, parts_of, run_files
-from preset_choice import nearest
 
 if TYPE_CHECKING:
     from flags.evaluate_models import EvaluateModelsArgs

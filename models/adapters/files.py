@@ -17,13 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from errors import UserError
+from errors import UserError, nearest_place
 from flags.base import TASKS
 from manifest import sha256, write_json
 from models.base.families import Family
 from models.base.folders import POINTER_ADVICE, is_pointer
 from models.operators.low_rank import Pair, inner
-from preset_choice import nearest_place
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 #: The largest rank that vLLM serves, and the ranks that its --max-lora-rank takes (vllm/config/lora.py).

@@ -16,13 +16,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
-from errors import UserError
+from errors import UserError, nearest_place
 from models.base import attention, spread, tokenizers
 from models.base.asked import check_forward
 from models.base.folders import CAUSAL, CLASSIFIER, check_folder, gguf_advice, quantisation, read_config
 from models.checkpoints.fingerprints import fingerprint, fingerprint_like, same_base
 from models.run_folders import ADAPTER
-from preset_choice import nearest_place
 
 log = logging.getLogger(__name__)
 #: Settings in which a model and its quantised copy agree.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import manifest
-from errors import UserError
+from errors import UserError, nearest
 from flags.merge import MergeArgs
 from models.checkpoints.fingerprints import fingerprint
 from models.checkpoints.kinds import other_kind
@@ -22,7 +22,6 @@ from models.checkpoints.writer import Layout, Writer, plan_layout
 from models.merging.budget import Budget, budget
 from models.merging.methods import METHODS, Method
 from models.merging.plan import MergePlan, Policies, anchor, match, models
-from models.merging.recipe_values import nearest
 from models.merging.recipes import Recipe, Slice, Source, read_recipe
 from models.merging.tokens import vocabulary
 from models.merging.tokens.chat_templates import chosen_template, write_template

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
+from errors import nearest
 from models.merging.mergekit_keys import KEYS, unknown_key
-from models.merging.recipe_values import Item, Report, nearest, shown
+from models.merging.recipe_values import Item, Report, shown
 
 DTYPES = ("float32", "float16", "bfloat16")
 #: keys that one may expect and that we do not support -> what to do instead

@@ -6,18 +6,17 @@ nodes, so that a recipe from the net can neither run anything nor fill the memor
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from errors import UserError
+from errors import UserError, nearest
 
 MAX_BYTES = 1_000_000
 MAX_NODES = 100_000
@@ -100,12 +99,6 @@ class Report:
 
     def _sentence(self, item: Item, text: str) -> str:
         return f"{self.path}:{item.line}: " + (f"{item.name}: " if item.name else "") + text
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`` (did you mean X?)``, or nothing."""
-    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" (did you mean {match[0]}?)" if match else ""
 
 
 class _Loader(yaml.SafeLoader):

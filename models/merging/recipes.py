@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from errors import UserError
+from errors import UserError, nearest
 from models.merging.mergekit_keys import EXTENSIONS, KEYS, OTHER_TOOLS, PARAMETERS, WITHOUT_EFFECT, slip
 from models.merging.recipe_fields import Fields, given
 from models.merging.recipe_tokens import TokenRules, read_chat_template, read_tokens_section
@@ -37,7 +37,6 @@ from models.merging.recipe_values import (
     Report,
     Scalar,
     Setting,
-    nearest,
     read_setting,
     read_yaml,
     shown,
