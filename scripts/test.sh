@@ -11,4 +11,5 @@ export HF_HUB_OFFLINE=1
 python -m ruff check .
 python -m mypy   # pyproject.toml says which files
 python -m data.assets fetch
-python -m pytest -q -n "${WORKERS:-2}" --dist loadfile "$@"   # a file stays with its worker, and so do its fixtures
+# a file stays with its worker, and so do its fixtures; tests/conftest.py says which files begin first
+python -m pytest -q -n "${WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"
