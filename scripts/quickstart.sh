@@ -43,16 +43,17 @@ answers() { # RUNS: what the keyword judge reads
   say python inference.py --task_name safety --cross_task "$1" --num_samples "$samples" "${common[@]}"
   say python inference.py --task_name overrefusal --cross_task "$1" --num_samples "$samples" "${common[@]}"
 }
-likelihoods() { # RUNS: refusal, helpfulness and honesty without an answer
+likelihoods() { # RUNS: refusal and helpfulness without an answer; preferences (HHH) are left to the leaderboard
   say python evaluator/evaluate_refusal.py --task_name "$(folders "$1")" --num_samples "$samples" "${common[@]}"
-  say python evaluator/evaluate_helpfulness.py --task_name "$(folders "$1")" --num_samples "$samples" "${lite[@]}" "${common[@]}"
+  say python evaluator/evaluate_helpfulness.py --task_name "$(folders "$1")" --num_samples "$samples" --lite "${common[@]}"
+}
+honesty() { # RUNS: multiple choice, as long as everything else of a row
   say python evaluator/evaluate_truth_and_info.py --task_name "$(folders "$1")" --num_samples "$samples" "${lite[@]}" \
     "${common[@]}"
 }
-
-mix() { # the control, scored while the experts train
-  say python align_basemodel.py --moe_flag 0 --task_name mix "${common[@]}"
-  likelihoods base,mix
+untuned() { # scores of all rows but the tuned MoE, while it is tuned and scored
+  likelihoods "$others"
+  honesty base,mix,raw_moe
 }
 
 step "model and data"
@@ -63,8 +64,8 @@ for seed in "${seeds[@]}"; do
   out=$root; [ "$seed" = 42 ] || out=$root/seed_$seed
   roots+=("$out")
   common=(--seed "$seed" --output_dir "$out" --threads "$half")
-  step "three experts; beside them the naive mix as a control, and the base's scores (seed $seed)"
-  beside "mix_$seed" mix
+  step "three experts; beside them the naive mix as a control (seed $seed)"
+  beside "mix_$seed" say python align_basemodel.py --moe_flag 0 --task_name mix "${common[@]}"
   for task in helpfulness safety truthfulness; do
     say python align_basemodel.py --moe_flag 0 --task_name $task "${common[@]}"
   done
@@ -73,12 +74,13 @@ for seed in "${seeds[@]}"; do
   say python models/llama_moe.py "${common[@]}"
   join
   step "tune the fused MoE; scores of all others (seed $seed)"
-  beside "likelihoods_$seed" likelihoods "${others#base,mix,}"
+  beside "scores_$seed" untuned
   say python align_basemodel.py --moe_flag 1 --expert_topk 1 --gate_loss_weight 0.1 --helpfulness_weight 0.001 \
     --safety_weight 0.001 --truthfulness_weight 0.001 "${common[@]}"
   answers $key
   say python evaluator/evaluate_safety.py --task_name "$(folders $key)" --num_samples "$samples" "${common[@]}"
   likelihoods $tuned
+  honesty $tuned
   join
   # every score is there: this draws the ROC curves of all rows into one picture
   say python evaluator/evaluate_refusal.py --task_name "$(folders $others,$tuned)" --num_samples "$samples" "${common[@]}"
