@@ -6,12 +6,12 @@
 #   bash scripts/quickstart.sh --full       three seeds (42, 43, 44), with intervals across them
 #   bash scripts/quickstart.sh --seed 7     another seed, in results/seed_7
 #
-# SAMPLES=-1 OUT=results/whole bash scripts/quickstart.sh takes whole test sets instead of 60 prompts of each.
+# SAMPLES=-1 OUT=results/whole bash scripts/quickstart.sh takes whole test sets instead of 48 prompts of each.
 # Every step is a command that you can run by itself; what is finished is not done again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-lite=() seeds=(42) samples=${SAMPLES:-60} root=${OUT:-results} name=quickstart
+lite=() seeds=(42) samples=${SAMPLES:-48} root=${OUT:-results} name=quickstart
 while [ $# -gt 0 ]; do
   case $1 in
     --lite) lite=(--lite); name=quickstart_lite ;;
