@@ -9,7 +9,8 @@ cd "$(dirname "$0")/.."
 . scripts/environment.sh
 export HF_HUB_OFFLINE=1
 python -m ruff check .
-python -m mypy   # pyproject.toml says which files
+python -m mypy & types=$!   # pyproject.toml says which files; beside it, for both leave a core idle
 python -m data.assets fetch
+wait "$types"
 # a file stays with its worker, and so do its fixtures; tests/conftest.py says which files begin first
 python -m pytest -q -n "${WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"
