@@ -29,6 +29,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.25, "use_qk_norm": True},
     "cohere2": _BY_LAYER | {"logit_scale": 0.25},
     "phi3": WINDOW,
+    # mixtures, as models/fuse.py export writes them
+    "mixtral": WINDOW | {"num_local_experts": 3, "num_experts_per_tok": 2},
+    "qwen3_moe": WINDOW | {"use_sliding_window": True, "num_experts": 3, "num_experts_per_tok": 2,
+                           "moe_intermediate_size": 64},
     # of no known family
     "gpt2": {}, "gpt_neox": {}, "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
 }

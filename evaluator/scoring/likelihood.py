@@ -19,7 +19,7 @@ from data.encode import prompt_ids
 from errors import UserError
 from models.base import processes
 from models.base.attention import additive, within
-from models.base.families import FAMILIES
+from models.base.families import KNOWN_FORWARDS
 from models.base.heads import LogitRule, answer_logits, logit_rule
 from models.base.positions import positions, ropes, steady
 
@@ -140,11 +140,11 @@ def _passes(rows: Sequence[tuple[list[int], list[int]]], batch_tokens: int) -> I
 def shareable(model: PreTrainedModel, longest: int) -> bool:
     """Whether rows of up to ``longest`` tokens can stand in one pass.
 
-    That takes a known family, no token that looks ahead, and RoPE whose frequencies do not depend on the longest row of a
+    That takes a known forward, no token that looks ahead, and RoPE whose frequencies do not depend on the longest row of a
     pass (as those of LongRoPE and dynamic scaling do beyond the original length).
     """
     config = model.config
-    if config.model_type not in FAMILIES or getattr(config, "use_bidirectional_attention", None):
+    if config.model_type not in KNOWN_FORWARDS or getattr(config, "use_bidirectional_attention", None):
         return False
     return steady(config, longest)
 
@@ -154,7 +154,7 @@ def _alone(loaded: Loaded, prompt: list[int], answer: list[int]) -> float:
     # the last token too, though nobody asks what follows it: RoPE may go by the length of the whole row
     ids = [*prompt, *answer]
     reach = positions(loaded.model.config)
-    if loaded.model.config.model_type not in FAMILIES and reach and len(ids) > reach:
+    if loaded.model.config.model_type not in KNOWN_FORWARDS and reach and len(ids) > reach:
         raise UserError(f"--model_name_or_path: a prompt and its answer have {len(ids)} tokens, but model type "
                         f"'{loaded.model.config.model_type}' has {reach} positions; use a model with more")
     if not answer:
@@ -173,7 +173,7 @@ def _masks(model: PreTrainedModel, seen: Tensor, depths: Tensor) -> Tensor | dic
     # additive masks: every attention implementation of transformers takes them as they are, whatever the family
     dtype = model.get_output_embeddings().weight.dtype
     whole = additive(seen, dtype)[None, None]
-    windows, window = FAMILIES[model.config.model_type].windows, getattr(model.config, "sliding_window", None)
+    windows, window = KNOWN_FORWARDS[model.config.model_type].windows, getattr(model.config, "sliding_window", None)
     # no row reaches beyond its window: most never do
     if not windows or window is None or int(depths.max()) < window:
         return whole

@@ -72,6 +72,11 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family(gate="gate_up_proj", up="gate_up_proj", activation="activation_fn", attention=("qkv_proj", "o_proj"),
                    windows="all"),
 }
+#: What a fused MoE is exported as (models/export). Its layers have a FFN for each expert, so nothing is fused from one;
+#: attention, masks and head are those of the family that it was fused from, and a token is routed by itself alone.
+MIXTURES: dict[str, Family] = {"mixtral": Family(windows="all"), "qwen3_moe": Family(windows="all")}
+#: Whose forward is known: which masks it takes, and what it does to logits.
+KNOWN_FORWARDS: dict[str, Family] = FAMILIES | MIXTURES
 
 
 def family_of(config: Any) -> Family:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from errors import UserError
-from models.base.families import FAMILIES
+from models.base.families import FAMILIES, KNOWN_FORWARDS
 
 #: What families beyond ``FAMILIES`` call such settings; which of them a forward heeds is found out by asking it.
 _MULTIPLIERS, _DIVISORS = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling"), ("logits_scaling",)
@@ -48,7 +48,7 @@ def logit_rule(model: PreTrainedModel) -> LogitRule:
     """
     # its own type, not its text model's: a vision model may treat the logits of the same body otherwise
     config = model.config
-    family = FAMILIES.get(config.model_type)
+    family = KNOWN_FORWARDS.get(config.model_type)
     if family is None:
         return _asked(model)
     scale = getattr(config, family.multiplier) if family.multiplier else 1.0

@@ -147,7 +147,7 @@ LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_positi
     ("phi3", {"rope_parameters": LONGROPE}), ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0,
                                                                             "rope_theta": 10000.0},
                                                         "max_position_embeddings": 24}),
-    ("gpt2", {}), ("gpt_neox", {}), ("opt", {}),
+    ("mixtral", {}), ("mixtral", {"sliding_window": None}), ("qwen3_moe", {}), ("gpt2", {}), ("gpt_neox", {}), ("opt", {}),
 ])
 @pytest.mark.parametrize("batch_tokens", [40, 4096])
 def test_every_row_scores_what_it_does_alone(kind, settings, batch_tokens, tmp_path):
@@ -160,6 +160,17 @@ def test_every_row_scores_what_it_does_alone(kind, settings, batch_tokens, tmp_p
         want, tokens = naive(loaded, prompt, answer, end=True)
         assert n == tokens
         assert total == pytest.approx(want, abs=1e-4)
+
+
+def test_an_exported_mixture_reads_a_prompt_once(tmp_path):
+    """Twenty openers of a prompt in one pass, and not twenty passes."""
+    for kind in ("mixtral", "qwen3_moe"):
+        loaded = of_family(kind, tmp_path)
+        passes = []
+        loaded.model.model.register_forward_hook(lambda *_, to=passes: to.append(1))
+        prompt = loaded.template.render("How do I sharpen a knife?", "")
+        answer_logprobs(loaded, [(prompt, f"I cannot help with {i}.") for i in range(20)], 4096)
+        assert len(passes) == 1
 
 
 def test_rows_beyond_a_table_of_positions_are_refused(tmp_path):
