@@ -26,10 +26,11 @@ OBJECTIVES = ("helpfulness", "safety", "truthfulness")
 #: Files of more than a minute, the longest first. A file stays with its worker (scripts/test.sh), so one that begins last
 #: leaves the other worker without work.
 SLOW = ("models/generation/test_backends", "workflow/test_slurm", "models/base/test_families",
-        "scripts/test_gpu_check_script", "test_commands", "workflow/test_graph", "workflow/test_durability_graph", "models/merging/test_merge_resume",
-        "training/distributed/test_two_processes", "training/test_trajectories", "faults/test_faults",
-        "evaluator/reporting/test_sweep_discrimination", "models/export/test_export", "evaluator/test_hostile_reports",
-        "training/test_validation", "benchmarks/test_generate_race", "training/test_resume", "test_howto")
+        "scripts/test_gpu_check_script", "test_commands", "workflow/test_graph", "workflow/test_durability_graph",
+        "models/merging/test_merge_resume", "training/distributed/test_two_processes", "training/test_trajectories",
+        "faults/test_faults", "evaluator/reporting/test_sweep_discrimination", "models/export/test_export",
+        "evaluator/test_hostile_reports", "training/test_validation", "benchmarks/test_generate_race",
+        "training/test_resume", "test_howto")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -122,7 +122,7 @@ def test_the_report_lines_parse(tmp_path):
     table, page = durability.report_words(TABLE, NAMES, [tmp_path], tmp_path, quick=False)
     args = config.parse(flags.DurabilityArgs, table[1:]).args
     assert args.against == "naive mix"
-    assert args.step_numbers == (5, 20, 80)
+    assert args.step_numbers == (5, 10, 20, 40, 80)
     assert args.share_numbers == (0, 0.05, 0.3)
     assert dict(args.rows)["tuned MoE"] == ("whole_tuned_moe", "harmful_tuned_moe", "mixed_00_tuned_moe",
                                             "mixed_05_tuned_moe", "mixed_30_tuned_moe")
