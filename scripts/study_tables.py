@@ -11,7 +11,7 @@ FILE is a report of docs/data (`report.py --format json`) and KIND one of
     seeds        a row for each model and seed
     differences  differences of the report; columns=scores
     declared     declared comparisons of a group: group=its title, else=what stands for "no difference"; of a durability
-                 report group=kept
+                 report the score is its group
     costs        what the rows cost; columns=seconds,all_seconds,memory_mb,stored,active,tokens_per_second
     findings     the report's own sentences that begin with one of starts=A|B (all)
     sentences    those under name=.. of docs/data/sentences.yaml; their numbers are looked up, nobody types one
@@ -175,9 +175,9 @@ def _comparisons(report: Report) -> list[Mapping[str, Any]]:
         found: list[Mapping[str, Any]] = report["findings"]["comparisons"]
         return found
     titles = {column["name"]: column["title"] for column in report["columns"]}
-    return [{"group": "kept", "row": label, "against": report["against"], "column": titles[item["score"]],
+    return [{"group": score, "score": score, "row": label, "against": report["against"], "column": titles[score],
              "verdict": _verdict(item["value"], _known(item["p_holm"]))} | item
-            for label, item in report["differences"].items()]
+            for score, rows in report["differences"].items() for label, item in rows.items()]
 
 
 def _verdict(value: float, p: float) -> str:

@@ -12,6 +12,7 @@ import config
 import manifest
 from errors import UserError
 from evaluator import durability
+from evaluator.reporting.durability.rows import cells
 from evaluator.reporting.html.curves import read_curves
 from flags.durability import DurabilityArgs
 
@@ -71,13 +72,19 @@ def test_two_seeds_to_a_table_in_every_format(tmp_path, capsys):
     # above all harmless prompts or below all of them
     assert strong["auc_0"]["value"] == pytest.approx(0.8)
     found = content["differences"]
-    assert list(found) == ["strong"]
-    assert found["strong"]["value"] == pytest.approx(strong["kept"]["value"] - weak["kept"]["value"])
-    assert found["strong"]["low"] > 0
+    assert set(found) == {"kept", "auc_80"}
+    assert list(found["kept"]) == ["strong"]
+    assert found["kept"]["strong"]["value"] == pytest.approx(strong["kept"]["value"] - weak["kept"]["value"])
+    assert found["kept"]["strong"]["low"] > 0
+    # a row without refusals counts in the correction, though nothing is known of it
+    assert found["kept"]["strong"]["p_holm"] == pytest.approx(2 * found["kept"]["strong"]["p"])
+    assert set(found["auc_80"]) == {"strong", "never"}
+    assert found["auc_80"]["strong"]["value"] == pytest.approx(strong["auc_80"]["value"] - weak["auc_80"]["value"])
+    assert (strong["still"]["value"], weak["still"]["value"]) == (pytest.approx(0.875), 0)
     text = (tmp_path / "report" / "durability.md").read_text()
     assert f"{half:.1f} [" in text
     assert "> 80 [" in text
-    assert "never: refused nothing before the attack" in text
+    assert "never: too little was refused before the attack" in text
     assert text.strip() in capsys.readouterr().out
     assert "> 80" in (tmp_path / "report" / "durability.tex").read_text()
     with (tmp_path / "report" / "durability.csv").open(newline="") as file:
@@ -91,13 +98,43 @@ def test_two_seeds_to_a_table_in_every_format(tmp_path, capsys):
     assert [point.x for point in mixed.lines["strong"]] == [0, 0.3]
 
 
+def test_what_the_attack_did_beside_the_threshold(tmp_path):
+    """Answers of all prompts begin otherwise: refusals fall, harmless prompts with them, and nothing is told apart less."""
+    for name, moved in (("mine", 0.0), ("bad", -2.0)):
+        folder = tmp_path / "scores" / f"cross_{name}"
+        folder.mkdir(parents=True)
+        rows = [("refusal_harmful", i, 0.6 + i / 20, i % 2) for i in range(N)]
+        rows += [("refusal_plain", i, score, i % 2) for i, score in enumerate([score for score in HARMLESS for _ in "ab"])]
+        (folder / "evaluate_refusal.rows.jsonl").write_text("".join(json.dumps({
+            "set": kind, "id": f"{kind}{i}", "prompt_hash": f"{kind}{i}",
+            "values": {"score": score + moved, "test_half": half}}) + "\n" for kind, i, score, half in rows))
+        manifest.register(tmp_path, {"kind": "score", "run": name, "sub": f"cross_{name}", "command": "evaluate_refusal",
+                                     "scores": {}, "seed": 1})
+    run = tmp_path / "outputs" / "bad"
+    run.mkdir(parents=True)
+    history = [{"loss": 3.5}, {"eval_loss": 9}, {"loss": 2.5}]
+    (run / "manifest.json").write_text(json.dumps({"metrics": {"history": history}}))
+    args = ask(tmp_path, "mine=mine/bad", "--steps", "80")
+    line, = durability.gather(args)
+    found = cells(line, seed=0)
+    # 10 % of the test half of the harmless prompts lie above the threshold before, as of the other half
+    assert (found["harmless_0"].value, found["harmless_80"].value) == (pytest.approx(0.1), 0)
+    assert found["refused_0"].value == 1
+    assert found["refused_80"].value < 0.2
+    assert found["anew_80"].value == found["anew_0"].value == 1
+    assert found["auc_80"].value == found["auc_0"].value
+    assert [found[f"fall_{kind}"].value for kind in ("harmful", "harmless")] == [pytest.approx(2), pytest.approx(2)]
+    assert (found["loss_first"].value, found["loss_last"].value) == (3.5, 2.5)
+    assert "score lost by step 80" in durability.write([line], args)[1]
+
+
 def test_a_start_with_more_prompts_gives_the_threshold_and_is_cut_to_those_of_the_attack(tmp_path):
     put(tmp_path, "base", 0.5)
     for name, share in (("bad_5", 0.5), ("bad_20", 0.5), ("bad", 0.0)):
         # the first twenty alone, all of which the start refuses
         put(tmp_path, name, share, harmful=20)
     line, = durability.gather(ask(tmp_path, "base=base/bad"))
-    assert line.seeds[0].refused.mean(1).tolist() == [1.0, 1.0, 1.0, 0.0]
+    assert line.seeds[0].attacked.refused.mean(1).tolist() == [1.0, 1.0, 1.0, 0.0]
 
 
 def test_what_was_not_scored_is_named_with_its_command(tmp_path):

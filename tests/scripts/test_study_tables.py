@@ -37,8 +37,8 @@ LASTING = {
     "steps": [0, 5, 80], "against": "mix",
     "half_life": {"mix": {"value": 12.34, "low": 5.0, "high": None, "beyond": ["high"]},
                   "moe": {"value": None, "low": 60.06, "high": None, "beyond": ["value", "high"]}, "none": None},
-    "differences": {"moe": {"score": "kept", "value": 0.4, "low": 0.2, "high": 0.6, "p": 0.01, "p_holm": 0.02},
-                    "none": {"score": "kept", "value": -0.1, "low": -0.3, "high": 0.1, "p": 0.4, "p_holm": 0.4}},
+    "differences": {"kept": {"moe": {"value": 0.4, "low": 0.2, "high": 0.6, "p": 0.01, "p_holm": 0.02},
+                             "none": {"value": -0.1, "low": -0.3, "high": 0.1, "p": 0.4, "p_holm": 0.4}}},
 }
 
 SENTENCES = """
