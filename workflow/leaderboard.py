@@ -17,6 +17,7 @@ import fcntl
 import logging
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -177,8 +178,21 @@ def run(steps: Sequence[plan.Step], states: dict[str, str], folder: Path, theirs
     with warm.started() if many and not cluster.asked(theirs) and warm.possible() else contextlib.nullcontext() as forks:
         door, life = forks or (None, None)
         words = prepare(steps, states, folder, theirs, card_gb, door)
-        return subprocess.run(words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
-                              pass_fds=(lock,) if life is None else (lock, life)).returncode != 0
+        return until_it_ends(words, (lock,) if life is None else (lock, life)) != 0
+
+
+def until_it_ends(words: Sequence[str], kept_open: tuple[int, ...]) -> int:
+    """The exit code of snakemake; SIGTERM to this process goes on to it, which then ends what runs and starts no more.
+
+    Args:
+        kept_open: file descriptors that it inherits.
+    """
+    with subprocess.Popen(words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, pass_fds=kept_open) as child:
+        before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+        try:
+            return child.wait()
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def prepare(steps: Sequence[plan.Step], states: dict[str, str], folder: Path, theirs: Sequence[str],

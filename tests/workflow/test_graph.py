@@ -132,6 +132,23 @@ def test_a_run_that_somebody_made_by_hand_is_taken_as_its_command_takes_it(place
     assert [path.name for path in (folder / "leaderboard" / "workflow" / "records").iterdir()] == ["s7_one.json"]
 
 
+def test_sigterm_reaches_snakemake(tmp_path):
+    """A head that ended alone would leave steps being started behind its back."""
+    said = tmp_path / "said"
+    child = (f"import pathlib, signal, sys, time; told = pathlib.Path({str(said)!r});"
+             "signal.signal(signal.SIGTERM, lambda *_: (told.write_text('told'), sys.exit(3)));"
+             "told.write_text('here'); time.sleep(60)")
+    head = subprocess.Popen([sys.executable, "-c", "import sys; from workflow.leaderboard import until_it_ends; "
+                             "sys.exit(until_it_ends([sys.executable, '-c', sys.argv[1]], ()))", child],
+                            cwd=config.ROOT, env=ENVIRONMENT)
+    deadline = time.time() + 120
+    while not said.exists() and time.time() < deadline:
+        time.sleep(0.05)
+    head.terminate()
+    assert head.wait(60) == 3
+    assert said.read_text() == "told"
+
+
 def test_a_graph_whose_head_was_killed_alone_is_not_run_twice(place):
     folder, arms = place
     write(folder, {name: arm for name, arm in arms.items() if name != "broken"})
