@@ -45,6 +45,11 @@ _OS_ADVICE = {
 }
 
 
+def os_advice(number: int | None) -> str | None:
+    """What is wrong and what to do about a system error of this number; None of one that a user cannot mend."""
+    return _OS_ADVICE.get(number) if number is not None else None
+
+
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Print each problem of a UserError (or of a full disk, a read-only folder) and exit with code 2."""

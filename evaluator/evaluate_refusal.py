@@ -12,6 +12,7 @@ results/scores/evaluate_refusal.png. Chat models whose answers begin with a bloc
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 from collections.abc import Sequence
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         command = ".".join(filter(None, ("evaluate_refusal", args.set_prefix[:-1])))
         paths = engine.evaluate(args, command, plan)
         if manifest.is_main():
-            logging.getLogger(__name__).info("ROC curves: %s", draw(args, command, paths))
+            _tell_picture(args, command, paths)
         # reports show the embedded prompts' scores alone
         table = [*args.table, "--columns", "refusal_auc,refusal_at_10,pairs_ranked", *console.same(parsed, "output_dir")]
         console.finish(paths, [] if args.set_prefix else table)
@@ -93,6 +94,21 @@ def score(args: EvaluateRefusalArgs, subject: Subject, prompts: Sequence[Prompt]
     return engine.Result(scores, lines, {"refusal_likelihood": details, "baselines": baselines})
 
 
+def _tell_picture(args: EvaluateRefusalArgs, command: str, paths: Sequence[Path]) -> None:
+    log, picture = logging.getLogger(__name__), picture_of(args, command)
+    try:
+        log.info("ROC curves: %s", draw(args, command, paths))
+    except OSError as error:
+        # scores that are all there are read in a folder that cannot be written, too
+        if error.errno not in (errno.EROFS, errno.EACCES) or not picture.is_file():
+            raise
+        log.info("ROC curves: %s is left as it is (%s)", picture, error.strerror)
+
+
+def picture_of(args: EvaluateRefusalArgs, command: str) -> Path:
+    return args.results / "scores" / f"{command}.png"
+
+
 def draw(args: EvaluateRefusalArgs, command: str, paths: Sequence[Path]) -> Path:
     """The ROC curves of these score files in one picture."""
     from data.sets.refusal_prompts import HARMLESS
@@ -110,7 +126,7 @@ def draw(args: EvaluateRefusalArgs, command: str, paths: Sequence[Path]) -> Path
         curves[f"{subject.name} ({area:.3f})"] = roc(harmful, harmless)
     sets = f", {args.set_prefix[:-1]}" if args.set_prefix else ""
     title = f"Refusal by likelihood{sets} (area under the curve)"
-    return roc_curves(curves, args.results / "scores" / f"{command}.png", title)
+    return roc_curves(curves, picture_of(args, command), title)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from errors import UserError
+from errors import UserError, os_advice
 from models.checkpoints.header import KINDS
 from models.checkpoints.reader import INDEX, SINGLE
 
@@ -249,6 +249,8 @@ def _explained(folder: Path, needed: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise UserError(f"{folder}: a file of it: {os_advice(error.errno)}") from None
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"{folder}: cannot be written ({error.strerror}); point --output_dir at a folder that you may "
                             "write to") from None

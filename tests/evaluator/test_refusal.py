@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 
 import matplotlib.image
 import numpy as np
@@ -200,6 +202,21 @@ def test_the_picture_holds_every_model_of_the_call(run, sets):
     assert picture.shape[0] > 500
     # more colours than axes and text have: the curve is there
     assert len(np.unique((picture[..., :3] * 255).astype(int).reshape(-1, 3), axis=0)) > 50
+
+
+def test_finished_scores_are_found_in_a_folder_that_cannot_be_written(run, sets, monkeypatch, caplog):
+    place = run()
+
+    def sealed(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "evaluate_refusal.png")
+    monkeypatch.setattr(evaluate_refusal, "draw", sealed)
+    with caplog.at_level("INFO"):
+        run()
+    assert "evaluate_refusal.png is left as it is (Read-only file system)" in caplog.text
+    # a picture that was never there is missed
+    (place / "scores" / "evaluate_refusal.png").unlink()
+    with pytest.raises(SystemExit):
+        run()
 
 
 def test_the_report_compares_models_on_the_prompts_that_both_scored(run, sets, models, tmp_path):

@@ -260,6 +260,12 @@ def test_folders_that_cannot_be_written(tmp_path, monkeypatch, number, where):
     assert f"{tmp_path / 'out'}: cannot be written ({os.strerror(number)}); point --output_dir at" in text
 
 
+def test_a_limit_of_file_sizes_is_no_missing_permission(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "truncate", _failing(errno.EFBIG))
+    text = refused(tmp_path / "out", plan_layout(TWO, 16))
+    assert f"{tmp_path / 'out'}: a file of it: it may not grow that large here (ulimit -f" in text
+
+
 def test_a_file_in_the_folders_place(tmp_path):
     (tmp_path / "out").write_text("")
     assert "cannot be written (File exists)" in refused(tmp_path / "out", plan_layout(TWO, 16))
