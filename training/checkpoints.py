@@ -253,6 +253,9 @@ class SafeCheckpoints(ManyProcesses):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         self._restore_once()
+        # a run that was killed behind its last checkpoint: transformers would train a step more in an epoch begun
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
         # a checkpoint of the step at which early stopping stopped: nothing is left to do
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)

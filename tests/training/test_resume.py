@@ -71,6 +71,22 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(pico, place, tmp_path, kind)
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.parametrize("kind", METHODS)
+def test_a_run_that_was_killed_behind_its_last_step_trains_no_more(pico, place, tmp_path, kind):
+    """In the middle of an epoch transformers would take the next step of it."""
+    words = ("--max_steps", "5", "--save_steps", "2")
+    whole = train(pico, place, tmp_path / "whole", kind, *words)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    run, = (tmp_path / "cut" / "checkpoints").iterdir()
+    state = json.loads((run / "checkpoint-5" / "trainer_state.json").read_text())
+    assert state["epoch"] % 1
+    shutil.rmtree(tmp_path / "cut" / "outputs" / run.name)
+    again = train(pico, place, tmp_path / "cut", kind, *words)
+    assert (again["steps"], again["history"], again["train_loss"]) == (5, whole["history"], whole["train_loss"])
+    one, two = weights(tmp_path / "whole", kind), weights(tmp_path / "cut", kind)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 def test_the_loss_is_checked_in_a_resumed_run_too(pico, cut, place, tmp_path, monkeypatch, capsys):
     from training.answers import AnswerModel
 
