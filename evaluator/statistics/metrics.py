@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -52,6 +53,7 @@ class Difference:
         return "better" if (self.value > 0) == higher_is_better else "worse"
 
 
+@functools.lru_cache(4096)  # scipy computes a p-value first, by a search for every rate; the same few return in a report
 def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """The Wilson score interval of a rate (E. B. Wilson, 1927); (NaN, NaN) without rows."""
     if n == 0:

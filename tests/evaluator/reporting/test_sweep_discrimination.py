@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -209,12 +210,12 @@ def test_the_picture_has_the_curve_of_the_auc(made, tmp_path, monkeypatch):
     assert dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) == pytest.approx(wanted)
 
 
-@pytest.fixture
-def seeds(tmp_path):
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
     """Three finished sweeps with their rows in files."""
-    folders = []
+    home = tmp_path_factory.mktemp("sweeps")
     for seed in range(3):
-        folder, rows = tmp_path / str(seed), points(seed=seed)
+        folder, rows = home / str(seed), points(seed=seed)
         common = {"kind": "score", "seed": seed, "split": "test", "inputs": {"openers": "o"}}
         sweep_report.write(folder / "report", "x", sweep_report.summary(rows, {}, FACTS | {"seed": seed}, seed))
         for p in (p for models in rows.values() for p in models):
@@ -231,8 +232,13 @@ def seeds(tmp_path):
                 manifest.register(folder, common | {
                     "run": p.run, "sub": f"cross_{p.run}", "command": command,
                     "scores": p.discrimination.scores if command == "evaluate_refusal" else {}})
-        folders.append(folder)
-    return folders
+    return home
+
+
+@pytest.fixture
+def seeds(written, tmp_path):
+    """Copies of them, for a test to break."""
+    return [shutil.copytree(written / str(seed), tmp_path / str(seed)) for seed in range(3)]
 
 
 def test_over_seeds_every_seed_chooses_and_prompts_are_crossed(seeds):

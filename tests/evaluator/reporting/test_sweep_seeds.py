@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -73,12 +74,12 @@ def test_sweeps_over_seeds_cover(spread):
     assert held["gap"] / made >= least
 
 
-@pytest.fixture
-def seeds(tmp_path):
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
     """Three finished sweeps of three points and two controls, their rows in files as the evaluators write them."""
-    folders = []
+    home = tmp_path_factory.mktemp("sweeps")
     for seed in range(3):
-        folder = tmp_path / str(seed)
+        folder = home / str(seed)
         found = points(np.random.default_rng(seed), EASY, 0.0)
         facts = FACTS | {"seed": seed}
         rows = {"fusion": found[:-1], "control": [found[-1]]}
@@ -91,8 +92,13 @@ def seeds(tmp_path):
             file.write_text("\n".join(map(json.dumps, lines)))
             manifest.register(folder, {"kind": "score", "run": p.run, "sub": f"cross_{p.run}", "command": "evaluate_safety",
                                        "scores": {}, "seed": seed})
-        folders.append(folder)
-    return folders
+    return home
+
+
+@pytest.fixture
+def seeds(written, tmp_path):
+    """Copies of them, for a test to break."""
+    return [shutil.copytree(written / str(seed), tmp_path / str(seed)) for seed in range(3)]
 
 
 def test_rows_on_disk_narrow_the_interval_to_the_crossed_one(seeds):
