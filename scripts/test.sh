@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, check types and test everything:  [WORKERS=2] bash scripts/test.sh [pytest arguments]
+# Lint, check types and test everything:  [WORKERS=3] bash scripts/test.sh [pytest arguments]
 #
 #   bash scripts/test.sh                     all of it
 #   bash scripts/test.sh --cov               the same; ends in the coverage of every file
@@ -12,5 +12,6 @@ python -m ruff check .
 python -m mypy & types=$!   # pyproject.toml says which files; beside it, for both leave a core idle
 python -m data.assets fetch
 wait "$types"
-# a file stays with its worker, and so do its fixtures; tests/conftest.py says which files begin first
-python -m pytest -q -n "${WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"
+# three workers keep two cores busy: every third waits for a process, a server or a scheduler. A file stays with its worker,
+# and so do its fixtures; tests/conftest.py says which files begin first
+python -m pytest -q -n "${WORKERS:-3}" --dist loadfile --no-loadscope-reorder "$@"
