@@ -18,6 +18,11 @@ from pathlib import Path
 
 #: Asked before an error is said whether another process of the launch has said one; models/base/processes.py adds to it.
 TELLS: list[Callable[[], bool]] = []
+#: What a process says whose neighbour is gone, unless that one has said why.
+LOST = ("another process of this launch ended without a word (killed, or out of memory: the launcher's report names it); "
+        "what was finished is kept: give the same command again, on any number of processes")
+#: gloo's words of a neighbour that is gone.
+_GONE = re.compile("gloo.*Connection (closed|reset) by peer", re.S)
 #: Seconds that a process waits with an error where they cannot ask each other yet. An error of all is said by the first,
 #: whose end makes the launcher end the others.
 _GRACE = 15.0
@@ -67,8 +72,12 @@ def exit_on_user_error() -> Iterator[None]:
             _say(f"out of memory ({_first_line(error)}): end other programs, or take a machine with more")
             raise SystemExit(2) from None
         number = _os_error(error)
+        gone = isinstance(error, RuntimeError) and bool(_GONE.search(str(error)))
         if not _first_to_tell():
-            raise SystemExit(2 if number in _OS_ADVICE else 1) from None
+            raise SystemExit(2 if gone or number in _OS_ADVICE else 1) from None
+        if gone:
+            _say(LOST)
+            raise SystemExit(2) from None
         if number not in _OS_ADVICE:
             raise
         _say(f"{getattr(error, 'filename', None) or 'a file'}: {_OS_ADVICE[number]}")

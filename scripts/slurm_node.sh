@@ -44,12 +44,14 @@ case $1 in
     umask 022
     mkdir -p "$folder/state" "$folder/spool" "$folder/bin"
     # snakemake's executor takes SLURM_CONF, as all of SLURM's variables, away from the srun inside a job
-    printf '#!/bin/sh\nSLURM_CONF=%q exec %q "$@"\n' "$SLURM_CONF" "$(PATH=${PATH//$folder\/bin:/} command -v srun)" \
-      >"$folder/bin/srun"
+    # the program, and not such a script of another node whose shell this is
+    srun=$(type -aP srun | while read -r at; do head -c 2 "$at" | grep -q '#!' || { echo "$at"; break; }; done)
+    printf '#!/bin/sh\nSLURM_CONF=%q exec %q "$@"\n' "$SLURM_CONF" "$srun" >"$folder/bin/srun"
     chmod +x "$folder/bin/srun"
     [ -s "$folder/munge.key" ] || (umask 077; head -c 1024 /dev/urandom >"$folder/munge.key")
     port=$((20000 + $(printf %s "$folder" | cksum | cut -d' ' -f1) % 5000 * 2))
     host=$(hostname -s)
+    # nproc alone would tell the threads of OMP_NUM_THREADS
     cat >"$SLURM_CONF" <<CONF
 ClusterName=one
 SlurmctldHost=$host(127.0.0.1)
@@ -75,9 +77,9 @@ ReturnToService=2
 KillWait=5
 # seconds that squeue remembers a job that ended: snakemake asks it, where no sacct database is
 MinJobAge=600
-# a requeued job waits no two minutes here
+# looked at often; a requeued job waits two minutes all the same, SLURM's own
 SchedulerParameters=sched_interval=2,requeue_setup_env_fail
-NodeName=$host NodeAddr=127.0.0.1 CPUs=${CPUS:-$(nproc)} RealMemory=${MEMORY_MB:-8000} State=UNKNOWN
+NodeName=$host NodeAddr=127.0.0.1 CPUs=${CPUS:-$(env -u OMP_NUM_THREADS nproc)} RealMemory=${MEMORY_MB:-8000} State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 CONF
     # --force: the folder may lie below one that others may write to

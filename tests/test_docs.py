@@ -20,7 +20,7 @@ PAGES = [path.relative_to(ROOT).as_posix()
          for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
          if path.name != "lab-log.md" and "reference/flags" not in path.as_posix()]
 #: Words before a command of ours: launchers, and a folder that it is started in.
-LAUNCHERS = ("python", "accelerate", "torchrun", "srun")
+LAUNCHERS = ("python", "accelerate", "torchrun", "srun", "sbatch")
 #: File -> its flags, where it has a dataclass of them.
 FLAGS = {call.removeprefix("-m ").replace(".py", "").replace("/", "."): kinds
          for call, kinds in reference.commands().items()}

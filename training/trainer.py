@@ -265,6 +265,9 @@ def training_arguments(args: ByGradient, extra: dict[str, Any], kind: type[Train
         log.info("%d GPUs are visible and one trains; to use them all: %s", made.n_gpu,
                  LAUNCH.format("ddp.yaml", made.n_gpu))
         made._n_gpu = 1
+    if made.world_size > 1:
+        # a resumed run may have another number of processes where a step keeps its rows
+        log.info("%d processes%s: %d rows a step", made.world_size, " by FSDP2" if made.sharding else "", _group(made))
     return made
 
 
@@ -275,8 +278,12 @@ def loaded_on(made: TrainingArguments, device: torch.device) -> torch.device:
 
 def _steps(made: TrainingArguments, rows: int) -> int:
     """Optimiser steps of a training."""
-    group = made.per_device_train_batch_size * made.gradient_accumulation_steps * made.world_size
-    return made.max_steps if made.max_steps > 0 else math.ceil(made.num_train_epochs * math.ceil(rows / group))
+    return made.max_steps if made.max_steps > 0 else math.ceil(made.num_train_epochs * math.ceil(rows / _group(made)))
+
+
+def _group(made: TrainingArguments) -> int:
+    """Rows of an optimiser step over all processes."""
+    return made.per_device_train_batch_size * made.gradient_accumulation_steps * made.world_size
 
 
 def _trains_in_float16(args: AlignArgs) -> bool:

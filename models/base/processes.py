@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import errors
-from errors import UserError
+from errors import LOST, UserError
 
 #: How long a process waits for the others: the first may judge for hours by an endpoint while they wait for its verdicts.
 _PATIENCE = datetime.timedelta(days=30)
@@ -25,9 +25,6 @@ _PATIENCE = datetime.timedelta(days=30)
 _STORES: list[Any] = []
 #: Numbers of the shared counters: the same in every process, for all make the same calls.
 _COUNTERS = itertools.count()
-#: What a process says whose neighbour is gone, unless that one has said why.
-_LOST = ("another process of this launch ended without a word (killed, or out of memory: the launcher's report names it); "
-         "what was finished is kept: give the same command again, on any number of processes")
 
 Key = TypeVar("Key")
 Unit = TypeVar("Unit")
@@ -158,4 +155,4 @@ def _together(act: Callable[[], Found]) -> Found:
     try:
         return act()
     except RuntimeError as error:  # gloo's and the store's: the connection is gone, and with it the process
-        raise UserError(_LOST) from error
+        raise UserError(LOST) from error

@@ -60,6 +60,8 @@ def told(parsed: Parsed) -> Iterator[str]:
         yield f"start: {launch.format(devices=devices)} align_basemodel.py .."
     limit, found = (asked.plan_gb * 1e9, "--plan_gb") if asked.plan_gb else (_memory(place.cuda, devices), "found here")
     if not limit:
+        yield (f"whether that fits is not known: no {'GPU' if place.cuda else 'memory'} is found here; name it with "
+               "--plan_gb N")
         return
     if mine.peak <= limit:
         yield f"fits {limit / 1e9:.1f} GB ({found})"

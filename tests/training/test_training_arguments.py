@@ -47,6 +47,18 @@ def test_one_of_two_visible_gpus_trains_and_says_so(pico, tmp_path, monkeypatch,
     assert found["metrics"]["steps"] == 2
 
 
+@pytest.mark.parametrize(("training", "said"), [({}, "2 processes: 24 rows a step"),
+                                                ({"fsdp": True}, "2 processes by FSDP2: 24 rows a step")])
+def test_processes_of_a_launch_say_how_many_rows_a_step_has(pico, tmp_path, monkeypatch, caplog, training, said):
+    from transformers import TrainingArguments
+
+    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda self: 2))
+    caplog.set_level("INFO")
+    args = flags(pico, tmp_path, "--per_device_train_batch_size", "3", "--gradient_accumulation_steps", "4")
+    training_arguments(args, training)
+    assert said in caplog.messages
+
+
 @pytest.mark.parametrize("kind", METHODS)
 def test_float16_on_a_cpu_is_refused_before_a_model_is_loaded(pico, place, tmp_path, kind, capsys, monkeypatch):
     for module in ("sft", "soup", "mask_model"):

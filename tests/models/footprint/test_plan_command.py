@@ -132,6 +132,12 @@ def test_a_plan_is_no_setting_of_a_run():
     assert asked.plan.plan_gb == 8
 
 
+def test_a_device_that_is_not_here_is_asked_for(monkeypatch, capsys):
+    monkeypatch.setattr(command, "_memory", lambda cuda, devices: 0.0)
+    align_basemodel.main([*EXPERT, "--device", "cuda"])
+    assert "whether that fits is not known: no GPU is found here; name it with --plan_gb N" in capsys.readouterr().out
+
+
 def test_commands_that_are_graphs_have_none():
     with pytest.raises(UserError, match="--plan: unknown flag"):
         config.parse(LeaderboardArgs, ["--plan"])

@@ -116,6 +116,17 @@ def test_the_first_process_speaks_first(monkeypatch, capsys):
     assert capsys.readouterr().err.count("error: wrong") == 2
 
 
+def test_a_process_whose_neighbour_is_gone_says_so_in_a_line(capsys):
+    # as gloo told it in a run of two launches, one of whose processes was killed
+    with pytest.raises(SystemExit) as stopped, errors.exit_on_user_error():
+        raise RuntimeError("[/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:1940: Connection "
+                           "reset by peer. This is typically caused by a remote worker hanging")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("error: another process of this launch ended without a word")
+    with pytest.raises(RuntimeError, match="shapes"), errors.exit_on_user_error():
+        raise RuntimeError("shapes differ")
+
+
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_the_shipped_configurations_are_accelerates(name):
     from accelerate.commands.config.config_args import load_config_from_file
