@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shlex
 import shutil
 
@@ -13,6 +14,7 @@ from runs import align, build_moe, write_data
 from safetensors.torch import load_file, save_file
 from test_docs import fences, ours
 
+import config
 from evaluator import evaluate
 from evaluator.judges import fitted, keyword
 
@@ -135,3 +137,18 @@ def test_exports_as_the_page_has_them(pico, reader, tmp_path):
     made = {path.name for path in (out / "outputs").iterdir()}
     moe = "mix_moe_reg_00010_00010_00010_gate_01000"
     assert {f"{moe}_mixtral", f"{moe}_peft", "safety_dense", "again"} <= made
+
+
+def test_scores_of_the_answers_that_the_page_has(reader, tmp_path, monkeypatch, caplog):
+    page = "docs/howto/compare-models.md"
+    text = (config.ROOT / page).read_text(encoding="utf-8")
+    for name, rows in zip(("answers.csv", "harmless.csv"), re.findall(r"```csv\n(.*?)```", text, re.S), strict=True):
+        (tmp_path / name).write_text(rows, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level("INFO")
+    reader(next(line for line in lines(page) if "--overrefusal_answers" in line))
+    said = "\n".join(record.getMessage() for record in caplog.records)
+    written = text.partition("It says:")[2].split("```")[1]
+    rates = [[line for line in block.splitlines() if line.startswith("  ")] for block in (said, written)]
+    assert len(rates[0]) == 9
+    assert rates[0] == rates[1]

@@ -105,6 +105,19 @@ def test_a_log_line_of_a_training_is_for_people(logs, said):
     assert line(logs, 3, 80) == said
 
 
+def test_the_validation_of_the_weights_that_are_kept_is_no_steps(caplog):
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from training.tracking.progress import Progress
+
+    told, rest = Progress("task"), (TrainingArguments(), TrainerState(global_step=4, max_steps=4), TrainerControl())
+    with caplog.at_level("INFO"):
+        told.on_log(*rest, logs={"eval_loss": 6.2})
+        told.on_train_end(*rest)
+        told.on_log(*rest, logs={"eval_loss": 6.1})
+    assert [record.getMessage() for record in caplog.records] == ["step 4/4  validation loss 6.2"]
+
+
 def test_a_training_tells_steps_and_a_last_screen(pico, data, tmp_path, capfd, caplog, monkeypatch):
     monkeypatch.chdir(config.ROOT)
     with caplog.at_level("INFO"):

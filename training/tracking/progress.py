@@ -66,6 +66,7 @@ class Progress(TrainerCallback):
         self.name = name
         self.steps: tqdm | None = None
         self.validation: tqdm | None = None
+        self.trained = False
 
     @classmethod
     def of(cls, trainer: Trainer, name: str) -> None:
@@ -80,6 +81,7 @@ class Progress(TrainerCallback):
                     disable=args.disable_tqdm or console.hidden() or None)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trained = False
         if state.is_world_process_zero:
             self.steps = self._bar(args, state.max_steps, self.name, "step", state.global_step)
 
@@ -102,11 +104,13 @@ class Progress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs:
             return
-        if said := line(logs, state.global_step, state.max_steps):
+        # after training the kept weights are validated, whichever step they are of: the last screen tells their loss
+        if not self.trained and (said := line(logs, state.global_step, state.max_steps)):
             log.info(said)
         log.debug("step %d: %s", state.global_step, dict(logs))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trained = True
         if self.steps is not None:
             self.steps.close()
             self.steps = None
