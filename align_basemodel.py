@@ -96,7 +96,10 @@ def _next(parsed: config.Parsed) -> list[str]:
     if isinstance(args, MaskArgs):
         return ["evaluator/mask_figures.py", "--masks", args.name, *console.same(parsed, *place)]
     if args.task_name in DIALOGS:  # rows of a user: whether the run is safe, beside its base
-        return ["evaluator/evaluate.py", "--models", f"base,{args.name}", "--suite", "safety",
+        # what "base" answered in these results is of the base before a run was one
+        base = Path(args.model_name_or_path).expanduser().resolve()
+        beside = base.name if base.parent == args.results / "outputs" else "base"
+        return ["evaluator/evaluate.py", "--models", f"{beside},{args.name}", "--suite", "safety",
                 *console.same(parsed, *place, "template")]
     task = args.task_name if args.task_name in OBJECTIVES else "safety"
     return ["inference.py", "--task_name", task, "--cross_task", args.name, *console.same(parsed, *place, "template")]

@@ -147,11 +147,13 @@ def test_a_training_tells_steps_and_a_last_screen(pico, data, tmp_path, capfd, c
     assert (parsed.args.model_name_or_path, parsed.args.results) == (str(pico), tmp_path)
 
 
-def test_a_run_on_rows_of_ones_own_is_scored_beside_its_base_next():
+@pytest.mark.parametrize(("base", "called"), [("mine", "base"), ("results/outputs/fused_dense", "fused_dense")])
+def test_a_run_on_rows_of_ones_own_is_scored_beside_its_base_next(base, called, monkeypatch):
+    monkeypatch.chdir(config.ROOT)
     parsed = config.parse(AlignArgs, ["--moe_flag", "0", "--task_name", "dialogs", "--data_path", "rows.jsonl", "--run_name",
-                                      "task", "--model_name_or_path", "mine"])
-    assert align_basemodel._next(parsed) == ["evaluator/evaluate.py", "--models", "base,task", "--suite", "safety",
-                                             "--model_name_or_path", "mine"]
+                                      "task", "--model_name_or_path", base])
+    assert align_basemodel._next(parsed) == ["evaluator/evaluate.py", "--models", f"{called},task", "--suite", "safety",
+                                             "--model_name_or_path", base]
 
 
 def test_quiet_leaves_the_place_alone_and_the_run_is_the_same(pico, data, tmp_path, log, capfd):

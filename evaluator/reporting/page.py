@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +115,8 @@ def conclude(lines: Sequence[Line], axes: Sequence[Axis], args: ReportArgs, grou
         return against.findings(lines, ground, counted, found), comparisons(found, against=ground.label)
     who = roles(lines, args.base, args.experts, args.control)
     if not who:
-        return ["The rows do not hold a base, an expert and a control, so nothing is concluded here."], []
+        return ["The rows do not hold a base, an expert and a control, so nothing is concluded here; --against "
+                f"{shlex.quote(lines[0].label)} compares every row with that one."], []
     asked = {"json", "html"} & set(args.formats)
     return findings(who, counted), comparisons(outcomes(who, counted), row=lines[-1].label) if asked else []
 

@@ -112,7 +112,8 @@ def test_a_loss_is_said_plainly(tmp_path):
 
 def test_findings_need_base_expert_and_control(tmp_path):
     fill(tmp_path)
-    assert "nothing is concluded" in write(tmp_path, runs="base,moe").split("## Findings")[1]
+    said = write(tmp_path, runs="base,moe").split("## Findings")[1]
+    assert "nothing is concluded here; --against base compares every row with that one." in said
 
 
 def test_several_seeds(tmp_path):
