@@ -6,6 +6,7 @@ moves the third digit of a likelihood, in float32 the last ones (docs/evaluation
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -42,6 +43,35 @@ def as_meant(recorded: Any, wanted: Mapping[str, Any], asked: str, path: Path) -
                  wanted["dtype"])
         meant["dtype"] = wanted["dtype"]
     return meant
+
+
+def same(path: Path, settings: Mapping[str, Any], inputs: Mapping[str, str], dtype: str = "") -> bool:
+    """Whether a score file was made with these settings and inputs, and the rows beside it are its own."""
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+        # a kill between both files leaves the rows of another call; older score files have no hash to tell by
+        own = "rows_sha256" not in old or old["rows_sha256"] == manifest.sha256(path.with_suffix(".rows.jsonl"))
+    except (FileNotFoundError, ValueError):
+        return False
+    # calls that failed are made again: such a file is no end
+    failed = any(judge["notes"].get("failed") for judge in old.get("judged", {}).values())
+    meant = as_meant(old.get("config"), settings, dtype, path)
+    return own and meant == settings and old.get("inputs") == inputs and not failed
+
+
+def another_base(path: Path, args: EvaluateArgs, inputs: Mapping[str, str]) -> str:
+    """Why the base's own scores may not be written: those there are of another base. Empty where they may.
+
+    A run's folder is its own model, trained anew or not; ``raw`` is whichever base ``--model_name_or_path`` names.
+    """
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))["inputs"]["model"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
+    if args.overwrite or there == inputs.get("model", there):
+        return ""
+    return (f"{path}: scores of another base than --model_name_or_path {args.model_name_or_path}; a results folder is for "
+            "one base, so give another --output_dir, or --overwrite to replace them")
 
 
 def made_with(args: EvaluateArgs, sub: str, sets: Iterable[str], model: Mapping[str, Any]) -> dict[str, Any]:

@@ -131,7 +131,9 @@ def evaluate_all(asked: Sequence[tuple[Args, str]], plan: Callable[[Args, Subjec
     for subject in subjects(asked[0][0]) if asked else ():
         for args, command in asked:
             try:
-                planned.append((args, command, subject, plan(args, subject)))
+                planned.append((args, command, subject, work := plan(args, subject)))
+                if not subject.run:
+                    problems += filter(None, [computed.another_base(_path(args, subject, command), args, work.inputs)])
             except UserError as error:
                 problems.extend(error.problems)
     if problems:
@@ -149,10 +151,14 @@ def command_of(command: str, *tasks: tuple[str, str]) -> str:
     return ".".join([command, *(task for task, usual in tasks if task != usual)])
 
 
+def _path(args: EvaluateArgs, subject: Subject, command: str) -> Path:
+    return args.results / "scores" / subject.sub / f"{command}.json"
+
+
 def _evaluate_one(args: EvaluateArgs, command: str, subject: Subject, work: Work) -> Path:
     from models.base import processes
 
-    path = args.results / "scores" / subject.sub / f"{command}.json"
+    path = _path(args, subject, command)
     # the model's own scores depend on dtype and batches; judges of answers have versions of their own
     model = computed.settings(args) if "model" in work.inputs else {}
     settings = _settings(args) | model
@@ -174,7 +180,8 @@ def _evaluate_one(args: EvaluateArgs, command: str, subject: Subject, work: Work
 def _scored(args: EvaluateArgs, path: Path, settings: dict[str, Any], work: Work) -> bool:
     """Whether the scores are there already; a line that they lack in the registry is added."""
     # rows are part of a score: without them no difference can be computed
-    if args.overwrite or not path.with_suffix(".rows.jsonl").is_file() or not _same(path, settings, work.inputs, args.dtype):
+    if args.overwrite or not path.with_suffix(".rows.jsonl").is_file() or not computed.same(
+            path, settings, work.inputs, args.dtype):
         return False
     content = json.loads(path.read_text(encoding="utf-8"))
     log.info("%s: already scored with these answers and settings\n%s", path, score_lines(content["scores"]))
@@ -208,20 +215,6 @@ def _settings(args: EvaluateArgs) -> dict[str, Any]:
     unused = () if getattr(args, "judges", "") else judging
     return {k: v for k, v in asdict(args).items() if k not in _SELECT and k not in unused
             and not (k in _NEUTRAL and v == _NEUTRAL[k])}
-
-
-def _same(path: Path, settings: dict[str, Any], inputs: dict[str, str], dtype: str = "") -> bool:
-    """Whether a score file was made with these settings and inputs, and the rows beside it are its own."""
-    try:
-        old = json.loads(path.read_text(encoding="utf-8"))
-        # a kill between both files leaves the rows of another call; older score files have no hash to tell by
-        own = "rows_sha256" not in old or old["rows_sha256"] == manifest.sha256(path.with_suffix(".rows.jsonl"))
-    except (FileNotFoundError, ValueError):
-        return False
-    # calls that failed are made again: such a file is no end
-    failed = any(judge["notes"].get("failed") for judge in old.get("judged", {}).values())
-    meant = computed.as_meant(old.get("config"), settings, dtype, path)
-    return own and meant == settings and old.get("inputs") == inputs and not failed
 
 
 def _line(content: dict[str, Any]) -> dict[str, Any]:

@@ -161,6 +161,18 @@ def test_batches_decide_nothing_and_finished_scores_are_found_again(run, sets, c
     assert "already scored" not in caplog.text
 
 
+def test_scores_of_another_base_are_not_replaced_without_a_word(run, sets, capsys, monkeypatch):
+    path = run() / "scores" / "raw" / "evaluate_refusal.json"
+    before = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("evaluator.scoring.engine.load", lambda *a: pytest.fail("a model was loaded"))
+        said = fails(run, capsys, model="blind")
+    assert f"error: {path}: scores of another base than --model_name_or_path " in said
+    assert "give another --output_dir, or --overwrite" in said
+    assert path.read_bytes() == before
+    assert read(run("--overwrite", model="blind"))[0]["inputs"]["model"] != json.loads(before)["inputs"]["model"]
+
+
 def test_a_subset_keeps_pairs_whole(run, sets):
     found, rows = read(run("--num_samples", 30))
     assert len(rows) == 150

@@ -13,7 +13,7 @@ from evaluator import evaluate_helpfulness, evaluate_safety, evaluate_truth_and_
 from evaluator.judges import fitted, local
 from evaluator.judges.protocol import Verdict
 from evaluator.judges.table import JUDGES
-from evaluator.scoring import engine, judging
+from evaluator.scoring import computed, engine, judging
 from evaluator.statistics import comparison, metrics
 from evaluator.statistics.axes import judge_axes
 
@@ -253,7 +253,7 @@ def test_a_score_file_with_failed_calls_is_not_final(tmp_path):
     path = tmp_path / "x.json"
     for notes, same in (({"failed": 1}, False), ({"truncated": 2}, True)):
         path.write_text(json.dumps({"config": {}, "inputs": {}, "judged": {"api-harm.safety": {"notes": notes}}}))
-        assert engine._same(path, {}, {}) is same
+        assert computed.same(path, {}, {}) is same
 
 
 def test_make_judges_reports_all_problems(head14):
