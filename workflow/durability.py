@@ -191,8 +191,9 @@ def report_words(table: plan.Table, names: Sequence[str], roots: Sequence[Path],
     kinds = ("refused", "auc", "mixed") if section["shares"] else ("refused", "auc")
     curves = ",".join(str(results / "report" / f"durability_{kind}.json") for kind in kinds)
     experts = ",".join(start[arm.name] for arm in arms if arm.kind == "expert") or "none"
+    shown = "refusal_auc,refusal_at_10"
     return [("evaluator/durability.py", "--runs", ",".join(rows), *places, "--steps", ",".join(map(str, taken)), "--shares",
              ",".join(f"{share:g}" for share in section["shares"]), *against, "--format", "md,csv,latex,json"),
             ("evaluator/report.py", "--runs", ",".join(f"{arm.label}={start[arm.name]}" for arm in arms), *places, "--name",
              "durability_page", "--title", "Durability under harmful fine-tuning", "--experts", experts, "--columns",
-             "refusal_auc,refusal_at_10", *against, "--curves", curves, "--format", "html", "--answers", "0")]
+             shown, "--scores", shown, *against, "--curves", curves, "--format", "html,json", "--answers", "0")]

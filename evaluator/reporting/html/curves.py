@@ -139,17 +139,30 @@ def _picture(curves: Curves) -> Html:
     for tick in ticks(*xs):
         parts.append(tag("text", f"{tick:g}", x=f"{place(tick, ys[0])[0]:.1f}", y=_HIGH - _BELOW + 18, text_anchor="middle"))
     parts.append(tag("text", curves.across, x=(_LEFT + _WIDE - _RIGHT) / 2, y=_HIGH - 6, text_anchor="middle"))
-    ends: list[float] = []
-    for at, (label, line) in enumerate(curves.lines.items()):
-        parts.append(_line(label, sorted(line, key=lambda p: p.x), at, place, ends))
+    lines = {label: sorted(line, key=lambda p: p.x) for label, line in curves.lines.items() if line}
+    names = _apart({label: place(line[-1].x, line[-1].value)[1] for label, line in lines.items()})
+    for at, label in enumerate(curves.lines):
+        if label in lines:
+            parts.append(_line(label, lines[label], at, place, names[label]))
     return tag("svg", *parts, class_="plot", width=_WIDE, height=_HIGH, viewBox=f"0 0 {_WIDE} {_HIGH}", role="img",
                aria_label=f"{curves.title}: {curves.up} over {curves.across}; its numbers stand below")
 
 
-def _line(label: str, points: Sequence[Point], at: int, place: Any, ends: list[float]) -> Html | None:
-    """A line with its bars and its name at its end, below or above the names that are there."""
-    if not points:
-        return None
+def _apart(ends: Mapping[str, float]) -> dict[str, float]:
+    """Heights for the names of lines that end at these: in the lines' own order, no two closer than a name is high."""
+    found: dict[str, float] = {}
+    for label in sorted(ends, key=lambda name: ends[name]):
+        found[label] = max([ends[label], *(other + 14 for other in found.values())])
+    # what the lowest is pushed below the picture, it and those above it go up again
+    floor = float(_HIGH - _BELOW)
+    for label in reversed(found):
+        found[label] = min(found[label], floor)
+        floor = found[label] - 14
+    return found
+
+
+def _line(label: str, points: Sequence[Point], at: int, place: Any, height: float) -> Html:
+    """A line with its bars, and its name beside its end at this height."""
     spots = [place(p.x, p.value) for p in points]
     parts = [tag("path", d="M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in spots), class_="curve")]
     for p, (x, y) in zip(points, spots, strict=True):
@@ -157,11 +170,7 @@ def _line(label: str, points: Sequence[Point], at: int, place: Any, ends: list[f
             low, high = place(p.x, p.low)[1], place(p.x, p.high)[1]
             parts.append(tag("line", x1=f"{x:.1f}", x2=f"{x:.1f}", y1=f"{low:.1f}", y2=f"{high:.1f}", class_="whisker"))
         parts.append(tag("circle", tag("title", f"{label}, {p.x:g}: {p.value:.3f}"), cx=f"{x:.1f}", cy=f"{y:.1f}", r=3.5))
-    y = spots[-1][1]
-    while any(abs(y - other) < 14 for other in ends):
-        y += 14
-    ends.append(y)
-    parts.append(tag("text", label if len(label) <= 20 else f"{label[:18]}…", x=_WIDE - _RIGHT + 8, y=f"{y + 4:.1f}"))
+    parts.append(tag("text", label if len(label) <= 20 else f"{label[:18]}…", x=_WIDE - _RIGHT + 8, y=f"{height + 4:.1f}"))
     return tag("g", *parts, class_=f"k{at % 8}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from html_report import Page, fill, train, write
 from config import ROOT
 from errors import UserError
 from evaluator.reporting.findings import Line
-from evaluator.reporting.html.curves import read_curves, ticks
+from evaluator.reporting.html.curves import Curves, Point, _picture, read_curves, ticks
 from evaluator.reporting.html.elements import data_block, tag, words
 from evaluator.reporting.html.published_columns import PLACES, paper_columns
 from evaluator.reporting.published_numbers import papers, published
@@ -90,6 +91,16 @@ def test_curves_are_drawn_with_their_numbers(results, tmp_path):
     (_, a), (_, b), (_, c), (_, d) = (*spots[0], *spots[1])
     assert (b - a) / (d - c) == pytest.approx(0.6 / 0.6, abs=0.01)
     assert len(page.named("line", class_="whisker")) == 1
+
+
+def test_names_of_curves_stand_in_the_order_of_their_ends():
+    ends = {"high": 0.9, "low": 0.1, "middle": 0.89, "lower": 0.09, "lowest": 0.0}
+    drawn = _picture(Curves("t", "x", "y", {name: [Point(0, 0.5, 0.5, 0.5), Point(1, end, end, end)]
+                                            for name, end in ends.items()}))
+    places = {name: float(re.search(rf'y="([\d.]+)">{name}<', str(drawn)).group(1)) for name in ends}
+    ordered = sorted(places, key=places.get)
+    assert ordered == ["high", "middle", "low", "lower", "lowest"]
+    assert all(places[b] - places[a] >= 14 for a, b in zip(ordered, ordered[1:], strict=False))
 
 
 def test_the_file_of_curves_in_the_docs_is_one(tmp_path):
