@@ -105,14 +105,20 @@ print("RSS", peak[0] - start)
 """
 
 
-@pytest.mark.parametrize("method", ["linear", "ties", "della", "sce"])
-def test_the_memory_promise_is_kept(tmp_path, method):
-    size = {"layers": 2, "hidden": 1024, "ffn": 4096, "vocab": 20000}  # 100 MB each in bf16, the embedding alone 41 MB
-    base = make_checkpoint(tmp_path / "base", **size)
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """Checkpoints base, a, b, c of 100 MB each in bf16, the embedding alone 41 MB."""
+    folder, size = tmp_path_factory.mktemp("large"), {"layers": 2, "hidden": 1024, "ffn": 4096, "vocab": 20000}
+    base = make_checkpoint(folder / "base", **size)
     for i, name in enumerate("abc"):
-        make_checkpoint(tmp_path / name, seed=i + 1, base=base, **size)
+        make_checkpoint(folder / name, seed=i + 1, base=base, **size)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "della", "sce"])
+def test_the_memory_promise_is_kept(large, tmp_path, method):
     parameters = "density=0.3" if "density" in METHODS[method].fields() else "select_topk=0.5" if method == "sce" else ""
-    words = ["merge", *merge_flags(tmp_path, method, parameters), "--output_dir", str(tmp_path / "r"), "--threads", "2",
+    words = ["merge", *merge_flags(large, method, parameters), "--output_dir", str(tmp_path / "r"), "--threads", "2",
              "--memory_gb", "0.1"]
     done = subprocess.run([sys.executable, "-c", MEASURE, *words], capture_output=True, text=True, check=True,
                           env=os.environ | {"MALLOC_ARENA_MAX": "2"})
