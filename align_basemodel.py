@@ -21,6 +21,7 @@ from typing import Any
 import config
 import console
 import manifest
+import runtime
 from errors import exit_on_user_error, fits
 from flags import OBJECTIVES, AlignArgs, DpoArgs, ExpertArgs, FusedMoeArgs, MaskArgs, SearchArgs, SoupArgs
 from flags.base import DIALOGS
@@ -41,8 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         args: AlignArgs = parsed.args
         # of the processes of a launch one tells how it goes; all tell what is wrong
         console.set_up(parsed.verbosity, speaks=manifest.is_main())
-        config.short_waits()
-        config.keep_freed_memory()
+        runtime.collect_rarely()
+        runtime.short_waits()
+        runtime.keep_freed_memory()
         settings = args.settings(parsed.training)
         target = args.results / "outputs" / args.name
         if not args.overwrite and manifest.finished(target, settings):

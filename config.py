@@ -42,34 +42,6 @@ _PLACES = ("data_path", "validation_path", "extra_data", "init_adapter", "prompt
 _NUMBER = re.compile(r"-\d+|[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+|-\.?\d[\d.]*|-inf|-nan")
 
 
-def short_waits() -> None:
-    """Let OpenMP threads that wait spin for microseconds, then sleep. Read when torch is imported, so call it before.
-
-    Without end (the runtime's default) two processes on the same cores take twice as long; not at all ("passive") steps of
-    many small operations take a third longer. An OMP_WAIT_POLICY that the user set stays.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ["OMP_WAIT_POLICY"] = "passive"  # for runtimes other than GNU's
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
-
-def keep_freed_memory() -> bool:
-    """Let glibc keep what is freed for the next step instead of giving it back to the kernel; False without glibc.
-
-    A training step takes and frees the same large blocks again and again, and the kernel clears every page of them each
-    time: half of a step of DPO or of a mask. Settings of the user (MALLOC_...) stay. Not for commands that promise a limit
-    of memory.
-    """
-    import ctypes
-
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
-        return False
-    names = {"MALLOC_MMAP_THRESHOLD_": (-3, 2**30), "MALLOC_TRIM_THRESHOLD_": (-1, -1)}  # malloc.h; -1: never trim
-    return all([mallopt(*option) == 1 for name, option in names.items() if name not in os.environ])
-
-
 def flag(default: Any, help: str, *, choices: Sequence[Any] | None = None, low: float | None = None) -> Any:
     """A dataclass field that is also a flag: its help text, the values it allows, its lower bound."""
     return field(default=default, metadata={"help": help, "choices": choices, "low": low})

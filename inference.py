@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import config
 import console
 import manifest
+import runtime
 from data.escaped import ANSWER_COLUMNS, csv_cell
 from data.records import Record, stable_hash
 from errors import UserError, exit_on_user_error, fits
@@ -55,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if planned(parsed, print):
             return
         console.set_up(parsed.verbosity)
-        config.short_waits()
+        runtime.collect_rarely()
+        runtime.short_waits()
         if problems := _problems(args):
             raise UserError(*problems)
         from models.base import processes

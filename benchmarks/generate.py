@@ -231,7 +231,7 @@ def main() -> None:
     args.sides = [name for name in known if not args.sides or name in ("hf", *args.sides.split(","))]
     if min(args.pairs, args.threads, args.prompts, args.most, args.new, *args.batches) < 1:
         parser.error("--pairs, --threads, --prompts, --most, --new, --batches must be at least 1")
-    from config import short_waits
+    from runtime import short_waits
 
     short_waits()  # as the commands do
     import torch

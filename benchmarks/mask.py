@@ -266,7 +266,7 @@ def gemm(device: str = "cpu", seconds: float = 1.0) -> float:
 def child(side: str, mode: str, layers: int, steps: int, pairs: int, tokens: int | None, cut: int,
           threads: int, keep: str, device: str = "cpu") -> None:
     """One run in this process; prints its figures as JSON."""
-    from config import keep_freed_memory, short_waits
+    from runtime import keep_freed_memory, short_waits
 
     short_waits()  # as the commands do
     if keep == "both" or (keep == "ours" and side == "ours"):

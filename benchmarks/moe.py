@@ -208,7 +208,7 @@ def main() -> None:
     args.tokens = [int(n) for n in args.tokens.split(",")] if args.tokens else TOKENS[args.device]
     if min(args.pairs, args.threads, *args.tokens) < 1 or not 1 <= args.top_k <= args.experts:
         parser.error("--pairs, --threads, --tokens must be at least 1, --top_k from 1 to --experts")
-    from config import keep_freed_memory, short_waits
+    from runtime import keep_freed_memory, short_waits
 
     short_waits()  # as the commands do
     keep_freed_memory()

@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     kinds = args.objectives.split(",")
     if set(kinds) - {"sft", "moe"}:
         parser.error("--objectives: of sft, moe")
-    from config import keep_freed_memory, short_waits
+    from runtime import keep_freed_memory, short_waits
 
     short_waits()
     keep_freed_memory()  # both as align_basemodel.py does

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import config
 import console
 import manifest
+import runtime
 from errors import UserError, exit_on_user_error
 from flags import EvaluateHelpfulnessArgs
 from models.footprint.planned import planned
@@ -34,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if planned(parsed, print):
             return
         console.set_up(parsed.verbosity)
-        config.short_waits()
+        runtime.collect_rarely()
+        runtime.short_waits()
         from evaluator.scoring import alpaca, engine
 
         if args.alpaca_eval:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import config
 import console
 import manifest
+import runtime
 from errors import exit_on_user_error
 from flags.refusal import EvaluateRefusalArgs
 from models.footprint.planned import planned
@@ -39,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if planned(parsed, print):
             return
         console.set_up(parsed.verbosity)
-        config.short_waits()
+        runtime.collect_rarely()
+        runtime.short_waits()
         from evaluator.scoring import engine
 
         command = ".".join(filter(None, ("evaluate_refusal", args.set_prefix[:-1])))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import config
 import console
+import runtime
 from errors import UserError, exit_on_user_error
 from flags import EvaluateSafetyArgs
 from models.footprint.planned import planned
@@ -49,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if planned(parsed, print):
             return
         console.set_up(parsed.verbosity)
-        config.short_waits()
+        runtime.collect_rarely()
+        runtime.short_waits()
         from evaluator.scoring import engine
 
         command = engine.command_of("evaluate_safety", (args.harmful_task, "safety"), (args.overrefusal_task, "overrefusal"))

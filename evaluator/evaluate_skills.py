@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import config
 import console
+import runtime
 from errors import exit_on_user_error
 from flags.base import SKILLS
 from flags.skills import EvaluateSkillsArgs
@@ -34,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if planned(parsed, print):
             return
         console.set_up(parsed.verbosity)
-        config.short_waits()
+        runtime.collect_rarely()
+        runtime.short_waits()
         from evaluator.scoring import engine
 
         likelihoods = [name for name in args.skill_names if name in SKILLS]

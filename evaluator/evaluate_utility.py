@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import config
 import console
+import runtime
 from errors import UserError, exit_on_user_error
 from flags.utility import BENCHMARKS, EvaluateUtilityArgs
 from models.footprint.planned import planned
@@ -36,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if planned(parsed, print):
             return
         console.set_up(parsed.verbosity)
-        config.short_waits()
+        runtime.collect_rarely()
+        runtime.short_waits()
         # greedy word problems fork no tokenizer threads
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from evaluator.scoring import engine

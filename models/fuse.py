@@ -21,6 +21,7 @@ from pathlib import Path
 import config
 import console
 import preset_choice
+import runtime
 from errors import exit_on_user_error, fits
 from flags import ExtractArgs, FuseAdaptersArgs, sub_commands
 from flags.export import ExportArgs, GatherArgs, ImportArgs
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif planned(parsed, print):
             return
         console.set_up(parsed.verbosity)
+        runtime.collect_rarely()
         module, _, function = place.partition(":")
         with fits(smaller(args)):
             said = getattr(importlib.import_module(module), function)(args)

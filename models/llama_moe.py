@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import config
 import console
 import manifest
+import runtime
 from errors import UserError, exit_on_user_error
 from flags import RAW_MOE, FuseMoeArgs
 from models.footprint.planned import planned
@@ -173,6 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if planned(parsed, print):
             return
         console.set_up(parsed.verbosity)
+        runtime.collect_rarely()
         args = parsed.args
         target, settings = args.results / "outputs" / args.run_name, asdict(args)
         if not args.overwrite and manifest.finished(target, settings):

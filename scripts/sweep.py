@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import config
 import console
+import runtime
 from errors import UserError, exit_on_user_error
 from flags.mixture import mixture_run
 from flags.sweep import SweepArgs
@@ -41,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parsed = config.parse(SweepArgs, argv)
         args: SweepArgs = parsed.args
         console.set_up(parsed.verbosity)
-        config.short_waits()
+        runtime.collect_rarely()
+        runtime.short_waits()
         from evaluator.reporting.sweeps import report as sweep_report
         from evaluator.reporting.sweeps import seeds as sweep_seeds
         from models.runs import keeping_base

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ from pathlib import Path
 # read when huggingface_hub and OpenMP are imported, hence before any fixture
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as config.short_waits
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as runtime.short_waits
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # triton reads it at its first import, which may be any library's; where a GPU is, kernels are compiled for it
 if not os.path.exists("/dev/nvidiactl"):
@@ -40,6 +41,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if gone := [str(path) for path in place if not path.is_file()]:
         raise pytest.UsageError(f"SLOW in tests/conftest.py names what is no file: {', '.join(gone)}")
     items.sort(key=lambda item: place.get(item.path, len(SLOW)))
+
+
+def pytest_collection_finish():
+    """What was imported stays: Python need not look for dead cycles in it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

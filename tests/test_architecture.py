@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 #: From the ground up: what stands on one line is one wing or several side by side. A file belongs to the longest prefix that
 #: fits; it may import from lower lines and from its own wing, nothing else. docs/architecture.md draws the same picture.
 LADDER: tuple[tuple[str, ...], ...] = (
-    ("errors.py", "locks.py", "scalars.py"),
+    ("errors.py", "locks.py", "runtime.py", "scalars.py"),
     ("preset_choice.py",),
     ("config.py", "manifest.py"),
     ("console.py",),
@@ -50,7 +50,7 @@ MOST_LINES, MOST_FILES = 400, 16
 #: Folders whose files are many by nature: one per command, per judge, per thing tested.
 CROWDED = ("flags", "evaluator/judges", "tests")
 #: The floors that need the standard library and yaml only, so that --help is instant.
-LIGHT = ("errors.py", "locks.py", "scalars.py", "preset_choice.py", "config.py", "manifest.py", "console.py",
+LIGHT = ("errors.py", "locks.py", "runtime.py", "scalars.py", "preset_choice.py", "config.py", "manifest.py", "console.py",
          "flags/")
 SKIPPED = {".git", ".venv", "results", "build", "dist", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
 

@@ -76,7 +76,7 @@ def answering(home: Path, out: Path, device: str) -> list[str]:
 
 def child(name: str, home: Path, device: str) -> None:
     """The runs of a process, one after the other; each one's losses, or why it has none, go to NAME.json as they come."""
-    from config import short_waits
+    from runtime import short_waits
 
     short_waits()
     found: dict[str, Any] = {}

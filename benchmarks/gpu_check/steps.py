@@ -119,7 +119,7 @@ def apart(function: Callable[..., Any], *words: Any, device: str, limit_s: float
 
 
 def _answer(there: Any, function: Callable[..., Any], words: tuple[Any, ...]) -> None:
-    from config import keep_freed_memory
+    from runtime import keep_freed_memory
 
     keep_freed_memory()  # as align_basemodel.py does
     try:
@@ -150,7 +150,7 @@ def main() -> None:
     parts = args.parts.split(";")
     if set(parts) - set(PARTS):
         parser.error(f"--parts: of {'; '.join(PARTS)}")
-    from config import short_waits
+    from runtime import short_waits
 
     short_waits()  # as the commands do
     import torch

@@ -26,7 +26,7 @@ def small(tmp_path, monkeypatch):
     # as where the race is started by its path
     for name, module in (("generate_sides", sides), ("moe_sides", moe_sides)):
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr("config.short_waits", lambda: None)
+    monkeypatch.setattr("runtime.short_waits", lambda: None)
     monkeypatch.setattr(moe_sides, "limits", lambda dtype, device: (1e9, 1e9))
     monkeypatch.setattr(sides, "base_path", lambda name: base)
     monkeypatch.setattr(sides, "load_records", lambda task, split: [

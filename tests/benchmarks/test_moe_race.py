@@ -21,7 +21,7 @@ def beside(monkeypatch):
     # as where the race is started by its path; and no process keeps the race's allocator settings
     monkeypatch.setitem(sys.modules, "moe_sides", sides)
     monkeypatch.setitem(sys.modules, "growth", growth)
-    monkeypatch.setattr("config.keep_freed_memory", lambda: None)
+    monkeypatch.setattr("runtime.keep_freed_memory", lambda: None)
     monkeypatch.setattr(sides, "SAMPLE_SECONDS", 0)
 
 
