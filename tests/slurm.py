@@ -6,8 +6,10 @@ import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +27,15 @@ def needed() -> None:
     if os.environ.get("CI") == "true":
         pytest.fail(why)
     pytest.skip(why)
+
+
+def until(true: Callable[[], Any], seconds: float = 240) -> Any:
+    """Wait for what becomes true; returns it."""
+    end = time.monotonic() + seconds
+    while not (found := true()):
+        assert time.monotonic() < end, "nothing came of it"
+        time.sleep(0.1)
+    return found
 
 
 class Node:

@@ -6,12 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import yaml
 from pico import make_adapter
-from slurm import node
+from slurm import node, until
 
 import config
 import manifest
@@ -49,14 +48,6 @@ def weights(table, name):
     outputs = table / name / "seed_7" / "outputs"
     return {path.parent.name: manifest.sha256(path.parent / "adapter_model.safetensors")
             for path in outputs.glob("[!.]*/manifest.json")}
-
-
-def until(true, seconds=240):
-    end = time.monotonic() + seconds
-    while not (found := true()):
-        assert time.monotonic() < end, "nothing came of it"
-        time.sleep(0.2)
-    return found
 
 
 def test_a_grid_survives_a_killed_job_a_requeued_one_and_restarted_controllers(table, tmp_path):

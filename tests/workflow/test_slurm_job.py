@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import subprocess
-import time
 
 import pytest
-from slurm import node
+from slurm import node, until
 
 from config import ROOT
 
 SCRIPT = ROOT / "scripts" / "slurm_job.sh"
 #: Ends as a training with --save_on_signal does: what it saves takes longer than SLURM waits with a job that it kills.
 SAVES = "trap 'sleep 8; echo saved; exit 143' TERM; echo begun; while true; do sleep 0.2; done"
-
-
-def until(true, seconds=60):
-    end = time.monotonic() + seconds
-    while not (found := true()):
-        assert time.monotonic() < end, "nothing came of it"
-        time.sleep(0.1)
-    return found
 
 
 @pytest.fixture(scope="module")
