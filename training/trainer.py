@@ -139,7 +139,7 @@ class FusionTrainer(WholeMeans, SafeCheckpoints, Trainer):
         if self.epoch_decay is None or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
         # steps of an epoch, the short last batch included; the sampler drops no row
-        group = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        group = _group(self.args)
         per_epoch = math.ceil(self._rows / group)
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer or self.optimizer, lambda step: self.epoch_decay ** (step // per_epoch))
@@ -185,7 +185,7 @@ class FusionTrainer(WholeMeans, SafeCheckpoints, Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         rows = train_dataset if train_dataset is not None else self.train_dataset
         # micro-batches of one step share a group, so all devices pad alike and none waits for another's long rows
-        group = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        group = _group(self.args)
         lengths = [len(row["input_ids"]) for row in rows[: self._rows]]
         return BucketSampler(lengths, group, self.args.seed, filled=self.args.world_size > 1)
 
