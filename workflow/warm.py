@@ -18,6 +18,7 @@ import contextlib
 import ctypes
 import importlib
 import json
+import logging
 import os
 import runpy
 import selectors
@@ -80,10 +81,7 @@ def serve(listening: int, life: int, libraries: Sequence[str]) -> None:
     """Import, then fork a child for each command line that comes in, until life line and children are gone."""
     # Ctrl-C reaches the steps themselves; this process ends with the one that started it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for name in libraries:
-        # what is not installed is not imported by a step either
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
+    _load(libraries)
     # OpenBLAS' and jemalloc's own threads come back after a fork by themselves
     if threading.active_count() > 1:
         raise RuntimeError(f"a fork would lack the threads of a library: {threading.enumerate()}")
@@ -106,6 +104,16 @@ def serve(listening: int, life: int, libraries: Sequence[str]) -> None:
                     _hear(key.fileobj, waiting, children)
                 elif key.fd in children:
                     _end(key.fd, waiting, children)
+
+
+def _load(libraries: Sequence[str]) -> None:
+    """Import them. What one only warns of meanwhile is left out, as console.NOISE leaves it out of a command's lines."""
+    logging.disable(logging.WARNING)
+    for name in libraries:
+        # what is not installed is not imported by a step either
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    logging.disable(logging.NOTSET)
 
 
 def _begin(door: socket.socket, life: int, waiting: selectors.BaseSelector, children: dict[int, tuple[int, socket.socket]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -148,3 +149,12 @@ def test_a_step_outlives_who_started_all_and_ends_with_the_process_that_it_is_a_
     assert not ended.exists()
     os.kill(caller, signal.SIGTERM)
     wait(ended.exists)
+
+
+def test_a_library_that_warns_when_it_is_imported_does_not_warn_the_graph(tmp_path, monkeypatch, caplog):
+    (tmp_path / "a_noisy_library.py").write_text("import logging\nlogging.getLogger('a').warning('no kernel')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    warm._load(["a_noisy_library", "not_installed"])
+    logging.getLogger("a").warning("a step")
+    assert "a_noisy_library" in sys.modules
+    assert caplog.messages == ["a step"]
