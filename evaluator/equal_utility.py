@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         path = args.results / "report" / f"{args.name}.json"
         manifest.write_json(path, asdict(answer) | {
             "subject": args.subject, "line": args.line, "skill": args.skill, "safety_is": args.safety, "draws": args.draws,
-            "seed": args.seed, "sentence": sentence(answer, args)})
+            "seed": args.seed, "verdict": verdict(answer), "sentence": sentence(answer, args)})
         console.show_written(sentence(answer, args), [path])
 
 
@@ -102,14 +102,9 @@ def sentence(answer: Answer, args: EqualUtilityArgs) -> str:
         return (f"NOT at equal utility, so nothing is compared: {args.subject} has {nll} {answer.utility:.3f}, beyond the "
                 f"line's ends {first:.3f} and {last:.3f}. Its {what} is {answer.safety:.3f}, the nearest end's "
                 f"{answer.end:.3f}. {_seeds(answer)}")
-    # with several seeds both must say so: the prompts that were drawn and the seeds that were trained
-    ends = ((answer.low, answer.high), (answer.seed_low, answer.seed_high))
-    known = [pair for pair in ends if pair[0] is not None]
-    verdict = "unsettled" if answer.low is None else "safer" if min(low for low, _ in known) > 0 else \
-        "less safe" if max(high for _, high in known) < 0 else "neither safer nor less safe"
-    rows, seeds = (f"[{low:+.3f}, {high:+.3f}]" if low is not None else "" for low, high in ends)
+    rows, seeds = (f"[{low:+.3f}, {high:+.3f}]" if low is not None else "" for low, high in _ends(answer))
     over = f"{rows} over rows" if rows else "no draw of rows lies within the line's ends, so without an interval"
-    finding = f"{verdict} ({answer.difference:+.3f} {over}{f'; over seeds {seeds}' if seeds else ''})"
+    finding = f"{verdict(answer)} ({answer.difference:+.3f} {over}{f'; over seeds {seeds}' if seeds else ''})"
     if answer.equal:
         text = (f"At {nll} {answer.utility:.3f}, {args.subject} has {what} {answer.safety:.3f}, the line "
                 f"{answer.line_safety:.3f}: {finding}.")
@@ -120,6 +115,23 @@ def sentence(answer: Answer, args: EqualUtilityArgs) -> str:
     if answer.left_out:
         text += f" Left out, being beyond the line's ends: {', '.join(answer.left_out)}."
     return f"{text} {_seeds(answer)}"
+
+
+def verdict(answer: Answer) -> str:
+    """One of safer, less safe, neither safer nor less safe, unsettled, not compared (beyond the line's ends)."""
+    # with several seeds both must say so: the prompts that were drawn and the seeds that were trained
+    known = [pair for pair in _ends(answer) if pair[0] is not None]
+    if answer.difference is None:
+        return "not compared"
+    if answer.low is None:
+        return "unsettled"
+    return "safer" if min(low for low, _ in known) > 0 else "less safe" if max(high for _, high in known) < 0 else \
+        "neither safer nor less safe"
+
+
+def _ends(answer: Answer) -> tuple[tuple[float | None, float | None], ...]:
+    """Both intervals: over rows, and over seeds."""
+    return (answer.low, answer.high), (answer.seed_low, answer.seed_high)
 
 
 def _seeds(answer: Answer) -> str:

@@ -7,13 +7,16 @@ What it makes stands between two lines of a page, `<!-- made from FILE: KIND; ro
 FILE is a report of docs/data (`report.py --format json`) and KIND one of
 
     models       a row for each model: value and interval, rows without a model below; rows=labels, columns=scores,
-                 without=labels of rows without a model (all)
+                 without=labels of rows without a model, or none (all)
     seeds        a row for each model and seed
     differences  differences of the report; columns=scores
     declared     declared comparisons of a group: group=its title, else=what stands for "no difference"; of a durability
                  report the score is its group
     costs        what the rows cost; columns=seconds,all_seconds,memory_mb,stored,active,tokens_per_second
     findings     the report's own sentences that begin with one of starts=A|B (all)
+    lines        answers of equal_utility.py ({"answers": [..]}, each with a title): a row for each
+    section      tables and bullets of a sweep's report (scripts/sweep.py) under the heading title=..; rows=labels of the
+                 first table's rows (all)
     sentences    those under name=.. of docs/data/sentences.yaml; their numbers are looked up, nobody types one
 
 Numbers in them: {cell|SCORE|ROW}, {span|SCORE|ROW} with its interval, {diff|SCORE|ROW|OTHER} and {p|GROUP|SCORE|ROW|OTHER}
@@ -24,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -137,7 +141,7 @@ def _models(report: Report, asked: Asked) -> list[str]:
     lines = [[row["label"], *(_text(report, row, name) for name in names)] for row in rows]
     others = report.get("without_model", {})
     without = [[f"({label})", *(number(others[label].get(name)) for name in names)]
-               for label in _words(asked, "without") or others]
+               for label in _words(asked, "without") or others if label != "none"]
     return markdown_lines(["model", *_titles(report, names)], lines + [line for line in without if any(line[1:])])
 
 
@@ -204,6 +208,32 @@ def _findings(report: Report, asked: Asked) -> list[str]:
     return lines
 
 
+def _lines(report: Report, asked: Asked) -> list[str]:
+    rows = []
+    for answer in report["answers"]:
+        met = answer["difference"] is not None
+        other = f"the line's {answer['line_safety']:.3f}" if met else f"the nearest end's {answer['end']:.3f}"
+        difference = _cell(answer | {"value": answer["difference"]}, True) if met else ""
+        seeds = interval(answer["seed_low"], answer["seed_high"]).strip() if answer["seed_low"] is not None else ""
+        where = "" if answer["equal"] else " (not equal)"
+        rows.append([answer["title"], f"{answer['skill']} {answer['utility']:.3f}{where}", answer["safety_is"],
+                     f"{answer['safety']:.3f}, {other}", difference, seeds, answer["verdict"]])
+    return markdown_lines(["against", "NLL", "safety", "both", "difference, over prompts", "over seeds", "verdict"], rows)
+
+
+def _section(report: Report, asked: Asked) -> list[str]:
+    from evaluator.reporting.sweeps.report import markdown
+
+    lines = markdown(report, asked["file"])
+    heads = [*(at for at, line in enumerate(lines) if line.startswith("#")), len(lines)]
+    parts = {lines[at].lstrip("# "): lines[at + 1:end] for at, end in itertools.pairwise(heads)}
+    found = [line for line in parts[asked["title"]] if line.startswith(("|", "- "))]
+    if not (wanted := _words(asked, "rows")):
+        return found
+    by_label = {line.split(" | ")[0].removeprefix("| "): line for line in found}
+    return [*found[:2], *(by_label[label] for label in wanted)]
+
+
 def _sentences(_: Report, asked: Asked) -> list[str]:
     sentences = yaml.safe_load((DATA / "sentences.yaml").read_text(encoding="utf-8"))
     return [_NUMBER.sub(lambda found: _looked_up(found.group(1), asked["file"]), sentence)
@@ -238,7 +268,7 @@ def _short(text: str) -> str:
 
 _KINDS: dict[str, Callable[[Report, Asked], list[str]]] = {
     "models": _models, "seeds": _seeds, "differences": _differences, "declared": _declared, "costs": _costs,
-    "findings": _findings, "sentences": _sentences}
+    "findings": _findings, "lines": _lines, "section": _section, "sentences": _sentences}
 
 if __name__ == "__main__":
     main()
