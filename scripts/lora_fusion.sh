@@ -18,7 +18,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-seeds=(42) dry='' samples=${SAMPLES:-32} root=${OUT:-results/lora_fusion} unaligned=${MODEL:-embedded}
+words=("$@") seeds=(42) dry='' samples=${SAMPLES:-32} root=${OUT:-results/lora_fusion} unaligned=${MODEL:-embedded}
 while [ $# -gt 0 ]; do
   case $1 in
     --full) seeds=(42 43 44) ;;
@@ -34,6 +34,7 @@ done
 export HF_HUB_OFFLINE=1
 
 . scripts/lanes.sh
+warm ${words[@]+"${words[@]}"}
 
 short=(${STEPS:+--max_steps "$STEPS"})
 # the paper's adapter, smaller: q and v, r 8, alpha 32, dropout 0.05, learning rate 1e-3 times 0.85 an epoch, batch 4

@@ -11,7 +11,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-lite=() seeds=(42) samples=${SAMPLES:-48} root=${OUT:-results} name=quickstart
+words=("$@") lite=() seeds=(42) samples=${SAMPLES:-48} root=${OUT:-results} name=quickstart
 while [ $# -gt 0 ]; do
   case $1 in
     --lite) lite=(--lite); name=quickstart_lite ;;
@@ -29,6 +29,7 @@ done
 export HF_HUB_OFFLINE=1
 logs=$root/logs
 . scripts/lanes.sh
+warm ${words[@]+"${words[@]}"}
 
 tuned=mix_moe_reg_00010_00010_00010_gate_01000
 others=base,mix,helpfulness,safety,truthfulness,average,raw_moe
@@ -89,7 +90,7 @@ done
 step "report"
 labels="base=base,helpful expert=helpfulness,harmless expert=safety,honest expert=truthfulness,naive mix=mix"
 labels+=",plain average=average,raw MoE=raw_moe,tuned MoE=$tuned"
-python evaluator/report.py --runs "$labels" --roots "$(IFS=,; echo "${roots[*]}")" --name $name --control mix \
+say python evaluator/report.py --runs "$labels" --roots "$(IFS=,; echo "${roots[*]}")" --name $name --control mix \
   --columns refusal_auc,refusal_auc_plain,refusal_auc_edgy,refusal_auc_length,refusal_at_10,pairs_ranked \
   --output_dir "$root"
 printf '\nDone in %d s. Report: %s\nRouter heat-maps: %s\n' $((SECONDS - start)) "$root/report/$name.md" \

@@ -23,7 +23,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-task=english full=() dry='' name=somf
+words=("$@") task=english full=() dry='' name=somf
 samples=${SAMPLES:-60} out=${OUT:-results/somf} preset=${PRESET:-somf} unaligned=${UNALIGNED:-embedded}
 read -ra seeds <<<"${SEEDS:-1 2 3}"
 read -ra readouts <<<"${READOUTS:-expected hard}"
@@ -53,6 +53,7 @@ export HF_HUB_OFFLINE=1
 
 logs=$out/logs
 . scripts/lanes.sh
+warm ${words[@]+"${words[@]}"}
 base=(--preset "$preset" --output_dir "$out")
 on_aligned=("${base[@]}" --model_name_or_path "$out/outputs/aligned")
 
@@ -67,7 +68,7 @@ once() {
   local stamp
   stamp=$logs/done/$(cksum <<<"$*" | tr ' ' _)
   [ "$(cat "$stamp" 2>/dev/null)" != "$(state "$*" "${runs[@]}")" ] || { echo "  done before"; return 0; }
-  "$@"
+  run "$@"
   mkdir -p "$logs/done"; state "$*" "${runs[@]}" >"$stamp"
 }
 state() { # WORDS RUNS..

@@ -1,8 +1,10 @@
 """Steps as forks of one process that has imported the libraries: a step of half a minute starts ten seconds earlier.
 
     python -m workflow.warm DOOR models/fuse.py adapters ...
+    python -m workflow.warm --around bash scripts/quickstart.sh ...
 
-runs a command line as ``python models/fuse.py adapters ...`` does, in a fork of the process that ``started`` started. The
+The first runs a command line as ``python models/fuse.py adapters ...`` does, in a fork of the process that ``started``
+started; the second starts that process and then what stands behind it, with the door in $ABF_WARM (scripts/lanes.sh). The
 fork gets this process's folder, environment, standard streams and SIGTERM, and gives its exit code. Where nobody listens
 behind the door any more, the command line runs as a process of its own.
 
@@ -41,6 +43,8 @@ LIBRARIES = ("torch", "torch._dynamo", "transformers", "transformers.models.llam
              "scipy.stats", "scipy.optimize", "sklearn.metrics", "matplotlib.backends.backend_agg", "matplotlib.figure",
              "safetensors.torch")
 STREAMS = 3
+#: Variable that tells the scripts where the door is.
+DOOR = "ABF_WARM"
 
 
 def possible() -> bool:
@@ -234,15 +238,34 @@ def run(door: str, words: Sequence[str]) -> int:
     return code if code >= 0 else 128 - code
 
 
+def around(words: Sequence[str], libraries: Sequence[str] = LIBRARIES) -> int:
+    """Run a command while there is a process to fork from, its door in $ABF_WARM (empty where forks cannot be).
+
+    Returns:
+        the command's exit code, 128 and the signal's number where a signal ended it.
+    """
+    with started(libraries) if possible() else contextlib.nullcontext((None, None)) as (door, life):
+        kept = () if life is None else (life,)
+        process = subprocess.Popen(words, env={**os.environ, DOOR: str(door or "")}, pass_fds=kept)
+        # Ctrl-C reaches the command itself; this process ends with it
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        code = process.wait()
+    return code if code >= 0 else 128 - code
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Run a command in a fork of a process that has imported the libraries.")
     parser.add_argument("--serve", nargs=2, type=int, metavar=("DOOR", "LIFE"),
                         help="be that process: file descriptors of its socket and of its life line; words: what it imports")
+    parser.add_argument("--around", action="store_true", help="words: a command that finds that socket in $ABF_WARM")
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="DOOR FILE ...",
                         help="the socket, and the command line without python")
     args = parser.parse_args(argv)
     if args.serve:
         serve(*args.serve, args.words)
+    elif args.around and args.words:
+        sys.exit(around(args.words))
     elif len(args.words) < 2:
         parser.error("needs a socket and a command line")
     else:

@@ -158,3 +158,41 @@ def test_a_library_that_warns_when_it_is_imported_does_not_warn_the_graph(tmp_pa
     logging.getLogger("a").warning("a step")
     assert "a_noisy_library" in sys.modules
     assert caplog.messages == ["a step"]
+
+
+LANE = """
+set -euo pipefail
+cd {root}; logs={logs}
+. scripts/lanes.sh
+beside second say python {step} 0
+say python {step} 0
+join
+say python {step} 3
+"""
+WHO = """
+import sys
+print('fork' if '--serve' in open('/proc/self/cmdline').read() else 'process')
+sys.exit(int(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("door", [True, False])
+def test_a_scripts_commands_are_forks_where_there_is_a_door(tmp_path, script, door):
+    step = script(WHO)
+    (tmp_path / "lane.sh").write_text(LANE.format(root=config.ROOT, logs=tmp_path / "logs", step=step))
+    around = f"import sys; from workflow import warm; sys.exit(warm.around(['bash', '{tmp_path}/lane.sh'], ['json']))"
+    words = [sys.executable, "-c", around] if door else ["bash", f"{tmp_path}/lane.sh"]
+    done = run(words, tmp_path, PATH=f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}")
+    what = "fork" if door else "process"
+    assert done.returncode == 3, done.stderr
+    assert done.stdout.splitlines()[-4:] == [f"$ python {step} 0", what, f"$ python {step} 3", what]
+    assert (tmp_path / "logs" / "second.log").read_text() == f"$ python {step} 0\n{what}\n"
+
+
+def test_a_script_that_is_told_to_end_ends(tmp_path):
+    words = ['sh', '-c', f'touch {tmp_path}/on; exec sleep 60']
+    around = f"import sys; from workflow import warm; sys.exit(warm.around({words}, ['json']))"
+    process = subprocess.Popen([sys.executable, "-c", around], cwd=tmp_path, env=environment())
+    wait((tmp_path / "on").exists)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 128 + signal.SIGTERM
