@@ -15,6 +15,7 @@ FILE is a report of docs/data (`report.py --format json`) and KIND one of
     costs        what the rows cost; columns=seconds,all_seconds,memory_mb,stored,active,tokens_per_second
     findings     the report's own sentences that begin with one of starts=A|B (all)
     lines        answers of equal_utility.py ({"answers": [..]}, each with a title): a row for each
+    attacks      a table of attack_table.py
     section      tables and bullets of a sweep's report (scripts/sweep.py) under the heading title=..; rows=labels of the
                  first table's rows (all)
     sentences    those under name=.. of docs/data/sentences.yaml; their numbers are looked up, nobody types one
@@ -221,6 +222,15 @@ def _lines(report: Report, asked: Asked) -> list[str]:
     return markdown_lines(["against", "NLL", "safety", "both", "difference, over prompts", "over seeds", "verdict"], rows)
 
 
+def _attacks(report: Report, asked: Asked) -> list[str]:
+    titles = {"as_asked": "{}'s prompts as asked ↑", "attacked": "{} ↑", "change": "{}: change"}
+    heads = [title.format(attack) for attack in report["attacks"] for title in titles.values()]
+    lines = [[row["label"], str(next(iter(row["cells"].values()))["as_asked"]["n"]),
+              *(_cell(row["cells"][attack][kind], kind == "change") for attack in report["attacks"] for kind in titles)]
+             for row in report["rows"]]
+    return markdown_lines(["model", "prompts", *heads], lines)
+
+
 def _section(report: Report, asked: Asked) -> list[str]:
     from evaluator.reporting.sweeps.report import markdown
 
@@ -268,7 +278,7 @@ def _short(text: str) -> str:
 
 _KINDS: dict[str, Callable[[Report, Asked], list[str]]] = {
     "models": _models, "seeds": _seeds, "differences": _differences, "declared": _declared, "costs": _costs,
-    "findings": _findings, "lines": _lines, "section": _section, "sentences": _sentences}
+    "findings": _findings, "lines": _lines, "attacks": _attacks, "section": _section, "sentences": _sentences}
 
 if __name__ == "__main__":
     main()

@@ -41,6 +41,24 @@ LASTING = {
                              "none": {"value": -0.1, "low": -0.3, "high": 0.1, "p": 0.4, "p_holm": 0.4}}},
 }
 
+#: Answers as evaluator/equal_utility.py writes them.
+ANSWER = {"title": "WiSE-FT", "skill": "english", "utility": 1.5, "equal": True, "safety_is": "balance", "safety": 0.4,
+          "line_safety": 0.5, "end": None, "difference": -0.1, "low": -0.2, "high": 0.05, "seed_low": -0.3, "seed_high": 0.1,
+          "verdict": "neither safer nor less safe"}
+ANSWERS = {"answers": [
+    ANSWER, ANSWER | {"title": "random", "equal": False, "line_safety": None, "end": 0.25, "difference": None, "low": None,
+                      "high": None, "seed_low": None, "seed_high": None, "verdict": "not compared"}]}
+#: As evaluator/attack_table.py writes it.
+ATTACKS = {"attacks": ["cot"], "rows": [{"label": "x", "cells": {"cot": {
+    "as_asked": cell(0.5, 0.4, 0.6), "attacked": cell(0.25, 0.2, 0.3), "change": cell(-0.25, -0.4, -0.1)}}}]}
+#: As scripts/sweep.py writes it.
+SWEEP = {
+    "form": "convex", "seed": 42, "task": "maths", "safety": "safe", "style": "none", "utility": "maths", "styles": {},
+    "rows": [{"label": f"λ = {weight}", "group": "fusion", "front": weight == 1, "non_refusal": cell(weight),
+              "compliance": cell(1), "nll": cell(2)} for weight in (0, 1)],
+    "cliff": {"half": 0.5, "low": 0.4, "high": 0.6, "bracket": [0.4, 0.6], "drop": 0.75},
+    "compared": [{"label": "shrink only", "gap": {"value": 0.1, "low": -0.1, "high": 0.3, "p": 0.25, "holm": 0.5}}]}
+
 SENTENCES = """
 right:
 - "- {cell|auc|base} of {span|auc|x}, so {diff|auc|x|base} (p {p|fusions|auc|x|base}); {cost@other|seconds|base} s, {no}."
@@ -62,6 +80,8 @@ def page(tmp_path, monkeypatch):
     (tmp_path / "docs" / "data" / "board.json").write_text(json.dumps(REPORT))
     (tmp_path / "docs" / "data" / "other.json").write_text(json.dumps({**REPORT, "costs": {"base": {"seconds": 7}}}))
     (tmp_path / "docs" / "data" / "lasting.json").write_text(json.dumps(LASTING))
+    for name, made in {"answers": ANSWERS, "attacks": ATTACKS, "sweep": SWEEP}.items():
+        (tmp_path / "docs" / "data" / f"{name}.json").write_text(json.dumps(made))
     (tmp_path / "docs" / "data" / "sentences.yaml").write_text(SENTENCES)
     (tmp_path / "README.md").write_text("no table\n")
     monkeypatch.setattr(study_tables, "ROOT", tmp_path)
@@ -81,6 +101,25 @@ def page(tmp_path, monkeypatch):
     ("board: models; rows=x; columns=nll", ["| model | NLL ↓ |", "| --- | --- |", "| x | 1.500 |"]),
     ("board: models; rows=base; without=chance", [
         "| model | AUC ↑ | NLL ↓ |", "| --- | --- | --- |", "| base | 0.500 [0.400, 0.600] |  |"]),
+    ("board: models; rows=x; columns=nll; without=none", ["| model | NLL ↓ |", "| --- | --- |", "| x | 1.500 |"]),
+    ("answers: lines", [
+        "| against | NLL | safety | both | difference, over prompts | over seeds | verdict |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| WiSE-FT | english 1.500 | balance | 0.400, the line's 0.500 | -0.100 [-0.200, 0.050] | [-0.300, 0.100] "
+        "| neither safer nor less safe |",
+        "| random | english 1.500 (not equal) | balance | 0.400, the nearest end's 0.250 |  |  | not compared |"]),
+    ("attacks: attacks", ["| model | prompts | cot's prompts as asked ↑ | cot ↑ | cot: change |",
+                          "| --- | --- | --- | --- | --- |",
+                          "| x | 5 | 0.500 [0.400, 0.600] | 0.250 [0.200, 0.300] | -0.250 [-0.400, -0.100] |"]),
+    ("sweep: section; title=sweep; rows=λ = 1", [
+        "| row | non-refusal ↓ | compliance ↑ | maths NLL ↓ | front |", "| --- | --- | --- | --- | --- |",
+        "| λ = 1 | 1.000 | 1.000 | 2.000 | * |"]),
+    ("sweep: section; title=Where non-refusal breaks", [
+        "- Steepest step: between lambda 0.4 and 0.6, 0.750 of the non-refusal.",
+        "- Non-refusal is half of what it was at lambda 0.5000 [0.400, 0.600]."]),
+    ("sweep: section; title=Against the controls, at equal compliance", [
+        "| control | difference in non-refusal | p | Holm | verdict |", "| --- | --- | --- | --- | --- |",
+        "| shrink only | +0.100 [-0.100, 0.300] | 0.250 | 0.500 | no difference |"]),
     ("board: seeds; rows=x", ["| model | seed | AUC ↑ | NLL ↓ |", "| --- | --- | --- | --- |",
                                   "| x | 42 | 0.700 |  |", "| x | 43 | 0.800 | 1.500 |"]),
     ("board: differences; columns=auc", ["| row | against | AUC ↑ |", "| --- | --- | --- |",
@@ -121,14 +160,16 @@ def test_a_block_is_what_the_report_says(page, capsys, words, lines):
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    ("bord: models", "allowed files: board, lasting, other; allowed kinds: models, seeds, "),
-    ("board: model", "allowed files: board, lasting, other; allowed kinds: models, seeds, "),
+    ("bord: models", "allowed files: answers, attacks, board, lasting, other, sweep; allowed kinds: models, seeds, "),
+    ("board: model", "allowed files: answers, attacks, board, lasting, other, sweep; allowed kinds: models, seeds, "),
     ("board: models; rows=c", "c is not in board.json"),
     ("board: models; without=dice", "dice is not in board.json"),
     ("board: models; columns=mc1", "mc1 is not in board.json"),
     ("board: declared; group=none", "none is not in board.json"),
     ("board: costs; columns=money", "money is not in board.json"),
     ("board: findings; starts=Nothing", "Nothing is not in board.json"),
+    ("sweep: section; title=Conclusion", "Conclusion is not in sweep.json"),
+    ("sweep: section; title=sweep; rows=λ = 2", "λ = 2 is not in sweep.json"),
     ("board: sentences; name=wrong", "wrong is not in board.json"),
     ("board: sentences; name=row", "span|auc|none is not in board.json"),
     ("board: sentences; name=score", "cell|nll|base is not in board.json"),
