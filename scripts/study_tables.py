@@ -16,8 +16,8 @@ FILE is a report of docs/data (`report.py --format json`) and KIND one of
     findings     the report's own sentences that begin with one of starts=A|B (all)
     lines        answers of equal_utility.py ({"answers": [..]}, each with a title): a row for each
     attacks      a table of attack_table.py
-    section      tables and bullets of a sweep's report (scripts/sweep.py) under the heading title=..; rows=labels of the
-                 first table's rows (all)
+    section      tables and bullets of a sweep's report (scripts/sweep.py) under the heading title=.. (rows: the first
+                 table); rows=labels (all)
     sentences    those under name=.. of docs/data/sentences.yaml; their numbers are looked up, nobody types one
 
 Numbers in them: {cell|SCORE|ROW}, {span|SCORE|ROW} with its interval, {diff|SCORE|ROW|OTHER} and {p|GROUP|SCORE|ROW|OTHER}
@@ -234,7 +234,7 @@ def _attacks(report: Report, asked: Asked) -> list[str]:
 def _section(report: Report, asked: Asked) -> list[str]:
     from evaluator.reporting.sweeps.report import markdown
 
-    lines = markdown(report, asked["file"])
+    lines = markdown(report, "rows")
     heads = [*(at for at, line in enumerate(lines) if line.startswith("#")), len(lines)]
     parts = {lines[at].lstrip("# "): lines[at + 1:end] for at, end in itertools.pairwise(heads)}
     found = [line for line in parts[asked["title"]] if line.startswith(("|", "- "))]

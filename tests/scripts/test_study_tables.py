@@ -111,7 +111,7 @@ def page(tmp_path, monkeypatch):
     ("attacks: attacks", ["| model | prompts | cot's prompts as asked ↑ | cot ↑ | cot: change |",
                           "| --- | --- | --- | --- | --- |",
                           "| x | 5 | 0.500 [0.400, 0.600] | 0.250 [0.200, 0.300] | -0.250 [-0.400, -0.100] |"]),
-    ("sweep: section; title=sweep; rows=λ = 1", [
+    ("sweep: section; title=rows; rows=λ = 1", [
         "| row | non-refusal ↓ | compliance ↑ | maths NLL ↓ | front |", "| --- | --- | --- | --- | --- |",
         "| λ = 1 | 1.000 | 1.000 | 2.000 | * |"]),
     ("sweep: section; title=Where non-refusal breaks", [
@@ -169,7 +169,7 @@ def test_a_block_is_what_the_report_says(page, capsys, words, lines):
     ("board: costs; columns=money", "money is not in board.json"),
     ("board: findings; starts=Nothing", "Nothing is not in board.json"),
     ("sweep: section; title=Conclusion", "Conclusion is not in sweep.json"),
-    ("sweep: section; title=sweep; rows=λ = 2", "λ = 2 is not in sweep.json"),
+    ("sweep: section; title=rows; rows=λ = 2", "λ = 2 is not in sweep.json"),
     ("board: sentences; name=wrong", "wrong is not in board.json"),
     ("board: sentences; name=row", "span|auc|none is not in board.json"),
     ("board: sentences; name=score", "cell|nll|base is not in board.json"),
