@@ -63,6 +63,12 @@ def started(libraries: Sequence[str] = LIBRARIES) -> Iterator[tuple[Path, int]]:
         the socket that ``run`` connects to, and the life line: a file descriptor that is passed on to what may outlive this
         process and still starts steps.
     """
+    with _server(libraries) as (door, life, _):
+        yield door, life
+
+
+@contextlib.contextmanager
+def _server(libraries: Sequence[str]) -> Iterator[tuple[Path, int, subprocess.Popen]]:
     with tempfile.TemporaryDirectory(prefix="abf_") as folder:
         door = Path(folder) / "door"
         held, life = os.pipe()
@@ -75,7 +81,7 @@ def started(libraries: Sequence[str] = LIBRARIES) -> Iterator[tuple[Path, int]]:
                                        env={**os.environ, "PYTHONPATH": str(ROOT)})
         os.close(held)
         try:
-            yield door, life
+            yield door, life, process
         finally:
             os.close(life)
             process.wait()
@@ -244,13 +250,17 @@ def around(words: Sequence[str], libraries: Sequence[str] = LIBRARIES) -> int:
     Returns:
         the command's exit code, 128 and the signal's number where a signal ended it.
     """
-    with started(libraries) if possible() else contextlib.nullcontext((None, None)) as (door, life):
+    with _server(libraries) if possible() else contextlib.nullcontext((None, None, None)) as (door, life, server):
         kept = () if life is None else (life,)
         process = subprocess.Popen(words, env={**os.environ, DOOR: str(door or "")}, pass_fds=kept)
+
         # Ctrl-C reaches the command itself; this process ends with it
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         code = process.wait()
+        # a script that was ended or failed leaves its other lane behind; without the server that is asked to end too
+        if server is not None:
+            server.terminate()
     return code if code >= 0 else 128 - code
 
 

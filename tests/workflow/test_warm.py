@@ -189,10 +189,35 @@ def test_a_scripts_commands_are_forks_where_there_is_a_door(tmp_path, script, do
     assert (tmp_path / "logs" / "second.log").read_text() == f"$ python {step} 0\n{what}\n"
 
 
-def test_a_script_that_is_told_to_end_ends(tmp_path):
-    words = ['sh', '-c', f'touch {tmp_path}/on; exec sleep 60']
-    around = f"import sys; from workflow import warm; sys.exit(warm.around({words}, ['json']))"
-    process = subprocess.Popen([sys.executable, "-c", around], cwd=tmp_path, env=environment())
-    wait((tmp_path / "on").exists)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+TWO_LANES = """
+set -euo pipefail
+cd {root}; logs={folder}/logs
+. scripts/lanes.sh
+beside second say python {step} {folder}/one {folder}/one.end
+say python {step} {folder}/two {folder}/two.end
+"""
+
+
+@pytest.mark.parametrize("ends", [signal.SIGTERM, signal.SIGINT])
+def test_a_script_that_ends_early_leaves_no_lane_behind(tmp_path, script, ends):
+    (tmp_path / "lane.sh").write_text(TWO_LANES.format(root=config.ROOT, folder=tmp_path, step=script(WAITS)))
+    around = f"import sys; from workflow import warm; sys.exit(warm.around(['bash', '{tmp_path}/lane.sh'], ['json']))"
+    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    words = [sys.executable, "-c", around]
+    process = subprocess.Popen(words, cwd=tmp_path, env=environment(PATH=path), start_new_session=True)
+    wait(lambda: (tmp_path / "one").exists() and (tmp_path / "two").exists())
+    if ends == signal.SIGTERM:
+        process.send_signal(ends)
+    else:  # Ctrl-C reaches everything that the terminal has in front
+        os.killpg(process.pid, ends)
+    assert process.wait(timeout=30) != 0
+    wait(lambda: not alive(process.pid))
+    assert ends == signal.SIGINT or (tmp_path / "one.end").read_text() == "asked to end"
+
+
+def alive(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
