@@ -175,10 +175,9 @@ def _declared(report: Report, asked: Asked) -> list[str]:
 
 
 def _comparisons(report: Report) -> list[Mapping[str, Any]]:
-    """Declared comparisons; of a durability report those of what rows keep, by their corrected p."""
+    """Comparisons, the undeclared ones in the group ""; of a durability report those of what rows keep, by their corrected p."""
     if "half_life" not in report:
-        found: list[Mapping[str, Any]] = report["findings"]["comparisons"]
-        return found
+        return [{"group": "", "score": item["column"]} | item for item in report["findings"]["comparisons"]]
     titles = {column["name"]: column["title"] for column in report["columns"]}
     return [{"group": score, "score": score, "row": label, "against": report["against"], "column": titles[score],
              "verdict": _verdict(item["value"], _known(item["p_holm"]))} | item

@@ -33,8 +33,8 @@ def test_a_table_of_models_is_typed_nowhere():
     assert {page for page, n in typed.items() if n} <= TYPED
 
 
-#: Pages of studies whose runs are older than docs/data, with tables that their own commands printed.
-TYPED = {"docs/studies/somf.md", "docs/studies/lora_fusion.md"}
+#: Pages of studies with runs older than docs/data, with tables that their own commands printed.
+TYPED = {"docs/studies/lora_fusion.md"}
 
 
 def test_the_leaderboards_page_has_the_datas_cells():

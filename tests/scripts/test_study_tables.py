@@ -24,7 +24,10 @@ REPORT = {
                      "verdict": "better"}],
     "findings": {"sentences": ["- In sum: yes.", "- Else: no."], "comparisons": [
         {"group": "fusions", "row": "x", "against": "base", "column": "AUC ↑", "score": "auc", "value": 0.25, "low": 0.1,
-         "high": 0.4, "p": 0.0001, "p_holm": None, "verdict": "better"}]},
+         "high": 0.4, "p": 0.0001, "p_holm": None, "verdict": "better"},
+        # one that was not declared: no group, and its score as the column
+        {"row": "x", "against": "mix", "column": "auc", "value": -0.1, "low": -0.2, "high": 0.0, "p": 0.04, "p_holm": 0.08,
+         "verdict": "no difference"}]},
     "costs": {"base": {"seconds": 0, "stored": None}, "x": {"seconds": 12.6, "stored": 3_010_000}},
 }
 #: As evaluator/durability.py writes it.
@@ -63,6 +66,7 @@ SENTENCES = """
 right:
 - "- {cell|auc|base} of {span|auc|x}, so {diff|auc|x|base} (p {p|fusions|auc|x|base}); {cost@other|seconds|base} s, {no}."
 - Another one.
+- "{diff|auc|x|mix}, p {p||auc|x|mix}"
 lasting:
 - "Gone after {span@lasting|half_life|moe} against {cell@lasting|half_life|mix}; keeps {diff@lasting|kept|moe|mix}
   (p {p@lasting|kept|kept|moe|mix})."
@@ -145,7 +149,8 @@ def page(tmp_path, monkeypatch):
     ("board: sentences; name=lasting", [
         "Gone after > 80 [60.1, > 80] against 12.3; keeps +.400 [.200, .600] (p .020)."]),
     ("board: sentences; name=right", [
-        "- .500 of .750 [.700, .800], so +.250 [.100, .400] (p unknown); 7 s, {no}.", "Another one."]),
+        "- .500 of .750 [.700, .800], so +.250 [.100, .400] (p unknown); 7 s, {no}.", "Another one.",
+        "-.100 [-.200, .000], p .080"]),
 ])
 def test_a_block_is_what_the_report_says(page, capsys, words, lines):
     path = page(words, "| old |\n")
