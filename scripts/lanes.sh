@@ -20,10 +20,13 @@ beside() {
   lane=$logs/$1.log; shift
   printf '(beside it: %s; output in %s)\n' "$*" "$lane"
   if [ -n "${dry:-}" ]; then "$@"; return; fi
-  mkdir -p "$logs"; "$@" >"$lane" 2>&1 & beside_pid=$!
+  mkdir -p "$logs"
+  # a group of its own, so that whatever it runs can be ended with it
+  set -m; "$@" >"$lane" 2>&1 & beside_pid=$!; set +m
 }
 join() {
   [ -z "${dry:-}" ] || return 0
-  wait "$beside_pid" || { tail -n 20 "$lane" >&2; echo "error: see $lane" >&2; exit 1; }
+  wait "$beside_pid" && beside_pid='' || { tail -n 20 "$lane" >&2; echo "error: see $lane" >&2; exit 1; }
 }
-trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+beside_pid=''
+trap '[ -z "$beside_pid" ] || kill -- "-$beside_pid" 2>/dev/null || true' EXIT

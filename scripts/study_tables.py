@@ -175,7 +175,7 @@ def _declared(report: Report, asked: Asked) -> list[str]:
 
 
 def _comparisons(report: Report) -> list[Mapping[str, Any]]:
-    """Comparisons, the undeclared ones in the group ""; of a durability report those of what rows keep, by their corrected p."""
+    """Comparisons, undeclared ones in the group ""; of a durability report those of what rows keep, by their corrected p."""
     if "half_life" not in report:
         return [{"group": "", "score": item["column"]} | item for item in report["findings"]["comparisons"]]
     titles = {column["name"]: column["title"] for column in report["columns"]}
