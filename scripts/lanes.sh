@@ -2,7 +2,8 @@
 # work runs in two lanes of half the cores each: `beside NAME COMMAND...` starts the second one, its output in $logs/NAME.log;
 # `join` waits for it. `say COMMAND...` prints a command and runs it. With $dry set, commands are printed, not run, and nothing
 # runs beside. On Linux without a card commands are forks of one process that has imported the libraries, and each begins some
-# eight seconds earlier: `warm` starts the script anew with such a process around it (workflow/warm.py).
+# eight seconds earlier: `warm` starts the script anew with such a process around it (workflow/warm.py); with
+# ABF_WARM set and empty it does not.
 cores=$(nproc); half=$((cores > 1 ? cores / 2 : 1))
 start=$SECONDS
 warm() { # WORDS..: those that the script was started with

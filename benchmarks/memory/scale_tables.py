@@ -22,6 +22,8 @@ from models.footprint.command import held_whole, per_device
 from models.footprint.fitting import more_devices
 
 PAGE = ROOT / "docs" / "scale.md"
+#: A results folder without runs: the experts that lie in results/ have ranks of their own, and plans read them.
+NO_RUNS = str(ROOT / "benchmarks" / "no_runs")
 BEGIN, END = "<!-- begin: benchmarks/memory/scale_tables.py -->", "<!-- end -->"
 #: Size -> base of that size.
 BASES = {"1B": "TinyLlama/TinyLlama-1.1B-Chat-v1.0", "7B": "meta-llama/Llama-2-7b-hf", "13B": "meta-llama/Llama-2-13b-hf",
@@ -97,7 +99,7 @@ def plan(words: Sequence[str], base: str, strategy: str = "one", devices: int = 
     # what a preset says of other bases belongs to a run's own output
     with contextlib.redirect_stderr(io.StringIO()):
         return config.parse(command, [*rest, "--model_name_or_path", base, "--device", "cuda", "--dtype", "bfloat16",
-                                      "--plan", *divided])
+                                      "--plan", "--output_dir", NO_RUNS, *divided])
 
 
 def peak(words: Sequence[str], base: str, strategy: str = "one", devices: int = 1) -> float:

@@ -273,7 +273,7 @@ def test_every_command_of_the_published_path_parses(tmp_path, line, gpu):
                           capture_output=True, text=True, check=True).stdout
     (tmp_path / ".installed").write_text(want)
     subprocess.run(["bash", *line.split()], cwd=config.ROOT, check=True, capture_output=True, timeout=60,
-                   env={"PATH": "/usr/bin:/bin", "ABF_VENV": str(tmp_path), "OUT": str(tmp_path / "out")})
+                   env={"PATH": "/usr/bin:/bin", "ABF_VENV": str(tmp_path), "OUT": str(tmp_path / "out"), "ABF_WARM": ""})
     asked = [shlex.split(words) for words in (tmp_path / "asked").read_text().splitlines()]
     kinds, steps = set(), set()
     for script, *words in asked:
